@@ -1,0 +1,3408 @@
+#!/usr/bin/env python3
+"""HAS - Higher Availability Service: players stay connected while their MUSH is away.
+
+HAS stands between players and a MUSH (a text game server, reached by telnet).
+Players connect to HAS as if it were the MUSH, and HAS opens one connection to
+the MUSH for each of them. When the MUSH goes away (crash, restart, reboot of
+its host, move to another machine) the players stay connected to HAS, are
+told, and are logged back in when it returns.
+
+    client --(client stream)-- session --(link)-- world       one session a player
+                                  ^
+                     heartbeat ---+  a logged-in character on its own thread:
+                                     is the world alive? is this password right?
+
+Words, used alike in the code, the log, has.conf and the README: client (an
+accepted connection), user (a person), world (the game behind HAS), link (one
+HAS-to-world connection of a session), session (client + link + what is
+remembered), dialect (server family), heartbeat, probe (liveness question),
+check (password question), verdict (the answer), mark (a random line HAS sends
+itself and removes from the output), notice (a line HAS writes to a user),
+listener, hub (the main loop), mailbox (the one way between threads).
+
+The parts, in reading order; each uses only the parts above it:
+
+    1. Settings       the constants you edit, how they are read and checked
+    2. Telnet         bytes to text and commands; what was negotiated
+    3. Dialects       the server families: logins, marks, checks, addresses
+    4. Mailbox        the one way between the two threads
+    5. Stream         one non-blocking socket
+    6. Session        one user: every rule a user can see
+    7. Heartbeat      the thread that watches the world and checks passwords
+    8. Hub            listeners, sessions, timers, reload: the main loop
+    9. Command line   arguments, log, signals, exit status
+
+Two threads: the main thread runs the hub, owns every session and never
+blocks; the heartbeat thread owns the one blocking connection and every DNS
+look-up. They share nothing but two mailboxes, one each way.
+
+Signals: HUP reads the settings again (a changed mush_address moves everybody
+once the new world is confirmed), TERM and INT say goodbye and stop.
+"""
+import argparse
+import ast
+import base64
+import collections
+import difflib
+import enum
+import errno
+import heapq
+import ipaddress
+import itertools
+import logging
+import os
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+# ---- BEGIN CONFIGURATION: edit these, then `kill -HUP` the running HAS ----
+MUSH_ADDRESS = "127.0.0.1:4096"   # the MUSH: host:port, [v6]:port or unix:/path; several (fail-over): comma separated
+MUSH_TYPE = "auto"                # auto, teenymush, pennmush, tinymush, tinymux, rhostmush or plain
+LOCAL_ADDRESS = ""                # address to listen on; empty: all, IPv4 and IPv6
+LOCAL_PORT = 4201                 # port to listen on
+PROXY_FROM = ""                   # addresses of your nginx, stunnel or haproxy, whose PROXY lines are believed
+HB_USER = "heartbeat"             # the heartbeat character: its name
+HB_PASS = "heartbeat"             # and its password
+BEAT = 10                         # seconds between probes
+RETRY = 1                         # seconds between tries to reach a world that is down
+HB_TIMEOUT = 10                   # seconds without an answer until the world counts as silent
+DEAD_AFTER = 60                   # seconds of silence on open connections until the world counts as down
+FAILOVER_AFTER = 60               # seconds down until the next address is tried; 0: only by HUP
+FAILBACK_AFTER = 0                # seconds the first address must answer before users return to it; 0: never by itself
+REMOTEHOSTNAME_CMD = "auto"       # how the MUSH is told a user's address: auto (by family), none or a command word
+ADD_EPOCH_TIME = "yes"            # with it, the time the user first connected (TeenyMUSH)
+RESUME_RATE = "auto"              # users brought back per second: auto (by family) or a number, 0: all at once
+OFFLINE_NOTICE = """# NOTICE # This world is OFFLINE. Please wait till it returns."""  # the world went down
+ONLINE_NOTICE = """# NOTICE # This world is ONLINE again."""                # this user is back in the world
+MOVED_NOTICE = """# NOTICE # This world is moving to another machine. One moment, please."""  # address changed
+SILENT_NOTICE = """# NOTICE # This world does not answer just now. You stay connected."""  # typed at a frozen world
+UNSENT_NOTICE = """# NOTICE # This world is OFFLINE. Not sent:"""           # before a line typed while it is down
+RELOGIN_FAILED_NOTICE = """# NOTICE # This world is back but did not take your login. Please log in."""  # refused
+LOGIN_HOLD = 300                  # seconds a client without a login is held while the world is down; 0: for ever
+HOLD = 0                          # seconds a client with a login is held while the world is down; 0: for ever
+MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
+MAX_PER_HOST = 50                 # of these from one address (IPv6: from one /64); 0: no limit
+OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
+LOG_FILE = ""                     # file for the log; empty: standard error
+LOG_LEVEL = "info"                # debug, info, warning or error
+# ---- END CONFIGURATION ----
+
+VERSION = "1.0"
+log = logging.getLogger("has")
+
+
+# ======================================================================
+# 1. Settings
+#
+# The block of constants above is read as data, never executed, at start and
+# at every HUP; has.conf, if there is one, wins over it. Nothing takes effect
+# unless everything is right, and all that is wrong is reported together.
+# ======================================================================
+
+BEGIN_MARK, END_MARK = "# ---- BEGIN CONFIGURATION", "# ---- END CONFIGURATION"
+FAMILIES = ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush", "plain")
+
+Address = collections.namedtuple("Address", "host port path")
+Address.__doc__ = "Where a world is: host and port, or (host None) the path of a unix socket."
+Address.__str__ = lambda self: (f"unix:{self.path}" if self.path else
+                                f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}")
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; `problems` holds one line of text for each reason."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def parse_address(text):
+    """One world address from `host:port`, `[v6]:port` or `unix:/path`; ValueError says what is wrong."""
+    if text.startswith("unix:"):
+        if not text.startswith("unix:/") or not hasattr(socket, "AF_UNIX"):
+            raise ValueError("a unix socket needs a full path: unix:/path/to/netmush.sock")
+        return Address(None, 0, text[5:])
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", text)
+    if not match or not 0 < int(match.group(3)) < 65536:
+        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path with a port from 1 to 65535")
+    return Address(match.group(1) or match.group(2), int(match.group(3)), None)
+
+
+def _addresses(text):
+    found = [parse_address(part.strip()) for part in text.split(",") if part.strip()]
+    if not found:
+        raise ValueError("names no address: write host:port")
+    if len(set(found)) < len(found):
+        raise ValueError("names the same address twice")
+    return found
+
+
+def _number(low, high, kind=int):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError("is not a number") from None
+        if not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return value
+    return parse
+
+
+def _choice(*words):
+    def parse(text):
+        if text.lower() not in words:
+            raise ValueError("is not one of " + ", ".join(words))
+        return text.lower()
+    return parse
+
+
+def _yes_or_no(text):
+    if text.lower() not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
+        raise ValueError("is neither yes nor no")
+    return text.lower() in ("yes", "true", "1", "on")
+
+
+def _word(text):
+    if not text or re.search(r"[\s\x00-\x1f\x7f]", text):
+        raise ValueError("must be one word without blanks")
+    return text
+
+
+def _name(text):
+    if not text.strip() or re.search(r'[\x00-\x1f\x7f"]', text):
+        raise ValueError("must be a character's name")
+    return text
+
+
+def _notice(text):
+    if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f]", text):
+        raise ValueError("holds control characters")
+    return text
+
+
+def _local_address(text):
+    if text:
+        ipaddress.ip_address(text)              # its ValueError says enough
+    return text
+
+
+def _networks(text):
+    return [ipaddress.ip_network(part) for part in re.split(r"[,\s]+", text.strip()) if part]
+
+
+def _rate(text):
+    return None if text == "auto" else _number(0, 100000, float)(text)
+
+
+_seconds = _number(0, 10 ** 8, float)
+_interval = _number(0.05, 10 ** 6, float)
+SETTINGS = {
+    "mush_address": _addresses, "mush_type": _choice("auto", *FAMILIES),
+    "local_address": _local_address, "local_port": _number(0, 65535), "proxy_from": _networks,
+    "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval, "hb_timeout": _interval,
+    "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
+    "remotehostname_cmd": _word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
+    "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice, "silent_notice": _notice,
+    "unsent_notice": _notice, "relogin_failed_notice": _notice, "login_hold": _seconds, "hold": _seconds,
+    "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
+    "output_limit": _number(4096, 1 << 30), "log_file": str, "log_level": _choice("debug", "info", "warning", "error"),
+}
+
+
+class Settings:
+    """All settings, parsed: one attribute for each key of SETTINGS. Never changed after it was made."""
+
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+    def __repr__(self):
+        return f"Settings({', '.join(k for k in sorted(self.__dict__))})"        # no values: hb_pass is one
+
+
+def read_constants(path):
+    """Read the block of constants in the has.py at `path` as data.
+
+    Returns ({key: (text, "file:line")}, problems). Never executes the file.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    begin = [n for n, line in enumerate(lines) if line.startswith(BEGIN_MARK)]
+    end = [n for n, line in enumerate(lines) if line.startswith(END_MARK)]
+    if len(begin) != 1 or len(end) != 1 or end[0] < begin[0]:
+        return {}, [f"{path}: the lines {BEGIN_MARK!r} and {END_MARK!r} must stand there once each: put them back"]
+    try:
+        tree = ast.parse("\n" * begin[0] + "\n".join(lines[begin[0]:end[0]]) + "\n")
+    except SyntaxError as error:
+        return {}, [f"{path}:{error.lineno}: this is no Python constant: {error.msg}"]
+    return _constants_of(tree, path)
+
+
+def _constants_of(tree, path):
+    found, problems = {}, []
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        try:
+            (target,), value = node.targets, ast.literal_eval(node.value)
+            key = target.id.lower()
+            if not isinstance(value, (int, float, str)) or not target.id.isupper():
+                raise ValueError
+        except (AttributeError, ValueError, TypeError):
+            problems.append(f'{where}: only lines like NAME = "text" or NAME = 123 may stand here')
+            continue
+        if key in found:
+            problems.append(f"{where}: {target.id} is set a second time (first at {found[key][1]}): delete one")
+        found.setdefault(key, (str(value), where))
+    return found, problems
+
+
+def read_conf(path):
+    """Read a has.conf: `key = value`, `#` in column 1 is a comment, an indented line continues a value.
+
+    Returns ({key: (text, "file:line")}, problems); a file that is not there gives nothing.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{path}: cannot be read: {error}"]
+    found, problems, key = {}, [], None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if line.startswith("#") or not line.strip():
+            continue
+        if line[0] in " \t":
+            if key:
+                found[key] = (found[key][0] + "\n" + line.strip(), found[key][1])
+            else:
+                problems.append(f"{where}: this indented line continues nothing: start keys in column 1")
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals:
+            problems.append(f"{where}: {line.strip()!r} is not `key = value`")
+            key = None
+        elif key in found:
+            problems.append(f"{where}: {key} is set a second time (first at {found[key][1]}): delete one")
+        else:
+            found[key] = (value, where)
+    return found, problems
+
+
+def load_settings(script, conf):
+    """Read the constants in `script` and the file `conf` over them.
+
+    Returns (Settings, remarks): remarks are lines for the log. Raises SettingsError with every problem found.
+    """
+    constants, problems = read_constants(script)
+    overrides, more = read_conf(conf)
+    problems += more
+    values = {}
+    for key, (text, where) in list(constants.items()) + list(overrides.items()):
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(key, SETTINGS, 1)
+            problems.append(f"{where}: {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            values[key] = SETTINGS[key](text)
+        except ValueError as error:
+            shown = "(hidden)" if key == "hb_pass" else text
+            problems.append(f"{where}: {key} = {shown}: {error}")
+    if constants:
+        problems += [f"{script}: {key.upper()} is missing from the constants: put it back"
+                     for key in SETTINGS if key not in constants]
+    if not problems:
+        problems = _loops(values)
+    if problems:
+        raise SettingsError(problems)
+    remarks = [f"{where} overrides the constant {key.upper()}" for key, (_, where) in overrides.items()]
+    return Settings(values), remarks
+
+
+def _loops(values):
+    """One of our own listeners as the world would be a loop."""
+    return [f"mush_address = {address}: that is HAS itself (local_port): give the port of the MUSH"
+            for address in values["mush_address"]
+            if address.port == values["local_port"] and address.host and _is_ours(address.host, values)]
+
+
+def _is_ours(host, values):
+    host = "127.0.0.1" if host == "localhost" else host
+    try:
+        number = ipaddress.ip_address(host)
+    except ValueError:
+        return False                            # a name: no look-up here; the heartbeat would notice
+    if values["local_address"]:
+        return number == ipaddress.ip_address(values["local_address"])
+    try:
+        with socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET) as trial:
+            trial.bind((host, 0))               # only an address of this machine can be bound
+        return True
+    except OSError:
+        return False
+
+
+# ======================================================================
+# 2. Telnet
+#
+# Pure: no sockets, no clock. A Scanner splits a stream into text and whole
+# telnet commands; an Agreement remembers what client and world settled, and a
+# Replay plays the client's part towards a new world, which knows nothing of it.
+# ======================================================================
+
+IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          # RFC 854
+BINARY, ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 0, 1, 24, 31, 42, 70, 201     # RFC 856 857 1091 1073 2066
+AYT = b"\xff\xf6"
+COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
+LONGEST_SB = 65536
+_COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
+
+
+def command(verb, option):
+    """The bytes of one telnet option command, such as IAC WILL NAWS."""
+    return bytes((IAC, verb, option))
+
+
+def unescape(text):
+    """Text with every IAC IAC made the one byte it stands for."""
+    return text.replace(b"\xff\xff", b"\xff")
+
+
+def printable(text):
+    """User or world text for the log: nothing in it can steer a terminal."""
+    text = text.decode("utf-8", "replace") if isinstance(text, (bytes, bytearray)) else text
+    return re.sub(r"[^ -~\xa1-\uffff]", "?", text)
+
+
+class Scanner:
+    """Splits one direction of a telnet stream into text and commands (RFC 854, 855).
+
+    `feed` returns a list of (is_command, bytes); joined they are the bytes fed, but for an unfinished command,
+    which is held until it is whole. IAC IAC is text. A sub-negotiation longer than LONGEST_SB is let through as
+    it comes, as commands that match nothing.
+    """
+
+    __slots__ = ("held", "_looked", "_long")
+
+    def __init__(self):
+        self.held = b""            # an unfinished command
+        self._looked = 0           # how much of a held sub-negotiation was searched for its end
+        self._long = False         # inside a sub-negotiation that is too long to hold
+
+    def feed(self, data):
+        """Take `data`; return what is complete as [(is_command, bytes), ...]."""
+        if self.held:
+            data, self.held = self.held + data, b""
+        pieces, at = [], 0
+        while at < len(data):
+            if self._long or data.startswith(b"\xff\xfa", at):
+                at = self._sub(data, at, pieces)
+                continue
+            start = self._next_command(data, at)
+            if start > at:
+                pieces.append((False, data[at:start]))
+            at = start
+            if at < len(data) and not data.startswith(b"\xff\xfa", at):
+                match = _COMMAND.match(data, at)
+                if not match:
+                    self.held = data[at:]
+                    break
+                pieces.append((True, match.group()))
+                at = match.end()
+        return pieces
+
+    @staticmethod
+    def _next_command(data, at):
+        """Where the next command starts: the next IAC that is not doubled."""
+        while True:
+            at = data.find(IAC, at)
+            if at < 0:
+                return len(data)
+            if not data.startswith(b"\xff\xff", at):
+                return at
+            at += 2
+
+    def _sub(self, data, start, pieces):
+        """Take a sub-negotiation from `start`; return where it ends."""
+        at = start if self._long else max(start + 2, start + self._looked)
+        while True:
+            at = data.find(IAC, at)
+            if at < 0 or at + 1 >= len(data):
+                break
+            at += 2
+            if data[at - 1] == SE:
+                pieces.append((True, data[start:at]))
+                self._looked, self._long = 0, False
+                return at
+        if not self._long and len(data) - start <= LONGEST_SB:
+            self.held, self._looked = data[start:], (len(data) if at < 0 else at) - start
+            return len(data)
+        end = len(data) if at < 0 else at       # a lone IAC at the end waits for its second byte
+        if end > start:
+            pieces.append((True, data[start:end]))
+        self.held, self._looked, self._long = data[end:], 0, True
+        return len(data)
+
+
+def unfinished(tail):
+    """What ends an escape sequence that `tail`, the end of what a client was sent, leaves open (ECMA-48 5.4)."""
+    match = re.search(rb"\x1b(\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*|)\Z", tail)
+    if not match:
+        return b""
+    return b"[0m" if not match.group(1) else b"m" if match.group(1).startswith(b"[") else b"\x07"
+
+
+class Agreement:
+    """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
+
+    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore")
+
+    def __init__(self):
+        self.client = {}           # option -> the client's last word on it: its own side WILL/WONT ...
+        self.world = {}            # ... keyed (verb in DO WILL, option) -> True or False, and the same for the world
+        self.naws = None           # the last whole NAWS command
+        self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
+        self.charset = None        # the client's CHARSET ACCEPTED
+        self.gmcp = []             # Core.Hello and Core.Supports of the client, whole commands
+        self.ignore = set()        # answers of the client that nobody waits for
+
+    @staticmethod
+    def _note(side, verb, option):
+        side[(WILL if verb in (WILL, WONT) else DO, option)] = verb in (WILL, DO)
+
+    def from_world(self, piece):
+        """Remember a command of the world's."""
+        if len(piece) == 3:
+            self._note(self.world, piece[1], piece[2])
+            if piece[1:] == bytes((DONT, TTYPE)):
+                self.ttypes = []
+
+    def from_client(self, piece):
+        """Remember a command of the client's; return False if it is an answer nobody waits for."""
+        if len(piece) == 3:
+            if piece[1:] in self.ignore:
+                self.ignore.discard(piece[1:])
+                return False
+            self._note(self.client, piece[1], piece[2])
+        elif len(piece) > 5 and piece[1] == SB:
+            self._note_sub(piece, piece[2], piece[3])
+        return True
+
+    def _note_sub(self, piece, option, first):
+        if option == NAWS:
+            self.naws = piece
+        elif option == TTYPE and first == 0 and piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
+            self.ttypes.append(piece)
+        elif option == CHARSET and first == 2:
+            self.charset = piece
+        elif option == GMCP and piece[3:].lower().startswith((b"core.hello", b"core.supports.")):
+            if piece[3:].lower().startswith((b"core.hello", b"core.supports.set")):
+                kind = piece[3:].split(b" ")[0].lower()
+                self.gmcp = [p for p in self.gmcp if p[3:].split(b" ")[0].lower() != kind]
+            self.gmcp = (self.gmcp + [piece])[-16:]
+
+    def settled(self, verb, option):
+        """Whether the client's side (WILL) or the world's side (DO) of an option is agreed to be on."""
+        other = DO if verb == WILL else WILL
+        return bool(self.client.get((verb, option)) and self.world.get((other, option)))
+
+
+class Replay:
+    """The client's part of the negotiation on a new link, spoken by HAS from an Agreement.
+
+    It speaks for the client about each option once; a second offer (an in-place restart of the world, say) is
+    the client's own affair, and so is every option the client has not met yet.
+    """
+
+    __slots__ = ("agreement", "had", "met", "said", "typed")
+
+    def __init__(self, agreement):
+        self.agreement = agreement
+        self.had = {(verb, option) for verb in (WILL, DO) for option in range(256) if agreement.settled(verb, option)}
+        self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
+        self.said = set()          # what was sent unasked
+        self.typed = 0             # terminal types given so far
+
+    def opening(self):
+        """What may go in front of the login line: size, terminal and character set, if they were settled before.
+
+        TinyMUX refuses a UTF-8 password typed before CHARSET (worlds/tinymux.md a).
+        """
+        out = b""
+        for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws), (CHARSET, self.agreement.charset)):
+            if (WILL, option) in self.had:
+                out += self._say(WILL, option)
+                if option == CHARSET and (DO, CHARSET) in self.had:
+                    out += self._say(DO, CHARSET)
+                out += detail or b""
+        return out
+
+    def _say(self, verb, option):
+        self.said.add((verb, option))
+        return command(verb, option)
+
+    def answer(self, piece):
+        """Take a command of the new world; return (bytes for the world, bytes for the client)."""
+        if len(piece) == 3:
+            return self._answer_option(piece, piece[1], piece[2])
+        if len(piece) > 5 and piece[1] == SB:
+            if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
+                self.typed += 1
+                return self.agreement.ttypes[min(self.typed, len(self.agreement.ttypes)) - 1], b""
+            if piece[2:4] == bytes((CHARSET, 1)) and self.agreement.charset:
+                return self.agreement.charset, b""
+        return b"", piece
+
+    def _answer_option(self, piece, verb, option):
+        mine = (WILL if verb in (DO, DONT) else DO, option)
+        on, first = verb in (DO, WILL), mine not in self.met
+        self.met.add(mine)
+        if not first:
+            self.had.discard(mine)
+            return b"", piece
+        if not on:
+            return b"", piece if mine in self.had else b""
+        if mine in self.said:
+            return b"", b""                     # its answer to what HAS said unasked
+        if mine in self.had:
+            return command(*mine) + self._detail(mine), b""
+        if (verb, option) not in self.agreement.world:
+            return b"", piece                   # new to the client
+        if self.agreement.client.get(mine) is False:
+            return command(WONT if mine[0] == WILL else DONT, option), b""
+        return b"", b""                         # offered before, and never answered
+
+    def _detail(self, mine):
+        if mine == (WILL, NAWS):
+            return self.agreement.naws or b""
+        return b"".join(self.agreement.gmcp) if mine == (DO, GMCP) else b""
+
+    def leftovers(self):
+        """What to switch off at the client, because the new world did not offer it: ECHO first of all."""
+        out = b""
+        for verb, option in sorted(self.had - self.met, key=lambda it: (it[1] != ECHO, it)):
+            off = WONT if verb == DO else DONT                  # HAS speaks to the client as the world
+            out += command(off, option)
+            answer = bytes((DONT if verb == DO else WONT, option))
+            self.agreement.ignore.add(answer)
+            self.agreement.client[(verb, option)] = False
+            self.agreement.world[(WILL if verb == DO else DO, option)] = False
+        self.had &= self.met
+        return out
+
+
+# ======================================================================
+# 3. Dialects
+#
+# One class for each server family: data and small pure functions. Nothing
+# outside this part knows which family it talks to. The facts were recorded
+# from the real servers. A Proof follows the logins of one link.
+# ======================================================================
+
+class Credentials:
+    """A character's name and password with the verb it was typed with. Shows neither in repr, log or traceback."""
+
+    __slots__ = ("verb", "name", "password")
+
+    def __init__(self, verb, name, password):
+        self.verb, self.name, self.password = verb, name, password
+
+    def __repr__(self):
+        return "Credentials(***)"
+
+    def __eq__(self, other):
+        return isinstance(other, Credentials) and (self.name.lower(), self.password) == (
+            other.name.lower(), other.password)
+
+    __hash__ = None
+
+    @property
+    def character(self):
+        """The bare name, lower case, as announcements spell it but for case."""
+        return self.name.lstrip(b"*").lower()
+
+    def line(self):
+        """The login line a world is sent, without its end."""
+        name = b'"%s"' % self.name if b" " in self.name else self.name
+        return b" ".join((self.verb, name, self.password))
+
+
+def rub_out(line):
+    """Apply BS and DEL as a line editor does: each deletes the byte before it."""
+    while True:
+        shorter = re.sub(rb"[^\b\x7f][\b\x7f]|\A[\b\x7f]+", b"", line)
+        if shorter == line:
+            return line
+        line = shorter
+
+
+def escape_softcode(text):
+    """Make `text` literal for softcode: backslash before every ASCII byte that is no letter or digit.
+
+    None if it holds what cannot be passed: control bytes, or text outside Latin-1 (kills TeenyMUSH's evaluation).
+    """
+    try:
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", text) or not all(ord(c) < 256 for c in text.decode("utf-8")):
+            return None
+    except UnicodeDecodeError:
+        return None
+    special = {b" ": b"%b", b"\t": b"%t"}
+    return re.sub(rb"[^A-Za-z0-9\x80-\xff]", lambda m: special.get(m.group(), b"\\" + m.group()), text)
+
+
+class Dialect:
+    """What a family has in common with most others; itself the dialect `plain`: a world HAS cannot log in to."""
+
+    name = "plain"
+    logs_in = False                # HAS can log its users and its heartbeat in
+    telnet = True                  # the server parses telnet; else HAS answers the client itself
+    whole_lines = False            # login-screen text goes on by whole lines only (a hand-over word must be caught)
+    line_end = re.compile(rb"\n")
+    ignored = rb"[\r\x00]"         # bytes the server drops from a typed line
+    edits = True                   # BS and DEL edit the line
+    longest_line = 8000
+    mark_before = mark_behind = None            # what goes before and behind a login line so that a mark proves it
+    block_proof = None             # what must stand between two marks for that
+    end_question = b""             # asks for the end marker of a return ...
+    end_mark = end_text = end_command = None    # ... which is a mark, a text or a telnet command
+    login_words = re.compile(rb"(?!)")          # group 1: connect-like verb, or group 2: create
+    quit_playing = quit_login = re.compile(rb"(?i)quit\s*\Z")
+    logout = re.compile(rb"(?!)")
+    handover_words = ()            # words only HAS may say before a login
+    setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
+    refused_text = re.compile(rb"(?!)")         # the server's words for "wrong name or password"
+    password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
+    name_typed = re.compile(rb"(?i)@name\s+\*?([^=]+?)\s*=\s*\"?([^;]+?)\"?(?:;.*)?\s*\Z")    # who, new name
+    password_changed = password_kept = name_changed = name_kept = re.compile(rb"(?!)")
+    check_function = None
+    greets = True                  # a banner comes at once
+    quota = None                   # commands at once, then one a second
+    at_once = 8                    # sessions brought back at the same time
+    login_probe = None             # (line, pattern) answered at the login screen
+    start_question, start_answer = None, re.compile(rb"(?!)")           # asks for the start id, before a login
+    start_command = None           # the telnet offer without which it is not asked
+    check_right = "WIZARD"         # the flag the heartbeat needs for checks
+    capped = False                 # longer lines overrun the server's buffer
+
+    def clean(self, line):
+        """`line`, free of telnet, as this server reads it: one line without its end."""
+        line = re.sub(self.ignored, b"", line.rstrip(b"\r\n"))
+        return rub_out(line) if self.edits else line
+
+    def read_login(self, line):
+        """The Credentials in a cleaned line typed at the login screen, or None if it is no login line."""
+        match = self.login_words.match(line)
+        if not match:
+            return None
+        rest = line[match.end():]
+        words = re.match(rb'\s*(?:"([^"]+)"\s*|(\S+)\s+)(\S+)', rest)
+        if not words:
+            return None
+        name = b" ".join((words.group(1) or words.group(2)).split())
+        return Credentials(b"connect" if match.group(2) else match.group(1), name, words.group(3))
+
+    def is_handover(self, line, word):
+        """Whether the server could read this typed line as the hand-over of a user's address (rule 9)."""
+        words = [w.lower() for w in self.handover_words + ((word.encode(),) if word not in ("auto", "none") else ())]
+        bare = re.sub(rb"[^ -~\b]", b"", line)
+        for text in (rub_out(bare), bare.replace(b"\b", b"")):
+            typed = re.match(rb"\s*([^\s=]*)", text).group(1).lower()
+            if any(typed.startswith(w) or len(typed) > 1 and typed[:1] == b"@" and w.startswith(typed) for w in words):
+                return True
+        return False
+
+    def address_line(self, host, epoch, word, path):
+        """The bytes that tell the world a user's address, sent once and first; b"" where there is no way."""
+        return b""
+
+    def probe(self, nonce):
+        """A line a logged-in character sends whose answer is the line `nonce` alone."""
+        return b"think %s\r\n" % nonce
+
+    def check(self, pairs, nonce):
+        """One line that asks about each of `pairs`; None if one of them cannot be asked. See verdicts()."""
+        calls = [self.check_call(pair) for pair in pairs] if self.check_function else [None]
+        return None if None in calls else b"think %s %s %s\r\n" % (nonce, b":".join(calls), nonce)
+
+    def check_call(self, pair):
+        """The softcode that asks about one pair, or None."""
+        name, password = escape_softcode(pair.name.lstrip(b"*")), escape_softcode(pair.password)
+        if name is None or password is None:
+            return None
+        return b"[%s(%s%s,%s)]" % (self.check_function, b"" if name.startswith(b"\\#") else b"*", name, password)
+
+    @staticmethod
+    def verdicts(answer):
+        """The answer between the nonces as a list: True right, False wrong, None no right to ask."""
+        return [True if part == b"1" else None if b"PERMISSION" in part or b"FUNCTION" in part else False
+                for part in answer.split(b":")]
+
+
+class TeenyMUSH(Dialect):
+    name = "teenymush"
+    logs_in = True
+    whole_lines = True
+    ignored = rb"\r"
+    edits = False
+    # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
+    login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
+    handover_words = (b"@remotehostname",)
+    outcome = re.compile(rb"(Last connect was from )|Either that player does not exist, or has a different password\.|"
+                         rb"Invalid command, try: |That name is already in use\.")
+    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
+    end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
+    password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
+    password_changed = re.compile(rb"Password changed\.|The password for .* has been updated\.")
+    password_kept = re.compile(rb"Invalid old password|usage: @password|Permission denied|Huh\?")
+    name_changed, name_kept = re.compile(rb"Set\.\Z"), re.compile(rb"That name is already in use|Huh\?|Permission denied")
+    check_function = b"password"
+    at_once = 1                    # listen backlog 1
+    login_probe = (b"WHO\r\n", re.compile(rb"Players? logged in"))
+    start_command, start_question, start_answer = b"\xff\xfb\x46", b"\xff\xfd\x46", re.compile(rb"UPTIME\x02(\d+)")  # MSSP
+
+    def read_login(self, line):
+        login = super().read_login(line.replace(b"\t", b"\x00"))
+        extra = login and re.search(rb"(\S+)\s*\Z", line).group(1) != login.password
+        return None if extra else login         # exactly two words: `connect a b c` is malformed
+
+    def address_line(self, host, epoch, word, path):
+        word = "@remotehostname" if word == "auto" else word
+        return f"{word} {host}{f'={epoch}' if epoch else ''}\r\n".encode()
+
+
+class _InfoFamily(Dialect):
+    """The four families that come from one tree: INFO, OUTPUTPREFIX, a command quota."""
+
+    logs_in = True
+    quota = 100
+    start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
+    login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
+    setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
+                               rb"PROMPT_NEWLINES)(?:\s+(.*?))?\s*\Z")
+    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
+    password_typed = re.compile(rb"(?i)@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^=]+=\s*(\S+)\s*\Z")
+    password_changed = re.compile(rb"Password changed\.")
+    password_kept = re.compile(rb"Sorry\.|Null passwords|Illegal character|Bad new password|Huh\?|Permission denied")
+    name_changed = re.compile(rb"(?:Alias set\.\s+)?Name set\.")
+    name_kept = re.compile(rb"That name is already in use|You can't use that name|You can't give|Huh\?|Permission denied")
+
+
+class PennMUSH(_InfoFamily):
+    name = "pennmush"
+    line_end = re.compile(rb"\r\n|\r|\n")
+    ignored = rb"\n"
+    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
+    quit_playing = quit_login = re.compile(rb"QUIT\Z")
+    logout = re.compile(rb"LOGOUT\Z")
+    # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
+    mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\n \r\n"
+                   b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
+    end_question = b"IDLE %(n)se\r\n"
+    end_mark = b"e"
+    refused_text = re.compile(rb"That is not the correct password\.|There is no player with that name\.|"
+                              rb"Either that player does not exist|There is already a player with that name\.")
+    password_changed = re.compile(rb"You have changed your password\.")
+    password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|Permission denied")
+    check_function = b"checkpass"
+    longest_line = 4000
+    greets = False
+    at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
+    login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
+
+    def check_call(self, pair):
+        name = pair.name.lstrip(b"*")
+        if not (name + pair.password).isascii() or re.search(rb"[\x00-\x1f\x7f]", name + pair.password):
+            return None                         # decode64 gives `?` or wrong results: not to be asked
+        who = name if re.match(rb"#\d+\Z", name) else b"*[decode64(%s)]" % base64.b64encode(name)
+        return b"[checkpass(%s,decode64(%s))]" % (who, base64.b64encode(pair.password))
+
+    def address_line(self, host, epoch, word, path):
+        # through its unix socket, one send within 100 ms of the connect (worlds/pennmush.md f)
+        return f"{host}^{host}\r\n".encode() if path else b""
+
+
+class TinyMUSH(_InfoFamily):
+    name = "tinymush"
+    telnet = False                 # sub-negotiations leak into the next line (worlds/tinymush.md a)
+    line_end = re.compile(rb"\r\n|\r|\n")
+    ignored = rb"[^ -~\t\x07\x1b\b\x7f]"
+    login_words = re.compile(rb"\s*(c[od]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
+    quit_playing, quit_login = re.compile(rb"(?:QUIT|quit)\Z"), re.compile(rb"(?:QUIT|LOGOUT)\Z")
+    logout = re.compile(rb"(?:LOGOUT|logout)\Z")
+    mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
+    end_question = b"INFO\r\n"
+    end_text = re.compile(rb"### End INFO\r?\n")
+    at_once = 1                    # sessions of one character must come one by one
+    capped = True
+
+
+class TinyMUX(_InfoFamily):
+    name = "tinymux"
+    ignored = rb"[\r\x00\t]"
+    login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
+    quit_playing = re.compile(rb"(?:QUIT|quit)(?:\s.*)?\Z")
+    quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    logout = re.compile(rb"(?:LOGOUT|logout)\Z")
+    # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
+    mark_before = b"OUTPUTPREFIX %(n)s\r\n"
+    mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
+    end_question = b"INFO\r\n"
+    end_text = re.compile(rb"### End INFO\r?\n")
+    at_once = 64                   # listen backlog 4096
+
+
+class RhostMUSH(_InfoFamily):
+    name = "rhostmush"
+    whole_lines = True
+    ignored = rb"[\r\x00\t]"
+    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?|da?r?k?|hi?d?e?)?)(?=\s)"
+                             rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
+    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
+    quit_login = re.compile(rb"(?i)(?:quit|logout)(?:\s.*)?\Z")
+    logout = re.compile(rb"(?i)logout\Z")
+    handover_words = (b"proxy",)
+    # SESSION prints its table only when logged in; both marks come in either state
+    mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
+                   b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
+    block_proof = re.compile(rb"Pend\s+Lost")
+    end_mark = b"z"
+    check_function = b"checkpass"
+    check_right = "ROYALTY or IMMORTAL"
+    longest_line = 16000
+    at_once = 4                    # listen backlog 5
+
+    def address_line(self, host, epoch, word, path):
+        if word != "auto":
+            return f"{word} {host}\r\n".encode()               # its sconnect_cmd
+        kind, here = ("TCP6", "::1") if ":" in host else ("TCP4", "127.0.0.1")
+        return f"PROXY {kind} {host} {here} 1 2\r\n".encode()  # HAProxy's PROXY protocol, version 1
+
+
+PLAIN = Dialect()
+DIALECTS = {d.name: d for d in (TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
+
+
+def recognise(banner, info):
+    """The dialect of a world from what it sent at connect and its answer to INFO or MSSP; None if none fits."""
+    version = re.search(rb"Version: ([^\r\n]+)", info)
+    version = version.group(1) if version else b""
+    if b"TeenyMUSH" in info or b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF"):
+        return DIALECTS["teenymush"]
+    for word, name in ((b"PennMUSH", "pennmush"), (b"Rhost", "rhostmush"), (b"MUX", "tinymux"),
+                       (b"TinyMUSH", "tinymush"), (b"4.", "tinymush")):
+        if version.startswith(word):
+            return DIALECTS[name]
+    return None
+
+
+class Proof:
+    """Which login of a link took, told by marks (rule 5) or, without marks, by the server's first words.
+
+    One for each link. `wrap` prepares login lines, `feed` takes the link's text, free of telnet, and returns what
+    the user may see. While `returning`, everything up to the end marker is kept in `held` instead.
+    """
+
+    __slots__ = ("dialect", "returning", "held", "login", "refused", "ended", "to_send", "asked",
+                 "_secret", "_token", "_tries", "_count", "_tail", "_block", "_line")
+
+    def __init__(self, dialect, returning=False):
+        self.dialect = dialect
+        self.returning = returning # everything is held until the end marker
+        self.held = b""
+        self.login = None          # the Credentials that took: the first mark decides
+        self.refused = False       # the server said that a login was wrong
+        self.ended = False         # the end marker was seen
+        self.to_send = b""         # what the owner must send to the world now
+        self.asked = False         # the question whose answer is the end marker was sent (families without marks)
+        self._secret = b"=" + secrets.token_hex(4).encode()
+        self._token = re.compile(self._secret + rb"([0-9a-f]{2})=([aze]?)\r?\n")
+        self._tries = {} if dialect.mark_behind else collections.deque()
+        self._count = 0
+        self._tail = b""           # a held-back tail that could begin a mark
+        self._block = None         # the text since a mark `a`, removed with it
+        self._line = b""           # an unfinished line, read along only
+
+    @property
+    def live(self):
+        """Whether the link's text must be fed to this proof at all."""
+        return bool(self._tries or self._block is not None or self._tail or self.returning and not self.ended)
+
+    def retire(self):
+        """Forget the marks: none can come any more."""
+        self._tries.clear()
+
+    def _fill(self, template, nonce, settings):
+        prefix, suffix = (settings.get(word, b"") for word in (b"OUTPUTPREFIX", b"OUTPUTSUFFIX"))
+        return template % {b"n": nonce, b"p": prefix and b" " + prefix, b"s": suffix and b" " + suffix}
+
+    def _nonce(self, login):
+        number = b"%02x" % (self._count % 256)
+        self._count += 1
+        self._tries[number] = login
+        return self._secret + number + b"="
+
+    def arm(self, settings):
+        """What goes before a line that may become a login line; (nonce, bytes). Families with mark_before only."""
+        nonce = self._nonce(None)
+        return nonce, self._fill(self.dialect.mark_before, nonce, settings)
+
+    def wrap(self, login, begun, line, settings, nonce=None):
+        """The bytes to send for `line`, what did not go on yet of a login line; `begun`: a part of it did.
+
+        `nonce` is what arm() gave, if its bytes went ahead.
+        """
+        dialect = self.dialect
+        if not dialect.mark_behind:
+            self._tries.append(login)
+            return line
+        before = b""
+        if nonce:
+            self._tries[nonce[-3:-1]] = login
+        else:
+            nonce = self._nonce(login)
+            before = self._fill(dialect.mark_before or b"", nonce, settings)
+        behind = self._fill(dialect.mark_behind, nonce, settings)
+        return line + before + behind if begun else before + line + behind
+
+    def disarm(self, nonce, settings):
+        """What goes behind an armed line that was no login line after all."""
+        del self._tries[nonce[-3:-1]]
+        return self._fill(self.dialect.mark_behind, nonce, settings)
+
+    def script(self, login):
+        """The bytes that log `login` in on a returning link, the question for the end marker included."""
+        out = self.wrap(login, False, login.line() + b"\r\n", {})
+        nonce = self._secret + b"%02x=" % ((self._count - 1) % 256)
+        return out + (self._fill(self.dialect.end_question, nonce, {}) if self.dialect.mark_behind else b"")
+
+    def feed(self, text):
+        """Take text of the world; return what the user may see of it."""
+        if not self.dialect.mark_behind:
+            self._read_outcomes(text)
+            return self._let_through(text)
+        text, self._tail = self._tail + text, b""
+        shown, at = [], 0
+        for match in self._token.finditer(text):
+            shown.append(self._let_through(text[at:match.start()]))
+            self._mark(match.group(1), match.group(2))
+            at = match.end()
+        cut = self._beginning_of_a_mark(text, at)
+        self._tail = text[cut:]
+        shown.append(self._let_through(text[at:cut]))
+        return b"".join(shown)
+
+    def _beginning_of_a_mark(self, text, at):
+        """Where a tail starts that could begin a mark, or the length of `text`."""
+        whole = len(self._secret) + 6                           # the number, `=`, a letter, CR, LF
+        start = text.find(b"=", max(at, len(text) - whole + 1))
+        while start >= 0:
+            tail = text[start:]
+            if self._secret.startswith(tail) or re.match(
+                    re.escape(self._secret) + rb"(?:[0-9a-f]{0,2}|[0-9a-f]{2}=[aze]?\r?)\Z", tail):
+                return start
+            start = text.find(b"=", start + 1)
+        return len(text)
+
+    def _mark(self, number, letter):
+        login = self._tries.get(number)
+        if letter == b"a":
+            self._block = b""
+        elif letter != b"e":
+            proof = self.dialect.block_proof
+            if self.login is None and login and (not proof or proof.search(self._block or b"")):
+                self.login = login
+            self._block = None
+        if letter == self.dialect.end_mark:
+            self.end()
+
+    def _let_through(self, text):
+        if self._block is not None:
+            self._block = (self._block + text)[-4096:]
+            return b""
+        if not self.returning or self.ended:
+            return text
+        self.held = (self.held + text)[-(1 << 20):]
+        end = self.dialect.end_text and self.dialect.end_text.search(self.held)
+        if not end:
+            return b""
+        after, self.held = self.held[end.end():], self.held[:end.end()]
+        self.end()
+        return after
+
+    def end(self):
+        """The end marker was seen: all that came of the login is in `held`."""
+        self.ended = True
+        self.refused = bool(self.dialect.refused_text.search(self.held))
+
+    def _read_outcomes(self, text):
+        """Families without marks answer login lines in order, one outcome each, at the start of a line."""
+        *lines, self._line = (self._line + text).split(b"\n")
+        self._line = self._line[-300:]
+        for line in lines:
+            outcome = self._tries and self.dialect.outcome.match(line)
+            if not outcome:
+                continue
+            login = self._tries.popleft()
+            if outcome.group(1) and self.login is None:
+                self.login = login
+                self._tries.clear()
+            if self.returning and not self.asked:
+                self.asked, self.to_send = True, self.dialect.end_question
+
+    def saw_command(self, piece):
+        """Whether a telnet command of the world is the answer to the question for the end marker."""
+        if not self.asked or piece != self.dialect.end_command or self.ended:
+            return False
+        self.end()
+        return True
+
+
+# ======================================================================
+# 4. Mailbox
+#
+# The one way between the threads, used in both directions.
+# ======================================================================
+
+class Mailbox:
+    """Calls posted by any thread (or a signal handler), run by the owner's thread in order."""
+
+    def __init__(self):
+        self._calls = collections.deque()
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+
+    def post(self, call, *arguments):
+        """Have the owner run `call(*arguments)` soon. Any thread may call; never blocks."""
+        self._calls.append((call, arguments))
+        try:
+            self.writer.send(b"\0")
+        except BlockingIOError:
+            pass                                # full: the owner will wake in any case
+
+    def run(self):
+        """Run what was posted. Only the owner's thread may call; what a call posts is run next time."""
+        try:
+            while len(self.reader.recv(4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+        for _ in range(len(self._calls)):
+            call, arguments = self._calls.popleft()
+            call(*arguments)
+
+
+# ======================================================================
+# 5. Stream
+#
+# One non-blocking socket with its out-buffer. What it is interested in is
+# computed in one place; every close says which: finish() or drop().
+# ======================================================================
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: stop reading the other side above, go on below
+CHUNK = 65536
+
+
+def tune(sock, idle, interval, count, user_timeout=0):
+    """Set what keeps a TCP connection prompt and notices a vanished peer; seconds. What a platform lacks is left out."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    wanted = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+              (socket.IPPROTO_TCP, "TCP_KEEPIDLE", idle), (socket.IPPROTO_TCP, "TCP_KEEPALIVE", idle),  # macOS
+              (socket.IPPROTO_TCP, "TCP_KEEPINTVL", interval), (socket.IPPROTO_TCP, "TCP_KEEPCNT", count),
+              (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(user_timeout * 1000))]
+    for level, option, value in wanted:
+        if value and hasattr(socket, option):
+            try:
+                sock.setsockopt(level, getattr(socket, option), value)
+            except OSError:
+                pass                            # known but not for this socket: the kernel's own default stays
+
+
+def reset(sock):
+    """Close with RST, so that the port is free at once."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def is_connected_to_itself(sock):
+    """Whether a connect to a dead local port met its own outgoing port (TCP simultaneous open)."""
+    return sock.family != getattr(socket, "AF_UNIX", None) and sock.getsockname() == sock.getpeername()
+
+
+class Stream:
+    """One non-blocking socket in the hub's selector. Main thread only.
+
+    The owner is told by on_data(data), a bound method, and owner.on_stream_open, on_stream_end(stream, reason),
+    on_stream_full and on_stream_room (the out-buffer passed HIGH_WATER, fell below LOW_WATER).
+    A failed send stops writing only; the stream ends when reading it does, so that last words are not lost.
+    """
+
+    __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed", "full",
+                 "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
+
+    def __init__(self, selector, sock, owner, on_data, connecting=False):
+        sock.setblocking(False)
+        self.selector, self.sock, self.owner, self.on_data = selector, sock, owner, on_data
+        self.out = b""             # a bytearray while something waits to be sent
+        self.connecting = connecting
+        self.ended = self.closed = self.full = False
+        self.sent_bytes = 0        # progress: counts while something waits only
+        self._paused = self._finishing = self._broken = False
+        self._interest = 0
+        self._update()
+
+    @classmethod
+    def connect(cls, selector, target, owner, on_data):
+        """Begin to connect to target = (family, address); raises OSError where that fails at once."""
+        sock = socket.socket(target[0], socket.SOCK_STREAM)
+        sock.setblocking(False)
+        error = sock.connect_ex(target[1])
+        if error not in (0, errno.EINPROGRESS):
+            sock.close()
+            raise OSError(error, os.strerror(error))
+        return cls(selector, sock, owner, on_data, connecting=True)
+
+    def _update(self):
+        """Tell the selector what is wanted, if that changed."""
+        wanted = 0
+        if not self.closed:
+            if self.out or self.connecting:
+                wanted = WRITE
+            if not (self._paused or self.ended or self.connecting):
+                wanted |= READ
+        if wanted == self._interest:
+            return
+        if not wanted:
+            self.selector.unregister(self.sock)
+        elif not self._interest:
+            self.selector.register(self.sock, wanted, self)
+        else:
+            self.selector.modify(self.sock, wanted, self)
+        self._interest = wanted
+
+    def ready(self, events):
+        """The selector says that reading or writing would not block."""
+        if events & WRITE:
+            if self.connecting:
+                self._finish_connect()
+                return
+            self._flush()
+        if events & READ and not self.closed:
+            try:
+                data = self.sock.recv(CHUNK)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._end(error.strerror or str(error))
+                return
+            if data:
+                self.on_data(data)
+            else:
+                self._end("")
+
+    def _finish_connect(self):
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._end(os.strerror(error))
+        elif is_connected_to_itself(self.sock):
+            self.selector.unregister(self.sock)
+            self._interest, self.closed = 0, True
+            reset(self.sock)                    # so that the MUSH can bind its port
+            self._end("connected to itself: nothing listens there")
+        else:
+            self.connecting = False
+            self._update()
+            self.owner.on_stream_open(self)
+
+    def _end(self, reason):
+        self.ended = True
+        self._update()
+        self.owner.on_stream_end(self, reason)
+
+    def send(self, data):
+        """Send now what the socket takes and keep the rest in order."""
+        if not self.out and not self.connecting:
+            try:
+                sent = self.sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self._broken = True
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._hold(data)
+
+    def _hold(self, data):
+        if self._broken or not data:
+            return
+        if not self.out:
+            self.out = bytearray()
+        self.out += data
+        self._update()
+        if len(self.out) > HIGH_WATER and not self.full:
+            self.full = True
+            self.owner.on_stream_full(self)
+
+    def _flush(self):
+        try:
+            sent = self.sock.send(self.out) if self.out else 0
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self._broken, self.out = True, b""
+        else:
+            self.sent_bytes += sent
+            del self.out[:sent]
+        if not self.out:
+            self.out = b""
+            if self._finishing:
+                self._shut()
+        if self.full and len(self.out) < LOW_WATER:
+            self.full = False
+            self.owner.on_stream_room(self)
+        self._update()
+
+    def pause(self):
+        """Stop reading for now."""
+        self._paused = True
+        self._update()
+
+    def resume(self):
+        """Read again."""
+        self._paused = False
+        self._update()
+
+    def finish(self):
+        """Flush, then end the writing side. Reading goes on until the other side ends too; then drop()."""
+        self._finishing = True
+        self._paused = False
+        if not self.out and not self.connecting:
+            self._shut()
+        self._update()
+
+    def _shut(self):
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._broken = True                 # gone already; reading says so too
+
+    def last_words(self):
+        """Deliver what the other side sent before it ended, as far as it has arrived."""
+        while not (self.closed or self.ended or self.connecting):
+            try:
+                data = self.sock.recv(CHUNK)
+            except OSError:
+                return
+            if not data:
+                return
+            self.on_data(data)
+
+    def drop(self):
+        """Close now. Harmless twice."""
+        if not self.closed:
+            self.closed = True
+            self._update()
+            self.sock.close()
+
+
+# ======================================================================
+# 6. Session
+#
+# One user: a client stream, a link to the world, and what must be remembered
+# to bring him back. Every rule that a user can see is in this part.
+# ======================================================================
+
+KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
+RETURN_SECONDS = 10                # last resort where no end marker comes
+CONNECT_SECONDS = 10
+QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
+STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
+MARK_SECONDS = 60                  # marks come no later than this after a login
+NOTHING = {}
+# The start of typed lines that HAS must read; everything else passes unread.
+_WATCHED = re.compile(rb"[ \t]*(?:quit|logout|@pa|@new|@name|output|screen|pueblo|sockset|prompt_)", re.I)
+_ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
+
+
+class State(enum.Enum):
+    """What a session is doing; see Session."""
+
+    LOGIN = "at the login screen"
+    PLAYING = "in the game"
+    ASKING = "asking why the link ended"
+    WAITING = "waiting for the world"
+    RETURNING = "being logged in again"
+    CLOSING = "closing"
+
+
+class Typed:
+    """The line a user is typing: what came of it, how much of that went on to the world."""
+
+    __slots__ = ("buffer", "sent", "nonce", "overlong")
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Begin a new line."""
+        self.buffer, self.sent, self.nonce, self.overlong = b"", 0, None, False
+
+    def unsent(self):
+        """Take what did not go on yet."""
+        part, self.sent = self.buffer[self.sent:], len(self.buffer)
+        return part
+
+
+def shorten(out, limit):
+    """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
+
+    One visible line says how many were lost; telnet commands are kept.
+    """
+    begun = out.find(b"\n", 0, limit // 2) + 1
+    start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
+    cut = bytes(out[begun:start])
+    earlier = re.findall(rb"<output lost: (\d+) lines>\r\n", cut)
+    lost = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
+    kept = b"".join(piece for is_command, piece in Scanner().feed(cut) if is_command)
+    return out[:begun] + kept + b"\x1b[0m<output lost: %d lines>\r\n" % lost + out[start:]
+
+
+class Session:
+    """One user. Main thread only.
+
+    LOGIN ------------> PLAYING         a login was confirmed
+      |  link ended        |  link ended
+      +-----> ASKING <-----+            is the world alive?  yes: CLOSING, no: WAITING
+                |
+    WAITING <---+--- world down         the client is held and told
+      |  world up: its turn
+      +-----> RETURNING ---> PLAYING    logged in again; LOGIN where there is no login to repeat
+    CLOSING                             what is held goes out, then the client is closed
+
+    Timers, verdicts and connects carry `serial`, the number of the link they are about; another one is ignored.
+    """
+
+    __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since", "login", "previous",
+                 "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
+                 "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
+                 "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
+                 "bytes_out", "typed_at")
+
+    def __init__(self, hub, number, sock, host):
+        self.hub, self.number, self.host = hub, number, host
+        self.since = int(time.time())           # shown to the world, kept over returns
+        self.state, self.serial = State.LOGIN, 0
+        self.link = self.life = self.proof = self.agreement = self.replay = None
+        self.from_client = self.from_world = None
+        self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
+        self.pending = None                     # a login typed while the world was away
+        self.unproven = None                    # (login, time) typed and not yet confirmed
+        self.trials = []                        # Credentials to try on return, best first
+        self.greeting = None                    # the notice for the next login screen
+        self.kept = b""                         # typed while no link could take it
+        self.typed = Typed()
+        self.settings = NOTHING                 # what the user set for his connection (rule 8)
+        self.change = None                      # (kind, new, until) typed, not yet confirmed by the world
+        self.watched = b""                      # an unfinished line of the world, read along
+        self.direct = self.scan = self.silent = False
+        self.tail = b""                         # the unfinished line the client was sent last
+        self.notices = []                       # waiting for the end of that line
+        self.hidden = b""                       # a tail that could begin an arrival line
+        self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
+        self.told = self.stuck = False
+        self.typed_at = hub.now
+        self.client = Stream(hub.selector, sock, self, self.on_client_data)
+
+    def __str__(self):
+        name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
+        return f"session {self.number} {printable(name)}{self.host}"
+
+    # ---- life cycle
+
+    def _enter(self, state):
+        if state is not self.state:
+            log.debug("%s: %s -> %s", self, self.state.name, state.name)
+        self.state = state
+        self._refresh()
+
+    def _refresh(self):
+        """Compute the two flags of the fast path from everything they depend on."""
+        linked = self.link is not None and not self.link.connecting
+        self.direct = self.state is State.PLAYING and linked and not self.kept and not self.silent
+        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or self.hidden or self.hub.noise or
+                         self.proof and self.proof.live or self.from_world and self.from_world.held)
+
+    def on_noise(self):
+        """Arrivals begin to be hidden."""
+        self._refresh()
+
+    def on_session_due(self, serial, action):
+        """A timer for link number `serial` has come."""
+        if serial == self.serial and self.client and not self.client.closed:
+            action()
+
+    def _later(self, seconds, action):
+        self.hub.later(seconds, self.on_session_due, self.serial, action)
+
+    def end(self):
+        """Forget this session and close what is open."""
+        self.client.drop()
+        self._drop_link()
+        self.hub.forget(self)
+
+    def close(self, why, notice=""):
+        """Close the client after what is held for it was sent, within 10 s."""
+        if self.state is State.CLOSING:
+            return
+        log.info("%s: %s: closing", self, why)
+        if notice:
+            self._write_notice(notice)
+        self._drop_link()
+        self._enter(State.CLOSING)
+        self._later(10, self.end)
+        self.client.finish()
+        if self.client.ended:
+            self.end()
+
+    def on_error(self):
+        """A fault of HAS itself in handling this session (it was logged): end only this session."""
+        self.end()
+
+    # ---- the client
+
+    def on_client_data(self, data):
+        """The client sent `data`."""
+        self.typed_at = self.hub.now
+        self.bytes_in += len(data)
+        if (self.direct and data.find(b"\n") == len(data) - 1 and not self.typed.buffer
+                and b"\xff" not in data and not _WATCHED.match(data)):
+            self.quit_at = 0
+            self.link.send(data)
+        elif self.state is State.WAITING or self._can_forward():
+            self._read_client(data)
+        elif self.state is not State.CLOSING:
+            self._keep(data)
+
+    def _can_forward(self):
+        return (self.state in (State.LOGIN, State.PLAYING) and self.link is not None
+                and not self.link.connecting and not self.kept)
+
+    def _keep(self, data):
+        self.kept += data
+        if len(self.kept) > KEEP_BYTES:
+            self.client.pause()                 # nothing is lost: the rest waits at the client
+        self._refresh()
+
+    def _release(self):
+        """Take what was kept."""
+        kept, self.kept = self.kept, b""
+        if not (self.link and self.link.full):
+            self.client.resume()
+        self._refresh()
+        return kept
+
+    def _read_client(self, data):
+        if self.from_client is None:
+            if b"\xff" not in data:
+                self._client_text(data)
+                return
+            self.from_client = Scanner()
+        for is_command, piece in self.from_client.feed(data):
+            if is_command:
+                self._client_command(piece)
+            else:
+                self._client_text(piece)
+
+    def _client_command(self, piece):
+        if len(piece) == 3 and piece[2] in COMPRESSION:
+            if piece[1] in (DO, WILL):
+                self.client.send(command(WONT if piece[1] == DO else DONT, piece[2]))
+            return
+        if self.agreement is None:
+            self.agreement = Agreement()
+        wanted = self.agreement.from_client(piece)
+        if self.hub.world and not self.hub.world.dialect.telnet:
+            self._answer_for_world(piece)
+        elif wanted and self._can_forward():
+            self.link.send(piece)
+
+    def _answer_for_world(self, piece):
+        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1)."""
+        if piece == AYT:
+            self.client.send(b"\r\n[Yes]\r\n")
+        elif len(piece) == 3 and piece[1] == DO:
+            self.client.send(command(WONT, piece[2]))
+        elif len(piece) == 3 and piece[1] == WILL:
+            wanted = piece[2] in (NAWS, TTYPE, CHARSET)
+            self.client.send(command(DO if wanted else DONT, piece[2]))
+            if wanted:
+                self.agreement.from_world(command(DO, piece[2]))
+
+    def _client_text(self, text):
+        if self.state is State.WAITING:
+            self._read_lines(text, self._waiting_line, self._waiting_part)
+            return
+        if self.silent and not self.told:
+            self.told = True
+            self.notify(self.hub.settings.silent_notice)
+        if not self.dialect.telnet:
+            text = text.replace(b"\xff\xff", b"")
+        out = self._read_lines(text, self._typed_line, self._typed_part)
+        if self.link and out:
+            self.link.send(out)
+        self._refresh()
+
+    @property
+    def dialect(self):
+        """The family of the world, as far as it is known."""
+        return self.hub.world.dialect if self.hub.world else PLAIN
+
+    def _read_lines(self, text, whole, part):
+        """Split typed text; `whole(cleaned line)` and `part()` return the bytes that go on to the world."""
+        out = []
+        ends = self.dialect.line_end
+        while text:
+            end = ends.search(text)
+            stop = end.end() if end else len(text)
+            self.typed.buffer += text[:stop]
+            text = text[stop:]
+            if end:
+                line = b"" if self.typed.overlong else self.dialect.clean(unescape(self.typed.buffer))
+                out.append(whole(line))
+                self.typed.clear()
+            else:
+                out.append(part())
+        return b"".join(out)
+
+    def _typed_part(self):
+        return self._login_part() if self.state is State.LOGIN else self._playing_part()
+
+    def _typed_line(self, line):
+        if self.state is State.LOGIN:           # LOGOUT may have come just before it
+            return self._login_line(line)
+        self._note_line(line)
+        return self._take_unsent()
+
+    def _playing_part(self):
+        out = self._take_unsent()
+        if len(self.typed.buffer) > 2 * KEEP_BYTES:
+            self.typed.clear()
+            self.typed.overlong = True          # still relayed, but no command HAS knows
+        return out
+
+    def _take_unsent(self):
+        """What did not go on yet of the line; cut where a longer line would harm the server."""
+        typed, longest = self.typed, self.dialect.longest_line
+        if not self.dialect.capped or len(typed.buffer) <= longest and not typed.overlong:
+            return typed.unsent()
+        room = 0 if typed.overlong else max(0, longest - typed.sent)
+        end = b"\r\n" if typed.buffer.endswith((b"\r", b"\n")) else b""
+        return typed.unsent()[:room] + end
+
+    def _note_line(self, line):
+        """Remember what a line means that the world will read while the user is logged in or about to be."""
+        dialect, line = self.dialect, line.strip(b" \t") if line[:1] in (b" ", b"\t") else line
+        playing = self.state is State.PLAYING
+        self.quit_at = self.hub.now if (dialect.quit_playing if playing else dialect.quit_login).match(line) else 0
+        setting = dialect.setting_words.match(line)
+        if setting:
+            self.settings = {**self.settings, setting.group(1): setting.group(2) or b""}
+        if not playing:
+            return
+        if dialect.logout.match(line):
+            log.info("%s: logged out to the login screen", self)
+            self.login = self.previous = self.unproven = None
+            self.proof = Proof(dialect)
+            self._enter(State.LOGIN)
+            return
+        password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
+        if password:
+            self.change = "password", password.group(1), self.hub.now + 30
+        elif name and name.group(1).lower() in (b"me", self.login.character if self.login else b"me"):
+            self.change = "name", name.group(2), self.hub.now + 30
+
+    def _login_part(self):
+        typed = self.typed
+        if self._whole_lines():
+            if len(typed.buffer) > KEEP_BYTES:
+                typed.overlong = True
+                typed.buffer = typed.buffer[:64]
+            return b""
+        if self.dialect.mark_before and not typed.sent:
+            first = typed.buffer.lstrip(b" ")[:1]
+            if not first:
+                return b""
+            if first == b"c":
+                typed.nonce, before = self.proof.arm(self.settings)
+                return before + typed.unsent()
+        return self._playing_part()
+
+    def _whole_lines(self):
+        return self.dialect.whole_lines or self.hub.settings.remotehostname_cmd not in ("auto", "none")
+
+    def _login_line(self, line):
+        typed = self.typed
+        if typed.overlong and self._whole_lines():
+            self.notify("# NOTICE # That line is too long.")
+            return b""
+        if self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
+            log.warning("%s: typed the word that hands over addresses; the line was not passed on", self)
+            return b""
+        login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
+        if login:
+            self.unproven = login, self.hub.now
+            return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
+        self._note_line(line)
+        out = self._take_unsent()
+        return out + self.proof.disarm(typed.nonce, self.settings) if typed.nonce else out
+
+    def _waiting_part(self):
+        if len(self.typed.buffer) > KEEP_BYTES:
+            self.typed.buffer, self.typed.overlong = self.typed.buffer[:64], True
+        return b""
+
+    def _waiting_line(self, line):
+        """Answer a line typed while the world is away, so that nothing vanishes silently (rule 3)."""
+        login = self.dialect.read_login(line)
+        if re.match(rb"(?i)\s*quit\s*\Z", line):
+            self.close("quit while the world is down")
+        elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
+            if login and not self.login:
+                self.pending = login
+            self._write_notice("# NOTICE # You will be logged in when the world returns.")
+        elif self.unsent < 10:
+            if not self.unsent:
+                self._later(1, self._tell_unsent)
+            self.unsent += 1
+            self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line))
+        else:
+            self.unsent += 1
+        return b""
+
+    def _tell_unsent(self):
+        more, self.unsent = self.unsent - 10, 0
+        if more > 0 and self.state is State.WAITING:
+            self._write_notice(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
+
+    def _on_client_end(self, reason):
+        if self.state is State.CLOSING:
+            self.end()
+            return
+        log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
+        if self.state in (State.LOGIN, State.PLAYING) and self.link and not self.link.connecting and not reason:
+            self.link.finish()                  # what he typed last is still carried out and answered
+            self._enter(State.CLOSING)
+            self._later(10, self.end)
+        else:
+            self.end()
+
+    # ---- notices
+
+    def notify(self, text):
+        """Write a notice between lines: at once, or after the line the world is sending now, at most 1 s later."""
+        if not text or self.state is State.CLOSING:
+            return
+        if self.tail and self.link and not self.link.connecting and self.state is not State.RETURNING:
+            if not self.notices:
+                self._later(1, self._flush_notices)
+            self.notices.append(text)
+        else:
+            self._write_notice(text)
+
+    def _flush_notices(self):
+        notices, self.notices = self.notices, []
+        for text in notices:
+            self._write_notice(text)
+
+    def _write_notice(self, text, more=b""):
+        """Write a notice on a fresh line, colour reset, whatever the world left unfinished (rule 10)."""
+        if not text:
+            return
+        lines = b"\r\n".join(text.encode().split(b"\n")) + more
+        self.client.send(unfinished(self.tail) + b"\x1b[0m" + (b"\r\n" if self.tail else b"") + lines + b"\r\n")
+        self.tail = b""
+
+    # ---- the link
+
+    def open_link(self):
+        """It is this session's turn to connect to the world (called by the hub)."""
+        self._drop_link()
+        self.serial += 1
+        returning = self.state is State.WAITING and bool(self.trials)
+        world = self.hub.world
+        self.proof, self.from_world, self.replay = Proof(world.dialect, returning), None, None
+        self.watched = self.hidden = b""
+        self.life = world.life
+        self._enter(State.RETURNING if returning else State.LOGIN)
+        try:
+            self.link = Stream.connect(self.hub.selector, world.target, self, self.on_link_data)
+        except OSError as error:
+            self._link_failed(error.strerror)
+            return
+        self._later(CONNECT_SECONDS, self._connect_overdue)
+
+    def _connect_overdue(self):
+        if self.link and self.link.connecting:
+            self._drop_link()
+            self._link_failed("no answer to the connect")
+
+    def on_stream_open(self, link):
+        """The link is open: hand over the address first, then log in or let the user type."""
+        hub, dialect = self.hub, self.dialect
+        tune(link.sock, 15, 5, 3, hub.settings.dead_after + 10)
+        word, target = hub.settings.remotehostname_cmd, hub.world.target
+        path = target[1] if isinstance(target[1], str) else None
+        epoch = self.since if hub.settings.add_epoch_time else 0
+        opening = b"" if word == "none" and not path else dialect.address_line(self.host, epoch, word, path)
+        if self.agreement and dialect.telnet:
+            self.replay = Replay(self.agreement)
+            # PennMUSH: a NUL behind the address line on its unix socket cuts off the rest (choreography.md 2)
+            opening += b"" if path else self.replay.opening()
+        if self.state is State.RETURNING:
+            opening += self.proof.script(self.trials[0])
+            self._later(RETURN_SECONDS, self._return_overdue)
+        if opening:
+            link.send(opening)
+        if self.state is State.LOGIN:
+            self._at_login_screen()
+
+    def _at_login_screen(self):
+        if self.greeting:
+            self._write_notice(self.greeting)
+        self.greeting, self.told = None, False
+        self.failures = 0
+        if self.dialect.greets:
+            self._later(1, self._arrived)       # the first output says so sooner
+        else:
+            self._arrived()
+        self._read_client(self._release())
+        self._refresh()
+
+    def _arrived(self):
+        self.hub.arrived(self)
+
+    def _drop_link(self):
+        if self.link:
+            self.link.drop()
+        self.link = None
+        self.hub.arrived(self)
+
+    def on_link_data(self, data):
+        """The world sent `data`."""
+        self.bytes_out += len(data)
+        if self.scan or b"\xff" in data:
+            self._read_link(data)
+            return
+        if data[-1] != 10:
+            self.tail = (self.tail + data)[-200:].rpartition(b"\n")[2]
+        elif self.tail:
+            self._line_ended(data)
+            return
+        self.client.send(data)
+
+    def _line_ended(self, data):
+        self.tail = b""
+        self.client.send(data)
+        if self.notices:
+            self._flush_notices()
+
+    def _show(self, text):
+        """Send the client text of the world."""
+        if not text:
+            return
+        if text.endswith(b"\n"):
+            self._line_ended(text)
+        else:
+            self.tail = (self.tail + text)[-200:].rpartition(b"\n")[2]
+            self.client.send(text)
+
+    def _read_link(self, data):
+        """The careful way: telnet, marks, outcomes, arrivals."""
+        if self.from_world is None and b"\xff" in data:
+            self.from_world = Scanner()
+        for is_command, piece in self.from_world.feed(data) if self.from_world else [(False, data)]:
+            if is_command:
+                piece = self._link_command(piece)
+                if piece:
+                    self.client.send(piece)
+            else:
+                self._show(self._link_text(piece))
+        self._after_link_data()
+
+    def _after_link_data(self):
+        if self.state is State.LOGIN:
+            self.hub.arrived(self)
+        if self.kept and self.state is State.PLAYING:
+            self._send_kept()
+        if self.stuck:
+            self._shorten()
+        if self.change and self.hub.now > self.change[2]:
+            self.change = None
+        self._refresh()
+
+    def _link_command(self, piece):
+        """A telnet command of the world; returns what the client gets of it."""
+        if self.proof.saw_command(piece):
+            self._returned()
+            return b""
+        if len(piece) == 3 and piece[2] in COMPRESSION:
+            if piece[1] in (DO, WILL) and self.link:
+                self.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
+            return b""
+        if not self.dialect.telnet:
+            return b""
+        if self.agreement is None:
+            self.agreement = Agreement()
+        if self.replay:
+            answer, piece = self.replay.answer(piece)
+            if answer and self.link:
+                self.link.send(answer)
+        if piece:
+            self.agreement.from_world(piece)
+        return piece
+
+    def _link_text(self, text):
+        """Text of the world; returns what the client gets of it."""
+        proof = self.proof
+        if proof.live:
+            was_in = proof.login
+            text = proof.feed(text)
+            if proof.login and not was_in and self.state is State.LOGIN:
+                self._logged_in(proof.login)
+            if proof.to_send and self.link:
+                self.link.send(proof.to_send)
+                proof.to_send = b""
+                self._later(1, self._end_marker_overdue)
+            if proof.returning and proof.ended and self.state is State.RETURNING:
+                self._returned()
+        if self.change:
+            self._watch_change(text)
+        if text and (self.hub.noise or self.hidden):
+            text = self._hide_arrivals(text)
+        return text
+
+    def _logged_in(self, login):
+        """A typed login took."""
+        self.login, self.previous, self.pending, self.unproven = login, None, None, None
+        self._enter(State.PLAYING)
+        log.info("%s: logged in", self)
+        if self.dialect.mark_behind:
+            self._later(MARK_SECONDS, self._retire_marks)
+        elif self.hub.world.checks:
+            self.hub.check(self, [login])       # without marks the text alone is half a proof
+
+    def _retire_marks(self):
+        self.proof.retire()
+        self._refresh()
+
+    def on_checked(self, serial, verdicts):
+        """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
+        if serial != self.serial:
+            return
+        if self.state is State.PLAYING and False in verdicts:
+            log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
+            self.login = None
+        elif self.state is State.WAITING:
+            order = sorted(range(len(verdicts)), key=lambda n: (verdicts[n] is False, n))
+            if True in verdicts:
+                order = [verdicts.index(True)]
+            self.trials = [self.trials[n] for n in order]
+            self.hub.queue_link(self)
+
+    def _watch_change(self, text):
+        """Follow a change of password or name once the world confirms it (rule 7)."""
+        *lines, self.watched = (self.watched + text).split(b"\n")
+        self.watched = self.watched[-300:]
+        kind, new, _ = self.change
+        dialect = self.dialect
+        changed, kept = ((dialect.password_changed, dialect.password_kept) if kind == "password"
+                         else (dialect.name_changed, dialect.name_kept))
+        for line in (line.rstrip(b"\r") for line in lines):
+            if changed.match(line) or kept.match(line):
+                self.change, self.watched = None, b""
+                if changed.match(line) and self.login:
+                    old = self.login
+                    self.previous = old         # kill -9 reverts the world to its last dump
+                    self.login = Credentials(old.verb, new if kind == "name" else old.name,
+                                             new if kind == "password" else old.password)
+                    log.info("%s: changed the %s", self, kind)
+                return
+
+    def _hide_arrivals(self, text):
+        """Hide arrival lines about users that HAS itself is bringing back (rule 6)."""
+        noise = self.hub.noise
+        text, self.hidden = self.hidden + text, b""
+        start = text.find(b"\n") + 1 if self.tail else 0
+        cut = text.rfind(b"\n") + 1
+        tail = text[cut:]
+        if tail and len(tail) < 80 and noise and self._may_be_arrival(tail, noise):
+            self._later(0.3, self._show_hidden)
+            text, self.hidden = text[:cut], tail
+        if not noise:
+            return text
+        shown = _ARRIVAL.sub(lambda m: b"" if m.group(1).lower() in noise else m.group(), text[start:])
+        return text[:start] + shown
+
+    @staticmethod
+    def _may_be_arrival(tail, noise):
+        name, has, _ = tail.lower().partition(b" has ")
+        return name in noise if has else any((known + b" has ").startswith(name) for known in noise)
+
+    def _show_hidden(self):
+        hidden, self.hidden = self.hidden, b""
+        self._show(hidden)
+        self._refresh()
+
+    def on_stream_end(self, stream, reason):
+        """One of the two streams ended; `reason` is "" for a plain end of file."""
+        if stream is self.client:
+            self._on_client_end(reason)
+        elif stream is self.link:
+            self._on_link_end(reason)
+
+    def _on_link_end(self, reason):
+        connected = not self.link.connecting
+        self._drop_link()
+        if self.state is State.CLOSING:
+            self.end()
+        elif not connected:
+            self._link_failed(reason)
+        elif self.state is State.RETURNING:
+            self._show(self.proof.held)         # the world's last words: full, disabled, forbidden
+            self._link_failed(reason or "closed by the world")
+        elif self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
+            self.close("quit")
+        else:
+            self._show(self.hidden)
+            self.hidden = b""
+            self._enter(State.ASKING)
+            self.hub.ask(self)
+
+    def _link_failed(self, reason):
+        """The world did not take a link, or ended one that was to bring the user back: try again, ever more slowly."""
+        delay = min(30, 2 ** min(self.failures, 5))
+        self.failures += 1
+        self.failing_since = self.failing_since if self.failures > 1 else self.hub.now
+        level = logging.INFO if self.failures == 1 else logging.DEBUG
+        log.log(level, "%s: link failed: %s; next try in %d s", self, reason, delay)
+        if self.state is State.RETURNING:
+            self._enter(State.WAITING)
+        self._drop_link()
+        if self.hub.now - self.failing_since >= 5 and not self.told:
+            self.told = True
+            self._write_notice(self.hub.settings.offline_notice)
+        self._refresh()
+        self._later(delay, self._try_again)
+
+    def _try_again(self):
+        if self.link is None and self.state is State.WAITING:
+            self.begin_return()
+        elif self.link is None and self.state is State.LOGIN:
+            self.hub.queue_link(self)
+
+    # ---- the world
+
+    def on_verdict(self, serial, left):
+        """Why the link number `serial` ended: the user left (True) or the world died (False)."""
+        if self.state is not State.ASKING or serial != self.serial:
+            return
+        if left:
+            self.close("left the world")
+        else:
+            self.wait(self.hub.settings.offline_notice)
+
+    def on_world_down(self, notice):
+        """The world is down or has moved: hold the client, whatever it was doing."""
+        if self.state in (State.LOGIN, State.PLAYING, State.RETURNING):
+            if self.link and self.state is not State.RETURNING:
+                self.link.last_words()          # may end the session
+            if self.state in (State.LOGIN, State.PLAYING) and self.quit_at and (
+                    self.hub.now - self.quit_at < QUIT_SECONDS):
+                self.close("quit")
+        if self.state not in (State.WAITING, State.CLOSING):
+            self.wait("" if self.state is State.RETURNING and self.told else notice)
+
+    def wait(self, notice):
+        """Hold the client until the world is back."""
+        if self.proof and self.state in (State.LOGIN, State.ASKING) and self.unproven and not self.login and (
+                self.hub.now - self.unproven[1] < 30):
+            self.pending = self.unproven[0]     # typed, and never answered
+        self._show(self.hidden)
+        self.hidden = b""
+        self._drop_link()
+        self.serial += 1
+        self.silent = False
+        self.failures, self.unproven = 0, None
+        self.typed.clear()
+        self._enter(State.WAITING)
+        self._flush_notices()
+        self.told = True
+        self._write_notice(notice)
+        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
+        if hold:
+            self._later_whatever(hold)
+        kept = self._release()
+        if kept:
+            self._read_client(kept)
+
+    def _later_whatever(self, seconds):
+        """Give up holding this client after `seconds`, unless it came back meanwhile."""
+        self.hub.later(seconds, self._hold_over, self.hub.outages)
+
+    def _hold_over(self, outage):
+        if self.state is State.WAITING and self.hub.outages == outage and not self.client.closed:
+            self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
+
+    def on_world_silent(self, silent):
+        """The world has stopped answering, or answers again."""
+        self.silent = silent
+        if not silent and self.state in (State.LOGIN, State.PLAYING):
+            self.told = False
+        self._refresh()
+
+    def begin_return(self):
+        """The world is up: get back into it, or to its login screen."""
+        if self.state is not State.WAITING:
+            return
+        guest = self.login and self.login.character == b"guest"
+        self.trials = [] if guest else [c for c in (self.login or self.pending, self.previous) if c]
+        self.greeting = (self.hub.settings.online_notice if not guest else
+                         "# NOTICE # This world is ONLINE again. Guests have to log in again.")
+        if not self.dialect.logs_in:
+            self.trials = []
+        if len(self.trials) > 1 and self.hub.world.checks:
+            self.hub.check(self, self.trials)
+        else:
+            self.hub.queue_link(self)
+
+    def _returned(self):
+        """The end marker of a return came: all is known."""
+        proof = self.proof
+        if proof.login:
+            self._back_in_game(proof.login)
+        elif proof.refused:
+            self._refused()
+        else:
+            self._link_failed("the world did not log the user in, and did not say why")
+
+    def _back_in_game(self, login):
+        others = [c for c in (self.login, self.previous) if c and c != login]
+        self.login, self.previous, self.pending = login, (others[0] if others else None), None
+        self.failures, self.told = 0, False
+        self._write_notice(self.hub.settings.online_notice)
+        if self.replay:
+            self.client.send(self.replay.leftovers())
+        for word, value in self.settings.items():
+            self.link.send(word + (b" " + value if value else b"") + b"\r\n")
+        self._enter(State.PLAYING)
+        log.info("%s: is back in the game", self)
+        self._arrived()
+        if self.dialect.mark_behind:
+            self._later(MARK_SECONDS, self._retire_marks)
+        if self.kept:
+            self._send_kept()
+
+    def _refused(self):
+        """The world says that the name or the password is wrong: the other pair, or the user himself must log in."""
+        del self.trials[0]
+        self._enter(State.WAITING)
+        self._drop_link()
+        if not self.trials:
+            log.warning("%s: the world refused the login on return; the user must log in again", self)
+            self.login = self.previous = self.pending = None
+            self.greeting = self.hub.settings.relogin_failed_notice
+        self.hub.queue_link(self)
+
+    def _end_marker_overdue(self):
+        """The world answered the login but not the question behind it (builds without telnet)."""
+        if self.state is State.RETURNING and not self.proof.ended:
+            self.proof.end()
+            self._returned()
+
+    def _return_overdue(self):
+        """Last resort: no end marker came; show what was held and carry on."""
+        if self.state is not State.RETURNING:
+            return
+        log.warning("%s: no end of the login seen in %d s; showing what came", self, RETURN_SECONDS)
+        held = self.proof.held
+        self.proof.end()
+        self._enter(State.PLAYING if self.proof.login else State.LOGIN)
+        self._write_notice(self.hub.settings.online_notice)
+        self._show(held)
+        self._arrived()
+        if self.kept:
+            self._send_kept()
+
+    def _send_kept(self):
+        """Send one line typed during the return; the next follows the world's answer or 100 ms (rule 4).
+
+        TeenyMUSH runs lines that arrive together last first.
+        """
+        kept = self._release()
+        end = self.dialect.line_end.search(kept)
+        stop = end.end() if end else len(kept)
+        self._read_client(kept[:stop])
+        if kept[stop:] and self.state in (State.LOGIN, State.PLAYING):
+            self._keep(kept[stop:])
+            self.hub.later(0.1, self._send_more, self.serial, len(self.kept))
+
+    def _send_more(self, serial, length):
+        if serial == self.serial and self.kept and len(self.kept) <= length and self._is_linked():
+            self._send_kept()
+
+    def _is_linked(self):
+        return self.state in (State.LOGIN, State.PLAYING) and self.link is not None and not self.link.connecting
+
+    # ---- streams that do not take what they are sent
+
+    def on_stream_full(self, stream):
+        """A stream holds more than HIGH_WATER: stop reading the other one."""
+        if stream is self.link:
+            self.client.pause()
+        elif stream is self.client:
+            if self.link:
+                self.link.pause()
+                self._later(STUCK_SECONDS, self._on_stuck)
+                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
+
+    def _on_stuck(self):
+        """One unread connection would freeze a whole TeenyMUSH: read on, and lose old lines if need be."""
+        if self.client.full and self.link:
+            self.stuck = True
+            self.link.resume()
+            self._refresh()
+
+    def _on_hopeless(self, sent_bytes):
+        if self.client.full and not self.client.closed:
+            if self.client.sent_bytes == sent_bytes:
+                log.info("%s: the client has not read for %d s: closed", self, GIVE_UP_SECONDS)
+                self.end()
+            else:
+                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, self.client.sent_bytes)
+
+    def _shorten(self):
+        limit = self.hub.settings.output_limit
+        if len(self.client.out) > limit:
+            self.client.out = shorten(self.client.out, limit * 3 // 4)
+
+    def on_stream_room(self, stream):
+        """A stream fell below LOW_WATER: read the other one again."""
+        if stream is self.link:
+            self.client.resume()
+        elif self.link:
+            self.stuck = False
+            self.link.resume()
+
+
+# ======================================================================
+# 7. Heartbeat
+#
+# The thread that stays logged in to the world as a character of its own. It
+# probes the world, answers the hub's questions, checks passwords and looks
+# for the next address. The only place that may block; it gets values and
+# gives values, never Session objects.
+# ======================================================================
+
+World = collections.namedtuple("World", "address target dialect life blind checks")
+World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
+start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
+not log in (blind), and whether it may check passwords."""
+
+LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
+RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
+PROBE_RESERVE = 20                 # commands of the quota that checks never use
+
+
+class Lost(Exception):
+    """The heartbeat's connection, or a try to make one, failed; `dead` says that the world was silent too long."""
+
+    dead = False
+
+
+class Moved(Exception):
+    """Another world was confirmed; `connection` leads to it."""
+
+    def __init__(self, connection):
+        super().__init__()
+        self.connection = connection
+
+
+class Stopped(Exception):
+    """HAS stops."""
+
+
+class Connection:
+    """One heartbeat connection and what is known of the world behind it."""
+
+    def __init__(self, sock, address, target):
+        self.sock, self.address, self.target = sock, address, target
+        self.dialect, self.life, self.blind, self.checks = PLAIN, None, False, False
+        self.scanner = Scanner()
+        self.text = b""            # received and not yet looked at
+        self.commands = []         # telnet commands received
+        self.ended = None          # why the connection ended
+        self.renew_at = None       # when a connection at the login screen must be made anew
+        self._tokens, self._filled = None, time.monotonic()
+
+    def receive(self):
+        """Read what has come."""
+        try:
+            data = self.sock.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.ended = error.strerror or str(error)
+            return
+        if not data:
+            self.ended = "closed by the world"
+        for is_command, piece in self.scanner.feed(data):
+            if is_command:
+                self.commands = self.commands[-50:] + [piece]
+            else:
+                self.text = (self.text + piece)[-262144:]
+
+    def send(self, data):
+        """Send a short line; Lost if the connection is gone."""
+        try:
+            self.sock.setblocking(True)
+            self.sock.settimeout(2)
+            self.sock.sendall(data)
+            self.sock.setblocking(False)
+        except OSError as error:
+            raise Lost(f"cannot send: {error}") from None
+
+    def spare(self):
+        """How many commands the world's quota still allows at once (then 1 a second)."""
+        if not self.dialect.quota:
+            return 10 ** 6
+        now = time.monotonic()
+        tokens = self.dialect.quota if self._tokens is None else self._tokens + now - self._filled
+        self._tokens, self._filled = min(self.dialect.quota, tokens), now
+        return self._tokens
+
+    def spend(self):
+        """Count one command."""
+        self._tokens = self.spare() - 1
+
+    @property
+    def world(self):
+        """What the hub is told."""
+        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks)
+
+
+class Heartbeat(threading.Thread):
+    """The heartbeat's thread. Others may call start(), post to `mailbox`, and join(seconds); nothing else."""
+
+    _unknown = itertools.count(1)
+
+    def __init__(self, hub, hub_mailbox, settings):
+        super().__init__(name="heartbeat", daemon=True)
+        self.mailbox = Mailbox()
+        self._hub, self._hub_mailbox, self._settings = hub, hub_mailbox, settings
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.mailbox.reader, READ, None)
+        self._asks = []            # (session number, link serial) whose links ended
+        self._checks = collections.deque()      # (session number, link serial, pairs)
+        self._current = None       # the Address users are on
+        self._wanted = None        # the Address a HUP asks for, not yet confirmed
+        self._try_at = 0.0         # when the next other address may be tried
+        self._answering_since = None            # how long the preferred address has answered
+        self._down_since = None
+        self._login_after = 0.0
+        self._known = {}           # Address -> Dialect as recognised
+        self._stopping = False
+
+    # ---- messages of the hub, run in this thread
+
+    def on_ask(self, number, serial):
+        """A link ended: does the world live?"""
+        self._asks.append((number, serial))
+
+    def on_check(self, number, serial, pairs):
+        """Which of these pairs are right? Answered by hub.on_checked."""
+        self._checks.append((number, serial, pairs))
+
+    def on_settings(self, settings):
+        """New settings hold; a changed list of addresses is a wish to move."""
+        changed = settings.mush_address != self._settings.mush_address
+        if changed or settings.mush_type != self._settings.mush_type:
+            self._known.clear()
+        self._settings = settings
+        self._login_after = self._try_at = 0.0
+        if changed:
+            first = settings.mush_address[0]
+            self._wanted = first if first != self._current else None
+
+    def on_stop(self):
+        """End the thread."""
+        self._stopping = True
+
+    # ---- the thread
+
+    def run(self):
+        """Find a world, stay with it until it is lost, for ever."""
+        connection = None
+        while not self._stopping:
+            try:
+                connection = connection or self._search()
+                self._attend(connection)
+            except Moved as moved:
+                self._close(connection)
+                connection = moved.connection
+                continue
+            except Lost as lost:
+                self._tell(self._hub.on_heartbeat_lost, str(lost), lost.dead)
+            except Stopped:
+                pass
+            except Exception:
+                log.exception("heartbeat: a fault of HAS; the heartbeat starts anew")
+                self._tell(self._hub.on_heartbeat_lost, "fault", False)
+                self._pause(1)
+            self._close(connection)
+            connection = None
+            self._forget_checks()
+
+    def _tell(self, call, *arguments):
+        self._hub_mailbox.post(call, *arguments)
+
+    def _wait(self, until):
+        """Serve the mailbox and read what comes, until something came or the time `until`."""
+        for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
+            if key.data is None:
+                self.mailbox.run()
+            else:
+                key.data.receive()
+                if key.data.ended is not None:
+                    self._selector.unregister(key.fileobj)
+        if self._stopping:
+            raise Stopped
+
+    def _pause(self, seconds):
+        """Wait; cut short when a link ends, for then somebody wants to know."""
+        until, asked = time.monotonic() + seconds, len(self._asks)
+        while time.monotonic() < until and not (len(self._asks) > asked and self._down_since is None):
+            self._wait(until)
+
+    def _expect(self, connection, pattern, seconds):
+        """Wait for text that matches; return the match, or None when the time is over. Lost if the connection ends."""
+        until = time.monotonic() + seconds
+        while True:
+            match = pattern.search(connection.text)
+            if match:
+                connection.text = connection.text[match.end():]
+                return match
+            if connection.ended is not None:
+                raise Lost(connection.ended)
+            if time.monotonic() >= until:
+                return None
+            self._wait(until)
+
+    def _close(self, connection):
+        if connection:
+            if connection.sock.fileno() >= 0 and connection.sock in self._registered():
+                self._selector.unregister(connection.sock)
+            connection.sock.close()
+
+    def _registered(self):
+        return [key.fileobj for key in self._selector.get_map().values()]
+
+    # ---- finding a world
+
+    def _search(self):
+        """Try the addresses until one of them is confirmed."""
+        while True:
+            for address in self._candidates():
+                try:
+                    connection = self._establish(address)
+                except Lost as lost:
+                    if self._down_since is None:
+                        self._down_since = time.monotonic()
+                    self._tell(self._hub.on_unreachable, address, str(lost))
+                else:
+                    return connection
+            self._pause(self._settings.retry)
+
+    def _candidates(self):
+        """The addresses to try now, in order."""
+        addresses, settings = self._settings.mush_address, self._settings
+        first = self._wanted or (self._current if self._current in addresses else addresses[0])
+        others = [a for a in [self._current] + addresses if a and a != first]
+        down = self._down_since is not None and time.monotonic() - self._down_since
+        if self._wanted:
+            return [first] + others[:1]
+        if settings.failover_after and down and down >= settings.failover_after:
+            return [first] + others
+        return [first]
+
+    def _establish(self, address):
+        """Connect to an address, recognise the family, log in and have a probe answered; Lost says why not."""
+        connection = None
+        try:
+            for target in self._resolve(address):
+                try:
+                    sock = self._connect(target)
+                    break
+                except OSError as error:
+                    failure = error
+            else:
+                raise failure
+            connection = Connection(sock, address, target)
+            self._selector.register(sock, READ, connection)
+            self._identify(connection)
+            self._log_in(connection)
+            return connection
+        except OSError as error:
+            self._close(connection)
+            raise Lost(error.strerror or str(error)) from None
+        except Exception:
+            self._close(connection)
+            raise
+
+    @staticmethod
+    def _resolve(address):
+        """The numeric forms of an address. Blocks for DNS, which is this thread's right."""
+        if address.path:
+            return [(socket.AF_UNIX, address.path)]
+        found = socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
+        return list(dict.fromkeys((family, target) for family, _, _, _, target in found))
+
+    def _connect(self, target):
+        """A connected non-blocking socket; OSError."""
+        sock = socket.socket(target[0], socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            error = sock.connect_ex(target[1])
+            if error == errno.EINPROGRESS:
+                self._await_writable(sock, time.monotonic() + 3)
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+            if is_connected_to_itself(sock):
+                reset(sock)
+                raise OSError(errno.ECONNREFUSED, "connected to itself: nothing listens there")
+            tune(sock, 15, 5, 3)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _await_writable(self, sock, until):
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(sock, WRITE)
+            waiting.register(self.mailbox.reader, READ)
+            while time.monotonic() < until:
+                for key, _ in waiting.select(max(0.0, until - time.monotonic())):
+                    if key.fileobj is sock:
+                        return
+                    self.mailbox.run()
+                if self._stopping:
+                    raise Stopped
+        raise OSError(errno.ETIMEDOUT, "no answer to the connect")
+
+    def _identify(self, connection):
+        """Find the family, and the start id of the world's life: constant over in-place restarts, new at each start."""
+        address, settings = connection.address, self._settings
+        if address.path:
+            connection.send(DIALECTS["pennmush"].address_line("127.0.0.1", 0, "auto", address.path))
+        if settings.mush_type != "auto":
+            connection.dialect = DIALECTS[settings.mush_type]
+        elif address in self._known:
+            connection.dialect = self._known[address]
+        else:
+            connection.dialect = self._known[address] = self._recognise(connection)
+        connection.life = self._start_id(connection) or f"?{next(self._unknown)}"
+
+    def _recognise(self, connection):
+        until, quiet = time.monotonic() + 3, 0.0
+        while time.monotonic() < until and quiet < 0.25 and connection.ended is None:
+            seen = len(connection.text) + len(connection.commands)
+            self._wait(min(until, time.monotonic() + 0.25) if seen else until)
+            quiet = 0.25 if seen and seen == len(connection.text) + len(connection.commands) else 0.0
+        banner = b"".join(connection.commands) + connection.text
+        dialect, how = recognise(banner, b""), "by what it sends at connect"
+        if dialect is None:
+            connection.send(b"INFO\r\n")
+            answer = self._expect(connection, re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n"), 3)
+            dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
+        if dialect is None:
+            log.warning("%s: the family of this world was not recognised: HAS serves it as `plain`, without logins; "
+                        "set mush_type", connection.address)
+            return PLAIN
+        log.info("%s: the world is a %s, recognised %s", connection.address, dialect.name, how)
+        return dialect
+
+    def _start_id(self, connection):
+        dialect = connection.dialect
+        if not dialect.start_question:
+            return None
+        if dialect.start_command:               # only to a server that offers it: others would take it as text
+            until = time.monotonic() + 1
+            while dialect.start_command not in connection.commands and time.monotonic() < until:
+                if connection.ended is not None:
+                    raise Lost(connection.ended)
+                self._wait(until)
+            if dialect.start_command not in connection.commands:
+                return None
+            connection.send(dialect.start_question)
+            answer = self._expect_command(connection, dialect.start_answer, self._settings.hb_timeout)
+        else:
+            connection.send(dialect.start_question)
+            answer = self._expect(connection, dialect.start_answer, self._settings.hb_timeout)
+        if not answer:
+            raise Lost("it took the connection but does not answer")
+        return f"{connection.address} since {printable(answer.group(1))}"
+
+    def _expect_command(self, connection, pattern, seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for piece in connection.commands:
+                match = pattern.search(piece)
+                if match:
+                    return match
+            if connection.ended is not None:
+                raise Lost(connection.ended)
+            self._wait(until)
+        return None
+
+    def _log_in(self, connection):
+        """Log the heartbeat in and have a probe answered; where that is refused, watch from the login screen."""
+        dialect, settings = connection.dialect, self._settings
+        if not dialect.logs_in:
+            return
+        if time.monotonic() >= self._login_after:
+            login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
+            if self._try_login(connection, login):
+                connection.checks = self._may_check(connection, login)
+                return
+        connection.blind = True
+        connection.renew_at = time.monotonic() + RENEW_SECONDS
+        if not self._ask_at_login_screen(connection, settings.hb_timeout):
+            raise Lost("it does not answer at the login screen")
+
+    def _try_login(self, connection, login):
+        dialect, settings = connection.dialect, self._settings
+        proof, until, asked_at = Proof(dialect, True), time.monotonic() + settings.hb_timeout, None
+        connection.commands.clear()
+        connection.send(proof.script(login))
+        while not proof.ended and time.monotonic() < until:
+            text, connection.text = connection.text, b""
+            connection.text = proof.feed(text)
+            if proof.to_send:
+                connection.send(proof.to_send)
+                proof.to_send, asked_at = b"", time.monotonic()
+            if any(proof.saw_command(piece) for piece in connection.commands) or (
+                    asked_at and time.monotonic() > asked_at + 1):
+                proof.end()
+            if not proof.ended:
+                if connection.ended is not None:
+                    raise Lost(connection.ended)
+                self._wait(min(until, asked_at + 1.01) if asked_at else until)
+        if not proof.ended:
+            raise Lost("it does not answer to the heartbeat's login")
+        if proof.login:
+            return self._answers(connection, settings.hb_timeout)
+        self._login_after = time.monotonic() + (LOGIN_AGAIN_SECONDS if proof.refused else 30)
+        log.warning("%s: the world %s the heartbeat's login (hb_user = %s): users are kept, but passwords cannot be "
+                    "checked; make the character (README), then kill -HUP; next try in %d s", connection.address,
+                    "refuses" if proof.refused else "does not take", settings.hb_user,
+                    self._login_after - time.monotonic())
+        return False
+
+    def _answers(self, connection, seconds):
+        if not self._ask(connection, seconds):
+            raise Lost("the heartbeat is logged in but gets no answer")
+        return True
+
+    def _ask(self, connection, seconds):
+        """Send one probe; True if its own answer came as a whole line."""
+        nonce = b"=" + secrets.token_hex(6).encode() + b"="
+        connection.spend()
+        connection.send(connection.dialect.probe(nonce))
+        return bool(self._expect(connection, re.compile(rb"(?m)^" + nonce + rb"\r?\n"), seconds))
+
+    def _ask_at_login_screen(self, connection, seconds):
+        line, pattern = connection.dialect.login_probe
+        nonce = b"=" + secrets.token_hex(6).encode() + b"="
+        connection.text = b""
+        connection.send(line.replace(b"%(n)s", nonce))
+        pattern = re.compile(pattern.pattern.replace(b"%(n)s", nonce))
+        return bool(self._expect(connection, pattern, seconds))
+
+    def _may_check(self, connection, login):
+        if not connection.dialect.check_function:
+            return False
+        verdicts = self._verdicts(connection, [login])
+        if verdicts == [True]:
+            return True
+        log.warning("%s: the heartbeat %s may not check passwords: set its %s flag; until then a login counts by the "
+                    "world's own words", connection.address, self._settings.hb_user, connection.dialect.check_right)
+        return False
+
+    def _verdicts(self, connection, pairs):
+        """Ask about all pairs in one line; a list as long as pairs."""
+        unknown = [None] * len(pairs)
+        nonce = b"=" + secrets.token_hex(6).encode() + b"="
+        line = connection.dialect.check(pairs, nonce)
+        if line is None or len(line) > connection.dialect.longest_line:
+            return unknown
+        connection.spend()
+        connection.send(line)
+        answer = self._expect(connection, re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
+        verdicts = connection.dialect.verdicts(answer.group(1)) if answer else unknown
+        return verdicts if len(verdicts) == len(pairs) else unknown
+
+    # ---- staying with a world
+
+    def _attend(self, connection):
+        """Probe, answer, check, until the connection is lost or another address is confirmed."""
+        self._current, self._down_since = connection.address, None
+        if self._wanted == self._current:
+            self._wanted = None
+        self._tell(self._hub.on_world_found, connection.world)
+        beat_at = time.monotonic() + self._settings.beat
+        while True:
+            now = time.monotonic()
+            if connection.ended is not None:
+                raise Lost(connection.ended)
+            self._consider_moving()
+            if connection.renew_at and now >= min(connection.renew_at, max(self._login_after, now - 1) or now):
+                raise Moved(self._establish(connection.address))
+            if self._asks or now >= beat_at:
+                self._probe(connection)
+                beat_at = time.monotonic() + self._settings.beat
+            elif self._checks and connection.spare() > PROBE_RESERVE:
+                self._check(connection)
+            else:
+                self._wait(min(beat_at, now + 1) if self._checks or self._wanted or connection.renew_at else beat_at)
+
+    def _probe(self, connection):
+        """One probe serves all who asked before it was sent. Lost when the world is silent for dead_after."""
+        asks, self._asks = self._asks, []
+        started, settings, silent = time.monotonic(), self._settings, False
+        try:
+            answered = self._question(connection, min(settings.hb_timeout, settings.dead_after))
+            while not answered:
+                if not silent:
+                    silent = True
+                    self._tell(self._hub.on_silent)
+                left = started + self._settings.dead_after - time.monotonic()
+                if left <= 0:
+                    lost = Lost(f"no answer for {settings.dead_after:g} s")
+                    lost.dead = True
+                    raise lost
+                self._consider_moving()
+                answered = self._question(connection, min(left, settings.hb_timeout))
+        except (Lost, Moved):
+            self._asks = asks + self._asks
+            raise
+        if silent:
+            self._tell(self._hub.on_answering)
+        self._tell(self._hub.on_answers, asks, connection.life)
+
+    def _question(self, connection, seconds):
+        if not connection.dialect.logs_in:      # the idle connection is the witness: it survives a user's leaving
+            until = time.monotonic() + 1
+            while time.monotonic() < until:
+                self._wait(until)
+                if connection.ended is not None:
+                    raise Lost(connection.ended)
+            return True
+        return (self._ask_at_login_screen if connection.blind else self._ask)(connection, seconds)
+
+    def _check(self, connection):
+        """Ask about as many waiting pairs as fit into one line."""
+        batch, pairs = [], []
+        while self._checks and (not batch or len(pairs) < 20):
+            number, serial, asked = self._checks.popleft()
+            if not connection.checks or connection.dialect.check(asked, b"") is None:
+                self._tell(self._hub.on_checked, number, serial, [None] * len(asked))
+                continue
+            batch.append((number, serial, len(asked)))
+            pairs += asked
+        verdicts = self._verdicts(connection, pairs) if pairs else []
+        for number, serial, count in batch:
+            self._tell(self._hub.on_checked, number, serial, verdicts[:count])
+            verdicts = verdicts[count:]
+
+    def _forget_checks(self):
+        while self._checks:
+            number, serial, pairs = self._checks.popleft()
+            self._tell(self._hub.on_checked, number, serial, [None] * len(pairs))
+
+    def _consider_moving(self):
+        """While users are served: confirm the address a HUP asked for, or the preferred one; Moved if so."""
+        now, settings = time.monotonic(), self._settings
+        preferred = settings.mush_address[0]
+        if now < self._try_at:
+            return
+        if self._wanted:
+            self._try_at = now + max(5.0, settings.retry)
+            connection = self._try(self._wanted)
+            if connection:
+                raise Moved(connection)
+        elif settings.failback_after and self._current != preferred:
+            self._try_at = now + settings.beat
+            connection = self._try(preferred)
+            if not connection:
+                self._answering_since = None
+                return
+            self._answering_since = self._answering_since or now
+            if now - self._answering_since >= settings.failback_after:
+                self._answering_since = None
+                raise Moved(connection)
+            self._close(connection)
+
+    def _try(self, address):
+        try:
+            return self._establish(address)
+        except Lost as lost:
+            log.log(logging.ERROR if address == self._wanted else logging.INFO,
+                    "%s cannot take over: %s; users stay on %s", address, lost, self._current)
+            return None
+
+
+# ======================================================================
+# 8. Hub
+#
+# The main loop: listeners, sessions, timers, the health of the world, and
+# who may connect to it next.
+# ======================================================================
+
+AWAY_SECONDS = 3                   # the heartbeat cannot come back for this long: the world is down
+NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
+ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
+GOODBYE_SECONDS = 3
+
+
+class Health(enum.Enum):
+    """What is known of the world."""
+
+    STARTING = "not found yet"
+    UP = "up"
+    SILENT = "silent"
+    DOWN = "down"
+
+
+class Listener:
+    """A listening socket in the hub's selector."""
+
+    closed = False
+
+    def __init__(self, hub, sock):
+        self.hub, self.sock, self.owner = hub, sock, self
+        sock.setblocking(False)
+        hub.selector.register(sock, READ, self)
+
+    def __str__(self):
+        host, port = self.sock.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def ready(self, events):
+        """Accept all that wait."""
+        while True:
+            try:
+                sock, peer = self.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.error("cannot accept clients: %s; next try in 1 s; raise the limit (ulimit -n)", error.strerror)
+                self.hub.selector.unregister(self.sock)     # or the loop would spin on it
+                self.hub.later(1, self._again)
+                return
+            self.hub.on_client(sock, unmapped(peer[0]))
+
+    def _again(self):
+        if not self.closed:
+            self.hub.selector.register(self.sock, READ, self)
+
+    def close(self):
+        """Stop listening."""
+        self.closed = True
+        try:
+            self.hub.selector.unregister(self.sock)
+        except KeyError:
+            pass                                # paused
+        self.sock.close()
+
+
+def unmapped(host):
+    """An IPv4 address without the ::ffff: that a double-stack listener puts before it, no %scope either."""
+    host = host.partition("%")[0]
+    return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+
+
+def open_listeners(address, port):
+    """Listening sockets for an address ("" is all, IPv4 and IPv6) and port; OSError if none can be had."""
+    found, failure = [], None
+    for host in [address] if address else ["0.0.0.0", "::"]:
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if ":" in host and hasattr(socket, "IPV6_V6ONLY"):
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((host, found[0].getsockname()[1] if found else port))
+                sock.listen(1024)
+            except OSError:
+                sock.close()
+                raise
+            found.append(sock)
+        except OSError as error:
+            failure = error
+    if not found or failure and failure.errno == errno.EADDRINUSE:
+        for sock in found:
+            sock.close()
+        raise failure
+    return found
+
+
+class Hub:
+    """The main loop and all it owns. Main thread only, but for `mailbox`."""
+
+    def __init__(self, settings, load=None, clock=time.monotonic):
+        self.settings = settings
+        self.clock, self.now = clock, clock()
+        self._load = load                       # reads the settings again: () -> (Settings, remarks)
+        self.selector = selectors.DefaultSelector()
+        self.mailbox = Mailbox()
+        self.selector.register(self.mailbox.reader, READ, self)
+        self.closed, self.owner = False, self   # the mailbox is served like a stream
+        self.listeners = []
+        self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
+        self._numbers = itertools.count(1)
+        self._per_host = collections.Counter()
+        self._timers, self._timer_numbers = [], itertools.count()
+        self.world, self.health = None, Health.STARTING
+        self.health_since = time.time()
+        self.outages = 0
+        self._away_since = None                 # the heartbeat lost its connection then
+        self._refused = False                   # ... and could not make a new one
+        self._last_reason = None
+        self.noise = {}                         # names of users being brought back -> until when
+        self._queue, self._arriving = collections.deque(), set()
+        self._next_link_at, self._pumping = 0.0, False
+        self.heartbeat = None
+        self.stopping = False
+        self.on_reload = None                   # told after new settings were taken
+        self.turns = 0
+
+    # ---- the loop
+
+    def run(self):
+        """Turn until stopped."""
+        while not (self.stopping and not self.sessions):
+            self.turn()
+
+    def turn(self, longest=None):
+        """Serve what is ready and what is due; wait for it at most `longest` seconds."""
+        self.turns += 1
+        timeout = longest
+        if self._timers:
+            timeout = max(0.0, self._timers[0][0] - self.clock())
+            timeout = timeout if longest is None else min(timeout, longest)
+        ready = self.selector.select(timeout)
+        self.now = self.clock()
+        for key, events in ready:
+            stream = key.data
+            try:
+                if not stream.closed:           # closed earlier in this turn: its descriptor may be another's now
+                    stream.ready(events)
+            except Exception:
+                self._fault(stream.owner)
+        self._run_timers()
+
+    def _fault(self, owner):
+        """An exception in a handler ends the session it was for, nothing else; a fault of the hub itself goes on up."""
+        if not isinstance(owner, Session):
+            raise
+        log.exception("%s: a fault of HAS; this session ends", owner)
+        owner.on_error()
+
+    def later(self, seconds, call, *arguments):
+        """Have `call(*arguments)` run after `seconds`."""
+        heapq.heappush(self._timers, (self.now + seconds, next(self._timer_numbers), call, arguments))
+
+    def _run_timers(self):
+        while self._timers and self._timers[0][0] <= self.now:
+            _, _, call, arguments = heapq.heappop(self._timers)
+            self._safely(call, *arguments)
+
+    def _safely(self, call, *arguments):
+        try:
+            call(*arguments)
+        except Exception:
+            self._fault(getattr(call, "__self__", self))
+
+    def ready(self, events):
+        """Something was posted to the mailbox."""
+        self.mailbox.run()
+
+    # ---- clients
+
+    def listen(self):
+        """Open the listeners the settings ask for; OSError leaves the old ones."""
+        settings = self.settings
+        socks = open_listeners(settings.local_address, settings.local_port)
+        for old in self.listeners:
+            old.close()
+        self.listeners = [Listener(self, sock) for sock in socks]
+        for listener in self.listeners:
+            log.info("listening on %s", listener)
+
+    def on_client(self, sock, host):
+        """A client was accepted."""
+        tune(sock, 60, 15, 5)
+        refusal = self._refusal(host)
+        if refusal:
+            log.info("client from %s refused: %s", host, refusal)
+            sock.setblocking(False)
+            try:
+                sock.send(b"# NOTICE # " + refusal.encode() + b"\r\n")
+            except OSError:
+                pass                            # it did not even wait for the reason
+            sock.close()
+            return
+        session = Session(self, next(self._numbers), sock, host)
+        self.sessions[session.number] = session
+        self._per_host[self._host_group(host)] += 1
+        log.info("%s: connected", session)
+        self.greet(session)
+
+    def greet(self, session):
+        """A new session: to the world's login screen, or told that there is none now."""
+        if self.health is Health.DOWN:
+            session.wait(self.settings.offline_notice)
+        elif self.health is not Health.STARTING:
+            self.queue_link(session)
+
+    @staticmethod
+    def _host_group(host):
+        """IPv6 counts by /64: a whole one belongs to one household."""
+        return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+
+    def _refusal(self, host):
+        settings = self.settings
+        if settings.max_clients and len(self.sessions) >= settings.max_clients:
+            return "Too many users are connected now. Please try again later."
+        address = ipaddress.ip_address(host)
+        if address.is_loopback or any(address in network for network in settings.proxy_from):
+            return None
+        if settings.max_per_host and self._per_host[self._host_group(host)] >= settings.max_per_host:
+            return "Too many connections from your address."
+        return None
+
+    def forget(self, session):
+        """A session has ended."""
+        if self.sessions.pop(session.number, None):
+            group = self._host_group(session.host)
+            self._per_host[group] -= 1
+            if not self._per_host[group]:
+                del self._per_host[group]
+        self._arriving.discard(session)
+
+    # ---- who may connect to the world next
+
+    @property
+    def is_up(self):
+        """Whether links may be opened."""
+        return self.health in (Health.UP, Health.SILENT)
+
+    def queue_link(self, session):
+        """Open the session's link when it is its turn; all links are opened here, paced for the world's family."""
+        if session not in self._queue:
+            self._queue.append(session)
+        self._pump_soon()
+
+    def arrived(self, session):
+        """The session's link is through, or has failed: the next may come."""
+        if session in self._arriving:
+            self._arriving.discard(session)
+            self._pump_soon()
+
+    def _pump_soon(self):
+        if self._queue and not self._pumping:
+            self._pumping = True
+            self.later(max(0.0, self._next_link_at - self.now), self._pump)
+
+    def _pump(self):
+        self._pumping = False
+        rate = self.settings.resume_rate
+        while self._queue and self.is_up:
+            at_once = len(self.sessions) if rate == 0 else self.world.dialect.at_once
+            if len(self._arriving) >= max(1, at_once):
+                return                          # arrived() calls again
+            if rate and self.now < self._next_link_at:
+                self._pump_soon()
+                return
+            session = self._queue.popleft()
+            if session.number not in self.sessions or session.state not in (State.LOGIN, State.WAITING):
+                continue
+            self._next_link_at = self.now + 1 / rate if rate else 0.0
+            self._arriving.add(session)
+            if session.state is State.WAITING and session.trials:
+                self._expect_noise(session.trials[0].character)
+            self._safely(session.open_link)
+
+    def _expect_noise(self, name):
+        quiet = not self.noise
+        self.noise[name] = self.now + NOISE_SECONDS
+        if quiet:
+            self.later(NOISE_SECONDS, self._prune_noise)
+            for session in self.sessions.values():
+                session.on_noise()
+
+    def _prune_noise(self):
+        self.noise = {name: until for name, until in self.noise.items() if until > self.now}
+        if self.noise:
+            self.later(max(0.1, min(self.noise.values()) - self.now), self._prune_noise)
+
+    # ---- the health of the world; on_* are posted by the heartbeat
+
+    def _set_health(self, health):
+        self.health, self.health_since = health, time.time()
+
+    def _each(self, method, *arguments):
+        """Call a method of every session, oldest first; a fault in one ends only that one."""
+        for session in list(self.sessions.values()):
+            self._safely(getattr(session, method), *arguments)
+
+    def ask(self, session):
+        """Why has this session's link ended? Answered by session.on_verdict."""
+        self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, session.serial)
+        self._judge_loss()
+
+    def check(self, session, pairs):
+        """Which of these pairs does the world take? Answered by session.on_checked."""
+        self.heartbeat.mailbox.post(self.heartbeat.on_check, session.number, session.serial, list(pairs))
+
+    def on_checked(self, number, serial, verdicts):
+        """The heartbeat's answer to check()."""
+        session = self.sessions.get(number)
+        if session:
+            self._safely(session.on_checked, serial, verdicts)
+
+    def on_answers(self, asks, life):
+        """The world in its life `life` answered a probe sent after these links had ended."""
+        for number, serial in asks:
+            session = self.sessions.get(number)
+            if session:
+                self._verdict(session, serial, session.life == life)
+
+    def _verdict(self, session, serial, left):
+        self._safely(session.on_verdict, serial, left)
+        if session.state is State.WAITING and self.is_up:
+            self._safely(session.begin_return)
+
+    def on_world_found(self, world):
+        """The heartbeat confirmed a world: the one users are on, or another to which all move."""
+        old, was = self.world, self.health
+        moved = old and old.address != world.address
+        reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
+        self._away_since, self._refused, self._last_reason = None, False, None
+        log.info("the world at %s is up%s: %s, %s", world.address, " (without heartbeat login)" if world.blind else "",
+                 world.dialect.name, world.life.partition(" ")[2] or "start time unknown")
+        self.world = world
+        if moved:
+            log.warning("the world moves from %s to %s: %d users are taken along", old.address, world.address,
+                        len(self.sessions))
+            self._queue.clear()
+            self._each("on_world_down", self.settings.moved_notice)
+        elif reborn and was in (Health.UP, Health.SILENT):
+            log.warning("the world has been started anew: its users are brought back")
+            for session in list(self.sessions.values()):
+                if session.life != world.life and session.link or session.state is State.ASKING:
+                    self._safely(session.on_world_down, self.settings.offline_notice)
+        self._set_health(Health.UP)
+        if was is Health.SILENT:
+            self._each("on_world_silent", False)
+        if world.life.startswith("?"):
+            self.later(ADOPT_SECONDS, self._adopt, world.life)
+        for session in list(self.sessions.values()):
+            if session.state is State.WAITING:
+                self._safely(session.begin_return)
+            elif session.state is State.LOGIN and not session.link:
+                self.queue_link(session)
+        self._pump_soon()
+
+    def _adopt(self, life):
+        """Links that are still open long after the heartbeat's are in the same life of the world as it."""
+        if self.world.life == life and self.health is Health.UP:
+            for session in self.sessions.values():
+                if session.link:
+                    session.life = life
+
+    def on_heartbeat_lost(self, reason, dead):
+        """The heartbeat's connection ended; `dead` if because the world was silent for too long."""
+        if self.health is Health.DOWN:
+            return
+        log.info("the heartbeat lost its connection: %s", reason)
+        if dead:
+            self._down(reason)
+            return
+        self._away_since, self._refused = self.now, False
+        self.later(AWAY_SECONDS, self._judge_loss)
+        self._judge_loss()
+
+    def on_unreachable(self, address, reason):
+        """The heartbeat could not get (back) to a world."""
+        if reason != self._last_reason:
+            log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason, self.settings.retry)
+        self._last_reason, self._refused = reason, True
+        if self.health is Health.STARTING:
+            self._down(reason)
+        elif self._away_since is not None:
+            self._judge_loss()
+
+    def _judge_loss(self):
+        """Does a lost heartbeat mean that the world is down? Alone it does not: it may have been booted."""
+        if self._away_since is None or not self.is_up:
+            return
+        away = self.now - self._away_since
+        asking = any(s.state is State.ASKING for s in self.sessions.values())
+        linked = any(s.link and not s.link.connecting for s in self.sessions.values())
+        if away >= AWAY_SECONDS or self._refused and (asking or not linked) or asking and not linked and away >= 0.3:
+            self._down("the heartbeat cannot get back" if self._last_reason is None else self._last_reason)
+        elif asking and not linked:
+            self.later(0.3, self._judge_loss)
+
+    def on_silent(self):
+        """A probe was not answered in time."""
+        if self.health is Health.UP:
+            log.warning("the world does not answer; users stay connected; down after %g s", self.settings.dead_after)
+            self._set_health(Health.SILENT)
+            self._each("on_world_silent", True)
+
+    def on_answering(self):
+        """The world answers again."""
+        if self.health is Health.SILENT:
+            log.warning("the world answers again")
+            self._set_health(Health.UP)
+            self._each("on_world_silent", False)
+
+    def _down(self, reason):
+        log.warning("the world is down (%s): holding %d users", reason, len(self.sessions))
+        self._set_health(Health.DOWN)
+        self.outages += 1
+        self._away_since = None
+        self._queue.clear()
+        self._each("on_world_down", self.settings.offline_notice)
+
+    # ---- signals
+
+    def reload(self):
+        """HUP: read the settings again; what is wrong changes nothing."""
+        try:
+            settings, remarks = self._load()
+        except (SettingsError, OSError) as error:
+            for problem in getattr(error, "problems", [str(error)]):
+                log.error("%s", problem)
+            log.error("HUP: the old settings stay in force; mend the above and kill -HUP again")
+            return
+        old, self.settings = self.settings, settings
+        if (old.local_address, old.local_port) != (settings.local_address, settings.local_port):
+            try:
+                self.listen()
+            except OSError as error:
+                log.error("cannot listen on the new local_address or local_port: %s; the old listeners stay", error)
+        for remark in remarks:
+            log.info("%s", remark)
+        if old.mush_address != settings.mush_address:
+            log.info("HUP: mush_address is now %s; users move when it is confirmed",
+                     ", ".join(map(str, settings.mush_address)))
+        self.heartbeat.mailbox.post(self.heartbeat.on_settings, settings)
+        if self.on_reload:
+            self.on_reload(settings)
+        log.info("HUP: settings read")
+
+    def stop(self):
+        """TERM, INT: say goodbye, flush, end."""
+        if self.stopping:
+            return
+        log.info("stopping: saying goodbye to %d users", len(self.sessions))
+        self.stopping = True
+        for listener in self.listeners:
+            listener.close()
+        self.heartbeat.mailbox.post(self.heartbeat.on_stop)
+        self._each("close", "HAS stops", "# NOTICE # The front end of this world is going down. Goodbye.")
+        self.later(0.2, self._end_flushed, self.now + GOODBYE_SECONDS)
+
+    def _end_flushed(self, until):
+        """End the sessions whose clients have been sent everything; at `until` all of them."""
+        for session in list(self.sessions.values()):
+            if not session.client.out or self.now >= until:
+                session.end()
+        if self.sessions:
+            self.later(0.1, self._end_flushed, until)
+
+
+# ======================================================================
+# 9. Command line
+#
+# Arguments, the log, signals, the exit status.
+# ======================================================================
+
+class LogHandler(logging.Handler):
+    """Writes the log without ever waiting: a stopped terminal (Ctrl-S, screen's copy mode), a dead one or a full
+    disk stops nobody. Lines that do not fit are dropped, and counted when there is room again. Any thread."""
+
+    LONGEST_WAIT_BYTES = 65536
+
+    def __init__(self, path=""):
+        super().__init__()
+        self._path, self._waiting, self._dropped = path, b"", 0
+        self._fd = self._open()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def _open(self):
+        if self._path:
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        try:                                    # a description of our own, so that O_NONBLOCK is nobody else's
+            return os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError:
+            return 2
+
+    def reload(self, settings):
+        """New settings: take their log file, opened anew (logrotate), and level; the old file stays if that fails."""
+        log.setLevel(settings.log_level.upper())
+        self._path = settings.log_file
+        with self.lock:
+            try:
+                fd = self._open()
+            except OSError as error:
+                self._dropped += 1
+                self._waiting += f"cannot reopen {self._path}: {error}\n".encode()
+                return
+            if self._fd != 2:
+                os.close(self._fd)
+            self._fd = fd
+
+    def emit(self, record):
+        """Write a line, or keep it for later, or drop it."""
+        line = self.format(record).encode("utf-8", "replace") + b"\n"
+        if len(self._waiting) + len(line) > self.LONGEST_WAIT_BYTES:
+            self._dropped += 1
+        else:
+            if self._dropped and not self._waiting:
+                line = b"(%d log lines were dropped)\n" % self._dropped + line
+                self._dropped = 0
+            self._waiting += line
+        try:
+            while self._waiting and self._writable():
+                written = os.write(self._fd, self._waiting[:select.PIPE_BUF])
+                self._waiting = self._waiting[written:]
+        except OSError:
+            self._dropped += self._waiting.count(b"\n")
+            self._waiting = b""
+
+    def _writable(self):
+        return bool(select.select([], [self._fd], [], 0)[1]) if self._fd < 1024 else True
+
+
+def start_log(settings):
+    """Begin to log as the settings say; OSError if the file cannot be opened."""
+    handler = LogHandler(settings.log_file)
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(settings.log_level.upper())
+    return handler
+
+
+def raise_limits():
+    """Allow as many descriptors as the system does, and no core dump, which would hold passwords."""
+    try:
+        import resource                         # not on every platform
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:
+        log.warning("cannot raise the limit of open files: %s", error)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def parse_arguments(arguments):
+    """The command line; argparse ends the program where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="has.py", description="HAS - Higher Availability Service: keeps players connected while their MUSH is "
+        "away.", epilog="Signals: HUP reads the settings again, TERM and INT say goodbye and stop. Exit status: 0 "
+        "stopped or --check found nothing wrong, 1 could not start, 2 wrong settings or arguments.")
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser.add_argument("--config", metavar="FILE", default=os.path.join(here, "has.conf"),
+                        help="settings over the constants in has.py (default: has.conf beside has.py, if there is one)")
+    parser.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
+    parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
+    return parser.parse_args(arguments)
+
+
+def take_signals(hub):
+    """Have signals run in the main loop, between two turns' work."""
+    signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
+    for number, call in (("SIGHUP", hub.reload), ("SIGTERM", hub.stop), ("SIGINT", hub.stop)):
+        if hasattr(signal, number):
+            signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
+
+
+def main(arguments=None):
+    """Run HAS; return the exit status."""
+    options = parse_arguments(arguments)
+    script = os.path.abspath(__file__)
+
+    def load():
+        return load_settings(script, options.config)
+    try:
+        settings, remarks = load()
+    except SettingsError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        print(f"has.py: {len(error.problems)} wrong in the settings: mend it and start again", file=sys.stderr)
+        return 2
+    if options.check:
+        print("\n".join([*remarks, "has.py: the settings are right"]))
+        return 0
+    return serve(settings, remarks, load)
+
+
+def serve(settings, remarks, load):
+    """Listen, start the heartbeat, and turn until stopped; return the exit status."""
+    try:
+        handler = start_log(settings)
+        raise_limits()
+        hub = Hub(settings, load)
+        log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
+                 ", ".join(map(str, settings.mush_address)))
+        hub.listen()
+    except OSError as error:
+        print(f"has.py: cannot start: {error.filename or 'local_address, local_port'}: {error.strerror}", file=sys.stderr)
+        return 1
+    for remark in remarks:
+        log.info("%s", remark)
+    hub.on_reload = handler.reload
+    hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
+    take_signals(hub)
+    hub.heartbeat.start()
+    try:
+        hub.run()
+    except Exception:
+        log.exception("HAS stops: a fault in its main loop")
+        return 1
+    hub.heartbeat.join(1)
+    log.info("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
