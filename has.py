@@ -484,6 +484,8 @@ class Agreement:
             self._note(self.world, piece[1], piece[2])
             if piece[1:] == bytes((DONT, TTYPE)):
                 self.ttypes = []
+        elif piece[1] == SB and len(piece) > 5:
+            self.world[SB, piece[2]] = True     # it has asked
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
@@ -557,8 +559,10 @@ class Replay:
             if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
                 self.typed += 1
                 return self.agreement.ttypes[min(self.typed, len(self.agreement.ttypes)) - 1], b""
-            if piece[2:4] == bytes((CHARSET, 1)) and self.agreement.charset:
-                return self.agreement.charset, b""
+            if piece[2:4] == bytes((CHARSET, 1)) and (SB, CHARSET) not in self.met:
+                self.met.add((SB, CHARSET))
+                if self.agreement.charset or (SB, CHARSET) in self.agreement.world:
+                    return self.agreement.charset or b"", b""
         return b"", piece
 
     def _answer_option(self, piece, verb, option):
@@ -1914,11 +1918,8 @@ class Session:
         if self.state is State.PLAYING and False in verdicts:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
             self.login = None
-        elif self.state is State.WAITING:
-            order = sorted(range(len(verdicts)), key=lambda n: (verdicts[n] is False, n))
-            if True in verdicts:
-                order = [verdicts.index(True)]
-            self.trials = [self.trials[n] for n in order]
+        elif self.state is State.WAITING and len(verdicts) == len(self.trials):
+            self.trials = [pair for pair, right in zip(self.trials, verdicts) if right is not False] or self.trials[:1]
             self.hub.queue_link(self)
 
     def _watch_change(self, text):
@@ -2014,10 +2015,8 @@ class Session:
 
     # ---- the world
 
-    def on_verdict(self, serial, left):
-        """Why the link number `serial` ended: the user left (True) or the world died (False)."""
-        if self.state is not State.ASKING or serial != self.serial:
-            return
+    def on_verdict(self, left):
+        """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
         if left:
             self.close("left the world")
         else:
@@ -3103,9 +3102,10 @@ class Hub:
                 self._verdict(session, serial, session.life == life)
 
     def _verdict(self, session, serial, left):
-        self._safely(session.on_verdict, serial, left)
-        if session.state is State.WAITING and self.is_up:
-            self._safely(session.begin_return)
+        if session.state is State.ASKING and session.serial == serial:
+            self._safely(session.on_verdict, left)
+            if session.state is State.WAITING and self.is_up:
+                self._safely(session.begin_return)
 
     def on_world_found(self, world):
         """The heartbeat confirmed a world: the one users are on, or another to which all move."""
