@@ -759,7 +759,7 @@ class TeenyMUSH(Dialect):
     # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
     login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
     handover_words = (b"@remotehostname",)
-    outcome = re.compile(rb"(Last connect was from )|Either that player does not exist, or has a different password\.|"
+    outcome = re.compile(rb"(Last connect was from[ :])|Either that player does not exist, or has a different password\.|"
                          rb"Invalid command, try: |That name is already in use\.")
     refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
     end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
