@@ -49,6 +49,7 @@ import errno
 import heapq
 import ipaddress
 import itertools
+import json
 import logging
 import os
 import re
@@ -62,11 +63,22 @@ import sys
 import threading
 import time
 
+try:
+    import ssl
+except ImportError:                             # a Python built without it: no TLS, said when TLS is asked for
+    ssl = None
+
 # ---- BEGIN CONFIGURATION: edit these, then `kill -HUP` the running HAS ----
 MUSH_ADDRESS = "127.0.0.1:4096"   # the MUSH: host:port, [v6]:port or unix:/path; several (fail-over): comma separated
 MUSH_TYPE = "auto"                # auto, teenymush, pennmush, tinymush, tinymux, rhostmush or plain
+MUSH_SSL = "no"                   # speak TLS to the MUSH
+MUSH_SSL_VERIFY = "yes"           # and check its certificate
+MUSH_SSL_CA = ""                  # file with the certificates to check it against; empty: the system's
 LOCAL_ADDRESS = ""                # address to listen on; empty: all, IPv4 and IPv6
 LOCAL_PORT = 4201                 # port to listen on
+LOCAL_PORT_SSL = 0                # port to listen on for TLS; 0: none
+SSL_CERT = ""                     # file with the certificate (and its chain) for that port
+SSL_KEY = ""                      # file with its private key, not encrypted; empty: in the same file
 PROXY_FROM = ""                   # addresses of your nginx, stunnel or haproxy, whose PROXY lines are believed
 HB_USER = "heartbeat"             # the heartbeat character: its name
 HB_PASS = "heartbeat"             # and its password
@@ -90,6 +102,8 @@ HOLD = 0                          # seconds a client with a login is held while 
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
 MAX_PER_HOST = 50                 # of these from one address (IPv6: from one /64); 0: no limit
 OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
+ADMINS = ""                       # characters that may type #? for the list of sessions; comma separated
+CONTROL_SOCKET = ""               # unix socket for --status and the like; empty: has.sock beside has.conf
 LOG_FILE = ""                     # file for the log; empty: standard error
 LOG_LEVEL = "info"                # debug, info, warning or error
 # ---- END CONFIGURATION ----
@@ -188,6 +202,16 @@ def _notice(text):
     return text
 
 
+def _file(text):
+    if text and not os.path.isfile(text):
+        raise ValueError("there is no such file")
+    return text
+
+
+def _names(text):
+    return [part.strip().lower() for part in text.split(",") if part.strip()]
+
+
 def _local_address(text):
     if text:
         ipaddress.ip_address(text)              # its ValueError says enough
@@ -206,7 +230,9 @@ _seconds = _number(0, 10 ** 8, float)
 _interval = _number(0.05, 10 ** 6, float)
 SETTINGS = {
     "mush_address": _addresses, "mush_type": _choice("auto", *FAMILIES),
-    "local_address": _local_address, "local_port": _number(0, 65535), "proxy_from": _networks,
+    "mush_ssl": _yes_or_no, "mush_ssl_verify": _yes_or_no, "mush_ssl_ca": _file,
+    "local_address": _local_address, "local_port": _number(0, 65535), "local_port_ssl": _number(0, 65535),
+    "ssl_cert": _file, "ssl_key": _file, "proxy_from": _networks, "admins": _names, "control_socket": str,
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval, "hb_timeout": _interval,
     "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
@@ -218,13 +244,51 @@ SETTINGS = {
 
 
 class Settings:
-    """All settings, parsed: one attribute for each key of SETTINGS. Never changed after it was made."""
+    """All settings: one attribute for each key of SETTINGS, and the TLS contexts. Never changed after it was made.
 
-    def __init__(self, values):
-        self.__dict__.update(values)
+    `texts` holds {key: text} as it was read; ValueError where TLS is asked for and cannot be had.
+    """
+
+    def __init__(self, values, texts):
+        self.__dict__.update(values, texts=texts)
+        self.server_tls = server_context(self.ssl_cert, self.ssl_key) if self.local_port_ssl else None
+        self.world_tls = world_context(self.mush_ssl_verify, self.mush_ssl_ca) if self.mush_ssl else None
 
     def __repr__(self):
-        return f"Settings({', '.join(k for k in sorted(self.__dict__))})"        # no values: hb_pass is one
+        return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
+
+
+def server_context(cert, key):
+    """The TLS context of the local_port_ssl listener; ValueError says what is wrong with the files."""
+    if ssl is None:
+        raise ValueError("local_port_ssl: this Python has no ssl module")
+    if not cert:
+        raise ValueError("local_port_ssl needs ssl_cert")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def no_prompt():
+        raise ValueError(f"ssl_key {key or cert}: is encrypted, and HAS must start without being asked: decrypt it")
+    try:
+        context.load_cert_chain(cert, key or None, no_prompt)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: "
+                         f"{getattr(error, 'reason', None) or error}") from None
+    return context
+
+
+def world_context(verify, ca_file):
+    """The TLS context of links to the world."""
+    if ssl is None:
+        raise ValueError("mush_ssl: this Python has no ssl module")
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except ssl.SSLError as error:
+        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: {error.reason}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def read_constants(path):
@@ -305,14 +369,14 @@ def load_settings(script, conf):
     constants, problems = read_constants(script)
     overrides, more = read_conf(conf)
     problems += more
-    values = {}
+    values, texts = {}, {}
     for key, (text, where) in list(constants.items()) + list(overrides.items()):
         if key not in SETTINGS:
             near = difflib.get_close_matches(key, SETTINGS, 1)
             problems.append(f"{where}: {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
             continue
         try:
-            values[key] = SETTINGS[key](text)
+            values[key], texts[key] = SETTINGS[key](text), text
         except ValueError as error:
             shown = "(hidden)" if key == "hb_pass" else text
             problems.append(f"{where}: {key} = {shown}: {error}")
@@ -321,10 +385,21 @@ def load_settings(script, conf):
                      for key in SETTINGS if key not in constants]
     if not problems:
         problems = _loops(values)
+    try:
+        settings = None if problems else Settings(values, texts)
+    except ValueError as error:
+        problems = [str(error)]
     if problems:
         raise SettingsError(problems)
+    return settings, _remarks(overrides, conf)
+
+
+def _remarks(overrides, conf):
+    """What an admin should know of settings that are right."""
     remarks = [f"{where} overrides the constant {key.upper()}" for key, (_, where) in overrides.items()]
-    return Settings(values), remarks
+    if "hb_pass" in overrides and os.stat(conf).st_mode & 0o077:
+        remarks.append(f"WARNING: {conf} holds hb_pass and others may read it: chmod 600 {conf}")
+    return remarks
 
 
 def _loops(values):
@@ -1112,6 +1187,7 @@ class Mailbox:
 # ======================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+NOT_NOW = (BlockingIOError, InterruptedError) + ((ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: stop reading the other side above, go on below
 CHUNK = 65536
 
@@ -1166,7 +1242,7 @@ class Stream:
         self._update()
 
     @classmethod
-    def connect(cls, selector, target, owner, on_data):
+    def connect(cls, selector, target, owner, on_data, **more):
         """Begin to connect to target = (family, address); raises OSError where that fails at once."""
         sock = socket.socket(target[0], socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -1174,16 +1250,15 @@ class Stream:
         if error not in (0, errno.EINPROGRESS):
             sock.close()
             raise OSError(error, os.strerror(error))
-        return cls(selector, sock, owner, on_data, connecting=True)
+        return cls(selector, sock, owner, on_data, connecting=True, **more)
 
     def _update(self):
         """Tell the selector what is wanted, if that changed."""
         wanted = 0
-        if not self.closed:
-            if self.out or self.connecting:
-                wanted = WRITE
-            if not (self._paused or self.ended or self.connecting):
-                wanted |= READ
+        if not (self.closed or self.connecting):
+            wanted = (WRITE if self.out else 0) | (0 if self._paused or self.ended else READ)
+        elif not (self.closed or self.ended):
+            wanted = self._while_connecting()
         if wanted == self._interest:
             return
         if not wanted:
@@ -1194,17 +1269,20 @@ class Stream:
             self.selector.modify(self.sock, wanted, self)
         self._interest = wanted
 
+    def _while_connecting(self):
+        return WRITE
+
     def ready(self, events):
         """The selector says that reading or writing would not block."""
+        if self.connecting:
+            self._finish_connect()
+            return
         if events & WRITE:
-            if self.connecting:
-                self._finish_connect()
-                return
             self._flush()
         if events & READ and not self.closed:
             try:
                 data = self.sock.recv(CHUNK)
-            except (BlockingIOError, InterruptedError):
+            except NOT_NOW:
                 return
             except OSError as error:
                 self._end(error.strerror or str(error))
@@ -1224,9 +1302,12 @@ class Stream:
             reset(self.sock)                    # so that the MUSH can bind its port
             self._end("connected to itself: nothing listens there")
         else:
-            self.connecting = False
-            self._update()
-            self.owner.on_stream_open(self)
+            self._opened()
+
+    def _opened(self):
+        self.connecting = False
+        self._update()
+        self.owner.on_stream_open(self)
 
     def _end(self, reason):
         self.ended = True
@@ -1238,7 +1319,7 @@ class Stream:
         if not self.out and not self.connecting:
             try:
                 sent = self.sock.send(data)
-            except (BlockingIOError, InterruptedError):
+            except NOT_NOW:
                 sent = 0
             except OSError:
                 self._broken = True
@@ -1262,13 +1343,16 @@ class Stream:
     def _flush(self):
         try:
             sent = self.sock.send(self.out) if self.out else 0
-        except (BlockingIOError, InterruptedError):
+        except NOT_NOW:
             return
         except OSError:
             self._broken, self.out = True, b""
         else:
             self.sent_bytes += sent
             del self.out[:sent]
+        self._flushed()
+
+    def _flushed(self):
         if not self.out:
             self.out = b""
             if self._finishing:
@@ -1319,6 +1403,74 @@ class Stream:
             self.closed = True
             self._update()
             self.sock.close()
+
+
+class TLSStream(Stream):
+    """A Stream inside TLS; on_stream_open comes when the handshake is done. Owners see no other difference."""
+
+    __slots__ = ("_context", "_server_name", "_handshake")
+    RECORD = 16384                 # a write is retried with no less than was offered: never offer more than a record
+
+    def __init__(self, selector, sock, owner, on_data, context, connecting=False, server_name=None):
+        self._context, self._server_name, self._handshake = context, server_name, 0
+        if not connecting:                      # an accepted client: HAS is the server
+            sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            self._handshake = READ
+        super().__init__(selector, sock, owner, on_data, connecting=True)
+
+    def _while_connecting(self):
+        return self._handshake or WRITE
+
+    def _finish_connect(self):
+        if not self._handshake:
+            super()._finish_connect()
+            return
+        try:
+            self.sock.do_handshake()
+        except NOT_NOW as error:
+            self._handshake = READ if isinstance(error, ssl.SSLWantReadError) else WRITE
+            self._update()
+        except OSError as error:
+            self._end(f"TLS handshake failed: {getattr(error, 'reason', None) or error}")
+        else:
+            self._handshake = 0
+            super()._opened()
+
+    def _opened(self):
+        """TCP is connected: the handshake follows."""
+        self.selector.unregister(self.sock)
+        self._interest = 0
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name,
+                                              do_handshake_on_connect=False)
+        self._handshake = WRITE
+        self._finish_connect()
+
+    def send(self, data):
+        """Send now what the socket takes and keep the rest in order."""
+        if self.out or self.connecting:
+            self._hold(data)
+        elif not self._broken:
+            self.out = bytearray(data)
+            self._flush()
+
+    def _flush(self):
+        try:
+            while self.out:
+                sent = self.sock.send(bytes(self.out[:self.RECORD]))
+                self.sent_bytes += sent
+                del self.out[:sent]
+        except NOT_NOW:
+            pass
+        except OSError:
+            self._broken, self.out = True, b""
+        self._flushed()
+
+    def _shut(self):
+        try:
+            self.sock.unwrap()                  # sends close_notify, then would wait for the other's
+        except (OSError, ValueError):
+            pass                                # sent or not, the end of file follows
+        super()._shut()
 
 
 # ======================================================================
@@ -1402,10 +1554,11 @@ class Session:
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at")
+                 "bytes_out", "typed_at", "tls")
 
-    def __init__(self, hub, number, sock, host):
-        self.hub, self.number, self.host = hub, number, host
+    def __init__(self, hub, number, client, host, tls=False):
+        self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
+        client.owner, client.on_data = self, self.on_client_data
         self.since = int(time.time())           # shown to the world, kept over returns
         self.state, self.serial = State.LOGIN, 0
         self.link = self.life = self.proof = self.agreement = self.replay = None
@@ -1427,7 +1580,6 @@ class Session:
         self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
         self.told = self.stuck = False
         self.typed_at = hub.now
-        self.client = Stream(hub.selector, sock, self, self.on_client_data)
 
     def __str__(self):
         name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
@@ -1751,7 +1903,7 @@ class Session:
         self.life = world.life
         self._enter(State.RETURNING if returning else State.LOGIN)
         try:
-            self.link = Stream.connect(self.hub.selector, world.target, self, self.on_link_data)
+            self.link = self.hub.connect(world, self, self.on_link_data)
         except OSError as error:
             self._link_failed(error.strerror)
             return
@@ -2259,7 +2411,7 @@ class Connection:
         """Read what has come."""
         try:
             data = self.sock.recv(CHUNK)
-        except BlockingIOError:
+        except NOT_NOW:
             return
         except OSError as error:
             self.ended = error.strerror or str(error)
@@ -2457,6 +2609,8 @@ class Heartbeat(threading.Thread):
                     failure = error
             else:
                 raise failure
+            if self._settings.world_tls:
+                sock = self._wrap(sock, address)
             connection = Connection(sock, address, target)
             self._selector.register(sock, READ, connection)
             self._identify(connection)
@@ -2496,6 +2650,17 @@ class Heartbeat(threading.Thread):
         except BaseException:
             sock.close()
             raise
+
+    def _wrap(self, sock, address):
+        """The TLS handshake with the world; OSError says why not."""
+        try:
+            sock.settimeout(3)
+            sock = self._settings.world_tls.wrap_socket(sock, server_hostname=address.host)
+            sock.setblocking(False)
+            return sock
+        except (OSError, ValueError) as error:
+            sock.close()
+            raise OSError(errno.EPROTO, f"TLS: {getattr(error, 'reason', None) or error}") from None
 
     def _await_writable(self, sock, until):
         with selectors.DefaultSelector() as waiting:
@@ -2799,14 +2964,15 @@ class Listener:
 
     closed = False
 
-    def __init__(self, hub, sock):
-        self.hub, self.sock, self.owner = hub, sock, self
+    def __init__(self, hub, sock, tls, wanted):
+        self.hub, self.sock, self.owner, self.tls = hub, sock, self, tls
+        self.wanted = wanted                    # (local_address, port, tls) as the settings say
         sock.setblocking(False)
         hub.selector.register(sock, READ, self)
 
     def __str__(self):
         host, port = self.sock.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return (f"[{host}]:{port}" if ":" in host else f"{host}:{port}") + (" (TLS)" if self.tls else "")
 
     def ready(self, events):
         """Accept all that wait."""
@@ -2822,7 +2988,7 @@ class Listener:
                 self.hub.selector.unregister(self.sock)     # or the loop would spin on it
                 self.hub.later(1, self._again)
                 return
-            self.hub.on_client(sock, unmapped(peer[0]))
+            self.hub.on_accept(sock, unmapped(peer[0]), self.tls)
 
     def _again(self):
         if not self.closed:
@@ -2836,6 +3002,56 @@ class Listener:
         except KeyError:
             pass                                # paused
         self.sock.close()
+
+
+class Arrival:
+    """A client that is not a session yet: its TLS handshake, or the PROXY line of a trusted front, is awaited."""
+
+    def __init__(self, hub, sock, host, tls):
+        self.hub, self.host, self.tls, self.head = hub, host, tls, b""
+        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls) if tls else
+                       Stream(hub.selector, sock, self, self.on_data))
+        hub.later(10 if tls else 1, self._overdue)
+
+    def on_stream_open(self, stream):
+        """The handshake is done."""
+        self.hub.on_client(stream, self.host, True)
+
+    def on_stream_end(self, stream, reason):
+        """It ended before it was a session."""
+        log.info("client from %s left before it was let in%s", self.host, f": {reason}" if reason else "")
+        stream.drop()
+
+    def on_data(self, data):
+        """Bytes that should be a PROXY line (HAProxy's protocol, version 1: at most 107 bytes)."""
+        self.head += data
+        match = re.match(rb"PROXY (?:TCP[46] ([0-9A-Fa-f.:]+) \S+ \d+ \d+|UNKNOWN[^\r\n]*)\r\n", self.head)
+        if match:
+            try:
+                self.host = unmapped(str(ipaddress.ip_address((match.group(1) or self.host.encode()).decode())))
+            except ValueError:
+                log.warning("PROXY line from %s names no address: %s", self.host, printable(match.group()))
+            self._let_in(self.head[match.end():])
+        elif b"\n" in self.head or len(self.head) > 107 or not b"PROXY ".startswith(self.head[:6]):
+            self._let_in(self.head)             # no PROXY line: a client on the front's own machine
+
+    def _let_in(self, rest):
+        session = self.hub.on_client(self.stream, self.host, False)
+        if rest and session:
+            session.on_client_data(rest)
+
+    def _overdue(self):
+        if self.stream.owner is not self or self.stream.closed:
+            return
+        if self.tls:
+            log.info("client from %s: no TLS handshake within 10 s: closed", self.host)
+            self.stream.drop()
+        else:
+            self._let_in(self.head)
+
+    def on_error(self):
+        """A fault of HAS in handling this client (it was logged): end only it."""
+        self.stream.drop()
 
 
 def unmapped(host):
@@ -2867,6 +3083,12 @@ def open_listeners(address, port):
             sock.close()
         raise failure
     return found
+
+
+def log_remarks(remarks):
+    """What was noticed while reading the settings."""
+    for remark in remarks:
+        log.log(logging.WARNING if remark.startswith("WARNING") else logging.DEBUG, "%s", remark)
 
 
 class Hub:
@@ -2925,10 +3147,10 @@ class Hub:
         self._run_timers()
 
     def _fault(self, owner):
-        """An exception in a handler ends the session it was for, nothing else; a fault of the hub itself goes on up."""
-        if not isinstance(owner, Session):
+        """An exception in a handler ends the client it was for, nothing else; a fault of the hub itself goes on up."""
+        if not hasattr(owner, "on_error"):
             raise
-        log.exception("%s: a fault of HAS; this session ends", owner)
+        log.exception("%s: a fault of HAS; this client is closed", owner)
         owner.on_error()
 
     def later(self, seconds, call, *arguments):
@@ -2954,32 +3176,43 @@ class Hub:
 
     def listen(self):
         """Open the listeners the settings ask for; OSError leaves the old ones."""
-        settings = self.settings
-        socks = open_listeners(settings.local_address, settings.local_port)
+        settings, kept, new = self.settings, [], []
+        for port, tls in ((settings.local_port, False), (settings.local_port_ssl, True)):
+            if tls and not port:
+                continue
+            same = [old for old in self.listeners if old.wanted == (settings.local_address, port, tls)]
+            kept += same
+            new += [] if same else [Listener(self, sock, tls, (settings.local_address, port, tls))
+                                    for sock in open_listeners(settings.local_address, port)]
         for old in self.listeners:
-            old.close()
-        self.listeners = [Listener(self, sock) for sock in socks]
-        for listener in self.listeners:
+            if old not in kept:
+                old.close()
+        self.listeners = kept + new
+        for listener in new:
             log.info("listening on %s", listener)
 
-    def on_client(self, sock, host):
+    def on_accept(self, sock, host, tls):
         """A client was accepted."""
         tune(sock, 60, 15, 5)
+        if tls or any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from):
+            Arrival(self, sock, host, tls)
+        else:
+            self.on_client(Stream(self.selector, sock, None, None), host, False)
+
+    def on_client(self, stream, host, tls):
+        """A client is let in: make it a session and return that, or None if there is no room for it."""
         refusal = self._refusal(host)
         if refusal:
             log.info("client from %s refused: %s", host, refusal)
-            sock.setblocking(False)
-            try:
-                sock.send(b"# NOTICE # " + refusal.encode() + b"\r\n")
-            except OSError:
-                pass                            # it did not even wait for the reason
-            sock.close()
-            return
-        session = Session(self, next(self._numbers), sock, host)
+            stream.send(b"# NOTICE # " + refusal.encode() + b"\r\n")
+            stream.drop()
+            return None
+        session = Session(self, next(self._numbers), stream, host, tls)
         self.sessions[session.number] = session
         self._per_host[self._host_group(host)] += 1
-        log.info("%s: connected", session)
+        log.info("%s: connected%s", session, " (TLS)" if tls else "")
         self.greet(session)
+        return session
 
     def greet(self, session):
         """A new session: to the world's login screen, or told that there is none now."""
@@ -3019,6 +3252,14 @@ class Hub:
     def is_up(self):
         """Whether links may be opened."""
         return self.health in (Health.UP, Health.SILENT)
+
+    def connect(self, world, owner, on_data):
+        """Begin to open a link to the world; OSError where that fails at once."""
+        context = self.settings.world_tls
+        if context is None:
+            return Stream.connect(self.selector, world.target, owner, on_data)
+        return TLSStream.connect(self.selector, world.target, owner, on_data, context=context,
+                                 server_name=world.address.host)
 
     def queue_link(self, session):
         """Open the session's link when it is its turn; all links are opened here, paced for the world's family."""
@@ -3213,13 +3454,11 @@ class Hub:
             log.error("HUP: the old settings stay in force; mend the above and kill -HUP again")
             return
         old, self.settings = self.settings, settings
-        if (old.local_address, old.local_port) != (settings.local_address, settings.local_port):
-            try:
-                self.listen()
-            except OSError as error:
-                log.error("cannot listen on the new local_address or local_port: %s; the old listeners stay", error)
-        for remark in remarks:
-            log.info("%s", remark)
+        try:
+            self.listen()
+        except OSError as error:
+            log.error("cannot listen on the new local_address or local_port: %s; the old listeners stay", error)
+        log_remarks(remarks)
         if old.mush_address != settings.mush_address:
             log.info("HUP: mush_address is now %s; users move when it is confirmed",
                      ", ".join(map(str, settings.mush_address)))
@@ -3388,8 +3627,7 @@ def serve(settings, remarks, load):
     except OSError as error:
         print(f"has.py: cannot start: {error.filename or 'local_address, local_port'}: {error.strerror}", file=sys.stderr)
         return 1
-    for remark in remarks:
-        log.info("%s", remark)
+    log_remarks(remarks)
     hub.on_reload = handler.reload
     hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
     take_signals(hub)
