@@ -296,16 +296,20 @@ def read_constants(path):
 
     Returns ({key: (text, "file:line")}, problems). Never executes the file.
     """
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{path}: cannot be read: {error}"]
     begin = [n for n, line in enumerate(lines) if line.startswith(BEGIN_MARK)]
     end = [n for n, line in enumerate(lines) if line.startswith(END_MARK)]
     if len(begin) != 1 or len(end) != 1 or end[0] < begin[0]:
         return {}, [f"{path}: the lines {BEGIN_MARK!r} and {END_MARK!r} must stand there once each: put them back"]
     try:
         tree = ast.parse("\n" * begin[0] + "\n".join(lines[begin[0]:end[0]]) + "\n")
-    except SyntaxError as error:
-        return {}, [f"{path}:{error.lineno}: this is no Python constant: {error.msg}"]
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL, before 3.12
+        where, why = getattr(error, "lineno", begin[0] + 1), getattr(error, "msg", error)
+        return {}, [f"{path}:{where}: this is no Python constant: {why}"]
     return _constants_of(tree, path)
 
 
@@ -352,7 +356,8 @@ def read_conf(path):
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            problems.append(f"{where}: {line.strip()!r} is not `key = value`")
+            shown = "(hidden)" if line.lower().startswith("hb_p") else repr(line.strip())
+            problems.append(f"{where}: {shown} is not `key = value`")
             key = None
         elif key in found:
             problems.append(f"{where}: {key} is set a second time (first at {found[key][1]}): delete one")
@@ -415,7 +420,7 @@ def _is_ours(host, values):
         number = ipaddress.ip_address(host)
     except ValueError:
         return False                            # a name: no look-up here; the heartbeat would notice
-    if values["local_address"]:
+    if values["local_address"] and not ipaddress.ip_address(values["local_address"]).is_unspecified:
         return number == ipaddress.ip_address(values["local_address"])
     try:
         with socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET) as trial:
@@ -529,10 +534,11 @@ class Scanner:
 
 def unfinished(tail):
     """What ends an escape sequence that `tail`, the end of what a client was sent, leaves open (ECMA-48 5.4)."""
-    match = re.search(rb"\x1b(\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*|)\Z", tail)
+    match = re.search(rb"\x1b(\[[0-?]*[ -/]*|\][^\x07\x1b]*|[PX^_][^\x1b]*|[ -/]+|)\Z", tail)
     if not match:
         return b""
-    return b"[0m" if not match.group(1) else b"m" if match.group(1).startswith(b"[") else b"\x07"
+    kind = match.group(1)[:1]
+    return b"[0m" if not kind else b"m" if kind == b"[" else b"\x1b\\" if kind in b"]PX^_" else b"B"
 
 
 class Agreement:
@@ -555,7 +561,7 @@ class Agreement:
 
     def from_world(self, piece):
         """Remember a command of the world's."""
-        if len(piece) == 3:
+        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
             self._note(self.world, piece[1], piece[2])
             if piece[1:] == bytes((DONT, TTYPE)):
                 self.ttypes = []
@@ -564,7 +570,7 @@ class Agreement:
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
-        if len(piece) == 3:
+        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
             if piece[1:] in self.ignore:
                 self.ignore.discard(piece[1:])
                 return False
@@ -628,7 +634,7 @@ class Replay:
 
     def answer(self, piece):
         """Take a command of the new world; return (bytes for the world, bytes for the client)."""
-        if len(piece) == 3:
+        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
             return self._answer_option(piece, piece[1], piece[2])
         if len(piece) > 5 and piece[1] == SB:
             if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
@@ -653,8 +659,8 @@ class Replay:
             return b"", b""                     # its answer to what HAS said unasked
         if mine in self.had:
             return command(*mine) + self._detail(mine), b""
-        if (verb, option) not in self.agreement.world:
-            return b"", piece                   # new to the client
+        if not self.agreement.world.get((verb, option)):
+            return b"", piece                   # new to the client, or it only consented to its end
         if self.agreement.client.get(mine) is False:
             return command(WONT if mine[0] == WILL else DONT, option), b""
         return b"", b""                         # offered before, and never answered
@@ -716,11 +722,15 @@ class Credentials:
 
 def rub_out(line):
     """Apply BS and DEL as a line editor does: each deletes the byte before it."""
-    while True:
-        shorter = re.sub(rb"[^\b\x7f][\b\x7f]|\A[\b\x7f]+", b"", line)
-        if shorter == line:
-            return line
-        line = shorter
+    if not re.search(rb"[\b\x7f]", line):
+        return line
+    kept = bytearray()
+    for byte in line:
+        if byte in b"\b\x7f":
+            del kept[-1:]
+        else:
+            kept.append(byte)
+    return bytes(kept)
 
 
 def escape_softcode(text):
@@ -759,7 +769,7 @@ class Dialect:
     setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
     refused_text = re.compile(rb"(?!)")         # the server's words for "wrong name or password"
     password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
-    name_typed = re.compile(rb"(?i)@name\s+\*?([^=]+?)\s*=\s*\"?([^;]+?)\"?(?:;.*)?\s*\Z")    # who, new name
+    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*=\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")    # who, new name
     password_changed = password_kept = name_changed = name_kept = re.compile(rb"(?!)")
     check_function = None
     greets = True                  # a banner comes at once
@@ -835,7 +845,7 @@ class TeenyMUSH(Dialect):
     login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
     handover_words = (b"@remotehostname",)
     outcome = re.compile(rb"(Last connect was from[ :])|Either that player does not exist, or has a different password\.|"
-                         rb"Invalid command, try: |That name is already in use\.")
+                         rb"That name is already in use\.")
     refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
     end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
     password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
@@ -865,9 +875,9 @@ class _InfoFamily(Dialect):
     start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
     setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
-                               rb"PROMPT_NEWLINES)(?:\s+(.*?))?\s*\Z")
+                               rb"PROMPT_NEWLINES)(?:\s+(\S+(?:\s+\S+)*))?\s*\Z")
     refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
-    password_typed = re.compile(rb"(?i)@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^=]+=\s*(\S+)\s*\Z")
+    password_typed = re.compile(rb"(?i)@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     password_changed = re.compile(rb"Password changed\.")
     password_kept = re.compile(rb"Sorry\.|Null passwords|Illegal character|Bad new password|Huh\?|Permission denied")
     name_changed = re.compile(rb"(?:Alias set\.\s+)?Name set\.")
@@ -890,11 +900,15 @@ class PennMUSH(_InfoFamily):
                               rb"Either that player does not exist|There is already a player with that name\.")
     password_changed = re.compile(rb"You have changed your password\.")
     password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|Permission denied")
+    password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     check_function = b"checkpass"
     longest_line = 4000
     greets = False
     at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
+
+    def read_login(self, line):
+        return super().read_login(line.replace(b"\t", b"?"))
 
     def check_call(self, pair):
         name = pair.name.lstrip(b"*")
@@ -973,7 +987,7 @@ def recognise(banner, info):
     """The dialect of a world from what it sent at connect and its answer to INFO or MSSP; None if none fits."""
     version = re.search(rb"Version: ([^\r\n]+)", info)
     version = version.group(1) if version else b""
-    if b"TeenyMUSH" in info or b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF"):
+    if not version and (b"TeenyMUSH" in info or b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF")):
         return DIALECTS["teenymush"]
     for word, name in ((b"PennMUSH", "pennmush"), (b"Rhost", "rhostmush"), (b"MUX", "tinymux"),
                        (b"TinyMUSH", "tinymush"), (b"4.", "tinymush")):
@@ -1053,8 +1067,14 @@ class Proof:
 
     def disarm(self, nonce, settings):
         """What goes behind an armed line that was no login line after all."""
-        del self._tries[nonce[-3:-1]]
+        self._tries.pop(nonce[-3:-1], None)
         return self._fill(self.dialect.mark_behind, nonce, settings)
+
+    def no_login(self, line):
+        """A line that is no whole login may be answered like one: its outcome is nobody's."""
+        match = self.dialect.login_words.match(line)
+        if not self.dialect.mark_behind and match and match.group(1) and len(line[match.end():].split()) == 1:
+            self._tries.append(None)
 
     def script(self, login):
         """The bytes that log `login` in on a returning link, the question for the end marker included."""
@@ -1104,7 +1124,7 @@ class Proof:
 
     def _let_through(self, text):
         if self._block is not None:
-            self._block = (self._block + text)[-4096:]
+            self._block = (self._block + text)[:4096]
             return b""
         if not self.returning or self.ended:
             return text
@@ -1302,6 +1322,8 @@ class Stream:
             reset(self.sock)                    # so that the MUSH can bind its port
             self._end("connected to itself: nothing listens there")
         else:
+            if self._finishing and not self.out and not self.closed:
+                self._shut()
             self._opened()
 
     def _opened(self):
@@ -1485,10 +1507,11 @@ RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
+SLOW_AFTER, SLOW_SECONDS = 3, 3    # logins from one address without success; pause after each further one
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
 # The start of typed lines that HAS must read; everything else passes unread.
-_WATCHED = re.compile(rb"[ \t]*(?:quit|logout|@pa|@new|@name|output|screen|pueblo|sockset|prompt_)", re.I)
+_WATCHED = re.compile(rb"[ \t]*(?:quit|logout|@pa|@new|@name|output|screen|pueblo|sockset|prompt_|#[?])", re.I)
 _ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
 
@@ -1533,6 +1556,30 @@ def shorten(out, limit):
     lost = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
     kept = b"".join(piece for is_command, piece in Scanner().feed(cut) if is_command)
     return out[:begun] + kept + b"\x1b[0m<output lost: %d lines>\r\n" % lost + out[start:]
+
+
+def ago(seconds):
+    """A duration in seconds as people write it."""
+    seconds = int(seconds)
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    return f"{days}d {hours}h" if days else f"{hours}h {minutes}m" if hours else (
+        f"{minutes}m {seconds % 60}s" if minutes else f"{seconds}s")
+
+
+def status_lines(status):
+    """The status (Hub.status) as lines of text for people."""
+    world, outages = status["world"], status["outages"]
+    lines = [f"HAS {status['version']}, pid {status['pid']}, up {ago(status['age'])}: the world {world['address']} "
+             f"({world['family'] or 'family unknown'}) is {world['health']} for {ago(world['since'])}",
+             f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, {ago(outages['seconds'])} in all"
+             + (f", the last {ago(outages['last'])} ago" if outages["count"] else "")]
+    if status["sessions"]:
+        lines.append("   id name             address                  state      age      idle     in       out  tls size")
+    for it in status["sessions"]:
+        lines.append(f"{it['id']:>5} {it['name'][:16]:<16} {it['host']:<24} {it['state']:<10} {ago(it['age']):<8} "
+                     f"{ago(it['idle']):<8} {it['bytes_in']:<8} {it['bytes_out']:<8} {'yes' if it['tls'] else 'no':<3} "
+                     f"{it['size']}")
+    return lines
 
 
 class Session:
@@ -1600,17 +1647,27 @@ class Session:
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or self.hidden or self.hub.noise or
                          self.proof and self.proof.live or self.from_world and self.from_world.held)
 
+    def status(self):
+        """What is told of this session: plain values, nothing secret, nothing that could steer a terminal."""
+        size = self.agreement.naws if self.agreement else None
+        width, height = struct.unpack(">HH", unescape(size)[3:7]) if size and len(unescape(size)) == 9 else (0, 0)
+        return {"id": self.number, "name": printable(self.login.name) if self.login else "", "host": self.host,
+                "state": self.state.name, "age": int(time.time()) - self.since, "tls": self.tls,
+                "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
+                "size": f"{width}x{height}" if width else ""}
+
     def on_noise(self):
         """Arrivals begin to be hidden."""
         self._refresh()
 
-    def on_session_due(self, serial, action):
+    def _due(self, serial, action):
         """A timer for link number `serial` has come."""
-        if serial == self.serial and self.client and not self.client.closed:
+        if serial == self.serial and not self.client.closed:
             action()
+            self._refresh()
 
     def _later(self, seconds, action):
-        self.hub.later(seconds, self.on_session_due, self.serial, action)
+        self.hub.later(seconds, self._due, self.serial, action)
 
     def end(self):
         """Forget this session and close what is open."""
@@ -1748,6 +1805,10 @@ class Session:
     def _typed_line(self, line):
         if self.state is State.LOGIN:           # LOGOUT may have come just before it
             return self._login_line(line)
+        if line == b"#?" and self.login and self.login.name.decode("utf-8", "replace").lower() in (
+                self.hub.settings.admins):
+            self.notify("\n".join(status_lines(self.hub.status())))
+            return b""
         self._note_line(line)
         return self._take_unsent()
 
@@ -1819,8 +1880,12 @@ class Session:
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
         if login:
             self.unproven = login, self.hub.now
+            if self.hub.count_login(self.host) > SLOW_AFTER:
+                self.client.pause()             # after this line; nothing he types is lost
+                self._later(SLOW_SECONDS, self.client.resume)
             return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
         self._note_line(line)
+        self.proof.no_login(line)
         out = self._take_unsent()
         return out + self.proof.disarm(typed.nonce, self.settings) if typed.nonce else out
 
@@ -2052,16 +2117,13 @@ class Session:
     def _logged_in(self, login):
         """A typed login took."""
         self.login, self.previous, self.pending, self.unproven = login, None, None, None
+        self.hub.logins_tried.pop(self.host, None)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
         if self.dialect.mark_behind:
-            self._later(MARK_SECONDS, self._retire_marks)
+            self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
             self.hub.check(self, [login])       # without marks the text alone is half a proof
-
-    def _retire_marks(self):
-        self.proof.retire()
-        self._refresh()
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
@@ -2261,7 +2323,7 @@ class Session:
         log.info("%s: is back in the game", self)
         self._arrived()
         if self.dialect.mark_behind:
-            self._later(MARK_SECONDS, self._retire_marks)
+            self._later(MARK_SECONDS, self.proof.retire)
         if self.kept:
             self._send_kept()
 
@@ -2873,7 +2935,7 @@ class Heartbeat(threading.Thread):
             raise
         if silent:
             self._tell(self._hub.on_answering)
-        self._tell(self._hub.on_answers, asks, connection.life)
+        self._tell(self._hub.on_answers, asks, connection.life, time.monotonic() - started)
 
     def _question(self, connection, seconds):
         if not connection.dialect.logs_in:      # the idle connection is the witness: it survives a user's leaving
@@ -2988,7 +3050,11 @@ class Listener:
                 self.hub.selector.unregister(self.sock)     # or the loop would spin on it
                 self.hub.later(1, self._again)
                 return
-            self.hub.on_accept(sock, unmapped(peer[0]), self.tls)
+            self.on_accepted(sock, peer)
+
+    def on_accepted(self, sock, peer):
+        """A client."""
+        self.hub.on_accept(sock, unmapped(peer[0]), self.tls)
 
     def _again(self):
         if not self.closed:
@@ -3091,6 +3157,83 @@ def log_remarks(remarks):
         log.log(logging.WARNING if remark.startswith("WARNING") else logging.DEBUG, "%s", remark)
 
 
+class Caller:
+    """A connection to the control socket: one request, a line of JSON, is answered by one line of JSON."""
+
+    def __init__(self, hub, sock):
+        self.hub, self.asked = hub, b""
+        self.stream = Stream(hub.selector, sock, self, self.on_data)
+        hub.later(10, self.stream.drop)
+
+    def on_data(self, data):
+        """A part of the request."""
+        self.asked += data
+        if b"\n" in self.asked or len(self.asked) > 65536:
+            try:
+                answer = self.hub.command(json.loads(self.asked.decode()))
+            except (ValueError, TypeError, AttributeError) as error:
+                answer = {"error": f"bad request: {error}"}
+            self.stream.send(json.dumps(answer).encode() + b"\n")
+            self.stream.finish()
+
+    def on_stream_full(self, stream):
+        """The answer is long; it waits in the stream."""
+
+    on_stream_room = on_stream_full
+
+    def on_stream_end(self, stream, reason):
+        """The caller has gone."""
+        stream.drop()
+
+    def on_error(self):
+        """A fault of HAS in answering (it was logged): end only this caller."""
+        self.stream.drop()
+
+
+class ControlListener(Listener):
+    """The control socket, for its owner alone."""
+
+    def __init__(self, hub, path):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)                  # no moment in which others may connect
+        try:
+            self._replace_dead(path)
+            sock.bind(path)
+            sock.listen(16)
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.umask(mask)
+        self.path = path
+        super().__init__(hub, sock, False, None)
+
+    @staticmethod
+    def _replace_dead(path):
+        """Remove the socket of a HAS that has died; OSError(EADDRINUSE) if one lives there."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+                trial.settimeout(1)
+                trial.connect(path)
+            raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def on_accepted(self, sock, peer):
+        """Somebody asks."""
+        Caller(self.hub, sock)
+
+    def close(self):
+        """Stop listening, leave no dead socket."""
+        super().close()
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass                                # its folder may be gone
+
+
 class Hub:
     """The main loop and all it owns. Main thread only, but for `mailbox`."""
 
@@ -3102,14 +3245,15 @@ class Hub:
         self.mailbox = Mailbox()
         self.selector.register(self.mailbox.reader, READ, self)
         self.closed, self.owner = False, self   # the mailbox is served like a stream
-        self.listeners = []
+        self.listeners, self.control = [], None
         self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
         self._numbers = itertools.count(1)
         self._per_host = collections.Counter()
+        self.logins_tried = collections.Counter()       # by address, since the last one that took
         self._timers, self._timer_numbers = [], itertools.count()
         self.world, self.health = None, Health.STARTING
-        self.health_since = time.time()
-        self.outages = 0
+        self.started = self.health_since = self.last_outage = time.time()
+        self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
         self._away_since = None                 # the heartbeat lost its connection then
         self._refused = False                   # ... and could not make a new one
         self._last_reason = None
@@ -3237,6 +3381,15 @@ class Hub:
             return "Too many connections from your address."
         return None
 
+    def count_login(self, host):
+        """Count a login typed; return how many this address has tried since the last that took."""
+        if ipaddress.ip_address(host).is_loopback:
+            return 0                            # many people, or our own machine
+        self.logins_tried[host] += 1
+        if self.logins_tried[host] == 1:
+            self.later(600, self.logins_tried.pop, host, None)
+        return self.logins_tried[host]
+
     def forget(self, session):
         """A session has ended."""
         if self.sessions.pop(session.number, None):
@@ -3313,7 +3466,11 @@ class Hub:
     # ---- the health of the world; on_* are posted by the heartbeat
 
     def _set_health(self, health):
-        self.health, self.health_since = health, time.time()
+        if self.health is Health.DOWN:
+            self.outage_seconds += time.time() - self.health_since
+            self.last_outage = time.time()
+        if health is not self.health:
+            self.health, self.health_since = health, time.time()
 
     def _each(self, method, *arguments):
         """Call a method of every session, oldest first; a fault in one ends only that one."""
@@ -3335,8 +3492,9 @@ class Hub:
         if session:
             self._safely(session.on_checked, serial, verdicts)
 
-    def on_answers(self, asks, life):
-        """The world in its life `life` answered a probe sent after these links had ended."""
+    def on_answers(self, asks, life, seconds):
+        """The world in its life `life` answered, within `seconds`, a probe sent after these links had ended."""
+        self.round_trip = seconds
         for number, serial in asks:
             session = self.sessions.get(number)
             if session:
@@ -3442,6 +3600,46 @@ class Hub:
         self._queue.clear()
         self._each("on_world_down", self.settings.offline_notice)
 
+    # ---- what admins ask
+
+    def status(self):
+        """All that is told to admins: a dictionary of plain values, without secrets."""
+        world, down = self.world, self.health is Health.DOWN
+        lasting = time.time() - self.health_since if down else 0
+        address = world.address if world else self.settings.mush_address[0]
+        return {"version": VERSION, "pid": os.getpid(), "age": int(time.time() - self.started), "world": {
+                    "address": str(address), "family": world.dialect.name if world else None,
+                    "health": "blind" if world and world.blind and self.health is Health.UP else self.health.value,
+                    "since": int(time.time() - self.health_since),
+                    "addresses": [str(a) for a in self.settings.mush_address],
+                    "preferred": address == self.settings.mush_address[0],
+                    "heartbeat": f"answers in {self.round_trip * 1000:.1f} ms" if self.round_trip and not down else "away"},
+                "outages": {"count": self.outages, "seconds": int(self.outage_seconds + lasting),
+                            "last": int(time.time() - self.last_outage) if self.outages else None},
+                "sessions": [session.status() for session in self.sessions.values()]}
+
+    def command(self, request):
+        """Carry out a request of the control socket: {"do": "status"}, {"do": "notice", "text": ...} or
+        {"do": "kick", "id": ...}; return the answer."""
+        if request.get("do") == "status":
+            return self.status()
+        if request.get("do") == "notice":
+            log.info("notice to everybody: %s", printable(str(request["text"])))
+            self._each("notify", printable(str(request["text"])))
+            return {"done": f"told {len(self.sessions)} users"}
+        if request.get("do") == "kick":
+            session = self.sessions.get(request.get("id"))
+            if not session:
+                return {"error": f"there is no session {request.get('id')}: see --status"}
+            session.close("kicked by an admin", "# NOTICE # You were disconnected by an administrator.")
+            return {"done": f"{session} is being closed"}
+        return {"error": f"unknown request {request.get('do')!r}"}
+
+    def log_status(self):
+        """USR1: the status to the log."""
+        for line in status_lines(self.status()):
+            log.info("%s", line)
+
     # ---- signals
 
     def reload(self):
@@ -3473,7 +3671,7 @@ class Hub:
             return
         log.info("stopping: saying goodbye to %d users", len(self.sessions))
         self.stopping = True
-        for listener in self.listeners:
+        for listener in self.listeners + [self.control] * bool(self.control):
             listener.close()
         self.heartbeat.mailbox.post(self.heartbeat.on_stop)
         self._each("close", "HAS stops", "# NOTICE # The front end of this world is going down. Goodbye.")
@@ -3578,12 +3776,19 @@ def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="has.py", description="HAS - Higher Availability Service: keeps players connected while their MUSH is "
-        "away.", epilog="Signals: HUP reads the settings again, TERM and INT say goodbye and stop. Exit status: 0 "
-        "stopped or --check found nothing wrong, 1 could not start, 2 wrong settings or arguments.")
+        "away.", epilog="Signals: HUP reads the settings again and opens log_file anew, USR1 writes the status to "
+        "the log, TERM and INT say goodbye and stop. Exit status: 0 stopped, or --check found nothing wrong, or --status: "
+        "the world is up; 1 could not start, or --status: the world is silent or down; 2 wrong settings or arguments; "
+        "3 --status, --notice, --kick: HAS is not running.")
     here = os.path.dirname(os.path.abspath(__file__))
     parser.add_argument("--config", metavar="FILE", default=os.path.join(here, "has.conf"),
                         help="settings over the constants in has.py (default: has.conf beside has.py, if there is one)")
-    parser.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
+    asking = parser.add_mutually_exclusive_group()
+    asking.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
+    asking.add_argument("--status", action="store_true", help="ask the running HAS how it is, and exit")
+    asking.add_argument("--notice", metavar="TEXT", help="have the running HAS write TEXT to every user")
+    asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (see --status)")
+    parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
     return parser.parse_args(arguments)
 
@@ -3591,7 +3796,8 @@ def parse_arguments(arguments):
 def take_signals(hub):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
-    for number, call in (("SIGHUP", hub.reload), ("SIGTERM", hub.stop), ("SIGINT", hub.stop)):
+    for number, call in (("SIGHUP", hub.reload), ("SIGUSR1", hub.log_status), ("SIGTERM", hub.stop),
+                         ("SIGINT", hub.stop)):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
 
@@ -3612,10 +3818,56 @@ def main(arguments=None):
     if options.check:
         print("\n".join([*remarks, "has.py: the settings are right"]))
         return 0
-    return serve(settings, remarks, load)
+    control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
+    if options.status or options.notice is not None or options.kick is not None:
+        return ask_running(options, control)
+    return serve(settings, remarks, load, control)
 
 
-def serve(settings, remarks, load):
+def ask_running(options, path):
+    """Put a request to the running HAS and print its answer; return the exit status."""
+    request = ({"do": "notice", "text": options.notice} if options.notice is not None else
+               {"do": "kick", "id": options.kick} if options.kick is not None else {"do": "status"})
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(10)
+            sock.connect(path)
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            answer = json.loads(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
+    except (OSError, ValueError) as error:
+        print(f"has.py: no HAS answers at {path}: {error}", file=sys.stderr)
+        return 3
+    if request["do"] != "status":
+        print(answer.get("done") or f"has.py: {answer['error']}")
+        return 0 if "done" in answer else 2
+    print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
+    return 0 if answer["world"]["health"] in ("up", "blind") else 1
+
+
+def open_control(hub, path):
+    """Open the control socket. A HAS that lives there already is an OSError; anything else only costs --status."""
+    try:
+        hub.control = ControlListener(hub, path)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise
+        log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path, error.strerror or error)
+    except AttributeError:
+        log.warning("no control socket: this platform has no unix sockets")
+
+
+def tell_systemd(text):
+    """Tell the service manager something, if one listens (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as error:
+                log.warning("cannot notify systemd: %s", error)
+
+
+def serve(settings, remarks, load, control):
     """Listen, start the heartbeat, and turn until stopped; return the exit status."""
     try:
         handler = start_log(settings)
@@ -3623,15 +3875,17 @@ def serve(settings, remarks, load):
         hub = Hub(settings, load)
         log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
                  ", ".join(map(str, settings.mush_address)))
+        open_control(hub, control)
         hub.listen()
     except OSError as error:
-        print(f"has.py: cannot start: {error.filename or 'local_address, local_port'}: {error.strerror}", file=sys.stderr)
+        log.error("cannot start: %s: %s", error.filename or "local_address, local_port, local_port_ssl", error.strerror)
         return 1
     log_remarks(remarks)
     hub.on_reload = handler.reload
     hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
     take_signals(hub)
     hub.heartbeat.start()
+    tell_systemd("READY=1")
     try:
         hub.run()
     except Exception:
