@@ -37,7 +37,9 @@ blocks; the heartbeat thread owns the one blocking connection and every DNS
 look-up. They share nothing but two mailboxes, one each way.
 
 Signals: HUP reads the settings again (a changed mush_address moves everybody
-once the new world is confirmed), TERM and INT say goodbye and stop.
+once the new world is confirmed) and opens log_file anew, USR1 writes the
+status to the log, USR2 upgrades to the has.py on disk without dropping
+anybody, TERM and INT say goodbye and stop.
 """
 import argparse
 import ast
@@ -59,9 +61,11 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+import warnings
 
 try:
     import ssl
@@ -397,6 +401,13 @@ def load_settings(script, conf):
     if problems:
         raise SettingsError(problems)
     return settings, _remarks(overrides, conf)
+
+
+def settings_of(texts, script):
+    """Settings from {key: text} that were good once; keys they lack are taken from the constants in `script`."""
+    constants, _ = read_constants(script)
+    texts = {**{key: text for key, (text, _) in constants.items()}, **texts}
+    return Settings({key: SETTINGS[key](texts[key]) for key in SETTINGS}, texts)
 
 
 def _remarks(overrides, conf):
@@ -1164,6 +1175,46 @@ class Proof:
         return True
 
 
+PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
+          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN)}
+
+
+def pack(value):
+    """`value` as what JSON can hold, for an upgrade: bytes, containers, dialects and the objects of PACKED too."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": value.decode("latin-1")}
+    if isinstance(value, dict):
+        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple, set, collections.deque)):
+        return {type(value).__name__: [pack(item) for item in value]}
+    if isinstance(value, Dialect):
+        return {"dialect": value.name}
+    if isinstance(value, re.Pattern):
+        return {"pattern": pack(value.pattern)}
+    return {"object": type(value).__name__, "slots": {name: pack(getattr(value, name)) for name in value.__slots__}}
+
+
+def unpack(value):
+    """What pack() was given. Slots a newer program has and an older one had not keep their defaults."""
+    if not isinstance(value, dict):
+        return value
+    (kind, content), = [item for item in value.items() if item[0] != "slots"]
+    if kind == "object":
+        made = PACKED[content]()
+        for name in set(made.__slots__) & set(value["slots"]):
+            setattr(made, name, unpack(value["slots"][name]))
+        return made
+    makers = {"bytes": lambda: content.encode("latin-1"), "dialect": lambda: DIALECTS[content],
+              "dict": lambda: {unpack(key): unpack(item) for key, item in content},
+              "pattern": lambda: re.compile(unpack(content)), "list": lambda: [unpack(item) for item in content],
+              "tuple": lambda: tuple(unpack(item) for item in content),
+              "set": lambda: {unpack(item) for item in content},
+              "deque": lambda: collections.deque(unpack(item) for item in content)}
+    return makers[kind]()
+
+
 # ======================================================================
 # 4. Mailbox
 #
@@ -1426,6 +1477,66 @@ class Stream:
             self._update()
             self.sock.close()
 
+    def pack(self):
+        """What a new process needs to go on with this stream (upgrade)."""
+        return {"fd": self.sock.fileno(), "out": pack(bytes(self.out)), "ended": self.ended,
+                "finishing": self._finishing, "broken": self._broken}
+
+    def take_up(self, packed):
+        """Go on where the packed stream was."""
+        self.out = bytearray(unpack(packed["out"])) or b""
+        self.ended, self._finishing, self._broken = packed["ended"], packed["finishing"], packed["broken"]
+        self._update()
+        if len(self.out) > HIGH_WATER:
+            self.full = True
+            self.owner.on_stream_full(self)
+
+
+class Splice:
+    """Two streams, each sent what the other receives. Used by the pump of an upgrade."""
+
+    def __init__(self, selector, inside, sock):
+        self.inside = inside                    # the TLS stream, whose selector was another process's
+        inside.selector, inside.owner, inside.on_data, inside._interest = selector, self, self._from_inside, 0
+        self.plain = Stream(selector, sock, self, self._from_plain)
+
+    def start(self):
+        """Serve what waits inside TLS, which no selector shows; what was held was for the other side."""
+        if self.inside.ended:
+            self.plain.finish()
+        self.inside.full = self.inside._paused = False
+        self.inside._update()
+        self.inside.ready(READ | WRITE)
+
+    def _from_inside(self, data):
+        self.plain.send(data)
+
+    def _from_plain(self, data):
+        self.inside.send(data)
+
+    def _other(self, stream):
+        return self.plain if stream is self.inside else self.inside
+
+    def on_stream_end(self, stream, reason):
+        """One side ended: the other is told, and both are closed when both have ended."""
+        other = self._other(stream)
+        other.finish()
+        if other.ended or reason:
+            self.on_error()
+
+    def on_stream_full(self, stream):
+        """One side does not take what it is sent: stop reading the other."""
+        self._other(stream).pause()
+
+    def on_stream_room(self, stream):
+        """Read again."""
+        self._other(stream).resume()
+
+    def on_error(self):
+        """Close both."""
+        self.plain.drop()
+        self.inside.drop()
+
 
 class TLSStream(Stream):
     """A Stream inside TLS; on_stream_open comes when the handshake is done. Owners see no other difference."""
@@ -1544,6 +1655,9 @@ class Typed:
         return part
 
 
+PACKED["Typed"] = Typed
+
+
 def shorten(out, limit):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
 
@@ -1656,8 +1770,66 @@ class Session:
                 "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
                 "size": f"{width}x{height}" if width else ""}
 
+    _NOT_PACKED = {"hub", "client", "link", "state", "stuck"}
+
+    def pack(self):
+        """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
+        linked = self.link is not None and not self.link.connecting and self.state is not State.RETURNING
+        state = State.WAITING if self.state is State.RETURNING else self.state
+        values = {name: pack(getattr(self, name)) for name in self.__slots__ if name not in self._NOT_PACKED}
+        streams = [self.client] + [self.link] * linked
+        return {"state": state.name, "values": values, "client": self.client.pack(),
+                "link": self.link.pack() if linked else None}, [stream.sock.fileno() for stream in streams]
+
+    def unpack(self, packed):
+        """Take up what pack() gave; nothing is sent yet (see go_on)."""
+        for name in set(self.__slots__) & set(packed["values"]):
+            setattr(self, name, unpack(packed["values"][name]))
+        if self.replay:
+            self.replay.agreement = self.agreement
+        self.state = State[packed["state"]]
+        self.client.take_up(packed["client"])
+        if packed["link"]:
+            self.link = Stream(self.hub.selector, socket.socket(fileno=packed["link"]["fd"]), self, self.on_link_data)
+            self.link.take_up(packed["link"])
+
+    def go_on(self):
+        """Begin anew what was under way when the process was replaced: timers, questions, connects."""
+        self._refresh()
+        self._flush_notices()
+        if self.hidden:
+            self._show_hidden()
+        if self.state is State.CLOSING:
+            self._later(10, self.end)
+            if self.client.ended and not self.link:
+                self.end()
+        elif self.state is State.ASKING:
+            self.hub.ask(self)
+        elif self.state is State.WAITING:
+            self._hold_for_now()
+        elif self.state is State.PLAYING and self.kept:
+            self._later(0.1, self._send_kept)
+        if self.proof and self.state is State.PLAYING:
+            self._later(MARK_SECONDS, self.proof.retire)
+        if self.state is State.LOGIN and not self.link or self.state is State.WAITING:
+            self.serial += 1
+            self.hub.take_along(self)
+
     def on_noise(self):
         """Arrivals begin to be hidden."""
+        self._refresh()
+
+    def replace_stream(self, name, sock):
+        """Another process took over the TLS of a stream: its plain side is `sock`. What was held went along."""
+        old = getattr(self, name)
+        new = Stream(self.hub.selector, sock, self, old.on_data)
+        packed = {**old.pack(), "out": pack(b""), "broken": False}
+        old.drop()
+        setattr(self, name, new)
+        new.take_up(packed)
+        if packed["finishing"]:
+            new.finish()
+        self.stuck = False
         self._refresh()
 
     def _due(self, serial, action):
@@ -2263,16 +2435,16 @@ class Session:
         self._flush_notices()
         self.told = True
         self._write_notice(notice)
-        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
-        if hold:
-            self._later_whatever(hold)
+        self._hold_for_now()
         kept = self._release()
         if kept:
             self._read_client(kept)
 
-    def _later_whatever(self, seconds):
-        """Give up holding this client after `seconds`, unless it came back meanwhile."""
-        self.hub.later(seconds, self._hold_over, self.hub.outages)
+    def _hold_for_now(self):
+        """Hold this client, but not for ever if the settings say so."""
+        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
+        if hold:
+            self.hub.later(hold, self._hold_over, self.hub.outages)
 
     def _hold_over(self, outage):
         if self.state is State.WAITING and self.hub.outages == outage and not self.client.closed:
@@ -2453,7 +2625,7 @@ class Moved(Exception):
 
 
 class Stopped(Exception):
-    """HAS stops."""
+    """HAS stops, or is replaced by a new process."""
 
 
 class Connection:
@@ -2518,9 +2690,7 @@ class Connection:
 class Heartbeat(threading.Thread):
     """The heartbeat's thread. Others may call start(), post to `mailbox`, and join(seconds); nothing else."""
 
-    _unknown = itertools.count(1)
-
-    def __init__(self, hub, hub_mailbox, settings):
+    def __init__(self, hub, hub_mailbox, settings, parked=None):
         super().__init__(name="heartbeat", daemon=True)
         self.mailbox = Mailbox()
         self._hub, self._hub_mailbox, self._settings = hub, hub_mailbox, settings
@@ -2536,6 +2706,8 @@ class Heartbeat(threading.Thread):
         self._login_after = 0.0
         self._known = {}           # Address -> Dialect as recognised
         self._stopping = False
+        self._parked_before = parked            # what park() of an older process left
+        self.parked = None         # for a new process; read it only after join()
 
     # ---- messages of the hub, run in this thread
 
@@ -2559,14 +2731,14 @@ class Heartbeat(threading.Thread):
             self._wanted = first if first != self._current else None
 
     def on_stop(self):
-        """End the thread."""
+        """End the thread; `parked` says how a new process can go on."""
         self._stopping = True
 
     # ---- the thread
 
     def run(self):
         """Find a world, stay with it until it is lost, for ever."""
-        connection = None
+        connection = self._unpark(self._parked_before) if self._parked_before else None
         while not self._stopping:
             try:
                 connection = connection or self._search()
@@ -2578,7 +2750,8 @@ class Heartbeat(threading.Thread):
             except Lost as lost:
                 self._tell(self._hub.on_heartbeat_lost, str(lost), lost.dead)
             except Stopped:
-                pass
+                self.parked = self._park(connection)
+                return
             except Exception:
                 log.exception("heartbeat: a fault of HAS; the heartbeat starts anew")
                 self._tell(self._hub.on_heartbeat_lost, "fault", False)
@@ -2586,6 +2759,39 @@ class Heartbeat(threading.Thread):
             self._close(connection)
             connection = None
             self._forget_checks()
+
+    def _park(self, connection):
+        """Leave the connection open for a new process; plain values."""
+        parked = {"current": str(self._current or ""), "wanted": str(self._wanted or ""),
+                  "login_after": self._login_after, "down_since": self._down_since,
+                  "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
+        if connection and connection.ended is None and type(connection.sock) is socket.socket:
+            parked["connection"] = {
+                "fd": connection.sock.detach(), "address": str(connection.address), "target": pack(connection.target),
+                "dialect": connection.dialect.name, "life": connection.life, "blind": connection.blind,
+                "checks": connection.checks, "text": pack(connection.text), "held": pack(connection.scanner.held),
+                "renew_at": connection.renew_at, "spare": connection.spare()}
+        return parked
+
+    def _unpark(self, parked):
+        """Take up what _park() left; return its Connection, if it left one."""
+        self._current = parse_address(parked["current"]) if parked["current"] else None
+        self._wanted = parse_address(parked["wanted"]) if parked["wanted"] else None
+        self._login_after, self._down_since = parked["login_after"], parked["down_since"]
+        self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
+        left = parked.get("connection")
+        if not left:
+            return None
+        family, target = unpack(left["target"])
+        sock = socket.socket(fileno=left["fd"])
+        sock.setblocking(False)
+        connection = Connection(sock, parse_address(left["address"]), (socket.AddressFamily(family), target))
+        connection.dialect = DIALECTS[left["dialect"]]
+        connection.life, connection.blind, connection.checks = left["life"], left["blind"], left["checks"]
+        connection.text, connection.scanner.held = unpack(left["text"]), unpack(left["held"])
+        connection.renew_at, connection._tokens = left["renew_at"], left["spare"]
+        self._selector.register(sock, READ, connection)
+        return connection
 
     def _tell(self, call, *arguments):
         self._hub_mailbox.post(call, *arguments)
@@ -2748,7 +2954,7 @@ class Heartbeat(threading.Thread):
             connection.dialect = self._known[address]
         else:
             connection.dialect = self._known[address] = self._recognise(connection)
-        connection.life = self._start_id(connection) or f"?{next(self._unknown)}"
+        connection.life = self._start_id(connection) or f"?{secrets.token_hex(4)}"
 
     def _recognise(self, connection):
         until, quiet = time.monotonic() + 3, 0.0
@@ -3193,7 +3399,11 @@ class Caller:
 class ControlListener(Listener):
     """The control socket, for its owner alone."""
 
-    def __init__(self, hub, path):
+    def __init__(self, hub, path, sock=None):
+        self.path = path
+        super().__init__(hub, sock or self._bind(path), False, None)
+
+    def _bind(self, path):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)                  # no moment in which others may connect
         try:
@@ -3205,8 +3415,7 @@ class ControlListener(Listener):
             raise
         finally:
             os.umask(mask)
-        self.path = path
-        super().__init__(hub, sock, False, None)
+        return sock
 
     @staticmethod
     def _replace_dead(path):
@@ -3254,6 +3463,7 @@ class Hub:
         self.world, self.health = None, Health.STARTING
         self.started = self.health_since = self.last_outage = time.time()
         self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
+        self.pumps, self.rescues = [], []       # process ids; times of rescues
         self._away_since = None                 # the heartbeat lost its connection then
         self._refused = False                   # ... and could not make a new one
         self._last_reason = None
@@ -3600,6 +3810,99 @@ class Hub:
         self._queue.clear()
         self._each("on_world_down", self.settings.offline_notice)
 
+    def take_along(self, session):
+        """A session that has no link after the process was replaced: it gets one if the world is up."""
+        if session.state is State.WAITING and self.is_up:
+            session.begin_return()
+        elif session.state is State.LOGIN and self.is_up:
+            self.queue_link(session)
+
+    # ---- a new process in place of this one
+
+    def pack(self):
+        """Everything a new process needs: (plain values, the descriptors to keep). Changes nothing here."""
+        sessions, fds = [], []
+        for session in self.sessions.values():
+            packed, kept = session.pack()
+            sessions.append(packed)
+            fds += kept
+        listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)} for it in self.listeners]
+        control = {"fd": self.control.sock.fileno(), "path": self.control.path} if self.control else None
+        fds += [it["fd"] for it in listeners + [control] * bool(control)]
+        world = self.world and {**self.world._asdict(), "address": str(self.world.address),
+                                "target": pack(self.world.target), "dialect": self.world.dialect.name}
+        return {"format": 1, "version": VERSION, "settings": self.settings.texts, "sessions": sessions,
+                "listeners": listeners, "control": control, "world": world, "health": self.health.name,
+                "next_number": next(self._numbers),
+                "values": {name: getattr(self, name) for name in self._VALUES}}, fds
+
+    _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
+
+    def unpack(self, state):
+        """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on)."""
+        for name, value in state["values"].items():
+            if name in self._VALUES:
+                setattr(self, name, value)
+        self._numbers = itertools.count(state["next_number"])
+        self.health = Health[state["health"]]
+        if state["world"]:
+            it = state["world"]
+            family, target = unpack(it["target"])
+            self.world = World(parse_address(it["address"]), (socket.AddressFamily(family), target),
+                               DIALECTS[it["dialect"]], it["life"], it["blind"], it["checks"])
+        self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
+                          for it in state["listeners"]]
+        if state["control"]:
+            sock = socket.socket(fileno=state["control"]["fd"])
+            self.control = ControlListener(self, state["control"]["path"], sock)
+        for packed in state["sessions"]:
+            values = packed["values"]
+            stream = Stream(self.selector, socket.socket(fileno=packed["client"]["fd"]), None, None)
+            session = Session(self, values["number"], stream, values["host"], values["tls"])
+            self.sessions[session.number] = session
+            self._per_host[self._host_group(session.host)] += 1
+            try:
+                session.unpack(packed)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                log.exception("%s could not be taken over: it ends", session)
+                raise RuntimeError("a session could not be taken over") from error
+
+    def go_on(self):
+        """After unpack(): begin anew what was under way."""
+        if self.health is Health.SILENT:
+            self._each("on_world_silent", True)
+        self._each("go_on")
+
+    def move_tls_out(self):
+        """Give every TLS stream to a forked process that feeds this one plain bytes, for TLS cannot cross exec.
+
+        Returns nothing; OSError leaves all as it was.
+        """
+        inside = [(session, name) for session in self.sessions.values() for name in ("client", "link")
+                  if isinstance(getattr(session, name), TLSStream) and not getattr(session, name).connecting]
+        if not inside:
+            return
+        pairs = [socket.socketpair() for _ in inside]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)     # 3.12: fork beside threads; ours has ended
+            pid = os.fork()
+        if pid == 0:
+            run_pump([(getattr(session, name), pair[1]) for (session, name), pair in zip(inside, pairs)])
+        self.pumps.append(pid)
+        for (session, name), (ours, theirs) in zip(inside, pairs):
+            theirs.close()
+            session.replace_stream(name, ours)
+
+    def reap(self):
+        """CHLD: collect pumps that have ended."""
+        for pid in list(self.pumps):
+            try:
+                done, _ = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                done = pid
+            if done:
+                self.pumps.remove(pid)
+
     # ---- what admins ask
 
     def status(self):
@@ -3686,6 +3989,169 @@ class Hub:
             self.later(0.1, self._end_flushed, until)
 
 
+def run_pump(pairs):
+    """The life of a forked process that holds the TLS of `pairs` (TLSStream, plain socket). Never returns.
+
+    It never logs, prints or resolves: another thread may have held a lock when it was forked.
+    """
+    try:
+        signal.set_wakeup_fd(-1)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        keep = sorted(sock.fileno() for stream, plain in pairs for sock in (stream.sock, plain))
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for low, high in zip([2] + keep, keep + [65536]):
+            os.closerange(low + 1, high)        # or plain clients would see no end, and ports stay held
+        selector = selectors.DefaultSelector()
+        splices = [Splice(selector, stream, plain) for stream, plain in pairs]
+        for splice in splices:
+            splice.start()
+        while selector.get_map():
+            for key, events in selector.select():
+                if not key.data.closed:
+                    try:
+                        key.data.ready(events)
+                    except Exception:           # nobody to tell: end this pair, keep the others
+                        key.data.owner.on_error()
+    finally:
+        os._exit(0)
+
+
+class Upgrade:
+    """Replaces the running program by the has.py on disk, in the same process, with every connection kept.
+
+    USR2 -> rehearsal: a child restores a copy of the real state with the new file; nobody waits for it
+         -> the heartbeat parks, TLS moves to a pump, the state goes to a memory file -> exec.
+    A new file that fails while restoring executes the old one again, which was kept in a second memory file.
+    Main thread only.
+    """
+
+    REHEARSAL_SECONDS, RESCUES, RESCUE_SECONDS = 20, 3, 600
+
+    def __init__(self, hub, script, config, source):
+        self.hub, self.script, self.config, self.source = hub, script, config, source
+        self._child = self._output = None
+
+    def begin(self):
+        """USR2: rehearse; go() follows if that went well."""
+        if not hasattr(os, "memfd_create"):
+            log.error("USR2: this platform has no memfd_create, and passwords must not go to disk: no upgrade; "
+                      "stop HAS and start it anew")
+        elif self._child:
+            log.warning("USR2: an upgrade is being rehearsed already")
+        else:
+            log.info("USR2: rehearsing the upgrade to %s", self.script)
+            try:
+                self._rehearse()
+            except OSError as error:
+                log.error("USR2: the rehearsal could not be started: %s; HAS goes on as it is", error)
+
+    def _rehearse(self):
+        state, fds = self.hub.pack()
+        memory = memory_file(json.dumps(state).encode())
+        ours, theirs = socket.socketpair()
+        try:
+            self._child = subprocess.Popen(self._command(self.script, memory) + ["--rehearse"], pass_fds=[memory, *fds],
+                                           stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(memory)
+        self._output, self._said = Stream(self.hub.selector, ours, self, self._on_output), b""
+        self.hub.later(self.REHEARSAL_SECONDS, self._overdue, self._child)
+
+    def _command(self, file, memory):
+        return [sys.executable, file, "--script", self.script, "--config", self.config, "--resume", str(memory)]
+
+    def _on_output(self, data):
+        self._said = (self._said + data)[-4000:]
+
+    def _overdue(self, child):
+        if self._child is child:
+            child.kill()
+
+    def on_stream_end(self, stream, reason):
+        """The rehearsal's output has ended."""
+        stream.drop()
+        self._judge()
+
+    def on_error(self):
+        """A fault of HAS while listening to the rehearsal (it was logged)."""
+        self._output.drop()
+
+    def _judge(self):
+        status = self._child.poll()
+        if status is None:
+            self.hub.later(0.02, self._judge)
+            return
+        self._child = None
+        if status == 0:
+            self.go(self.script)
+            return
+        log.error("USR2: the new %s failed its rehearsal (status %s): HAS goes on as it is. It said:", self.script, status)
+        for line in self._said.decode("utf-8", "replace").splitlines()[-12:]:
+            log.error("    %s", printable(line))
+
+    def go(self, file):
+        """Replace this program by `file` now; returns only if that failed, and then all goes on."""
+        hub = self.hub
+        hub.heartbeat.mailbox.post(hub.heartbeat.on_stop)
+        hub.heartbeat.join(1)                   # stuck in DNS: exec ends it
+        parked = hub.heartbeat.parked
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+                                                            signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
+        memory = kept = None
+        try:
+            hub.move_tls_out()
+            state, fds = hub.pack()
+            kept = memory_file(self.source)
+            state.update(heartbeat=parked, kept=kept)
+            memory = memory_file(json.dumps(state).encode())
+            fds += [memory, kept]
+            if parked and "connection" in parked:
+                fds.append(parked["connection"]["fd"])
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            os.execv(sys.executable, self._command(file or f"/proc/self/fd/{kept}", memory))
+        except OSError as error:
+            log.error("the new program could not be started: %s; HAS goes on as it is", error)
+        for fd in (memory, kept):
+            if fd is not None:
+                os.close(fd)
+        hub.heartbeat = Heartbeat(hub, hub.mailbox, hub.settings, parked)
+        hub.heartbeat.start()
+        hub.go_on()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def rescue(self):
+        """An exception would end the main loop: go on with a fresh copy of the program; returns if that cannot be."""
+        hub = self.hub
+        hub.rescues = [at for at in hub.rescues if time.time() - at < self.RESCUE_SECONDS] + [time.time()]
+        if not hasattr(os, "memfd_create") or len(hub.rescues) > self.RESCUES:
+            return
+        log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)", len(hub.rescues),
+                  self.RESCUES, self.RESCUE_SECONDS)
+        self.go(None)
+
+
+def memory_file(content):
+    """A descriptor of a new file in memory, for what must not touch the disk."""
+    fd = os.memfd_create("has")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    return fd
+
+
+def read_memory_file(fd):
+    """All of a memory file, wherever its position is."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
 # ======================================================================
 # 9. Command line
 #
@@ -3758,7 +4224,7 @@ def start_log(settings):
     return handler
 
 
-def raise_limits():
+def raise_limits(settings):
     """Allow as many descriptors as the system does, and no core dump, which would hold passwords."""
     try:
         import resource                         # not on every platform
@@ -3770,6 +4236,9 @@ def raise_limits():
     except (ValueError, OSError) as error:
         log.warning("cannot raise the limit of open files: %s", error)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if 0 < hard < 2 * settings.max_clients + 50:
+        log.warning("max_clients = %d needs %d open files, the system allows %d: raise the hard limit (ulimit -Hn)",
+                    settings.max_clients, 2 * settings.max_clients + 50, hard)
 
 
 def parse_arguments(arguments):
@@ -3777,7 +4246,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="has.py", description="HAS - Higher Availability Service: keeps players connected while their MUSH is "
         "away.", epilog="Signals: HUP reads the settings again and opens log_file anew, USR1 writes the status to "
-        "the log, TERM and INT say goodbye and stop. Exit status: 0 stopped, or --check found nothing wrong, or --status: "
+        "the log, USR2 upgrades to the has.py on disk without dropping anybody, TERM and INT say goodbye and stop. Exit status: 0 stopped, or --check found nothing wrong, or --status: "
         "the world is up; 1 could not start, or --status: the world is silent or down; 2 wrong settings or arguments; "
         "3 --status, --notice, --kick: HAS is not running.")
     here = os.path.dirname(os.path.abspath(__file__))
@@ -3789,26 +4258,35 @@ def parse_arguments(arguments):
     asking.add_argument("--notice", metavar="TEXT", help="have the running HAS write TEXT to every user")
     asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (see --status)")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
+    parser.add_argument("--script", help=argparse.SUPPRESS)                 # these three are for Upgrade
+    parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
     return parser.parse_args(arguments)
 
 
-def take_signals(hub):
+def take_signals(hub, upgrade):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
-    for number, call in (("SIGHUP", hub.reload), ("SIGUSR1", hub.log_status), ("SIGTERM", hub.stop),
-                         ("SIGINT", hub.stop)):
+    for number, call in (("SIGHUP", hub.reload), ("SIGUSR1", hub.log_status), ("SIGUSR2", upgrade.begin),
+                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", hub.reap)):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])          # blocked over an exec: they come now
 
 
 def main(arguments=None):
     """Run HAS; return the exit status."""
     options = parse_arguments(arguments)
-    script = os.path.abspath(__file__)
+    script = options.script or os.path.abspath(__file__)
+    with open(__file__, "rb") as file:
+        source = file.read()                    # what runs now, whatever happens to the file
 
     def load():
         return load_settings(script, options.config)
+    if options.resume is not None:
+        return resume(options, script, source, load)
     try:
         settings, remarks = load()
     except SettingsError as error:
@@ -3821,7 +4299,7 @@ def main(arguments=None):
     control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
     if options.status or options.notice is not None or options.kick is not None:
         return ask_running(options, control)
-    return serve(settings, remarks, load, control)
+    return start(settings, remarks, load, control, (script, options.config, source))
 
 
 def ask_running(options, path):
@@ -3867,11 +4345,11 @@ def tell_systemd(text):
                 log.warning("cannot notify systemd: %s", error)
 
 
-def serve(settings, remarks, load, control):
-    """Listen, start the heartbeat, and turn until stopped; return the exit status."""
+def start(settings, remarks, load, control, program):
+    """Listen and serve; return the exit status."""
     try:
         handler = start_log(settings)
-        raise_limits()
+        raise_limits(settings)
         hub = Hub(settings, load)
         log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
                  ", ".join(map(str, settings.mush_address)))
@@ -3881,16 +4359,59 @@ def serve(settings, remarks, load, control):
         log.error("cannot start: %s: %s", error.filename or "local_address, local_port, local_port_ssl", error.strerror)
         return 1
     log_remarks(remarks)
-    hub.on_reload = handler.reload
     hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
-    take_signals(hub)
-    hub.heartbeat.start()
-    tell_systemd("READY=1")
+    return serve(hub, handler, program)
+
+
+def resume(options, script, source, load):
+    """Go on where another process has left off (Upgrade); return the exit status."""
+    state = json.loads(read_memory_file(options.resume).decode())
     try:
-        hub.run()
+        settings = settings_of(state["settings"], script)
+        handler = start_log(settings)
+        hub = Hub(settings, load)
+        hub.unpack(state)
+        if options.rehearse:
+            os._exit(0)                         # without a goodbye: every connection is the other process's
+        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])
     except Exception:
-        log.exception("HAS stops: a fault in its main loop")
-        return 1
+        if options.rehearse or __file__.startswith("/proc/self/fd/"):
+            raise
+        log.exception("the new program could not take over: the old one goes on")
+        os.execv(sys.executable, [sys.executable, f"/proc/self/fd/{state['kept']}", *sys.argv[1:]])
+    raise_limits(settings)
+    for session in hub.sessions.values():
+        for stream in (session.client, session.link):
+            if stream:
+                stream.sock.set_inheritable(False)
+    for listener in hub.listeners + [hub.control] * bool(hub.control):
+        listener.sock.set_inheritable(False)
+    if state["heartbeat"] and "connection" in state["heartbeat"]:
+        os.set_inheritable(state["heartbeat"]["connection"]["fd"], False)
+    os.close(options.resume)
+    os.close(state["kept"])
+    log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
+             len(hub.sessions))
+    hub.go_on()
+    return serve(hub, handler, (script, options.config, source))
+
+
+def serve(hub, handler, program):
+    """Start the heartbeat and turn until stopped; return the exit status."""
+    upgrade = Upgrade(hub, *program)
+    hub.on_reload = handler.reload
+    hub.heartbeat.start()
+    take_signals(hub, upgrade)
+    tell_systemd("READY=1")
+    while True:
+        try:
+            hub.run()
+            break
+        except Exception:
+            log.exception("a fault in the main loop of HAS")
+            upgrade.rescue()
+            log.error("HAS stops: see the fault above, and report it")
+            return 1
     hub.heartbeat.join(1)
     log.info("stopped")
     return 0
