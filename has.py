@@ -79,7 +79,7 @@ MUSH_SSL = "no"                   # speak TLS to the MUSH
 MUSH_SSL_VERIFY = "yes"           # and check its certificate
 MUSH_SSL_CA = ""                  # file with the certificates to check it against; empty: the system's
 LOCAL_ADDRESS = ""                # address to listen on; empty: all, IPv4 and IPv6
-LOCAL_PORT = 4201                 # port to listen on
+LOCAL_PORT = 4201                 # port to listen on; 0: none, if there is a port for TLS, else any free one
 LOCAL_PORT_SSL = 0                # port to listen on for TLS; 0: none
 SSL_CERT = ""                     # file with the certificate (and its chain) for that port
 SSL_KEY = ""                      # file with its private key, not encrypted; empty: in the same file
@@ -382,7 +382,9 @@ def load_settings(script, conf):
     for key, (text, where) in list(constants.items()) + list(overrides.items()):
         if key not in SETTINGS:
             near = difflib.get_close_matches(key, SETTINGS, 1)
-            problems.append(f"{where}: {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{where}: {key}: no such setting" + (
+                f"; did you mean {near[0]}?" if near else "") + (
+                "; if the has.py on disk is newer than the one that runs: kill -USR2" if key in constants else ""))
             continue
         try:
             values[key], texts[key] = SETTINGS[key](text), text
@@ -400,7 +402,7 @@ def load_settings(script, conf):
         problems = [str(error)]
     if problems:
         raise SettingsError(problems)
-    return settings, _remarks(overrides, conf)
+    return settings, _remarks(overrides, conf, settings)
 
 
 def settings_of(texts, script):
@@ -410,19 +412,24 @@ def settings_of(texts, script):
     return Settings({key: SETTINGS[key](texts[key]) for key in SETTINGS}, texts)
 
 
-def _remarks(overrides, conf):
+def _remarks(overrides, conf, settings):
     """What an admin should know of settings that are right."""
-    remarks = [f"{where} overrides the constant {key.upper()}" for key, (_, where) in overrides.items()]
+    remarks = []
+    if overrides:
+        remarks.append(f"{conf} overrides the constants {', '.join(key.upper() for key in overrides)}")
     if "hb_pass" in overrides and os.stat(conf).st_mode & 0o077:
         remarks.append(f"WARNING: {conf} holds hb_pass and others may read it: chmod 600 {conf}")
+    if settings.hb_pass == "heartbeat":
+        remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat character another, and set it here")
     return remarks
 
 
 def _loops(values):
     """One of our own listeners as the world would be a loop."""
-    return [f"mush_address = {address}: that is HAS itself (local_port): give the port of the MUSH"
+    return [f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): give the port of the MUSH"
             for address in values["mush_address"]
-            if address.port == values["local_port"] and address.host and _is_ours(address.host, values)]
+            if address.host and address.port in (values["local_port"], values["local_port_ssl"])
+            and _is_ours(address.host, values)]
 
 
 def _is_ours(host, values):
@@ -990,7 +997,15 @@ class RhostMUSH(_InfoFamily):
         return f"PROXY {kind} {host} {here} 1 2\r\n".encode()  # HAProxy's PROXY protocol, version 1
 
 
-PLAIN = Dialect()
+class Unknown(Dialect):
+    """Before the world was ever seen: a login is to be kept, never echoed, whatever the family will be."""
+
+    name = "unknown"
+    login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
+    handover_words = (b"@remotehostname", b"proxy")
+
+
+PLAIN, UNKNOWN = Dialect(), Unknown()
 DIALECTS = {d.name: d for d in (TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
 
 
@@ -1664,12 +1679,19 @@ def shorten(out, limit):
     One visible line says how many were lost; telnet commands are kept.
     """
     begun = out.find(b"\n", 0, limit // 2) + 1
+    begun -= len(_unfinished_command(out[:begun]))
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
     cut = bytes(out[begun:start])
     earlier = re.findall(rb"<output lost: (\d+) lines>\r\n", cut)
     lost = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
     kept = b"".join(piece for is_command, piece in Scanner().feed(cut) if is_command)
-    return out[:begun] + kept + b"\x1b[0m<output lost: %d lines>\r\n" % lost + out[start:]
+    return (out[:begun] + kept + b"\x1b[0m<output lost: %d lines>\r\n" % lost + _unfinished_command(cut) + out[start:])
+
+
+def _unfinished_command(data):
+    scanner = Scanner()
+    scanner.feed(bytes(data))
+    return scanner.held
 
 
 def ago(seconds):
@@ -1715,7 +1737,7 @@ class Session:
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls")
+                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1741,6 +1763,8 @@ class Session:
         self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
         self.told = self.stuck = False
         self.typed_at = hub.now
+        self.kept_due = self.stuck_due = self.held_since = 0
+        self.words = b""                        # the world's last words that were shown
 
     def __str__(self):
         name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
@@ -1885,6 +1909,8 @@ class Session:
                 and not self.link.connecting and not self.kept)
 
     def _keep(self, data):
+        if self.state is State.LOGIN:
+            self._tell_silence()
         self.kept += data
         if len(self.kept) > KEEP_BYTES:
             self.client.pause()                 # nothing is lost: the rest waits at the client
@@ -1939,9 +1965,7 @@ class Session:
         if self.state is State.WAITING:
             self._read_lines(text, self._waiting_line, self._waiting_part)
             return
-        if self.silent and not self.told:
-            self.told = True
-            self.notify(self.hub.settings.silent_notice)
+        self._tell_silence()
         if not self.dialect.telnet:
             text = text.replace(b"\xff\xff", b"")
         out = self._read_lines(text, self._typed_line, self._typed_part)
@@ -1952,7 +1976,7 @@ class Session:
     @property
     def dialect(self):
         """The family of the world, as far as it is known."""
-        return self.hub.world.dialect if self.hub.world else PLAIN
+        return self.hub.world.dialect if self.hub.world else DIALECTS.get(self.hub.settings.mush_type, UNKNOWN)
 
     def _read_lines(self, text, whole, part):
         """Split typed text; `whole(cleaned line)` and `part()` return the bytes that go on to the world."""
@@ -1977,12 +2001,18 @@ class Session:
     def _typed_line(self, line):
         if self.state is State.LOGIN:           # LOGOUT may have come just before it
             return self._login_line(line)
-        if line == b"#?" and self.login and self.login.name.decode("utf-8", "replace").lower() in (
-                self.hub.settings.admins):
-            self.notify("\n".join(status_lines(self.hub.status())))
+        if self._asks_for_list(line):
             return b""
         self._note_line(line)
         return self._take_unsent()
+
+    def _asks_for_list(self, line):
+        """Answer an admin's #?; False if it is nothing of the kind."""
+        if line != b"#?" or not self.login or self.login.character.decode("utf-8", "replace") not in (
+                self.hub.settings.admins):
+            return False
+        self.notify("\n".join(status_lines(self.hub.status())))
+        return True
 
     def _playing_part(self):
         out = self._take_unsent()
@@ -2071,13 +2101,15 @@ class Session:
         login = self.dialect.read_login(line)
         if re.match(rb"(?i)\s*quit\s*\Z", line):
             self.close("quit while the world is down")
+        elif self._asks_for_list(line):
+            pass
         elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
             if login and not self.login:
                 self.pending = login
             self._write_notice("# NOTICE # You will be logged in when the world returns.")
         elif self.unsent < 10:
             if not self.unsent:
-                self._later(1, self._tell_unsent)
+                self.hub.later(1, self._tell_unsent)           # of this second, whatever becomes of the link
             self.unsent += 1
             self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line))
         else:
@@ -2086,7 +2118,7 @@ class Session:
 
     def _tell_unsent(self):
         more, self.unsent = self.unsent - 10, 0
-        if more > 0 and self.state is State.WAITING:
+        if more > 0 and self.state is State.WAITING and not self.client.closed:
             self._write_notice(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
 
     def _on_client_end(self, reason):
@@ -2131,13 +2163,15 @@ class Session:
 
     def open_link(self):
         """It is this session's turn to connect to the world (called by the hub)."""
-        self._drop_link()
+        if self.link:                           # not _drop_link(): that would give this turn away
+            self.link.drop()
         self.serial += 1
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
         self.proof, self.from_world, self.replay = Proof(world.dialect, returning), None, None
         self.watched = self.hidden = b""
         self.life = world.life
+        self.failing_since = self.failing_since if self.failures else self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
         try:
             self.link = self.hub.connect(world, self, self.on_link_data)
@@ -2223,6 +2257,7 @@ class Session:
 
     def _read_link(self, data):
         """The careful way: telnet, marks, outcomes, arrivals."""
+        was_playing = self.state is State.PLAYING
         if self.from_world is None and b"\xff" in data:
             self.from_world = Scanner()
         for is_command, piece in self.from_world.feed(data) if self.from_world else [(False, data)]:
@@ -2232,13 +2267,13 @@ class Session:
                     self.client.send(piece)
             else:
                 self._show(self._link_text(piece))
-        self._after_link_data()
+        self._after_link_data(was_playing)
 
-    def _after_link_data(self):
+    def _after_link_data(self, was_playing):
         if self.state is State.LOGIN:
             self.hub.arrived(self)
-        if self.kept and self.state is State.PLAYING:
-            self._send_kept()
+        if self.kept and was_playing and self.state is State.PLAYING:
+            self._send_kept()                   # the world has answered the one before
         if self.stuck:
             self._shorten()
         if self.change and self.hub.now > self.change[2]:
@@ -2363,11 +2398,16 @@ class Session:
         connected = not self.link.connecting
         self._drop_link()
         if self.state is State.CLOSING:
-            self.end()
+            if self.client.out:
+                self.client.finish()            # the answer to his last words is on its way; 10 s are running
+            else:
+                self.end()
         elif not connected:
             self._link_failed(reason)
         elif self.state is State.RETURNING:
-            self._show(self.proof.held)         # the world's last words: full, disabled, forbidden
+            if self.proof.held != self.words:   # the world's last words: full, disabled, forbidden; not at each try
+                self.words = self.proof.held
+                self._show(self.words)
             self._link_failed(reason or "closed by the world")
         elif self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
             self.close("quit")
@@ -2375,13 +2415,13 @@ class Session:
             self._show(self.hidden)
             self.hidden = b""
             self._enter(State.ASKING)
+            self._tell_silence()
             self.hub.ask(self)
 
     def _link_failed(self, reason):
         """The world did not take a link, or ended one that was to bring the user back: try again, ever more slowly."""
         delay = min(30, 2 ** min(self.failures, 5))
         self.failures += 1
-        self.failing_since = self.failing_since if self.failures > 1 else self.hub.now
         level = logging.INFO if self.failures == 1 else logging.DEBUG
         log.log(level, "%s: link failed: %s; next try in %d s", self, reason, delay)
         if self.state is State.RETURNING:
@@ -2429,7 +2469,7 @@ class Session:
         self._drop_link()
         self.serial += 1
         self.silent = False
-        self.failures, self.unproven = 0, None
+        self.failures, self.unproven, self.words = 0, None, b""
         self.typed.clear()
         self._enter(State.WAITING)
         self._flush_notices()
@@ -2442,20 +2482,28 @@ class Session:
 
     def _hold_for_now(self):
         """Hold this client, but not for ever if the settings say so."""
-        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
-        if hold:
-            self.hub.later(hold, self._hold_over, self.hub.outages)
+        self.held_since = self.hub.now
+        for seconds in {self.hub.settings.hold, self.hub.settings.login_hold} - {0}:
+            self.hub.later(seconds, self._hold_over, self.held_since, seconds)
 
-    def _hold_over(self, outage):
-        if self.state is State.WAITING and self.hub.outages == outage and not self.client.closed:
+    def _hold_over(self, since, seconds):
+        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
+        if self.state is State.WAITING and self.held_since == since and hold == seconds and not self.client.closed:
             self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
 
     def on_world_silent(self, silent):
         """The world has stopped answering, or answers again."""
         self.silent = silent
-        if not silent and self.state in (State.LOGIN, State.PLAYING):
+        if not silent and self.state in (State.LOGIN, State.PLAYING, State.ASKING):
             self.told = False
+        if self.state is State.ASKING:
+            self._tell_silence()
         self._refresh()
+
+    def _tell_silence(self):
+        if self.silent and not self.told:
+            self.told = True
+            self.notify(self.hub.settings.silent_notice)
 
     def begin_return(self):
         """The world is up: get back into it, or to its login screen."""
@@ -2541,10 +2589,11 @@ class Session:
         self._read_client(kept[:stop])
         if kept[stop:] and self.state in (State.LOGIN, State.PLAYING):
             self._keep(kept[stop:])
-            self.hub.later(0.1, self._send_more, self.serial, len(self.kept))
+            self.kept_due = self.hub.now + 0.1
+            self._later(0.1, self._send_more)
 
-    def _send_more(self, serial, length):
-        if serial == self.serial and self.kept and len(self.kept) <= length and self._is_linked():
+    def _send_more(self):
+        if self.kept and self.hub.now >= self.kept_due and self._is_linked():
             self._send_kept()
 
     def _is_linked(self):
@@ -2559,12 +2608,13 @@ class Session:
         elif stream is self.client:
             if self.link:
                 self.link.pause()
+                self.stuck_due = self.hub.now + STUCK_SECONDS
                 self._later(STUCK_SECONDS, self._on_stuck)
                 self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
 
     def _on_stuck(self):
         """One unread connection would freeze a whole TeenyMUSH: read on, and lose old lines if need be."""
-        if self.client.full and self.link:
+        if self.client.full and self.link and self.hub.now >= self.stuck_due:
             self.stuck = True
             self.link.resume()
             self._refresh()
@@ -2705,6 +2755,8 @@ class Heartbeat(threading.Thread):
         self._down_since = None
         self._login_after = 0.0
         self._known = {}           # Address -> Dialect as recognised
+        self._renew = False        # the settings ask for a new connection to the same world
+        self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._stopping = False
         self._parked_before = parked            # what park() of an older process left
         self.parked = None         # for a new process; read it only after join()
@@ -2722,8 +2774,10 @@ class Heartbeat(threading.Thread):
     def on_settings(self, settings):
         """New settings hold; a changed list of addresses is a wish to move."""
         changed = settings.mush_address != self._settings.mush_address
+        own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca")
         if changed or settings.mush_type != self._settings.mush_type:
             self._known.clear()
+        self._renew = any(getattr(settings, key) != getattr(self._settings, key) for key in own) or self._lacks
         self._settings = settings
         self._login_after = self._try_at = 0.0
         if changed:
@@ -3102,6 +3156,8 @@ class Heartbeat(threading.Thread):
         self._current, self._down_since = connection.address, None
         if self._wanted == self._current:
             self._wanted = None
+        self._lacks = connection.blind or not connection.dialect.logs_in or bool(
+            connection.dialect.check_function and not connection.checks)
         self._tell(self._hub.on_world_found, connection.world)
         beat_at = time.monotonic() + self._settings.beat
         while True:
@@ -3109,6 +3165,10 @@ class Heartbeat(threading.Thread):
             if connection.ended is not None:
                 raise Lost(connection.ended)
             self._consider_moving()
+            if self._renew:
+                self._renew, better = False, self._try(connection.address)
+                if better:
+                    raise Moved(better)
             if connection.renew_at and now >= min(connection.renew_at, max(self._login_after, now - 1) or now):
                 raise Moved(self._establish(connection.address))
             if self._asks or now >= beat_at:
@@ -3250,8 +3310,6 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
                 log.error("cannot accept clients: %s; next try in 1 s; raise the limit (ulimit -n)", error.strerror)
                 self.hub.selector.unregister(self.sock)     # or the loop would spin on it
                 self.hub.later(1, self._again)
@@ -3360,7 +3418,8 @@ def open_listeners(address, port):
 def log_remarks(remarks):
     """What was noticed while reading the settings."""
     for remark in remarks:
-        log.log(logging.WARNING if remark.startswith("WARNING") else logging.DEBUG, "%s", remark)
+        warning = remark.startswith("WARNING: ")
+        log.log(logging.WARNING if warning else logging.INFO, "%s", remark[9:] if warning else remark)
 
 
 class Caller:
@@ -3532,7 +3591,7 @@ class Hub:
         """Open the listeners the settings ask for; OSError leaves the old ones."""
         settings, kept, new = self.settings, [], []
         for port, tls in ((settings.local_port, False), (settings.local_port_ssl, True)):
-            if tls and not port:
+            if not port and (tls or settings.local_port_ssl):
                 continue
             same = [old for old in self.listeners if old.wanted == (settings.local_address, port, tls)]
             kept += same
@@ -3573,6 +3632,7 @@ class Hub:
         if self.health is Health.DOWN:
             session.wait(self.settings.offline_notice)
         elif self.health is not Health.STARTING:
+            session.silent = self.health is Health.SILENT
             self.queue_link(session)
 
     @staticmethod
@@ -3678,7 +3738,6 @@ class Hub:
     def _set_health(self, health):
         if self.health is Health.DOWN:
             self.outage_seconds += time.time() - self.health_since
-            self.last_outage = time.time()
         if health is not self.health:
             self.health, self.health_since = health, time.time()
 
@@ -3783,7 +3842,7 @@ class Hub:
         away = self.now - self._away_since
         asking = any(s.state is State.ASKING for s in self.sessions.values())
         linked = any(s.link and not s.link.connecting for s in self.sessions.values())
-        if away >= AWAY_SECONDS or self._refused and (asking or not linked) or asking and not linked and away >= 0.3:
+        if away >= AWAY_SECONDS - 0.01 or self._refused and (asking or not linked) or asking and not linked and away >= 0.29:
             self._down("the heartbeat cannot get back" if self._last_reason is None else self._last_reason)
         elif asking and not linked:
             self.later(0.3, self._judge_loss)
@@ -3805,7 +3864,7 @@ class Hub:
     def _down(self, reason):
         log.warning("the world is down (%s): holding %d users", reason, len(self.sessions))
         self._set_health(Health.DOWN)
-        self.outages += 1
+        self.outages, self.last_outage = self.outages + 1, time.time()
         self._away_since = None
         self._queue.clear()
         self._each("on_world_down", self.settings.offline_notice)
