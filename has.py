@@ -1007,6 +1007,7 @@ class Unknown(Dialect):
 
 PLAIN, UNKNOWN = Dialect(), Unknown()
 DIALECTS = {d.name: d for d in (TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
+UNIX_DIALECT = DIALECTS["pennmush"]             # the one family that listens on a unix socket
 
 
 def recognise(banner, info):
@@ -3001,7 +3002,7 @@ class Heartbeat(threading.Thread):
         """Find the family, and the start id of the world's life: constant over in-place restarts, new at each start."""
         address, settings = connection.address, self._settings
         if address.path:
-            connection.send(DIALECTS["pennmush"].address_line("127.0.0.1", 0, "auto", address.path))
+            connection.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", address.path))
         if settings.mush_type != "auto":
             connection.dialect = DIALECTS[settings.mush_type]
         elif address in self._known:
@@ -4358,7 +4359,7 @@ def main(arguments=None):
     control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
     if options.status or options.notice is not None or options.kick is not None:
         return ask_running(options, control)
-    return start(settings, remarks, load, control, (script, options.config, source))
+    return start_has(settings, remarks, load, control, (script, options.config, source))
 
 
 def ask_running(options, path):
@@ -4404,7 +4405,7 @@ def tell_systemd(text):
                 log.warning("cannot notify systemd: %s", error)
 
 
-def start(settings, remarks, load, control, program):
+def start_has(settings, remarks, load, control, program):
     """Listen and serve; return the exit status."""
     try:
         handler = start_log(settings)

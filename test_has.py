@@ -1,0 +1,6234 @@
+#!/usr/bin/env python3
+"""Tests of HAS: `python3 test_has.py` runs them all, `python3 test_has.py NAME ...` some classes or single tests.
+
+In the order of has.py's parts: first what is pure, then the state table in this process with a clock of our own,
+then has.py as a program in front of scripted worlds of every family and of a real TinyMUX where one is installed.
+Nothing sleeps to wait for something: it waits for the thing, with a deadline. 
+"""
+import argparse
+import atexit
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import heapq
+import itertools
+import json
+import logging
+import os
+import pathlib
+import pty
+import random
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unicodedata
+import unittest
+import unittest.mock
+from unittest import mock
+
+import has
+from has import CHARSET, DIALECTS, DO, DONT, ECHO, GMCP, NAWS, SB, SE, TTYPE, WILL, WONT, command
+
+HAS = os.path.abspath(has.__file__)
+HERE = os.path.dirname(HAS)
+
+
+# ======================================================================
+# Tools
+#
+# A client, HAS as a program, the scripted worlds, the real TinyMUX.
+# ======================================================================
+
+class Client:
+    """A player's connection to HAS (or straight to a world). Never sleeps: it waits for text, with a deadline."""
+
+    def __init__(self, port, host="127.0.0.1", receive_buffer=0):
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(5)
+        self.sock.connect((host, port))
+        self.text, self.seen = b"", b""
+
+    def send(self, data):
+        self.sock.sendall(data.encode() if isinstance(data, str) else data)
+        return self
+
+    def _read(self, until):
+        self.sock.settimeout(max(0.001, until - time.monotonic()))
+        data = self.sock.recv(262144)
+        self.text += data
+        self.seen += data
+        return data
+
+    def expect(self, pattern, seconds=10.0):
+        """Read until `pattern` (bytes or text, a regular expression); return all text up to its end."""
+        pattern = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
+        until = time.monotonic() + seconds
+        while True:
+            match = pattern.search(self.text)
+            if match:
+                found, self.text = self.text[:match.end()], self.text[match.end():]
+                return found
+            try:
+                ended = not self._read(until)
+            except socket.timeout:
+                raise AssertionError(f"no {pattern.pattern!r} in {seconds} s; unread: {self.text!r}") from None
+            except OSError as error:
+                raise AssertionError(f"{error} before {pattern.pattern!r}; unread: {self.text!r}") from None
+            if ended:
+                raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
+
+    def expect_end(self, seconds=10.0):
+        """Read until the connection is closed; return the last text."""
+        until = time.monotonic() + seconds
+        try:
+            while self._read(until):
+                pass
+        except socket.timeout:
+            raise AssertionError(f"still open after {seconds} s; unread: {self.text!r}") from None
+        except ConnectionResetError:
+            pass
+        text, self.text = self.text, b""
+        return text
+
+    def barrier(self):
+        """Have the game answer a unique line; return what came before it: the proof that nothing else came."""
+        mark = f"barrier-{next(_marks)}"
+        before = self.send(f"say {mark}\r\n").expect(rb'"?%s"?\r?\n' % mark.encode())
+        return before.rpartition(b"You say")[0]
+
+    def reset(self):
+        """Close with RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self):
+        self.sock.close()
+
+
+_marks = itertools.count(1)
+
+
+class Has:
+    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once."""
+
+    def __init__(self, case, python=sys.executable, script=HAS, **settings):
+        self.folder = tempfile.mkdtemp(prefix="has-test-")
+        case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.conf = os.path.join(self.folder, "has.conf")
+        self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1, "hb_timeout": 2,
+                         "max_per_host": 0, "log_level": "debug", "login_hold": 0, "hold": 0, "log_file": "",
+                         "hb_user": "heartbeat", "hb_pass": "heartbeat", "remotehostname_cmd": "auto",
+                         "mush_type": "auto", "resume_rate": "auto", "max_clients": 0, "failover_after": 60,
+                         "failback_after": 0, "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
+                         "output_limit": 1048576,
+                         "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
+                         "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
+        self.configure(**settings)
+        self._log, self._change = b"", threading.Condition()
+        self.process = subprocess.Popen([python, script, "--config", self.conf], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        case.addCleanup(self.stop)
+        self.port = int(self.wait_log(rb"listening on 127\.0\.0\.1:(\d+)").group(1))
+
+    def configure(self, **settings):
+        """Write has.conf anew."""
+        self.settings.update(settings)
+        with open(self.conf, "w") as file:
+            file.write("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
+        os.chmod(self.conf, 0o600)
+
+    def _read_log(self):
+        for line in self.process.stderr:
+            with self._change:
+                self._log += line
+                self._change.notify_all()
+
+    @property
+    def log(self):
+        with self._change:
+            return self._log
+
+    def wait_log(self, pattern, seconds=10.0, after=0):
+        """Wait for a log line that matches; return the match."""
+        found = []
+
+        def seen():
+            found[:] = [re.compile(pattern).search(self._log, after)]
+            return found[0] or self.process.poll() is not None and not self._reader.is_alive()
+        with self._change:
+            self._change.wait_for(seen, seconds)
+        if not found[0]:
+            raise AssertionError(f"no {pattern!r} in the log within {seconds} s:\n{self._log.decode()}")
+        return found[0]
+
+    def wait_count(self, text, count, seconds=10.0):
+        """Wait until `text` stands in the log `count` times."""
+        with self._change:
+            if not self._change.wait_for(lambda: self._log.count(text) >= count, seconds):
+                raise AssertionError(f"{self._log.count(text)} of {count} times {text!r} in the log")
+
+    def wait_up(self):
+        self.wait_log(rb"is up")
+        return self
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def client(self, **more):
+        return Client(self.port, **more)
+
+    def memory(self):
+        """Resident kilobytes."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+    def cpu_seconds(self):
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        """TERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(6)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+        self.process.stderr.close()
+        if os.environ.get("SHOWLOG"): sys.stderr.write(self._log.decode())
+        return self.process.returncode
+
+
+OFFLINE, ONLINE = "# NOTICE # This world is OFFLINE. Please wait till it returns.", "# NOTICE # This world is ONLINE again."
+UNSENT, MOVED = "# NOTICE # This world is OFFLINE. Not sent:", "# NOTICE # This world is moving to another machine."
+SILENT, REFUSED = "# NOTICE # This world does not answer just now.", "# NOTICE # This world did not take your login."
+
+
+def certificate(folder):
+    """A self-signed certificate and its key; the tests need the openssl program for it."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return cert, key
+
+
+class TLSClient(Client):
+    """The same over TLS."""
+
+    def __init__(self, port, host="127.0.0.1"):
+        super().__init__(port, host)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.sock = context.wrap_socket(self.sock)
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+# ======================================================================
+# Scripted worlds
+#
+# Small fake MUSH servers that behave as strangely as the real ones. One daemon thread per world runs a selectors
+# loop and owns every socket; methods called by a test run in that thread and are waited for. Where a recording
+# disagrees with the facts files the recording won.
+# ======================================================================
+
+IAC, AYT, LINEMODE, MSSP = 255, 246, 34, 70
+VERBS = {DONT: "DONT", DO: "DO", WONT: "WONT", WILL: "WILL"}
+PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw", "Wizard": "wizpw", "Mary Ann": "marypw"}
+_start_ids = itertools.count(int(time.time()))      # every start of any world gets one of its own
+
+
+def offer(*pairs):
+    """Telnet bytes for (verb, option), (verb, option) ..."""
+    return b"".join(bytes((IAC, verb, option)) for verb, option in pairs)
+
+
+def sub(option, body):
+    return bytes((IAC, SB, option)) + body + bytes((IAC, SE))
+
+
+SEND_TTYPE = sub(TTYPE, b"\x01")
+PIECES = re.compile(rb"[\x00\x08\x7f\r\n]|[^\x00\x08\x7f\r\n]+")
+
+
+class Connection:
+    """One accepted socket and everything the world knows about it."""
+
+    def __init__(self, world, sock, local):
+        self.world, self.sock, self.local = world, sock, local
+        self.id = next(world._ids)
+        self.opened = time.monotonic()
+        self.player = self.address_given = self.size = self.ttype = self.charset = self.epoch = None
+        self.host, self.ip, self.utf8 = world.HOST, "127.0.0.1", False
+        self.prefix = self.suffix = ""
+        self.settings, self.options = {}, {}            # SCREENWIDTH ... ; option -> set of verbs the client sent
+        self.lines, self.raw = [], bytearray()
+        self.partial, self.queue, self.out = bytearray(), collections.deque(), bytearray()
+        self.tail = b""                                 # the beginning of a telnet sequence
+        self.failures, self.login_number, self.used = 0, 0, 0
+        self.tokens, self.refilled = 100, time.monotonic()
+        self.greeted = self.offered = self.telnet_ok = self.spoken = self.proxied = False
+        self.closing = self.ghost = self.gone = False
+
+    def __repr__(self):
+        return "<Connection %d %s%s>" % (self.id, self.player or "login screen", " gone" if self.gone else "")
+
+    def write(self, data):
+        """One write, as the server does it: what the kernel takes goes out at once."""
+        if not data or self.gone or self.closing or self.ghost:
+            return
+        self.world._note("<", self.id, data)
+        self.out += data
+        self.world._flush(self)
+
+    def tell(self, text):
+        self.write(self.world.encode(self, text))
+
+    def finish(self, text=""):
+        """Say the last words, then close (FIN) once they are out."""
+        self.tell(text)
+        self.closing = True
+        self.queue.clear()
+        self.world._flush(self)
+
+
+class World:
+    """What all families share: sockets, timers, telnet, line editing, players, the methods tests call."""
+    family = "plain"
+    HOST, EOL, BANNER, BACKLOG, FIRST_NUMBER = "127.0.0.1", "\r\n", "Welcome\r\n", 64, 2
+    EDIT = {b"\n": ("end", b""), b"\r": ("", b""), b"\x00": ("", b""), b"\x08": ("keep", b""), b"\x7f": ("keep", b"")}
+    ANSWERS = {}                # (verb, option) -> reply, where it is not a plain refusal
+    ON_CONNECT = ()             # telnet offers, one write each
+    EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
+    MAX_LINE = 8000
+    TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
+    RESTART = None              # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
+
+    def __init__(self, players=None, port=0, backlog=None, unix_path=None, **quirks):
+        self.players = dict(PLAYERS if players is None else players)
+        self.wizards = {"heartbeat", "Wizard"}
+        self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
+        self.backlog = self.BACKLOG if backlog is None else backlog
+        self.reset_on_kill = self.silent_banner = self.guests = self.logins_disabled = self.accept_bug = False
+        self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
+        self.start_id = self.max_players = self.sconnect_cmd = None
+        self.silent_start, self.address_window, self.shutdown_delay = 1.0, 0.1, 2.0
+        for name, value in quirks.items():
+            if not hasattr(self, name):
+                raise TypeError("unknown quirk: " + name)
+            setattr(self, name, value)
+        self._given_id = self.start_id
+        self.connections, self.all_connections, self.lines, self.logins = [], [], [], []
+        self.evaluated, self.forged, self.errors = [], [], []
+        self.accepted = self.starts = 0
+        self.running = self.frozen = False
+        self.aliases, self.numbers, self.last_seen, self.failed, self.ip_failures = {}, {}, {}, {}, {}
+        for name in self.players:
+            self.number(name)
+        self._ids, self._login_ids, self._timer_ids = itertools.count(1), itertools.count(1), itertools.count()
+        self._timers, self._calls, self._listeners, self._stranded = [], collections.deque(), [], []
+        self._changed = threading.Condition()
+        self._record = collections.deque(maxlen=3000)
+        self._asleep = self._ended = False
+        self._thread = self._reserve = None
+        self._began = time.monotonic()
+        self.dump()
+
+    # -- what tests call ---------------------------------------------------------------------------------------------
+
+    @property
+    def address(self):
+        return "unix:" + self.unix_path if self.unix_path else "%s:%d" % (self.host, self.port)
+
+    def online(self, name=None):
+        """The connections logged in (as `name`, any case), oldest login first."""
+        found = [c for c in list(self.connections) if c.player and (name is None or c.player.lower() == name.lower())]
+        return sorted(found, key=lambda c: c.login_number)
+
+    def wait(self, predicate, seconds=10.0, what=""):
+        """Block until predicate(world) is true; it is looked at after every turn of the world."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self.errors:
+                result = predicate(self)
+                if result:
+                    return result
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            raise AssertionError("%s: %s did not happen in %.1f s\n%s\n%s" % (
+                self.family, what or "what was waited for", seconds, "\n".join(self.errors), self.transcript(60)))
+
+    def transcript(self, last=None):
+        with self._changed:
+            return "\n".join("%8.3f %s #%s %r" % entry for entry in list(self._record)[-(last or 0):])
+
+    def start(self):
+        """A real start: new start id, same port, nothing remembered of connections."""
+        self._do(self._start)
+        return self
+
+    def kill(self):
+        """kill -9: every socket closed at once, nothing said."""
+        self._do(self._die, self.reset_on_kill)
+
+    def crash_losing(self):
+        """kill -9 with what that loses: everything since the last dump (not on TinyMUSH, whose LMDB keeps it)."""
+        self._do(self._crash_losing)
+
+    def dump(self):
+        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers), set(self.wizards))
+
+    def shutdown(self, by="Wizard", delay=None):
+        """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running)."""
+        self._do(self._shutdown, by, self.shutdown_delay if delay is None else delay)
+
+    def sigterm(self):
+        self._do(self._sigterm)
+
+    def restart_in_place(self, by="Wizard"):
+        """@restart, @reboot, @shutdown/reboot: the sockets survive; back when it is finished."""
+        assert self.RESTART, self.family + " has no in-place restart"
+        self._do(self._restart, by)
+        self.wait(lambda w: not w._asleep, what="the in-place restart ends")
+
+    def freeze(self):
+        """SIGSTOP: the kernel goes on accepting up to the backlog, nothing is read or answered."""
+        self._do(self._pause, True)
+
+    def thaw(self):
+        self._do(self._pause, False)
+
+    def boot(self, name, by="Wizard", quiet=False):
+        self._do(self._boot, name, by, quiet)
+
+    def say(self, text):
+        """A line to everybody who is logged in."""
+        self._do(self._broadcast, text + self.EOL)
+
+    def emit(self, name, raw):
+        self._do(lambda: [c.write(raw) for c in self.online(name)])
+
+    def keepalive(self):
+        """TeenyMUSH: IAC NOP to every socket, also before login, without a line end (every 60 s there)."""
+        self._do(lambda: [c.write(b"\xff\xf1") for c in self.connections])
+
+    def hang_up(self, conn, last_words=""):
+        """The server ends one connection (login timeout, idle timeout)."""
+        self._do(conn.finish, last_words)
+
+    def disable_logins(self, yes=True):
+        self._do(setattr, self, "logins_disabled", yes)
+
+    def stop(self):
+        """Close everything and end the thread."""
+        if self._thread:
+            self._do(self._die, False)
+            self._do(setattr, self, "_ended", True)
+            self._thread.join(5)
+            self._thread = None
+        if self._reserve:
+            self._reserve.close()
+            self._reserve = None
+        if self.unix_path and os.path.exists(self.unix_path):
+            os.unlink(self.unix_path)
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _do(self, function, *args):
+        """Run it in the world's thread and wait for it."""
+        if threading.current_thread() is self._thread:
+            return function(*args)
+        if not self._thread:
+            self._launch()
+        outcome, done = [], threading.Event()
+        self._calls.append((functools.partial(function, *args), outcome, done))
+        with contextlib.suppress(BlockingIOError):
+            self._wake.send(b"!")
+        if not done.wait(10):
+            raise AssertionError(self.family + ": the world's thread is stuck\n" + self.transcript(60))
+        if outcome:
+            raise outcome[0]
+
+    def _launch(self):
+        self._ended = False
+        self._selector = selectors.DefaultSelector()
+        self._awake, self._wake = socket.socketpair()
+        self._awake.setblocking(False)
+        self._wake.setblocking(False)
+        self._selector.register(self._awake, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._loop, name=self.family, daemon=True)
+        self._thread.start()
+
+    def _loop(self):
+        while not self._ended:
+            ready = self._selector.select(self._patience())
+            with self._changed:
+                try:
+                    self._turn(ready)
+                except Exception:           # a bug in the fake world must fail the test, not hang it
+                    self.errors.append(traceback.format_exc())
+                self._changed.notify_all()
+        self._selector.close()
+        self._awake.close()
+        self._wake.close()
+
+    def _patience(self):
+        if self._calls:
+            return 0
+        if self.frozen or not self._timers:
+            return None
+        return max(0, self._timers[0][0] - time.monotonic())
+
+    def _turn(self, ready):
+        """Read everything that is ready, then run commands in turns: one of each connection, as the C servers do."""
+        for key, events in ready:
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    self._awake.recv(4096)
+            elif key.fileobj.fileno() >= 0 and not self._stopped():
+                key.data(key.fileobj, events)
+        self._run_calls()
+        while self._timers and not self.frozen and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+        self._run_commands()
+
+    def _run_calls(self):
+        while self._calls:
+            function, outcome, done = self._calls.popleft()
+            try:
+                function()
+            except Exception as error:
+                outcome.append(error)
+            done.set()
+
+    def _at(self, delay, function, *args):
+        """A timer; it is void if the world has died meanwhile."""
+        life = self.starts
+        def fire():
+            if self.running and self.starts == life:
+                function(*args)
+        heapq.heappush(self._timers, (time.monotonic() + delay, next(self._timer_ids), fire))
+
+    def _stopped(self):
+        return self.frozen or self._asleep
+
+    def _note(self, direction, number, data):
+        self._record.append((time.monotonic() - self._began, direction, number, bytes(data[:2000])))
+
+    # -- life and death ----------------------------------------------------------------------------------------------
+
+    def _start(self):
+        assert not self.running, "already started"
+        self.starts += 1
+        self.start_id = next(_start_ids) if self._given_id is None else self._given_id + self.starts - 1
+        self._note("!", 0, b"start")
+        self.ip_failures.clear()
+        self.frozen = self._asleep = False
+        self.running = True
+        self._listen()
+
+    def _listen(self):
+        self._listeners = [self._tcp_listener()]
+        if self.unix_path:
+            if os.path.exists(self.unix_path):
+                os.unlink(self.unix_path)
+            self._listeners.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._listeners[1].bind(self.unix_path)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            listener.listen(self.backlog)
+            if not self._stopped():
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def _bound(self):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((self.host, self.port))
+        self.port = sock.getsockname()[1]
+        return sock
+
+    def _tcp_listener(self):
+        """A second, never listening socket keeps the port ours while the world is down (connects are refused)."""
+        if self._reserve is None:
+            self._reserve = self._bound()
+        try:
+            return self._bound()
+        except OSError:                     # not every system lets two sockets be bound to one port
+            self._reserve.close()
+            return self._bound()
+
+    def _close_listeners(self):
+        for listener in self._listeners:
+            self._unwatch(listener)
+            listener.close()
+        self._listeners = []
+
+    def _die(self, reset=False):
+        self._note("!", 0, b"dead")
+        for conn in self.connections:
+            if not conn.ghost:
+                if reset:
+                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._unwatch(conn.sock)
+                conn.sock.close()
+            conn.gone = True
+        self.connections.clear()
+        self._close_listeners()
+        self._timers.clear()
+        self.running = self.frozen = self._asleep = False
+
+    def _crash_losing(self):
+        if not self.KEEPS_PLAYERS:
+            self.players, self.aliases, self.numbers, self.wizards = (type(part)(part) for part in self._dumped)
+        self._die(self.reset_on_kill)
+
+    def _clean_exit(self):
+        """Saved, and the unix socket's file removed (after a kill -9 it stays behind)."""
+        self.dump()
+        self._die()
+        if self.unix_path and os.path.exists(self.unix_path):
+            os.unlink(self.unix_path)
+
+    def _shutdown(self, by, delay):
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._clean_exit()
+
+    def _pause(self, frozen):
+        self.frozen = frozen
+        self._watch_all()
+
+    def _watch_all(self):
+        """Nothing is watched while frozen or in an in-place restart."""
+        for sock in [c.sock for c in self.connections if not c.ghost] + self._listeners:
+            self._unwatch(sock)
+        if not self._stopped():
+            for listener in self._listeners:
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+            for conn in self.connections:
+                self._flush(conn)
+
+    def _unwatch(self, sock):
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def _restart(self, by):
+        seconds, before, after, deaf, telnet = self.RESTART
+        self._broadcast(before.format(by=by))
+        self._asleep = True
+        if deaf:                            # RhostMUSH: connects are refused for 40 ms, all sockets are fine
+            self._close_listeners()
+        self._watch_all()
+        self._at(seconds, self._restarted, after, deaf, telnet)
+
+    def _restarted(self, after, deaf, telnet):
+        self._asleep = False
+        if deaf:
+            self._listen()
+        for conn in self.connections:
+            conn.write(telnet if self.telnet else b"")
+        self._broadcast(after)
+        self._watch_all()
+
+    # -- sockets -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener, _events):
+        fresh, self._stranded = self._stranded, []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                fresh.append(listener.accept()[0])
+        if self.accept_bug and len(fresh) > 2:  # PennMUSH: one of three connects in the same instant is not served
+            self._stranded.append(fresh.pop())  # until somebody else connects
+        for sock in fresh:
+            self._adopt(sock)
+
+    def _adopt(self, sock):
+        sock.setblocking(False)
+        local = sock.family != socket.AF_INET
+        if not local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        conn = Connection(self, sock, local)
+        self.accepted += 1
+        self.connections.append(conn)
+        self.all_connections.append(conn)
+        self._note("!", conn.id, b"accepted")
+        self._flush(conn)
+        self.connected(conn)
+
+    def connected(self, conn):
+        """What the family says unasked."""
+        if self.telnet:
+            for part in self.ON_CONNECT:
+                conn.write(part)
+        if not self.silent_banner:
+            conn.greeted = True
+            conn.tell(self.BANNER)
+
+    def _flush(self, conn):
+        """Send what is held, watch for what is needed now, close when the last words are out."""
+        try:
+            while conn.out and not conn.gone and not conn.ghost:
+                del conn.out[:conn.sock.send(conn.out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            conn.out.clear()
+        if conn.gone or conn.ghost:
+            return
+        if conn.closing and not conn.out:
+            return self._drop(conn)
+        if self._stopped():
+            return
+        events = (0 if conn.closing else selectors.EVENT_READ) | (selectors.EVENT_WRITE if conn.out else 0)
+        handler = functools.partial(self._ready, conn)
+        try:
+            self._selector.modify(conn.sock, events, handler)
+        except KeyError:
+            self._selector.register(conn.sock, events, handler)
+
+    def _ready(self, conn, _sock, events):
+        if events & selectors.EVENT_WRITE:
+            self._flush(conn)
+        if conn.gone or conn.closing or not events & selectors.EVENT_READ:
+            return
+        try:
+            data = conn.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._note(">", conn.id, data)
+            conn.raw += data
+            self.received(conn, data)
+        else:
+            self._hung_up(conn)
+
+    def _hung_up(self, conn):
+        """TinyMUX and RhostMUSH keep a closed connection in the game until its queued commands are done."""
+        self._run_commands()
+        if conn.gone:
+            return
+        if self.GHOSTS and conn.queue and conn.player:
+            self._unwatch(conn.sock)
+            conn.sock.close()
+            conn.ghost = True
+        else:
+            self._drop(conn)
+
+    def _drop(self, conn):
+        if conn.gone:
+            return
+        self._note("!", conn.id, b"closed")
+        self._unwatch(conn.sock)
+        conn.sock.close()
+        conn.gone = True
+        conn.queue.clear()
+        if conn in self.connections:
+            self.connections.remove(conn)
+        self._leave(conn)
+
+    # -- input: telnet, editing, lines -------------------------------------------------------------------------------
+
+    def received(self, conn, data):
+        text = self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data
+        lines = []
+        for piece in PIECES.findall(text):
+            if piece in self.EDIT:
+                self._key(conn, piece, lines)
+            else:
+                conn.partial += self.clean(piece)
+        self.arrived(conn, lines)
+
+    def _key(self, conn, key, lines):
+        action, echo = self.EDIT[key]
+        conn.write(echo)
+        if action == "rubout":
+            del conn.partial[-1:]
+        elif action == "keep" or action == "cut" and conn.partial:
+            conn.partial += key
+        elif action == "end":
+            line = bytes(conn.partial)[:self.MAX_LINE]
+            conn.partial.clear()
+            if self.EDIT[b"\0"][0] == "cut":        # PennMUSH: a NUL ends the text
+                line = line.partition(b"\0")[0]
+            if line or self.EMPTY_LINES:
+                lines.append(line)
+
+    def arrived(self, conn, lines):
+        for line in lines:
+            self._heard(conn, line)
+            conn.queue.append(self.decode(conn, line))
+
+    def _heard(self, conn, line):
+        conn.lines.append(line)
+        self.lines.append((conn.id, line))
+
+    def clean(self, piece):
+        return piece
+
+    def decode(self, conn, line):
+        return line.decode("latin-1")
+
+    def encode(self, conn, text):
+        return text.encode("latin-1", "replace")
+
+    def _strip_telnet(self, conn, data):
+        data, conn.tail, text, at = conn.tail + data, b"", bytearray(), 0
+        while True:
+            iac = data.find(IAC, at)
+            text += data[at:] if iac < 0 else data[at:iac]
+            if iac < 0:
+                return bytes(text)
+            at = self._sequence(conn, data, iac, text)
+            if at is None:
+                conn.tail = data[iac:]
+                return bytes(text)
+
+    def _sequence(self, conn, data, iac, text):
+        """Handle one telnet sequence; returns where it ends, None if it is not all there."""
+        command = data[iac + 1] if len(data) > iac + 1 else None
+        if command == IAC:
+            text.append(IAC)
+            return iac + 2
+        if command in VERBS and len(data) > iac + 2:
+            self.negotiate(conn, command, data[iac + 2])
+            return iac + 3
+        if command == SB:
+            end = data.find(bytes((IAC, SE)), iac)
+            if end >= 0:
+                self.subnegotiation(conn, data[iac + 2:end])
+            return end + 2 if end >= 0 else None
+        if command is None or command in VERBS:
+            return None
+        self.telnet_command(conn, command)
+        return iac + 2
+
+    def negotiate(self, conn, verb, option):
+        known = conn.options.setdefault(option, set())
+        known.discard(VERBS[{DO: DONT, DONT: DO, WILL: WONT, WONT: WILL}[verb]])
+        known.add(VERBS[verb])
+        refusal = {DO: offer((WONT, option)), WILL: offer((DONT, option))}.get(verb, b"")
+        reply = self.ANSWERS.get((verb, option), refusal)
+        conn.write(self.mssp() if reply == "mssp" else reply)
+
+    def subnegotiation(self, conn, body):
+        option, rest = body[:1], body[1:]
+        if option == bytes((NAWS,)) and len(rest) == 4:
+            conn.size = struct.unpack(">HH", rest)
+        elif option == bytes((TTYPE,)) and rest[:1] == b"\0":
+            conn.ttype = rest[1:].decode("latin-1")
+        elif option == bytes((CHARSET,)) and rest[:1] == b"\x02":
+            conn.charset = rest[1:].decode("latin-1")
+            conn.utf8 = conn.charset.upper() == "UTF-8"
+
+    def telnet_command(self, conn, command):
+        pass
+
+    def mssp(self):
+        """Name, players and start id; TeenyMUSH has no other start id."""
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
+        return sub(MSSP, pairs.encode("latin-1"))
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _run_commands(self):
+        """In turns, the newest connection first, one command each: C servers' order when several arrive together."""
+        busy = True
+        while busy and self.running and not self._stopped():
+            busy = False
+            for conn in reversed(list(self.connections)):
+                if conn.queue and not conn.gone and not self._stopped() and self._affordable(conn):
+                    busy = True
+                    self.command(conn, conn.queue.popleft())
+        for conn in [c for c in self.connections if c.ghost and not c.queue]:
+            self._drop(conn)
+
+    def _affordable(self, conn):
+        """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
+        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA"):
+            return True
+        seconds = int(time.monotonic() - conn.refilled)
+        conn.refilled += seconds
+        conn.tokens = min(100, conn.tokens + seconds)
+        if conn.tokens < 1:
+            self._at(conn.refilled + 1 - time.monotonic(), int)      # only to wake up
+            return False
+        conn.tokens -= 1
+        return True
+
+    def command(self, conn, line):
+        if line == "QUIT":
+            return conn.finish()
+        conn.tell("you said: %s\r\n" % line)
+
+    # -- players -----------------------------------------------------------------------------------------------------
+
+    def number(self, name):
+        return self.numbers.setdefault(name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
+
+    def find(self, text, connected_part=False):
+        """A player by name or alias (any case), *name, #dbref; PennMUSH's softcode takes parts of connected ones."""
+        if text.startswith("#"):
+            return next((n for n in self.players if "#%d" % self.number(n) == text), None)
+        wanted = text.lstrip("*").lower()
+        for name in self.players:
+            if wanted in (name.lower(), self.aliases.get(name, name).lower()):
+                return name
+        parts = {c.player for c in self.online() if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
+        return parts.pop() if len(parts) == 1 else None
+
+    def is_wizard(self, name):
+        return name in self.wizards
+
+    def _rename(self, old, new):
+        self.players = {new if name == old else name: word for name, word in self.players.items()}
+        for table in (self.numbers, self.last_seen, self.failed, self.aliases):
+            if old in table:
+                table[new] = table.pop(old)
+        if old in self.wizards:
+            self.wizards = self.wizards - {old} | {new}
+        for conn in self.online(old):
+            conn.player = new
+
+    def _broadcast(self, text):
+        for conn in self.online():
+            conn.tell(text)
+
+    def _others(self, name, text):
+        for conn in self.online():
+            if conn.player != name:
+                conn.tell(text)
+
+    def _player(self, name, text):
+        for conn in self.online(name):
+            conn.tell(text)
+
+    def _leave(self, conn):
+        """A logged in connection is gone from the game; the others are told."""
+        name, conn.player = conn.player, None
+        if name and not conn.settings.get("DARK"):
+            how = "partially disconnected" if self.online(name) else "disconnected"
+            self._others(name, "%s has %s.%s" % (name, how, self.EOL))
+
+    def _boot(self, name, by, quiet):
+        for conn in self.online(name):
+            conn.finish()
+
+
+class Plain(World):
+    """No login, no telnet: echoes lines."""
+
+
+class Halt(Exception):
+    """No reply at all (TeenyMUSH with CJK text)."""
+
+
+class Softcode:
+    """A small softcode evaluator: [ ], functions, { }, \\, %x, nested parentheses. What is not escaped is evaluated."""
+    HIDDEN = "\x01"                     # %b and "\ ": a blank that is not trimmed or squeezed
+
+    def __init__(self, world, conn):
+        self.world, self.conn, self.wizard = world, conn, world.is_wizard(conn.player)
+
+    def run(self, text):
+        return self.evaluate(text, 0, "", True)[0].replace(self.HIDDEN, " ")
+
+    def evaluate(self, text, at, stops, function):
+        """Text up to one of `stops`; `function`: a name( at the beginning is a call, in brackets also an unknown one."""
+        out = ""
+        while at < len(text) and text[at] not in stops:
+            char = text[at]
+            if char == "\\":
+                out += text[at + 1:at + 2].replace(" ", self.HIDDEN)
+                at += 2
+            elif char == "%":
+                piece, at = self.percent(text, at + 1)
+                out += piece
+            elif char == "[":
+                piece, at = self.evaluate(text, at + 1, "]", "must")
+                out, at = out + piece, at + 1
+            elif char == "{":
+                piece, at = self.evaluate(text, at + 1, "}", False)
+                keep = "{%s}" if self.world.KEEPS_BRACES and "," not in stops else "%s"
+                out, at = out + keep % piece, at + 1
+            elif char == "(":
+                out, at = self.parenthesis(text, at, out, function)
+                function = False
+            else:
+                out, at = out + char, at + 1
+        return out, at
+
+    def percent(self, text, at):
+        char = text[at:at + 1]
+        if char in ("q", "v", "Q", "V"):
+            return "", at + 2
+        known = {"b": self.HIDDEN, "r": "\r\n", "t": "\t", "n": self.conn.player, "N": self.conn.player}
+        known.update({"#": "#%d" % self.world.number(self.conn.player)}, **dict.fromkeys("0123456789", ""))
+        known.update(dict.fromkeys(self.world.EMPTY_PERCENTS, ""))      # RhostMUSH: %< %$ %c are substitutions too
+        known["!"] = known["#"]
+        return known.get(char, char), at + 1
+
+    def parenthesis(self, text, at, out, function):
+        """A call when the name before it is one, else plain text with balanced parentheses."""
+        name = out.strip().lower()
+        known = name in self.world.FUNCTIONS or name in ("create", "pemit", "shutdown")
+        if function and re.fullmatch(r"[a-z0-9_]+", name) and (known or function == "must"):
+            if not known and self.world.family == "tinymush":           # its arguments come out as plain text
+                return self.missing(name), at + 1
+            args, at = self.arguments(text, at + 1)
+            return (self.call(name, out.strip(), args) if known else self.missing(out.strip())), at
+        piece, at = self.evaluate(text, at + 1, ")", False)
+        return out + "(" + piece + text[at:at + 1], at + 1
+
+    def arguments(self, text, at):
+        args = []
+        while True:
+            piece, at = self.evaluate(text, at, ",)", True)
+            args.append(piece.strip(" ").replace(self.HIDDEN, " "))
+            if text[at:at + 1] != ",":
+                return args, at + 1
+            at += 1
+
+    def missing(self, name):
+        return "#-1 FUNCTION (%s) NOT FOUND" % (name if self.world.family == "rhostmush" else name.upper())
+
+    def call(self, name, typed, args):
+        if name in ("create", "pemit", "shutdown"):
+            self.world.evaluated.append("%s(%s)" % (name, ",".join(args)))
+        if name not in self.world.FUNCTIONS:
+            return self.missing(typed)
+        return getattr(self, "f_" + name)(args)
+
+    def f_name(self, args):
+        return self.conn.player if args[0] in ("me", "") else (self.world.find(args[0]) or "#-1")
+
+    def f_strcat(self, args):
+        return "".join(args)
+
+    def f_lit(self, args):
+        return ",".join(args)
+
+    def f_strlen(self, args):
+        return str(len(args[0]))
+
+    def f_chr(self, args):
+        return chr(int(args[0])) if args[0].isdigit() else "#-1 ARGUMENT MUST BE A NUMBER"
+
+    def f_add(self, args):
+        return str(sum(int(a) for a in args if re.fullmatch(r"-?\d+", a)))
+
+    def f_create(self, args):
+        return "#-1 PERMISSION DENIED" if self.world.family == "rhostmush" else "#99"
+
+    def f_pemit(self, args):
+        """Side effect: seen by the target at once, in front of the line it stands in (not on by default on RhostMUSH)."""
+        if self.world.family == "rhostmush":
+            return "#-1 PERMISSION DENIED"
+        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
+        self.world._player(name or "", ",".join(args[1:]) + self.world.EOL)
+        return ""
+
+    def f_ports(self, args):
+        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
+        return " ".join(str(c.id) for c in reversed(self.world.online(name))) if name or not args[0] else ""
+
+    def f_lports(self, args):
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        return " ".join("#%d:%d" % (self.world.number(c.player), c.id) for c in reversed(self.world.online()))
+
+    def f_lwho(self, args):
+        form = "#{0}:{1}" if args[0] else "#{0}"
+        return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
+
+    def f_version(self, args):
+        return self.world.VERSION
+
+    def f_decode64(self, args):
+        """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out wrong."""
+        try:
+            raw = base64.b64decode(args[0].encode("ascii"), validate=True)
+        except ValueError:
+            return "#-1 INVALID BASE64"
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return re.sub("[^ -~]", "?", raw.decode("latin-1"))
+
+    def f_password(self, args):
+        """TeenyMUSH: *NAME in full or #5."""
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        if re.search("[\u0100-\U0010ffff]", "".join(args)):
+            raise Halt()
+        name = self.world.find(args[0]) if args[0][:1] in ("*", "#") else None
+        if name is None:
+            return "#-1 NO SUCH OBJECT"
+        return str(int(args[1:] == [self.world.players[name]]))
+
+    def f_checkpass(self, args):
+        world = self.world
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        if len(args) != 2:
+            return "#-1 FUNCTION (CHECKPASS) EXPECTS 2 ARGUMENTS " + world.GOT_ARGUMENTS % len(args)
+        name = self.conn.player if args[0] == "me" else world.find(args[0], connected_part=world.family == "pennmush")
+        if name:
+            return str(int(world.players[name] == args[1]))
+        if world.family == "pennmush" and args[0] != "here":
+            world._player(self.conn.player, "I can't see that here.\r\n")
+        return world.NO_PLAYER
+
+
+def first_word(text, blanks=" \t"):
+    """(word, rest): separated by any run of blanks."""
+    text = text.lstrip(blanks)
+    word = re.match("[^%s]*" % blanks, text).group()
+    return word, text[len(word):].lstrip(blanks)
+
+
+class Mush(World):
+    """Logins and the game, as far as all five families agree."""
+    HAS_TELNET = True
+    FUNCTIONS = "name strcat lit strlen chr add create pemit lwho version".split()
+    KEEPS_BRACES, EMPTY_PERCENTS, SQUEEZE, AGAIN = True, "", True, "reconnected"
+    HUH = 'Huh?  (Type "help" for help.)\r\n'
+    FAILED = "Either that player does not exist, or has a different password."
+    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_", "@pemit": "pemit",
+            "@password": "password", "@newpassword": "newpassword", "@name": "name", "@boot": "atboot",
+            "@shutdown": "atshutdown", "@dump": "atdump", "look": "look"}
+    MORE_GAME, TEXTS = {}, {}
+
+    def command(self, conn, line):
+        conn.used = int(time.time())
+        (self.game if conn.player else self.login_screen)(conn, line)
+
+    def encode(self, conn, text):
+        return text.encode("utf-8", "replace")
+
+    def date(self, when=None):
+        return time.ctime(when)
+
+    # -- logging in --
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if self.guests and name_text.lower() == "guest":
+            self.players.setdefault("Guest", password)
+            return self.welcome(conn, "Guest")
+        name = self.login_name(name_text)
+        if name is None or self.players[name] != password:
+            if name:
+                count = self.failed.get(name, (0,))[0] + 1
+                self.failed[name] = (count, conn.host, self.date())
+            return self.failure(conn, name)
+        if not self.is_wizard(name) and self.refused(conn):
+            return None
+        return self.welcome(conn, name, dark=dark and self.is_wizard(name))
+
+    def login_name(self, text):
+        return self.find(text)
+
+    def full(self):
+        return self.max_players is not None and len(self.online()) >= self.max_players
+
+    def refused(self, conn):
+        return False
+
+    def welcome(self, conn, name, created=False, dark=False):
+        again = bool(self.online(name))
+        conn.player, conn.login_number = name, next(self._login_ids)
+        conn.settings["DARK"] = dark
+        self.logins.append((name, conn.id, time.monotonic()))
+        self.greet(conn, name, created, again)
+        self.last_seen[name] = (conn.host, self.date())
+        self.failed.pop(name, None)
+        if not dark:
+            self.announce(name, "%s has %s.%s" % (name, self.AGAIN if again else "connected", self.EOL))
+
+    def announce(self, name, text):
+        self._others(name, text)
+
+    def tag(self, name):
+        return "(#%d%s)" % (self.number(name), self.FLAGS[self.is_wizard(name)])
+
+    def look_text(self, name):
+        """The room; wizards see numbers."""
+        others = list(dict.fromkeys(c.player for c in self.online() if c.player != name and not c.settings.get("DARK")))
+        lines = [self.THING % (other, self.tag(other) if self.is_wizard(name) else "") for other in others]
+        return self.ROOM[self.is_wizard(name)] + (self.CONTENTS + "".join(lines) if lines else "")
+
+    # -- in the game --
+
+    def play(self, conn, line):
+        if line.startswith('"'):
+            return self.do_say(conn, line[1:])
+        word, rest = first_word(line, " ")
+        word, _, switch = word.partition("/")
+        verb = self.verb(word)
+        if verb is None:
+            return conn.tell(self.HUH)
+        method = getattr(self, "do_" + verb)
+        return method(conn, rest, switch.lower()) if verb.startswith("at") else method(conn, rest)
+
+    def verb(self, word):
+        return self.MORE_GAME.get(word.lower()) or self.GAME.get(word.lower())
+
+    def do_nothing(self, conn, rest):
+        pass
+
+    def do_look(self, conn, rest):
+        conn.tell(self.look_text(conn.player))
+
+    def do_say(self, conn, text):
+        self._player(conn.player, 'You say, "%s"%s' % (text, self.EOL))
+        self._others(conn.player, '%s says, "%s"%s' % (conn.player, text, self.EOL))
+
+    def do_think(self, conn, text):
+        """To all connections of the character, not only the one that asked."""
+        if self.SQUEEZE:
+            text = re.sub("[ \t]+", " ", text).strip()
+        with contextlib.suppress(Halt):
+            result = Softcode(self, conn).run(text)
+            if result.strip() or text and self.SQUEEZE or self.family == "tinymush":
+                self._player(conn.player, result + self.EOL)
+
+    def do_emit_(self, conn, text):
+        self._broadcast(text + self.EOL)
+
+    def do_pemit(self, conn, rest):
+        target, _, text = rest.partition("=")
+        name = conn.player if target.strip() == "me" else self.find(target.strip())
+        self._player(name or "", text + self.EOL)
+
+    def do_password(self, conn, rest):
+        old, _, new = rest.partition("=")
+        old, new = old if self.family == "pennmush" else old.strip(), new.strip()
+        if self.players[conn.player] != old:
+            return conn.tell(self.TEXTS["wrong old"])
+        if not new or " " in new or (self.family == "pennmush" and "=" in new):
+            return conn.tell(self.TEXTS["blank" if new else "empty"])
+        self.players[conn.player] = new
+        conn.tell(self.TEXTS["password"])
+
+    def do_newpassword(self, conn, rest):
+        target, _, new = rest.partition("=")
+        name = self.find(target.strip())
+        if not self.is_wizard(conn.player):
+            return conn.tell("Permission denied." + self.EOL)
+        if name is None:
+            return conn.tell("I don't see that here." + self.EOL)
+        self.players[name] = new.strip()
+        self._player(name, "Your password has been changed by %s.%s" % (conn.player, self.EOL))
+        conn.tell("Password changed." + self.EOL)
+
+    def do_name(self, conn, rest):
+        """No password wanted; on Tiny and MUX what stands behind the name becomes part of it."""
+        target, _, new = rest.partition("=")
+        if target.strip().lstrip("*").lower() not in ("me", conn.player.lower()):
+            return conn.tell("Permission denied." + self.EOL)
+        new = self.new_name(conn, new.strip())
+        owner = new and self.find(new)
+        if not new or owner and owner != conn.player:
+            return conn.tell(self.TEXTS["taken" if new else "bad name"])
+        self._rename(conn.player, new)
+        conn.tell(self.TEXTS["name"])
+
+    def new_name(self, conn, new):
+        return "" if re.search(r'[";=*#\[\]]', new) else new
+
+    def do_alias(self, conn, rest):
+        self.aliases[conn.player] = rest.partition("=")[2].strip()
+        conn.tell("Alias set." + self.EOL)
+
+    def allowed(self, conn):
+        if not self.is_wizard(conn.player):
+            conn.tell("Permission denied." + self.EOL)
+        return self.is_wizard(conn.player)
+
+    def do_atboot(self, conn, rest, switch):
+        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
+        if self.allowed(conn):
+            if name is None or not self.online(name):
+                return conn.tell("I don't see that here." + self.EOL)
+            conn.tell("You booted %s off!%s" % (name, self.EOL))
+            count = len(self.online(name))
+            self._boot(name, conn.player, switch in ("quiet", "silent"))
+            conn.tell("" if self.family == "pennmush" else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
+
+    def do_atshutdown(self, conn, rest, switch):
+        if self.allowed(conn):
+            if switch == "reboot" and self.RESTART:
+                self._restart(conn.player)
+            else:
+                self._shutdown(conn.player, self.shutdown_delay)
+
+    def do_atrestart(self, conn, rest, switch):
+        if self.allowed(conn):
+            self._restart(conn.player)
+
+    def do_atdump(self, conn, rest, switch):
+        if self.allowed(conn):
+            self.dump()
+
+
+class TeenyMUSH(Mush):
+    """Perl, one process: LF in the game, CRLF at the login screen, lines that arrive together run last first."""
+    family, HOST, EOL, BACKLOG, FIRST_NUMBER, AGAIN = "teenymush", "localhost", "\n", 1, 4, "re-connected"
+    BANNER = ("Welcome to TeenyMUSH\r\n\r\nType the below command to customize this screen after loging in as God.\r\n\r\n"
+              "    &conf.login #0= Login screen\r\n\r\n")
+    MOTD = ("   -------------------------------[ MOTD ]-------------------------------\n\n"
+            "                           There is no MOTD today                        \n"
+            "                   &conf.motd #0=<message> for your MOTD                 \n\n"
+            "   " + "-" * 70 + "\n")
+    EDIT = {**World.EDIT, b"\x00": ("keep", b"")}       # all CR are deleted, NUL stays in the text
+    EMPTY_LINES, MAX_LINE = True, 1 << 24
+    ON_CONNECT = tuple(offer(pair) for pair in ((WILL, 3), (DO, NAWS), (DO, TTYPE), (WILL, MSSP)))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)), (DO, 3): b"", (WILL, NAWS): b""}
+    MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01CODEBASE\x02TeenyMUSH 0.91"
+                  "\x01FAMILY\x02Custom\x01PORT\x024096,4201,6250\x01CRAWL\x021")
+    ROOM = ("The Void\nYou see nothing special.\n", "The Void(#1Rn)\nYou see nothing special.\n")
+    FLAGS, THING, CONTENTS, HUH = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n", 'Huh? (Type "HELP" for help.)\n'
+    FUNCTIONS = Mush.FUNCTIONS + ["password"]
+    KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
+    MORE_GAME = {"quit": "atquit", "who": "who"}
+    USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
+
+    def decode(self, conn, line):
+        return line.decode("utf-8", "replace")
+
+    def arrived(self, conn, lines):
+        """Login commands run at once; in the game the lines of one read run last first."""
+        batch = []
+        for line in lines:
+            self._heard(conn, line)
+            if conn.player:
+                batch.append(self.decode(conn, line))
+            elif not conn.closing:
+                self.command(conn, self.decode(conn, line))
+        conn.queue.extend(reversed(batch))
+
+    def login_screen(self, conn, line):
+        word, rest = first_word(line, " ")
+        low = word.lower()
+        if not low or "who".startswith(low):
+            self.do_who(conn, rest)
+        elif low == "quit":
+            conn.finish("\n")
+        elif len(low) > 1 and "connect".startswith(low):
+            self.connect_line(conn, rest)
+        elif "create".startswith(low):                          # "c NAME PASS" is create
+            self.create_line(conn, rest)
+        elif len(low) > 1 and "@remotehostname".startswith(low):
+            self.remotehostname(conn, rest)
+        elif low in ("screenwidth", "screenheight"):
+            conn.settings[low.upper()] = rest
+        else:
+            conn.tell(self.BANNER)
+
+    def connect_line(self, conn, rest):
+        match = re.fullmatch('(?:"([^"]*)"|([^ ]+))(?: +([^ ]+))? *', rest)
+        if not match:
+            return conn.tell(self.USAGE)
+        password = match.group(3) or ""
+        if re.search("[\u2e80-\ufffc\U00010000-\U0010ffff]", password):
+            text = "god crashed the server with: connect %s %s\r\n" % (match.group(1) or match.group(2), password)
+            self._broadcast(text)
+            return conn.tell(text)
+        return self.try_connect(conn, match.group(1) or match.group(2), password)
+
+    def login_name(self, text):
+        return None if text.startswith("*") else self.find(text)
+
+    def failure(self, conn, name):
+        conn.tell(self.FAILED + "\n")
+
+    def create_line(self, conn, rest):
+        words = rest.split(" ")
+        if len(words) != 2:
+            return conn.tell(self.USAGE.replace("cOnnect", "cReate"))
+        if self.find(words[0]):
+            return conn.tell("That name is already in use.\r\n")
+        self.players[words[0]] = words[1]
+        return self.welcome(conn, words[0], True)
+
+    def remotehostname(self, conn, rest):
+        """HOST or HOST=EPOCH, no reply; only the first counts, and only from the address in its source."""
+        if conn.proxied:
+            return self.forged.append((conn.id, rest))
+        if not self.trusted_address:
+            return None
+        conn.proxied = True
+        match = re.fullmatch(r"(.*?)(?:=(\d+))?\s*", rest)
+        conn.address_given = (match.group(1), int(match.group(2)) if match.group(2) else None)
+        conn.host, conn.epoch = conn.address_given
+        return None
+
+    def greet(self, conn, name, created, again):
+        conn.tell(self.MOTD)
+        conn.tell("Last connect was from %s on %s\n\n" % (conn.host, self.date()))      # this very connection
+        for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
+            self._player(name, text)
+
+    def announce(self, name, text):
+        self._broadcast(text)
+
+    def game(self, conn, line):
+        if line.strip(" "):
+            self.play(conn, line)
+
+    def do_atquit(self, conn, rest, switch):
+        conn.finish("\n")
+
+    def do_who(self, conn, rest):
+        wizard = conn.player and self.is_wizard(conn.player)
+        head = "Player Name        On For Idle  " + ("Loc Port Hostname\r\n" if wizard else " @doing\r\n")
+        rows = []
+        for c in self.online():
+            seconds = time.time() - c.epoch if c.epoch else time.monotonic() - c.opened
+            on_for = "%02d:%02d" % divmod(int(seconds) // 60, 60)
+            rows.append("%-19s %s   0s  %s\r\n" % (c.player, on_for, "#1  %-4d %s" % (c.id, c.host) if wizard else ""))
+        conn.tell(head + "".join(rows) + "%d Players logged in.\r\n" % len(rows))
+
+    def do_password(self, conn, rest):
+        match = re.fullmatch(r" *([^ =]+) *= *([^ ]+) *", rest)
+        if not match:
+            return conn.tell("usage: @password <old_password> = <new_password>\n")
+        if match.group(1) != self.players[conn.player]:
+            return conn.tell("Invalid old password.\n")
+        self.players[conn.player] = match.group(2)
+        return conn.tell("Password changed.\n")
+
+    def do_newpassword(self, conn, rest):
+        """No old password wanted, not even by mortals for themselves."""
+        target, _, new = rest.partition("=")
+        name = conn.player if target.strip() == "me" else self.find(target.strip())
+        if name is None or name != conn.player and not self.is_wizard(conn.player):
+            return conn.tell("Permission denied.\n")
+        self.players[name] = new.strip()
+        return conn.tell("The password for %s has been updated.\n" % name)
+
+    TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n", "bad name": "That name is already in use\n"}
+
+    def new_name(self, conn, new):
+        return new
+
+    def _boot(self, name, by, quiet):
+        self._player(by, "You @booted %s%s off!\n" % (name, self.tag(name)))
+        for conn in self.online(name):
+            conn.tell("%s has @booted you.\n" % by)
+            self._others(by, "%s has been @booted.\n" % name)
+            conn.finish()
+
+    def do_atboot(self, conn, rest, switch):
+        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
+        if not name or not self.online(name) or name != conn.player and not self.is_wizard(conn.player):
+            return conn.tell("Unknown connected person specified.\n")
+        return self._boot(name, conn.player, False)
+
+    def _shutdown(self, by, delay):
+        """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are silent), then everybody."""
+        self._boot("heartbeat", by, False)
+        self._asleep = True
+        self._watch_all()
+        self._at(delay, self._shutdown_rest, by)
+
+    def _shutdown_rest(self, by):
+        self._broadcast("TeenyMUSH has been sHutdown by %s%s.\n" % (by, self.tag(by)))
+        for name in list(dict.fromkeys(c.player for c in self.online())):
+            self._boot(name, by, False)
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._die()                                     # silent, nothing saved
+
+
+class CMush(Mush):
+    """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota."""
+    QUOTA = True
+    EDIT = {b"\n": ("end", b""), b"\r": ("", b""), b"\x00": ("", b""), b"\x08": ("rubout", b" \b"), b"\x7f": ("rubout", b"\b \b")}
+    SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX", "PUEBLOCLIENT")
+    WRAPPED = ("WHO", "DOING", "SESSION", "INFO")       # at the login screen; these also in the game:
+    WRAPPED_GAME = SCREEN
+    LOGIN_ANY_CASE, GAME_ANY_CASE, QUOTED_NAMES, RETRIES, FINAL_MAIL = False, True, True, 3, ""
+    NULL_PASSWORD = ""
+    BYE, ANNOUNCES_DOWN = "Going down - Bye\r\n", False       # TinyMUSH, RhostMUSH: the leaving of each is told the rest
+    WHO_LOGIN = WHO_GAME = "Player Name        On For Idle  Doing\r\n"
+    SESSION = (" " * 36 + "Characters Input----  Characters Output---\r\n"
+               "Player Name        On For Idle Port Pend  Lost     Total  Pend  Lost     Total\r\n")
+    TAKEN = "Either there is already a player with that name, or that name is illegal.\r\n"
+    SHUTDOWN_TEXT, INFO_VERSION, MAX_LOGIN = "GAME: Shutdown by {by}\r\n", "1", 8000
+    TEXTS = {"password": "Password changed.\r\n", "wrong old": "Sorry.\r\n", "empty": "Null passwords are not allowed.\r\n",
+             "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n", "taken": "That name is already in use.\r\n",
+             "bad name": "You can't use that name.\r\n"}
+    MORE_GAME = {"@alias": "alias", "@restart": "atrestart"}
+    ALREADY = "**** {0} failed connect{1} since your last successful connect. ****\r\nMost recent attempt was from {2} on {3}.\r\n"
+
+    # -- the commands that exist at the login screen and in the game --
+
+    def screen_command(self, line, in_game):
+        """(name, argument) of a command of the login screen, or None."""
+        word, rest = first_word(line, " ")
+        if word != line[:len(word)]:
+            return None
+        name = word.upper() if (self.GAME_ANY_CASE if in_game else self.LOGIN_ANY_CASE) else word
+        return (name, rest) if name in self.SCREEN else None
+
+    def login_screen(self, conn, line):
+        found = self.screen_command(line, False)
+        if not found:
+            return self.login(conn, line)
+        with self.wrapped(conn, found[0] in self.WRAPPED):
+            self.screen(conn, *found)
+
+    def game(self, conn, line):
+        found = self.screen_command(line, True)
+        with self.wrapped(conn, not found or found[0] in self.WRAPPED_GAME):
+            if found:
+                self.screen(conn if found[0] in ("QUIT", "LOGOUT") else self.acted_on(conn), *found)
+            else:
+                self.play(conn, line)
+
+    @contextlib.contextmanager
+    def wrapped(self, conn, yes):
+        """The prefix as it was before the command, the suffix as it is behind it; of the typing connection."""
+        conn.tell(conn.prefix + "\r\n" if yes and conn.prefix else "")
+        yield
+        conn.tell(conn.suffix + "\r\n" if yes and conn.suffix else "")
+
+    def acted_on(self, conn):
+        return conn
+
+    def screen(self, conn, name, rest):
+        if name in ("OUTPUTPREFIX", "OUTPUTSUFFIX"):
+            setattr(conn, name[6:].lower(), rest.strip(" "))
+        elif name in ("WHO", "DOING"):
+            conn.tell(self.who(conn))
+        elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
+            getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
+        else:
+            conn.settings[name] = rest.strip(" ")
+            self.setting(conn, name, rest)
+
+    def setting(self, conn, name, rest):
+        pass
+
+    def screen_quit(self, conn, rest):
+        conn.finish((self.QUIT_TEXT + self.last_mail(conn)) if conn.player else "")
+
+    def last_mail(self, conn):
+        return self.FINAL_MAIL if len(self.online(conn.player)) == 1 else ""
+
+    def screen_logout(self, conn, rest):
+        if not conn.player:
+            return self.logout_again(conn)
+        conn.tell(self.LOGOUT_TEXT + self.last_mail(conn))
+        self._leave(conn)
+        conn.prefix, conn.suffix, conn.failures = "", "", 0
+        return conn.tell(self.BANNER)
+
+    def logout_again(self, conn):
+        conn.finish()
+
+    def screen_idle(self, conn, rest):
+        pass
+
+    def screen_info(self, conn, rest):
+        conn.tell("### Begin INFO %s\r\n%sUptime: %s\r\nConnected: %d\r\nSize: %d\r\nVersion: %s\r\n### End INFO\r\n" % (
+            self.INFO_VERSION, self.INFO_NAME, time.ctime(self.start_id), len(self.online()), len(self.players) + 2, self.INFO_TAIL))
+
+    def screen_session(self, conn, rest):
+        rows = ["%-19s 00:00   0s %4d    0     0 %9d     0     0 %9d\r\n" % (c.player, c.id, len(c.raw), 1) for c in self.online()]
+        conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
+
+    def who(self, conn):
+        """Wizards and the login screen see other columns; what a proxy needs is a list and its last line."""
+        rows = []
+        for c in reversed(self.online()):
+            on_for = "00:%02d" % ((time.monotonic() - c.opened) // 60)
+            where = " #0          0   " + c.host if conn.player and self.is_wizard(conn.player) else ""
+            rows.append("%-19s %s   0s %s\r\n" % (c.player, on_for, where))
+        return (self.WHO_GAME if conn.player else self.WHO_LOGIN) + "".join(rows) + self.count(len(rows))
+
+    def count(self, players):
+        return "%d Player%s logged in, %d record, no maximum.\r\n" % (players, "" if players == 1 else "s", max(players, 1))
+
+    # -- login --
+
+    def login(self, conn, line):
+        word, rest = first_word(line)
+        kind = self.login_verb(word) if len(line) <= self.MAX_LOGIN else None
+        if not kind:
+            return self.unknown(conn)
+        name, password = self.credentials(rest)
+        if kind == "create":
+            return self.try_create(conn, name, password)
+        return self.try_connect(conn, name, password, kind == "dark")
+
+    def login_verb(self, word):
+        """TinyMUSH and TinyMUX: case sensitive, and only the first two letters count."""
+        return {"co": "connect", "cd": "dark", "cr": "create"}.get(word[:2])
+
+    def unknown(self, conn):
+        conn.tell(self.BANNER)
+
+    def credentials(self, text):
+        if self.QUOTED_NAMES and text.startswith('"'):
+            name, _, rest = text[1:].partition('"')
+            name = " ".join(name.split())
+        else:
+            name, rest = first_word(text)
+        return name, first_word(rest)[0]
+
+    def failure(self, conn, name):
+        conn.failures += 1
+        conn.tell(self.FAILED + "\r\n")
+        if conn.failures >= self.RETRIES:
+            conn.finish()
+
+    def try_create(self, conn, name, password):
+        if self.logins_disabled and self.refused(conn):
+            return
+        if not password:
+            conn.tell(self.NULL_PASSWORD or self.TAKEN)
+        elif self.find(name) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_' -]*", name):
+            conn.tell(self.TAKEN)
+        elif not self.refused(conn):
+            self.players[name] = password
+            self.number(name)
+            self.welcome(conn, name, True)
+
+    def failed_text(self, name):
+        """N failed connects: shown at the next success."""
+        if name not in self.failed:
+            return ""
+        count, host, date = self.failed[name]
+        return self.ALREADY.format(count, "" if count == 1 else "s", host, date)
+
+    def last_text(self, name):
+        """Not at a player's first login, so it is no sign of success."""
+        return "Last connect was from %s on %s.\r\n" % self.last_seen[name] if name in self.last_seen else ""
+
+    def greet(self, conn, name, created, again):
+        conn.tell(self.NEWUSER if created else self.motd(name, again))
+        self._player(name, self.login_text(conn, name))     # the character's other connections see it too
+        self._player(name, self.look_text(name))
+
+    # -- leaving and dying --
+
+    def _boot(self, name, by, quiet):
+        for conn in self.online(name):
+            conn.tell("" if quiet else self.BOOTED.format(by=by))
+            conn.finish(self.QUIT_TEXT + self.last_mail(conn))
+
+    def _shutdown(self, by, delay):
+        """The same farewell as a QUIT gives: text does not tell them apart."""
+        self._broadcast(self.SHUTDOWN_TEXT.format(by=by))
+        for conn in list(self.connections):
+            conn.tell(self.BYE + (self.DOWN_TEXT + self.last_mail(conn) if conn.player else ""))
+            conn.player = conn.player if self.ANNOUNCES_DOWN else None
+            conn.finish()
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._broadcast(self.TERM_TEXT)
+        for conn in list(self.connections):
+            conn.finish(self.term_bye(conn))
+        self._clean_exit()
+
+    def term_bye(self, conn):
+        return ""
+
+
+class PennMUSH(CMush):
+    """Silent for a second, negotiates after the first IAC, takes a user's address on its unix socket."""
+    family, BACKLOG, FIRST_NUMBER = "pennmush", 5, 4
+    BANNER = (
+        "<This is where you announce that they've connected to your MUSH>\r\n"
+        "<It's a good idea to include the version/patchlevel of MUSH you're running>\r\n"
+        "<It's a good idea to include an email address for questions about the MUSH>\r\n" + "-" * 77 + "\r\n"
+        "Use create <name> <password> to create a character.\r\n"
+        "Use connect <name> <password> to connect to your existing character.\r\n"
+        "Use 'ch <name> <pass>' to connect hidden, and cd to connect DARK (admin)\r\nUse QUIT to logout.\r\n"
+        "Use the WHO command to find out who is online currently.\r\n" + "-" * 77 + "\r\n"
+        "Yell at your local god to personalize this file!\r\n\r\n")
+    MOTD = "Welcome to PennMUSH!\r\n" + "-" * 74 + "\r\nYell at your god to personalize this file\r\n\r\n"
+    WIZMOTD = "Wizards, tell your friendly neighborhood god to personalize this file!\r\n\r\n"
+    NEWUSER = "-" * 73 + "\r\nCongratulations on your newly created character. PennMUSH welcomes you.\r\n"
+    DOWN = ("*" * 75 + "\r\nThere has been an emergency which necessitated the disabling of non-wizard\r\n"
+            "logins.  Please be patient, and you will be re-allowed to login as soon\r\n"
+            "as the emergency has been controlled.  Thank you.\r\n" + "*" * 75 + "\r\n\r\n")
+    FULL = "The maximum number of players this game can support are currently\r\nlogged in. Please try back in a few minutes.\r\n"
+    LOCKED = "This IP address has failed too many times. Please try again in 10 minutes.\r\n"
+    QUIT_TEXT = LOGOUT_TEXT = ("Thank you for visiting.\r\n\r\nPlease return soon.\r\n\r\n"
+                               "*********** D I S C O N N E C T E D ***********\r\n\r\n")
+    DOWN_TEXT, BOOTED = "", "You are politely shown to the door.\r\n"
+    TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
+    EDIT = {b"\n": ("end", b""), b"\r": ("end", b""), b"\x00": ("cut", b""), b"\x08": ("rubout", b""), b"\x7f": ("keep", b"")}
+    MAX_LINE = 4095
+    OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE, (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"),
+               (DO, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
+               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;UTF-8;US-ASCII;ASCII;x-penn-def"), (WILL, CHARSET): b"",
+               (DO, MSSP): "mssp", (WILL, MSSP): "mssp", (DO, NAWS): b"", (WILL, NAWS): b"", (DO, GMCP): b"", (WILL, GMCP): b""}
+    MSSP_PAIRS = ("\x01NAME\x02PennMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01PORT\x02{port}\x01PUEBLO\x020"
+                  "\x01CODEBASE\x02PennMUSH 1.8.8p0\x01FAMILY\x02TinyMUD\x01ANSI\x021\x01XTERM 256 COLORS\x021")
+    RESTART = (0.16, "GAME: Reboot w/o disconnect by {by}, please wait.\r\nGAME: Saving database. Game may freeze for a few "
+               "moments.\r\nGAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
+    ROOM = ("\x1b[1mRoom Zero\x1b[0m(#0RL)\r\nYou are in Room Zero.\r\n",) * 2
+    FLAGS, THING, CONTENTS = ("PenAc", "PWenAc"), "\x1b[1m%s\x1b[0m%s\r\n", "Contents:\r\n"
+    EXACT = ("QUIT", "LOGOUT", "INFO", "MSSP-REQUEST")
+    SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET", "SCREENWIDTH",
+                      "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
+    WRAPPED_GAME = CMush.WRAPPED
+    WHO_LOGIN, WHO_GAME = "Player Name          On For   Idle  Doing\r\n", "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
+    SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
+    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: PennMUSH\r\nAddress: \r\n", "PennMUSH 1.8.8p0"
+    FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
+    NO_PLAYER, GOT_ARGUMENTS, VERSION = "#-1 NO SUCH PLAYER", "BUT GOT %d", "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
+    TEXTS = {"password": "You have changed your password.\r\n", "wrong old": "The old password that you entered was incorrect.\r\n",
+             "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n", "name": "Name set.\r\n",
+             "taken": "You can't give a player that name or alias.\r\n", "bad name": "You can't give a player that name or alias.\r\n"}
+    MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
+    TAKEN = "There is already a player with that name.\r\n"
+
+    # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
+
+    def connected(self, conn):
+        self._at(self.silent_start, self._ask_telnet, conn)
+        self._at(2 * self.silent_start, self._greeting, conn)
+
+    def _ask_telnet(self, conn):
+        if self.telnet and not conn.telnet_ok and not conn.gone:
+            conn.telnet_ok = True
+            conn.write(offer((DO, LINEMODE)))
+
+    def _greeting(self, conn):
+        if not conn.greeted:
+            self._ask_telnet(conn)
+            conn.greeted = True
+            conn.tell("" if self.silent_banner else self.BANNER)
+
+    def received(self, conn, data):
+        first = conn.local and not conn.proxied
+        if first:
+            conn.proxied = True
+            data = self._address_line(conn, data)
+        if not data:
+            return
+        if not conn.spoken and data[0] == IAC and self.telnet:
+            conn.telnet_ok = True               # telnet as the very first bytes; after a line only once it was asked for
+        conn.spoken = True
+        if conn.telnet_ok:
+            super().received(conn, data)
+        else:
+            super().received(conn, data.replace(b"\xff", b"?"))
+        if first:
+            conn.tail = b""                     # cut off for good
+
+    def _address_line(self, conn, data):
+        """IP^HOST\\r\\n at once and in one piece; returns what is left as input."""
+        conn.host = conn.ip = "(Unknown)"
+        if time.monotonic() - conn.opened > self.address_window:
+            return data
+        if len(data) <= 4:
+            conn.finish()
+            return b""
+        data = data.partition(b"\0")[0]         # a NUL (NAWS holds one) cuts off all that follows
+        line, _, rest = data.partition(b"\r\n")
+        ip, caret, host = line.partition(b"^")
+        if caret and not host:
+            conn.finish()
+        elif caret:
+            conn.ip, conn.host = ip.decode("latin-1"), host[:99].decode("latin-1")
+            conn.address_given = (conn.ip, conn.host)
+        return rest
+
+    def negotiate(self, conn, verb, option):
+        self._offer(conn)
+        super().negotiate(conn, verb, option)
+
+    def telnet_command(self, conn, command):
+        self._offer(conn)
+        if command == AYT:
+            conn.write(b"\r\n*** AYT received, I'm here ***\r\n")
+
+    def _offer(self, conn):
+        if not conn.offered:
+            conn.offered = True
+            conn.write(self.OFFERS)
+
+    def decode(self, conn, line):
+        """What is not printable in the locale is ?: one a character after CHARSET UTF-8, else one a byte."""
+        return re.sub("[^ -~]", "?", line.decode("utf-8", "replace") if conn.utf8 else line.decode("latin-1"))
+
+    # -- commands --
+
+    def command(self, conn, line):
+        if not line.startswith("IDLE"):
+            self._greeting(conn)                # any other line cuts the silent start
+        super().command(conn, line)
+
+    def screen_command(self, line, in_game):
+        for name in self.SCREEN:
+            if line == name or name not in self.EXACT and line.startswith(name):
+                return name, line[len(name):]
+        return None
+
+    def screen_idle(self, conn, rest):
+        conn.tell(re.sub("^ ", "", rest) + "\r\n" if rest else "")
+
+    def screen_quit(self, conn, rest):
+        goodbye = sub(GMCP, b"Core.Goodbye") if "DO" in conn.options.get(GMCP, ()) else b""
+        conn.tell(self.QUIT_TEXT if conn.player else "")
+        conn.write(goodbye)
+        conn.finish()
+
+    def logout_again(self, conn):
+        conn.tell(self.BANNER)
+
+    def screen_session(self, conn, rest):
+        if not conn.player:
+            return conn.tell(self.who(conn))
+        rows = ["%-19s  #0        0s    0s     1 %3d     100     100       0\r\n" % (c.player, c.id) for c in self.online()]
+        return conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
+
+    def screen_mssp_request(self, conn, rest):
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
+        conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
+
+    def setting(self, conn, name, rest):
+        if name == "SOCKSET" and rest.strip().upper() == "NOQUOTA=YES" and conn.player and self.is_wizard(conn.player):
+            conn.settings["NOQUOTA"] = True
+            conn.tell("NOQUOTA turned on. Command quota is now ignored.\r\n")
+
+    def count(self, players):
+        return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
+            players, "There are %d players connected.\r\n" % players)
+
+    def login(self, conn, line):
+        if not line.strip(" "):
+            return                              # a line of blanks is silent here and wrapped in the game
+        failures = [t for t in self.ip_failures.get(conn.ip, ()) if time.monotonic() - t < 600]
+        if len(failures) >= 10:                 # whatever it says and whoever it is
+            return conn.tell(self.LOCKED)
+        return super().login(conn, line)
+
+    def login_verb(self, word):
+        forms = (("connect", "connect"), ("cd", "dark"), ("ch", "dark"), ("cv", "connect"), ("create", "create"))
+        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if not name_text:
+            return conn.tell(self.FAILED + "\r\n")
+        return super().try_connect(conn, name_text, password, dark)
+
+    def failure(self, conn, name):
+        self.ip_failures.setdefault(conn.ip, []).append(time.monotonic())
+        conn.tell("That is not the correct password.\r\n" if name else "There is no player with that name.\r\n")
+
+    def refused(self, conn):
+        text = self.DOWN if self.logins_disabled else self.FULL if self.full() else ""
+        if text:
+            conn.finish(text)
+        return bool(text)
+
+    def motd(self, name, again):
+        """A wizard gets in while logins are disabled, and sees what the others are told."""
+        full = self.max_players is not None and len(self.online()) > self.max_players
+        warning = self.DOWN if self.logins_disabled else self.FULL if full else ""
+        return warning + ("" if again else self.MOTD + (self.WIZMOTD if self.is_wizard(name) else ""))
+
+    def login_text(self, conn, name):
+        host, date = self.last_seen.get(name, ("None", time.ctime(self.start_id)))
+        failed = "Last FAILED connect was from %s on %s.\r\n" % self.failed[name][1:] if name in self.failed else ""
+        return " \r\nLast connect was from %s on %s.\r\n%s\r\n\r\nMAIL: You have no mail.\r\n\r\n" % (host, date, failed)
+
+    def _leave(self, conn):
+        if conn.player and len(self.online(conn.player)) > 1:
+            for other in self.online(conn.player):
+                other.tell("" if other is conn else "MAIL: Mailbox purged.\r\n")
+        super()._leave(conn)
+
+    def term_bye(self, conn):
+        return self.BYE
+
+    # -- in the game --
+
+    def play(self, conn, line):
+        if line.startswith("]"):
+            word, rest = first_word(line[1:], " ")
+            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+        return super().play(conn, line) if line.strip(" ") else None
+
+    def verb(self, word):
+        """Unique prefixes work."""
+        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and w.startswith(word.lower())]
+        return super().verb(full[0] if len(full) == 1 else word)
+
+    def new_name(self, conn, new):
+        new, _, alias = new.strip('"').partition(";")
+        if alias:
+            self.do_alias(conn, "me=" + alias)
+        return super().new_name(conn, new)
+
+    def do_atboot(self, conn, rest, switch):
+        if rest.strip() == "me":
+            return conn.tell("None of your connections are idle. If you want to quit, use QUIT.\r\n")
+        return super().do_atboot(conn, rest, switch)
+
+
+class TinyMUSH(CMush):
+    """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9 loses nothing."""
+    family, HOST, BACKLOG, FIRST_NUMBER, KEEPS_PLAYERS, ANNOUNCES_DOWN = "tinymush", "localhost", 5, 3, True, True
+    BANNER = (
+        "This world is Pueblo 1.0 enhanced\r\n\r\nWelcome to TinyMUSH\r\n" + "-" * 78 + "\r\n"
+        '  "connect <name> <password>"   connects you to an existing character.\r\n'
+        '  "create <name> <password>"    creates a new character.\r\n'
+        '  "WHO"    tells you who is logged in to the game (case sensitive).\r\n'
+        '  "QUIT"   exits the game and saves your character.\r\n'
+        '  "news"   informs you about recent program changes and items of interest.\r\n'
+        '  "help"   gives help on the commands, "help commands" for a list.\r\n' + "-" * 78 + "\r\n")
+    MOTD = "There is no Message of The Day today.\r\n\r\n### end of messages ###\r\n"
+    NEWUSER = "Welcome to the world of TinyMUSH.  Explore places.  Meet people.  Have fun!\r\n"
+    QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
+    LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
+    TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
+    EDIT = {b"\n": ("end", b""), b"\r": ("end", b""), b"\x00": ("", b""), b"\x08": ("", b""), b"\x7f": ("rubout", b"\b \b")}
+    ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)), (WILL, 1): offer((DO, 1))}
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    ROOM = ("Limbo\r\nYou see nothing special.\r\n", "Limbo(#0R)\r\nYou see nothing special.\r\n")
+    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
+    SCREEN = CMush.SCREEN + ("IDLE",)
+    WRAPPED_GAME = CMush.SCREEN
+    WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
+    INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
+    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports"]
+    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
+
+    def _sequence(self, conn, data, iac, text):
+        """Sub-negotiations are not parsed: their printable bytes stay in the line. Nothing is put together over reads."""
+        if data[iac + 1:iac + 2] == bytes((SB,)):
+            return iac + 2
+        end = super()._sequence(conn, data, iac, text)
+        return len(data) if end is None else end
+
+    def clean(self, piece):
+        return bytes(c for c in piece if 32 <= c < 127 or c in (7, 9, 27))
+
+    def decode(self, conn, line):
+        return line.decode("ascii")
+
+    def encode(self, conn, text):
+        return text.encode("ascii", "ignore")
+
+    def screen_command(self, line, in_game):
+        if line == "IDLE":
+            return "IDLE", ""
+        found = super().screen_command(line, in_game)
+        return found if found and found[0] != "IDLE" else None
+
+    def acted_on(self, conn):
+        """In the game these act on the character's most recently used connection: whole seconds, newest login wins."""
+        return max(self.online(conn.player), key=lambda c: (c.used, c.login_number))
+
+    def refused(self, conn):
+        """A refusal crashes it: it restarts in place, settings as in its conf file; the refused user sees nothing."""
+        if not self.logins_disabled and not self.full():
+            return False
+        self.segv()
+        return True
+
+    def segv(self):
+        self._do(self._segv)
+
+    def _segv(self):
+        self._broadcast("GAME: Fatal signal SIGSEGV caught, restarting with previous database.\r\n")
+        self.logins_disabled, self.max_players = False, None
+        self._asleep = True
+        self._watch_all()
+        self._at(0.03, self._restarted, self.RESTART[2], False, b"")
+
+    def motd(self, name, again):
+        return self.MOTD + ("Welcome, wizard.\r\n\r\n" if self.is_wizard(name) else "")
+
+    def login_text(self, conn, name):
+        return "MAIL: You have no mail.\r\n" + self.failed_text(name) + self.last_text(name)
+
+
+class TinyMUX(CMush):
+    """TinyMUX 2.12: offers telnet at once, characters depend on CHARSET."""
+    family, BACKLOG, FIRST_NUMBER, GHOSTS = "tinymux", 4096, 12, True
+    BANNER = (
+        "Welcome to TinyMUX\r\n" + "-" * 78 + "\r\n"
+        '  "connect <name> <password>" connects you to an existing character.\r\n'
+        '  "connect guest" connects you to a guest account if one is prepared.\r\n'
+        '  "create <name> <password>" creates a new character.\r\n\r\n'
+        '  "WHO" tells you who is logged in to the game (case sensitive).\r\n'
+        '  "QUIT" exits the game and saves your character.\r\n\r\n'
+        '  Once logged on, "help" gives help on specific commands, functions, and\r\n'
+        "  special topics.  Other 'help' commands include \"+help\" and \"news\".\r\n" + "-" * 78 + "\r\n")
+    NEWUSER = "Welcome to the world of TinyMUX.  Explore places.  Meet people.  Have fun!\r\n" + "-" * 78 + "\r\n"
+    QUIT_TEXT = DOWN_TEXT = "*** TinyMUX Disconnected ***\r\n"
+    LOGOUT_TEXT, FINAL_MAIL, BOOTED = "", "MAIL: Mailbox purged.\r\n", "{by} gently shows you the door.\r\n"
+    TERM_TEXT = "GAME: Caught signal SIGTERM, exiting.\r\n"
+    ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39), (WILL, CHARSET), (DO, CHARSET)),)
+    BINARY = offer((WILL, 0), (DO, 0))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, 39): b"\xff\xfa\x27\x01\x00\x03\xff\xf0", (WILL, NAWS): b"", (WILL, 3): b"",
+               (DO, 25): b"", (WILL, 25): b"", (DO, 0): offer((WILL, 0)), (WILL, 0): offer((DO, 0)), (WILL, CHARSET): b"",
+               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;ISO-8859-1;ISO-8859-2;US-ASCII;CP437")}
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    ROOM = ("Limbo\r\n", "Limbo(#0R)\r\n")
+    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
+    WHO_GAME = TinyMUSH.WHO_GAME
+    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
+    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports"]
+    VERSION, MAX_LOGIN = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400
+    MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
+    NULL_PASSWORD = "Null passwords are not allowed.\r\n"
+
+    def date(self, when=None):
+        """With a fraction: Sat Nov 21 23:16:57.301512 2026"""
+        day, year = time.ctime(when).rsplit(" ", 1)
+        return "%s.%06d %s" % (day, time.time() % 1 * 1000000, year)
+
+    def clean(self, piece):
+        return piece.replace(b"\t", b"")
+
+    def decode(self, conn, line):
+        return line.decode("utf-8", "ignore") if conn.utf8 else line.decode("latin-1")
+
+    def encode(self, conn, text):
+        return text.encode("utf-8" if conn.utf8 else "latin-1", "replace")
+
+    def subnegotiation(self, conn, body):
+        super().subnegotiation(conn, body)
+        conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
+
+    def telnet_command(self, conn, command):
+        conn.write(b"\r\n[Yes]\r\n" if command == AYT else b"")
+
+    def login_name(self, text):
+        return None if text.startswith("#") else self.find(text)
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if name_text.lower() == "guest" and not self.guests:
+            return conn.tell("Guest logins are disabled.\r\n")
+        if self.logins_disabled and self.is_wizard(self.login_name(name_text)):
+            conn.tell("*** Logins are disabled.\r\n")
+        return super().try_connect(conn, name_text, password, dark)
+
+    def refused(self, conn):
+        if self.logins_disabled:
+            text = "Sorry, logins are temporarily disabled.  Try again in a half hour or so.\r\n"
+        elif self.full():
+            text = "Sorry, there are too many players connected right now.  Please try again\r\nin a few minutes.\r\n"
+        else:
+            return False
+        conn.finish("-" * 78 + "\r\n" + text)
+        return True
+
+    def motd(self, name, again):
+        return ""
+
+    def login_text(self, conn, name):
+        return self.failed_text(name) + self.last_text(name) + "\r\nMAIL: You have no mail.\r\n\r\n"
+
+
+class RhostMUSH(CMush):
+    """Negotiates after the client's first bytes; PROXY lines give the user's address, a second one is fatal for all."""
+    family, HOST, BACKLOG, FIRST_NUMBER, GHOSTS, ANNOUNCES_DOWN = "rhostmush", "localhost", 5, 2, True, True
+    TOP, BOTTOM = " " + "/~\\=" * 18 + "/~\\ \r\n", " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
+    BANNER = (
+        " " * 27 + "Welcome to RhostMUSH\r\n\r\n" + TOP +
+        "((  To create new character     ----------=>   create <player> <password>  ))\r\n"
+        " )) To continue old character   ----------=>   connect <player> <password>(( \r\n"
+        "((  To connect a guest          ----------=>   connect guest guest         ))\r\n"
+        " )) To see who is on            ----------=>   WHO                        (( \r\n"
+        "((  To quit your character      ----------=>   QUIT                        ))\r\n"
+        " )) To get help once connected  ----------=>   help (i.e. : help commands)(( \r\n"
+        "((" + " " * 73 + "))\r\n"
+        " )) Note: use double quotes around name for names with spaces.            (( \r\n"
+        '((  Example: cr "player with spaces" password                              ))\r\n' + BOTTOM)
+    MOTD = ("/" * 78 + "\r\n" + "NOTICE " * 11 + "\r\n\r\n\t\t\t\t   No News.\r\n  \r\n" + " ".join(["NOTICE"] * 11) + "\r\n"
+            + "/" * 78 + "\r\n")
+    NEWUSER = TOP + "((  Welcome to the world of RhostMUSH.  Explore places.  Meet people.      ))\r\n" + BOTTOM
+    QUIT_TEXT = DOWN_TEXT = (TOP + "((" + " " * 73 + "))\r\n ))" + " " * 19 + "*** RhostMUSH Disconnected. ***" + " " * 21 +
+                             "((\r\n((" + " " * 73 + "))\r\n" + BOTTOM)
+    LOGOUT_TEXT, BOOTED, SHUTDOWN_TEXT = "", "{by} gently shows you the door.\r\n", "Game: Shutdown by {by}\r\n"
+    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\nGame: This might be caused by the hosting server "
+                 "going down.\r\nGame: Emergency dump complete, exiting...\r\n")
+    OFFERS = (offer((DO, NAWS)), offer((DO, TTYPE)), sub(CHARSET, b"\x01 UTF-8"))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, NAWS): b"", (WILL, CHARSET): offer((DO, CHARSET))}
+    RESTART = (0.04, "Game: Restart by {by}.\r\nGame: Your connection will pause, but will remain connected. Please wait...\r\n",
+               "Game: New server image successfully loaded.\r\n", True, b"".join(OFFERS))
+    ROOM = ("Limbo\x1b[0m\x1b[0m\r\n", "Limbo\x1b[0m(#0R)\x1b[0m\r\n")
+    FLAGS, THING, CONTENTS = ("P><^c", "PU><^c"), "%s\x1b[0m%s\x1b[0m\r\n", "\x1b[1mContents:\x1b[0m\x1b[0m\r\n"
+    WRAPPED_GAME = ("QUIT", "LOGOUT", "PUEBLOCLIENT") + CMush.WRAPPED
+    LOGIN_ANY_CASE, QUOTED_NAMES, KEEPS_BRACES, EMPTY_PERCENTS = True, False, False, "$<c"
+    WHO_LOGIN = "Player Name          On For Idle  Guild       Doing\r\n"
+    WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
+    INFO_NAME, INFO_TAIL, VERSION = "Name: TestRhost\r\n", "RhostMUSH 5.8.4", "RhostMUSH 5.8.4 [2026-07-23] #"
+    FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
+    NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
+    ALREADY = " \r\n" + CMush.ALREADY + " \r\n"
+    MORE_GAME = {"@alias": "alias", "@reboot": "atrestart", "idle": "nothing", "@pass": "password"}
+    NULL_PASSWORD = "Invalid password specified.\r\n" + CMush.TAKEN
+    TEXTS = dict(CMush.TEXTS, empty="Bad new password.\r\n", blank="Bad new password.\r\n")
+
+    def received(self, conn, data):
+        """Its telnet comes with the client's first bytes, in front of the first reply, in several writes."""
+        if not conn.offered and self.telnet:
+            conn.offered = True
+            for part in self.OFFERS:
+                conn.write(part)
+        super().received(conn, data)
+
+    def clean(self, piece):
+        return piece.replace(b"\t", b"")
+
+    def decode(self, conn, line):
+        return line.decode("utf-8", "surrogateescape")
+
+    def encode(self, conn, text):
+        """Made ASCII on output: é becomes e, what has no base letter ?"""
+        plain = unicodedata.normalize("NFKD", text)
+        return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace")
+
+    def login(self, conn, line):
+        word, rest = first_word(line, " ")
+        secret = self.sconnect_cmd and word == self.sconnect_cmd
+        if word == "PROXY" and self.proxy_enabled or secret:
+            return self.proxy(conn, line, rest.split() if secret else rest.split()[1:])
+        return super().login(conn, line)
+
+    def proxy(self, conn, line, words):
+        if not self.proxy_enabled:
+            return conn.finish("SSL attempt to negotiate without SSL enabled.\r\n")
+        if conn.proxied:
+            self.forged.append((conn.id, line))
+            self.proxy_enabled = False          # for everybody, until an admin sets sconnect_reip again
+            return conn.finish("SSL attempt to negotiate twice.\r\n")
+        if not words:
+            return None                         # PROXY UNKNOWN
+        if not self.trusted_address:
+            return conn.finish("SSL Connections are not allowed from your site.\r\n")
+        conn.proxied = True
+        conn.address_given = conn.host = conn.ip = words[0]
+        return self._show_banner(conn)
+
+    def _show_banner(self, conn):
+        """ssl_welcome 1: the banner waits for the PROXY line."""
+        if not conn.greeted:
+            conn.greeted = True
+            conn.tell(self.BANNER)
+
+    def login_verb(self, word):
+        forms = (("connect", "connect"), ("cdark", "dark"), ("chide", "dark"), ("create", "create"))
+        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if len(password) >= 200:
+            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
+        if name_text.lower() == "guest" and not password:
+            conn.tell("Use 'connect guest guest' to connect to a guest character.\r\n")
+            return self.failure(conn, None)
+        return super().try_connect(conn, name_text, password, dark)
+
+    def refused(self, conn):
+        refused = self.logins_disabled or self.full()
+        if refused:
+            conn.finish("Sorry, logins are temporarily disabled.\r\n" if self.logins_disabled else "Sorry, the game is full.\r\n")
+        return refused
+
+    def motd(self, name, again):
+        return self.MOTD + ("No current wizard motd news.\r\n" if self.is_wizard(name) else "")
+
+    def login_text(self, conn, name):
+        return self.failed_text(name) + self.last_text(name)
+
+    def screen_session(self, conn, rest):
+        if conn.player:                         # prints nothing at the login screen
+            super().screen_session(conn, rest)
+
+    def count(self, players):
+        return "%d Player%s logged in. (Bummer.)\r\n" % (players, "" if players == 1 else "s")
+
+    def play(self, conn, line):
+        if line.startswith("]"):
+            word, rest = first_word(line[1:], " ")
+            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+        if line.strip(" ").lower().startswith("idle "):
+            return conn.tell("A great book falls into your lap.  Its titled 'help'.\r\n")
+        return super().play(conn, line)
+
+    def new_name(self, conn, new):
+        return "" if " " in new else super().new_name(conn, new)
+
+
+WORLDS = {cls.family: cls for cls in (TeenyMUSH, PennMUSH, TinyMUSH, TinyMUX, RhostMUSH, Plain)}
+
+
+# ======================================================================
+# The real TinyMUX
+#
+# Private copies of Debian's tinymux, each in a folder of its own.
+# ======================================================================
+
+def poll_until(test, failure, interval=0.002):
+    """Wait for something that sends no event; `failure()` says what went wrong."""
+    deadline = time.monotonic() + RealMux.DEADLINE
+    while not test():
+        if time.monotonic() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(interval)
+
+
+class RealMux:
+    """One TinyMUX server and its game folder; each start() makes a new process of it."""
+
+    INSTALL = "/usr/games/tinymux-install"      # often not in PATH
+    NETMUX = "/usr/lib/tinymux/game/bin/netmux"
+    PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw"}
+    FAMILY = ("netmux", "slave", "stubslave")   # the server and the helpers it starts
+    DEADLINE = 20                               # seconds; only a broken run waits so long
+    # Below the ephemeral ports: while the server is down no outgoing connection can take its
+    # port, and no client that keeps trying can be connected to itself.
+    _ports = itertools.count(random.randrange(15000, 30000))
+
+    @staticmethod
+    def available():
+        """Return None, or why TinyMUX cannot run here."""
+        needed = (RealMux.INSTALL, RealMux.NETMUX, "/proc/self/cwd")
+        missing = [path for path in needed if not os.path.exists(path)]
+        return "no %s (apt-get install tinymux)" % ", ".join(missing) if missing else None
+
+    def __init__(self, folder, port=0, players=None, conf=None, source=None):
+        """Copy a game to folder/game, with `players` and netmux.conf lines `conf` added.
+
+        `source`, the game folder of a server that is down, is copied instead of a fresh game.
+        """
+        self.host = "127.0.0.1"
+        self.port = port or next(filter(self._port_is_free, self._ports))
+        self.address = "%s:%d" % (self.host, self.port)
+        self.game = pathlib.Path(folder).resolve() / "game"
+        self._server = None
+        everybody = dict(self.PLAYERS, **(players or {}))
+        shutil.copytree(source or self._prepared_game(tuple(everybody.items())), self.game,
+                        symlinks=True, ignore=shutil.ignore_patterns("*.log", "*.pid"))
+        with open(self.game / "netmux.conf", "a") as file:      # the last line on a key counts
+            for option in {"port": self.port, "ip_address": self.host, **(conf or {})}.items():
+                file.write("%s %s\n" % option)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=None)
+    def _prepared_game(players):
+        """Make a game with these (name, password) pairs, once in this process, to be copied."""
+        folder = tempfile.mkdtemp(prefix="realmux-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        subprocess.run([RealMux.INSTALL], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        maker = RealMux(folder, source=os.path.join(folder, "tinymux", "game"))
+        maker.start()
+        answer = maker.command("\r\n".join("@pcreate %s=%s" % pair for pair in players))
+        if answer.count("New player '") != len(players):
+            raise RuntimeError("@pcreate: " + answer)
+        # Wizard stands elsewhere, so that nobody in Limbo sees command() come and go.
+        maker.command("@set *heartbeat=wizard\r\n@teleport me=#2\r\n@shutdown")
+        maker.wait()
+        return maker.game
+
+    @property
+    def pid(self):
+        """The server's process id, None when it is not running."""
+        running = self._server and self._server.poll() is None
+        return self._server.pid if running else None
+
+    def start(self):
+        """Start the server (an @shutdown may still be going on); return when it serves."""
+        self.wait()
+        if not self._port_is_free(self.port):
+            raise RuntimeError("port %d is taken" % self.port)
+        self._rotate_database()
+        atexit.register(self.close)
+        with open(self.game / "console.log", "ab") as console:
+            self._server = subprocess.Popen(
+                ["./bin/netmux", "-c", "netmux.conf", "-p", "netmux.pid", "-e", "."],
+                cwd=self.game, env=dict(os.environ, LD_LIBRARY_PATH="./bin"),
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        poll_until(self._answers, lambda: "TinyMUX does not answer\n" + self.log_tail())
+
+    def stop(self):
+        """End the server by SIGTERM: it saves its database first."""
+        if self.pid:
+            self._server.terminate()
+            self.sigcont()
+        self.wait()
+
+    def kill(self):
+        """Crash the server by SIGKILL: what happened since its last dump is lost."""
+        if self.pid:
+            self._server.kill()
+            self._server.wait()
+        poll_until(self._sweep, lambda: "cannot kill %s" % self._family())
+
+    def wait(self):
+        """Return when the server has gone by itself (@shutdown), and its helpers too."""
+        poll_until(lambda: not self.pid, lambda: "TinyMUX still runs\n" + self.log_tail())
+        self.kill()
+
+    def sigstop(self):
+        """Freeze the server: the kernel still accepts connections, but nobody answers."""
+        self._server.send_signal(signal.SIGSTOP)
+        stat = pathlib.Path("/proc/%d/stat" % self._server.pid)
+        poll_until(lambda: ") T " in stat.read_text(), stat.read_text)
+
+    def sigcont(self):
+        """Thaw the server."""
+        self._server.send_signal(signal.SIGCONT)
+
+    def close(self):
+        """End all processes; the folder stays."""
+        atexit.unregister(self.close)
+        self.kill()
+
+    def command(self, line, user="Wizard", password="potrzebie"):
+        """Run a command (several: CRLF between) on a fresh connection; return what it prints.
+
+        It prints less when the server closes first (@shutdown), and nothing of what the server
+        queues (@dolist). ConnectionError: not logged in. TimeoutError: no answer. All other
+        connections of `user` see it too.
+        """
+        first, last = secrets.token_hex(8), secrets.token_hex(8)
+        begin = "connect %s %s\r\nthink %s\r\n%s\r\n" % (user, password, first, line)
+        end = ("think %s\r\nQUIT\r\n" % last).encode()
+        text, restarts = b"", 0
+        with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
+            try:
+                link.sendall(begin.encode() + end)
+                for data in iter(lambda: link.recv(65536), b""):
+                    text += data
+                    if text.count(b"GAME: Restart finished.") > restarts:
+                        restarts += 1
+                        link.sendall(end)       # @restart forgets the lines it had read
+            except socket.timeout:
+                raise TimeoutError("no answer to %s: %r" % (line, text)) from None
+            except ConnectionError:
+                pass                            # it closed with some of our lines unread
+        lines = text.decode(errors="replace").replace("\r\n", "\n")
+        before, logged_in, after = lines.partition(first + "\n")
+        if not logged_in:
+            raise ConnectionError("%s cannot log in: %s" % (user, before))
+        return after.partition(last + "\n")[0].rstrip("\n")
+
+    def who(self):
+        """Return the sorted names of the players in the game, without Wizard."""
+        names = self.command("think [iter(lwho(),name(##),,|)]").split("|")
+        return sorted(set(names) - {"", "Wizard"})
+
+    def restart_in_place(self):
+        """@restart: same pid, sockets survive. Refused until 15 s after start(): this waits."""
+        poll_until(lambda: "Restart finished" in self.command("@restart"),
+                   lambda: "@restart is still refused", interval=0.25)
+
+    def log_tail(self, lines=20):
+        """Return the end of what the server wrote, for error messages."""
+        logs = sorted(self.game.glob("*.log"), key=os.path.getmtime)[-2:]
+        ends = (log.read_text(errors="replace").splitlines()[-lines:] for log in logs)
+        return "\n".join(itertools.chain.from_iterable(ends))
+
+    @staticmethod
+    def _port_is_free(port):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            return False
+        return True
+
+    def _rotate_database(self):
+        """Do as the package's Startmux: the last dump, if there is one, becomes the database."""
+        data = self.game / "data"
+        if (data / "netmux.db.new").exists():
+            (data / "netmux.db").replace(data / "netmux.db.old")
+            (data / "netmux.db.new").replace(data / "netmux.db")
+        for path in (self.game / "restart.db", data / "netmux.db.CRASH"):
+            if path.exists():
+                path.unlink()
+
+    def _answers(self):
+        if not self.pid:
+            raise RuntimeError("TinyMUX ended at once\n" + self.log_tail())
+        try:
+            with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
+                return link.recv(1)             # its banner: more than a place in the backlog
+        except OSError:
+            return False
+
+    def _sweep(self):
+        """Kill what is left of this game (helpers outlive a crash); True if nothing was."""
+        left = self._family()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        return not left
+
+    def _family(self):
+        """Return the pids of this game's processes; zombies, having no cwd, are not in it."""
+        found, homes = [], (str(self.game), "%s (deleted)" % self.game)
+        for proc in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(str(proc / "cwd")) in homes:
+                    if (proc / "comm").read_text().strip() in self.FAMILY:
+                        found.append(int(proc.name))
+            except OSError:                     # gone meanwhile, or another user's
+                continue
+        return found
+
+
+# ======================================================================
+# Parts 1 to 5: what is pure
+#
+# Tables of bytes in and events out.
+# ======================================================================
+
+FAMILIES = ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush")
+
+
+def splits(data):
+    """`data` whole, byte by byte, and in every two-way split."""
+    yield [data]
+    yield [data[n:n + 1] for n in range(len(data))]
+    for n in range(1, len(data)):
+        yield [data[:n], data[n:]]
+
+
+# ---- 1. Settings
+
+SCRIPT_VALUES = {
+    "mush_address": "mush.example:4096", "local_port": 4201, "hb_pass": "s3cr3t", "beat": 10, "local_address": "",
+    "offline_notice": "# off"}
+
+
+class SettingsCase(unittest.TestCase):
+    """A has.py and a has.conf in a directory of their own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.script, self.conf = (os.path.join(folder.name, name) for name in ("has.py", "has.conf"))
+        with open(os.path.join(HERE, "has.py"), encoding="utf-8") as file:
+            shipped, self.problems = has.read_constants(file.name)
+        self.values = {key: text for key, (text, _) in shipped.items()}
+        self.values.update(SCRIPT_VALUES)
+
+    def load(self, conf=None, extra="", encoding="utf-8", **changed):
+        """Load constants (changed; None: left out) with `conf` over them; `extra` goes into the block."""
+        values = {**self.values, **changed}
+        lines = [f"{key.upper()} = {value!r}" for key, value in values.items() if value is not None]
+        block = "\n".join(["import os", has.BEGIN_MARK + " ----", *lines, extra, has.END_MARK + " ----", "1 / 0", ""])
+        with open(self.script, "w", encoding=encoding) as file:
+            file.write(block)
+        if conf is not None:
+            with open(self.conf, "w", encoding=encoding) as file:
+                file.write(conf)
+        return has.load_settings(self.script, self.conf)
+
+    def wrong(self, conf=None, **more):
+        """The problems of a load, with S and C for the names of the two files."""
+        with self.assertRaises(has.SettingsError) as caught:
+            self.load(conf, **more)
+        return [line.replace(self.script, "S").replace(self.conf, "C") for line in caught.exception.problems]
+
+
+class TestSettings(SettingsCase):
+    def test_every_key_has_a_constant_and_the_other_way_round(self):
+        self.assertEqual(self.problems, [])
+        self.assertEqual(set(has.read_constants(os.path.join(HERE, "has.py"))[0]), set(has.SETTINGS))
+
+    def test_bad_lines_of_has_conf_have_exact_messages(self):
+        number, bad_address = "is not a number", "is not host:port, [v6]:port or unix:/path with a port from 1 to 65535"
+        for line, message in (
+                ("beat = ten", "C:1: beat = ten: " + number),
+                ("beat = nan", "C:1: beat = nan: is not between 0.05 and 1000000"),
+                ("beat = 0", "C:1: beat = 0: is not between 0.05 and 1000000"),
+                ("local_port = 65536", "C:1: local_port = 65536: is not between 0 and 65535"),
+                ("local_port = 1.5", "C:1: local_port = 1.5: " + number),
+                ("local_prot = 1", "C:1: local_prot: no such setting; did you mean local_port?"),
+                ("LOCAL_PORT = 1", "C:1: LOCAL_PORT: no such setting"),
+                ("zzz = 1", "C:1: zzz: no such setting"),
+                ("= 1", "C:1: : no such setting"),
+                ("beat 10", "C:1: 'beat 10' is not `key = value`"),
+                (" beat = 1", "C:1: this indented line continues nothing: start keys in column 1"),
+                ("beat = 1\n\n# x\nbeat = 2", "C:4: beat is set a second time (first at C:1): delete one"),
+                ("mush_type = mud", "C:1: mush_type = mud: is not one of auto, " + ", ".join(has.FAMILIES)),
+                ("log_level = loud", "C:1: log_level = loud: is not one of debug, info, warning, error"),
+                ("mush_address =", "C:1: mush_address = : names no address: write host:port"),
+                ("mush_address = a:1, a:1", "C:1: mush_address = a:1, a:1: names the same address twice"),
+                ("mush_address = a", "C:1: mush_address = a: 'a' " + bad_address),
+                ("mush_address = a:0", "C:1: mush_address = a:0: 'a:0' " + bad_address),
+                ("mush_address = a:70000", "C:1: mush_address = a:70000: 'a:70000' " + bad_address),
+                ("mush_address = ::1:4096", "C:1: mush_address = ::1:4096: '::1:4096' " + bad_address),
+                ("mush_address = unix:x", "C:1: mush_address = unix:x: a unix socket needs a full path: "
+                                          "unix:/path/to/netmush.sock"),
+                ("add_epoch_time = maybe", "C:1: add_epoch_time = maybe: is neither yes nor no"),
+                ("remotehostname_cmd = a b", "C:1: remotehostname_cmd = a b: must be one word without blanks"),
+                ("hb_user = a\"b", "C:1: hb_user = a\"b: must be a character's name"),
+                ("hb_pass = two words", "C:1: hb_pass = (hidden): must be one word without blanks"),
+                ("offline_notice = a\tb", "C:1: offline_notice = a\tb: holds control characters"),
+                ("local_address = here", "C:1: local_address = here: 'here' does not appear to be an IPv4 or IPv6 address"),
+                ("proxy_from = 1.2.3", "C:1: proxy_from = 1.2.3: '1.2.3' does not appear to be an IPv4 or IPv6 network"),
+                ("resume_rate = fast", "C:1: resume_rate = fast: " + number)):
+            with self.subTest(line):
+                self.assertEqual(self.wrong(line), [message])
+
+    def test_bad_lines_of_the_constants_have_exact_messages(self):
+        literal = 'only lines like NAME = "text" or NAME = 123 may stand here'
+        at = f"S:{len(self.values) + 3}"            # the two lines before the block, then this line
+        for line, message in (
+                ("SPEED = 1", "speed: no such setting; if the has.py on disk is newer than the one that runs: kill -USR2"), ("x = 1", literal), ("BEATT = 1", "beatt: no such setting; "
+                                                                               "did you mean beat?; if the has.py on disk is newer than the one that runs: kill -USR2"),
+                ("BEAT = 11", f"BEAT is set a second time (first at S:{list(self.values).index('beat') + 3}): delete one"),
+                ("A = B = 1", literal), ("A: int = 1", literal), ("print(1)", literal), ("A = [1]", literal),
+                ("A = f'{1}'", literal), ("A = None", literal), ("BEAT += 1", literal)):
+            with self.subTest(line):
+                self.assertEqual(self.wrong(extra=line), [f"{at}: {message}"])
+        self.assertRegex(self.wrong(extra="BEAT = 'x")[0], rf"\A{at}: this is no Python constant: \w")
+        self.assertEqual(self.wrong(beat=None), ["S: BEAT is missing from the constants: put it back"])
+
+    def test_nothing_in_the_constants_is_executed(self):
+        proof = self.script + ".ran"
+        self.assertIn("only lines like", self.wrong(extra=f"BEAT2 = open({proof!r}, 'w')")[0])
+        self.assertFalse(os.path.exists(proof))
+
+    def test_missing_or_doubled_marker_lines(self):
+        marks = f"S: the lines {has.BEGIN_MARK!r} and {has.END_MARK!r} must stand there once each: put them back"
+        for extra in (has.BEGIN_MARK, has.END_MARK):
+            self.assertEqual(self.wrong(extra=extra), [marks])
+        with open(self.script, "w") as file:
+            file.write("MUSH_ADDRESS = 'a:1'\n")
+        self.assertEqual(has.read_constants(self.script), ({}, [marks.replace("S:", self.script + ":")]))
+
+    def test_all_problems_are_reported_at_once(self):
+        self.assertEqual(self.wrong("nothing\nbeat = x\n", retry="y", hold=None, max_clients=-1), [
+            "C:1: 'nothing' is not `key = value`",
+            f"S:{list(self.values).index('retry') + 3}: retry = y: is not a number",
+            f"S:{list(self.values).index('max_clients') + 2}: max_clients = -1: is not between 0 and 1000000",
+            "C:2: beat = x: is not a number", "S: HOLD is missing from the constants: put it back"])
+
+    def test_an_indented_line_continues_a_value_also_one_that_begins_with_a_hash(self):
+        settings, _ = self.load("# comment\noffline_notice = # one\n  # two\n\n# comment\n\tthree = 3\nbeat = 5\r\n")
+        self.assertEqual((settings.offline_notice, settings.beat), ("# one\n# two\nthree = 3", 5))
+
+    def test_has_conf_wins_and_is_remarked_and_may_be_missing(self):
+        settings, remarks = self.load()
+        self.assertEqual((settings.beat, remarks), (10, []))
+        settings, remarks = self.load("beat = 3\nmush_type = PennMUSH")
+        self.assertEqual((settings.beat, settings.mush_type), (3, "pennmush"))
+        self.assertEqual(remarks, [f"{self.conf} overrides the constants BEAT, MUSH_TYPE"])
+
+    def test_hb_pass_is_never_shown(self):
+        settings, _ = self.load()
+        self.assertEqual(settings.hb_pass, "s3cr3t")
+        self.assertNotIn("s3cr3t", f"{settings!r} {settings}")
+        for line in ("hb_pass = s3cr3t s3cr3t", "hb_pas = s3cr3t", "hb_pass = s3cr3t\nhb_pass = s3cr3t",
+                     "hb_pass = s3cr3t\n s3cr3t", "hb_pass s3cr3t", "hb_pass: s3cr3t"):
+            with self.subTest(line):
+                self.assertNotIn("s3cr3t", "\n".join(self.wrong(line)))
+
+    def test_a_file_that_is_not_utf8_is_a_problem_not_a_crash(self):
+        for where in ({"offline_notice": "caf\xe9"}, {"conf": "offline_notice = caf\xe9"}, {"extra": "#\0"}):
+            with self.subTest(list(where)), self.assertRaises(has.SettingsError):
+                self.load(encoding="latin-1", **where)
+
+    def test_the_own_listener_as_the_world_is_refused(self):
+        for local, world, refused in (
+                ("", "127.0.0.1:4201", True), ("", "localhost:4201", True), ("", "127.0.0.1:4202", False),
+                ("", "192.0.2.1:4201", False), ("", "mush.example:4201", False), ("", "unix:/tmp/4201", False),
+                ("", "a:1, 127.0.0.1:4201", True), ("127.0.0.1", "127.0.0.1:4201", True),
+                ("127.0.0.1", "localhost:4201", True), ("127.0.0.1", "127.0.0.2:4201", False),
+                ("192.0.2.1", "127.0.0.1:4201", False), ("::1", "[::1]:4201", True), ("::1", "127.0.0.1:4201", False),
+                ("0.0.0.0", "127.0.0.1:4201", True)):
+            with self.subTest(local=local, world=world):
+                conf = f"mush_address = {world}\nlocal_address = {local}"
+                if refused:
+                    own = world.split(", ")[-1]
+                    self.assertEqual(self.wrong(conf), [f"mush_address = {own}: that is HAS itself (local_port, local_port_ssl): "
+                                                        "give the port of the MUSH"])
+                else:
+                    self.load(conf)
+
+    def test_the_own_listener_is_refused_over_ipv6(self):
+        try:
+            with socket.socket(socket.AF_INET6) as trial:
+                trial.bind(("::1", 0))
+        except OSError:
+            self.skipTest("no IPv6 here")
+        self.assertIn("that is HAS itself", self.wrong("mush_address = [::1]:4201")[0])
+
+    def test_addresses(self):
+        for text, address, shown in (
+                ("mush.example:4096", ("mush.example", 4096, None), "mush.example:4096"),
+                ("[2001:db8::6]:99", ("2001:db8::6", 99, None), "[2001:db8::6]:99"),
+                ("unix:/a b/net.sock", (None, 0, "/a b/net.sock"), "unix:/a b/net.sock")):
+            self.assertEqual(tuple(has.parse_address(text)), address)
+            self.assertEqual(str(has.parse_address(text)), shown)
+        settings, _ = self.load("mush_address = unix:/x, [::2]:1 ,b:2")
+        self.assertEqual([str(a) for a in settings.mush_address], ["unix:/x", "[::2]:1", "b:2"])
+
+
+# ---- 2. Telnet
+
+def scan(chunks):
+    """What a Scanner makes of `chunks`, neighbouring text joined; and what it still holds."""
+    scanner, found = has.Scanner(), []
+    for chunk in chunks:
+        for is_command, piece in scanner.feed(chunk):
+            if found and not is_command and not found[-1][0]:
+                found[-1] = (False, found[-1][1] + piece)
+            else:
+                found.append((is_command, piece))
+    return found, scanner.held
+
+
+class TestScanner(unittest.TestCase):
+    CASES = (
+        (b"plain text\r\n", [(0, b"plain text\r\n")], b""),
+        (b"\r\0\n\r\n", [(0, b"\r\0\n\r\n")], b""),
+        (b"a\xff\xffb\xff\xff", [(0, b"a\xff\xffb\xff\xff")], b""),
+        (b"\xff\xff\xff\xf9x", [(0, b"\xff\xff"), (1, b"\xff\xf9"), (0, b"x")], b""),
+        *[(b"a\xff%c\x18b" % verb, [(0, b"a"), (1, b"\xff%c\x18" % verb), (0, b"b")], b"")
+          for verb in (WILL, WONT, DO, DONT)],
+        (b"\xff\xfb\xff\xff\xfd\n", [(1, b"\xff\xfb\xff"), (1, b"\xff\xfd\n")], b""),
+        *[(b"x\xff%cy" % verb, [(0, b"x"), (1, b"\xff%c" % verb), (0, b"y")], b"")
+          for verb in (0xef, SE, 0xf1, 0xf6, 0xf9, 0)],                                 # EOR SE NOP AYT GA unknown
+        (b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0.", [(1, b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0"), (0, b".")], b""),
+        (b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0", [(1, b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0")], b""),
+        (b"\xff\xfa\xff\xf0\xff\xfa\x18\x01\xff\xf0", [(1, b"\xff\xfa\xff\xf0"), (1, b"\xff\xfa\x18\x01\xff\xf0")], b""),
+        (b"a\xff", [(0, b"a")], b"\xff"),
+        (b"a\xff\xfd", [(0, b"a")], b"\xff\xfd"),
+        (b"a\xff\xff\xff", [(0, b"a\xff\xff")], b"\xff"),
+        (b"a\xff\xfa\x18\x00xterm\xff", [(0, b"a")], b"\xff\xfa\x18\x00xterm\xff"),
+        (b"\xff\xfa\x18\xff\xff\xf0", [], b"\xff\xfa\x18\xff\xff\xf0"))
+
+    def test_cases_in_every_split(self):
+        for data, expected, held in self.CASES:
+            for chunks in splits(data):
+                with self.subTest(data=data, chunks=chunks):
+                    self.assertEqual(scan(chunks), ([(bool(c), piece) for c, piece in expected], held))
+
+    def test_random_streams_come_out_as_they_went_in(self):
+        fresh = random.SystemRandom().randrange(1 << 32)
+        print(f"\nTestScanner: fresh seed {fresh}")
+        for seed in (4201, fresh):
+            rng = random.Random(seed)
+            for _ in range(10000):
+                data = bytes(rng.choice(b"\xff\xff\xff\xfa\xf0\xfb\xfd\xf9\x18\x00a\n") for _ in range(rng.randrange(40)))
+                cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(5)))
+                chunks = [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
+                found, held = scan(chunks)
+                self.assertEqual(b"".join(piece for _, piece in found) + held, data, f"seed {seed}")
+                self.assertEqual((found, held), scan([data]), f"seed {seed}: {chunks}")
+                for is_command, piece in found:
+                    self.assertTrue(is_command or b"\xff" not in has.unescape(piece).replace(b"\xff", b"")
+                                    and piece.count(b"\xff") % 2 == 0, (seed, data))
+
+    def test_a_long_subnegotiation_is_passed_on_and_not_held(self):
+        data = b"a\xff\xfa\xc9" + b"x\xff\xff\xf0" * 50000 + b"\xff\xf0b"
+        for size in (1, 999, 65535):
+            scanner, most, out = has.Scanner(), 0, []
+            for n in range(0, len(data), size) if size > 1 else range(1000):
+                out += scanner.feed(data[n:n + size])
+                most = max(most, len(scanner.held))
+            self.assertLessEqual(most, has.LONGEST_SB)
+            if size > 1:
+                self.assertEqual(b"".join(piece for _, piece in out), data)
+                self.assertEqual([out[0], out[-1]], [(False, b"a"), (False, b"b")])
+                self.assertTrue(all(is_command for is_command, _ in out[1:-1]))
+
+    def test_pieces_of_a_long_subnegotiation_mean_nothing(self):
+        for piece in (b"a\xfb\x18", b"\xff\xff\x18", b"abc"):
+            agreement = has.Agreement()
+            agreement.from_client(piece)
+            agreement.from_world(piece)
+            self.assertEqual((agreement.client, agreement.world), ({}, {}), piece)
+            self.assertEqual(has.Replay(agreement).answer(piece), (b"", piece))
+
+    def test_a_subnegotiation_fed_byte_by_byte_is_searched_only_once(self):
+        scanner, started = has.Scanner(), time.process_time()       # searched anew for each byte it takes minutes
+        for value in b"\xff\xfa\xc9" + b"\xff\xff" * 32000 + b"\xff":
+            self.assertEqual(scanner.feed(bytes((value,))), [])
+            self.assertLess(time.process_time() - started, 20)
+        self.assertEqual([len(piece) for _, piece in scanner.feed(b"\xf0")], [64005])
+
+    def test_unfinished_ends_what_an_escape_left_open(self):
+        for tail, end in ((b"", b""), (b"text", b""), (b"\x1b[0m", b""), (b"\x1b", b"[0m"), (b"a\x1b[", b"m"),
+                          (b"\x1b[1;3", b"m"), (b"\x1b[0 ", b"m"), (b"\x1b]0;tit\x07", b""), (b"\x1b]0;t\x1b\\", b""),
+                          (b"\x1bM", b""), (b"\x1b[31mred", b"")):
+            self.assertEqual(has.unfinished(tail), end, tail)
+        self.assertIn(has.unfinished(b"\x1b]0;tit"), (b"\x07", b"\x1b\\"))
+        for opener in b"PX^_":                                  # only ST ends these (ECMA-48 5.6)
+            self.assertEqual(has.unfinished(b"\x1b%cdata" % opener), b"\x1b\\", chr(opener))
+
+    def test_unfinished_ends_a_begun_character_set_escape(self):
+        self.assertRegex(has.unfinished(b"\x1b("), rb"\A[0-~]")
+
+    def test_shorten_keeps_telnet_and_the_begun_line_and_counts_lines(self):
+        line = b"0123456789012345678901234567890123456789012345678901234567890\r\n"
+        out = bytearray(b"begun line\r\n" + line * 300 + command(WILL, ECHO) + line * 300)
+        lost = 0
+        for _ in range(3):
+            before = out.count(b"\n")
+            out = has.shorten(out + line * 300, 8192)
+            found = re.findall(rb"<output lost: (\d+) lines>\r\n", out)
+            self.assertEqual(len(found), 1)
+            self.assertEqual(before + 300 - (1 if lost else 0) + lost, int(found[0]) + out.count(b"\n") - 1)
+            lost = int(found[0])
+            self.assertTrue(out.startswith(b"begun line\r\n"))
+            self.assertEqual(out.count(command(WILL, ECHO)), 1)
+            self.assertTrue(out.endswith(line))
+            self.assertLess(len(out), 8192 + 100)
+
+
+NAWS_SB, CHARSET_SB = b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0", b"\xff\xfa\x2a\x02UTF-8\xff\xf0"
+TYPES = [b"\xff\xfa\x18\x00" + name + b"\xff\xf0" for name in (b"MUDLET", b"XTERM", b"MTTS 9")]
+SEND = b"\xff\xfa\x18\x01\xff\xf0"
+HELLO, SUPPORTS, LOGIN = (b"\xff\xfa\xc9" + text + b"\xff\xf0" for text in (
+    b'Core.Hello {"client":"M"}', b'Core.Supports.Set ["Char 1"]', b'Char.Login {"password":"s3cr3t"}'))
+
+
+def agreed(world=(), client=(), subs=()):
+    """An Agreement after these (verb, option) commands of both sides and the client's sub-negotiations."""
+    agreement = has.Agreement()
+    for verb, option in world:
+        agreement.from_world(command(verb, option))
+    for verb, option in client:
+        agreement.from_client(command(verb, option))
+    for sub in subs:
+        agreement.from_client(sub)
+    return agreement
+
+
+class TestReplay(unittest.TestCase):
+    def full(self):
+        return agreed([(DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, CHARSET), (WILL, GMCP), (WILL, ECHO), (WILL, 3)],
+                      [(WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, CHARSET), (DO, GMCP), (DO, ECHO), (DO, 3)],
+                      [NAWS_SB, *TYPES, CHARSET_SB, HELLO, SUPPORTS, LOGIN])
+
+    def test_opening_says_size_terminal_and_character_set(self):
+        self.assertEqual(has.Replay(self.full()).opening(), command(WILL, TTYPE) + command(WILL, NAWS) + NAWS_SB
+                         + command(WILL, CHARSET) + command(DO, CHARSET) + CHARSET_SB)
+        self.assertEqual(has.Replay(agreed([(DO, NAWS)], [(WONT, NAWS)])).opening(), b"")
+        self.assertEqual(has.Replay(agreed([], [(WILL, NAWS)], [NAWS_SB])).opening(), b"")     # never agreed
+
+    def test_answers_to_what_was_said_unasked_go_no_further(self):
+        replay = has.Replay(self.full())
+        replay.opening()
+        for verb, option in ((DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, CHARSET)):
+            self.assertEqual(replay.answer(command(verb, option)), (b"", b""))
+
+    def test_offers_are_answered_from_memory(self):
+        replay = has.Replay(self.full())
+        for offer, answer in ((command(DO, NAWS), command(WILL, NAWS) + NAWS_SB), (command(DO, TTYPE), command(WILL, TTYPE)),
+                              (command(WILL, ECHO), command(DO, ECHO)),
+                              (command(WILL, GMCP), command(DO, GMCP) + HELLO + SUPPORTS),     # never Char.Login
+                              (b"\xff\xfa\x2a\x01;UTF-8\xff\xf0", CHARSET_SB)):
+            self.assertEqual(replay.answer(offer), (answer, b""))
+
+    def test_a_second_question_for_the_character_set_is_the_clients_own(self):
+        replay, question = has.Replay(self.full()), b"\xff\xfa\x2a\x01;UTF-8\xff\xf0"
+        self.assertEqual([replay.answer(question) for _ in range(2)], [(CHARSET_SB, b""), (b"", question)])
+        asked_before = agreed()
+        asked_before.from_world(question)                           # and the client never answered
+        self.assertEqual(has.Replay(asked_before).answer(question), (b"", b""))
+        self.assertEqual(has.Replay(agreed()).answer(question), (b"", question))
+
+    def test_terminal_types_come_in_order_and_the_last_again(self):
+        replay = has.Replay(self.full())
+        self.assertEqual([replay.answer(SEND) for _ in range(5)], [(t, b"") for t in TYPES + TYPES[-1:] * 2])
+        self.assertEqual(has.Replay(agreed()).answer(SEND), (b"", SEND))
+
+    def test_the_last_size_counts_and_gmcp_hello_is_kept_once(self):
+        bigger = NAWS_SB.replace(b"P", b"Q")
+        add, remove = (b"\xff\xfa\xc9Core.Supports.%s []\xff\xf0" % verb for verb in (b"Add", b"Remove"))
+        agreement = agreed(subs=[NAWS_SB, bigger, HELLO, SUPPORTS, add, HELLO, remove])
+        self.assertEqual((agreement.naws, agreement.gmcp), (bigger, [SUPPORTS, add, HELLO, remove]))
+        for _ in range(50):
+            agreement.from_client(add)
+        self.assertLessEqual(len(agreement.gmcp), 16)
+
+    def test_an_offer_that_the_client_has_not_seen_is_passed_on(self):
+        replay = has.Replay(self.full())
+        for piece in (command(WILL, 70), command(DO, 39), b"\xff\xf9", b"\xff\xf1", b"\xff\xfa\x46\x01x\xff\xf0"):
+            self.assertEqual(replay.answer(piece), (b"", piece))
+
+    def test_an_offer_refused_before_is_refused_again(self):
+        replay = has.Replay(agreed([(WILL, 70), (DO, 39)], [(DONT, 70), (WONT, 39)]))
+        self.assertEqual(replay.answer(command(WILL, 70)), (command(DONT, 70), b""))
+        self.assertEqual(replay.answer(command(DO, 39)), (command(WONT, 39), b""))
+
+    def test_an_offer_never_answered_before_is_swallowed(self):
+        self.assertEqual(has.Replay(agreed([(WILL, 70)])).answer(command(WILL, 70)), (b"", b""))
+
+    def test_the_client_consenting_to_an_end_has_not_refused_the_option(self):
+        agreement = agreed([(WILL, ECHO)], [(DO, ECHO)])          # a password prompt, and its end
+        agreement.from_world(command(WONT, ECHO))
+        agreement.from_client(command(DONT, ECHO))
+        self.assertEqual(has.Replay(agreement).answer(command(WILL, ECHO)), (b"", command(WILL, ECHO)))
+        replay = has.Replay(agreed([(WILL, ECHO)], [(DO, ECHO)]))
+        replay.leftovers()
+        self.assertEqual(replay.answer(command(WILL, ECHO)), (b"", command(WILL, ECHO)))
+
+    def test_a_second_offer_on_the_same_link_goes_to_the_client(self):
+        replay = has.Replay(self.full())
+        self.assertEqual(replay.answer(command(DO, NAWS)), (command(WILL, NAWS) + NAWS_SB, b""))
+        self.assertEqual(replay.answer(command(DO, NAWS)), (b"", command(DO, NAWS)))
+
+    def test_a_refusal_reaches_only_a_client_that_believed_otherwise(self):
+        replay = has.Replay(self.full())
+        replay.opening()
+        self.assertEqual(replay.answer(command(DONT, NAWS)), (b"", command(DONT, NAWS)))
+        self.assertEqual(replay.answer(command(WONT, 70)), (b"", b""))
+
+    def test_leftovers_are_switched_off_echo_first_and_their_answers_swallowed_once(self):
+        agreement = agreed([(WILL, 3), (DO, NAWS), (WILL, ECHO)], [(DO, 3), (WILL, NAWS), (DO, ECHO)])
+        replay = has.Replay(agreement)
+        replay.answer(command(WILL, 3))
+        self.assertEqual(replay.leftovers(), command(WONT, ECHO) + command(DONT, NAWS))
+        for answer in (command(DONT, ECHO), command(WONT, NAWS)):
+            self.assertIs(agreement.from_client(answer), False)
+            self.assertIs(agreement.from_client(answer), True)
+        self.assertEqual(replay.leftovers(), b"")
+        self.assertEqual(has.Replay(agreement).had, {(DO, 3)})
+
+
+# ---- 3. Dialects
+
+GOOD, BAD = has.Credentials(b"connect", b"Alice", b"alicepw"), has.Credentials(b"connect", b"Alice", b"wrong")
+
+
+def read(family, line):
+    """(verb, name, password) of a typed line, or None."""
+    dialect = DIALECTS[family]
+    login = dialect.read_login(dialect.clean(line))
+    return login and (login.verb, login.name, login.password)
+
+
+class TestLogin(unittest.TestCase):
+    T, P, Y, X, R = FAMILIES
+    A = (b"Alice", b"alicepw")
+    CASES = (  # typed line, families that take it as a login, (verb, name, password); the others do not
+        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)),
+        (b"con Alice alicepw", FAMILIES, (b"con", *A)), (b"co Alice alicepw", FAMILIES, (b"co", *A)),
+        (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"connect", *A)),          # create
+        (b"CONNECT Alice alicepw", (T, P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (T, P, R), (b"Connect", *A)),
+        (b"cox Alice alicepw", (Y, X), (b"cox", *A)), (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
+        (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)), (b"ch Alice alicepw", (P, R), (b"ch", *A)),
+        (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
+        (b"create Alice alicepw", FAMILIES, (b"connect", *A)), (b"cr Alice alicepw", FAMILIES, (b"connect", *A)),
+        (b"  connect   Alice   alicepw  ", FAMILIES, (b"connect", *A)),
+        (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
+        (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (Y, X, R), (b"connect", *A)),
+        (b'connect "Mary  Ann" pw', FAMILIES, (b"connect", b"Mary Ann", b"pw")),
+        (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
+        (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
+        (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES, (b"connect", b"Alice", b"p%r[x]{y}\\z;,$#\"=")),
+        (b"connect Alicf\be alicepw\r\n", (P, Y, X, R), (b"connect", *A)),
+        (b"connect Alice alicepx\x7fw\r\n", (Y, X, R), (b"connect", *A)),
+        (b"connect Alice alice\0pw\r\n", (Y, X, R), (b"connect", *A)),
+        (b"connect Alice alice\rpw\r\n", (T, X, R), (b"connect", *A)),
+        (b"connect Alice caf\xc3\xa9", (T, P, X, R), (b"connect", b"Alice", b"caf\xc3\xa9")),
+        (b"connect Alice caf\xc3\xa9", (Y,), (b"connect", b"Alice", b"caf")))
+
+    def test_login_lines_as_each_family_reads_them(self):
+        expected_nowhere = {(line, family): None for line, _, _ in self.CASES for family in FAMILIES}
+        expected = {(line, family): login for line, families, login in self.CASES for family in families}
+        for (line, family), login in {**expected_nowhere, **expected}.items():
+            if b"\x7f" in line and family in (self.P, self.T) or b"\0" in line and family in (self.P, self.T) \
+                    or b"\r" in line.rstrip() and family in (self.P, self.Y) or b"\b" in line and family == self.T:
+                continue                        # read otherwise there: the tests below
+            with self.subTest(family=family, line=line):
+                self.assertEqual(read(family, line), login)
+
+    def test_lines_that_are_no_logins(self):
+        for family in (*FAMILIES, "plain"):
+            for line in (b"", b"connect", b"connect Alice", b"connect  ", b"WHO", b"QUIT", b"say connect A b", b"guest a b",
+                         b"help", b"xconnect Alice alicepw", b"connect=Alice alicepw"):
+                with self.subTest(family=family, line=line):
+                    self.assertIsNone(read(family, line))
+        self.assertIsNone(read("plain", b"connect Alice alicepw"))
+
+    def test_bytes_inside_a_line_as_each_family_reads_them(self):
+        self.assertEqual(read("teenymush", b"connect Alice alicepw\r\0\n"), (b"connect", b"Alice", b"alicepw\0"))
+        self.assertEqual(read("teenymush", b"connect Alicf\be alicepw\n"), (b"connect", b"Alicf\be", b"alicepw"))
+        self.assertEqual(read("tinymux", b'connect "Alice"alicepw'), (b"connect", *self.A))
+        for line in (b"connect\tAlice alicepw", b"connect Alice\talicepw", b"con\xffnect Alice alicepw"):
+            self.assertIsNone(read("teenymush", line), line)
+
+    def test_a_tab_is_no_separator_on_pennmush(self):
+        self.assertIsNone(read("pennmush", b"connect Alice\talicepw"))
+        self.assertNotEqual(read("pennmush", b"connect Alice alicepw\tx"), (b"connect", *self.A))
+
+    def test_line_ends(self):
+        for family, parts in (("teenymush", 2), ("tinymux", 2), ("rhostmush", 2), ("pennmush", 4), ("tinymush", 4)):
+            self.assertEqual(len(DIALECTS[family].line_end.split(b"a\rb\r\nc\r")), parts, family)
+
+    def test_rubbing_out(self):
+        for typed, left in ((b"ab\bc", b"ac"), (b"\b\bab", b"ab"), (b"abc\b\b\b\bd", b"d"), (b"ab\x7f\bc", b"c"),
+                            (b"a\bb\bc\b", b""), (b"no", b"no")):
+            self.assertEqual(has.rub_out(typed), left)
+
+    def test_quit_and_logout_by_family_and_place(self):
+        T, P, Y, X, R = (frozenset((f,)) for f in FAMILIES)
+        for line, playing, login, logout in (
+                (b"QUIT", FAMILIES, FAMILIES, ()), (b"quit", T | Y | X | R, T | R, ()), (b"Quit", T | R, T | R, ()),
+                (b"QUIT now", X | R, X | R, ()), (b"qui", (), (), ()), (b"quitx", (), (), ()), (b"say QUIT", (), (), ()),
+                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), R, R)):
+            for family in FAMILIES:
+                dialect = DIALECTS[family]
+                with self.subTest(family=family, line=line):
+                    self.assertEqual(tuple(bool(rule.match(line)) for rule in (
+                        dialect.quit_playing, dialect.quit_login, dialect.logout)),
+                        tuple(family in where for where in (playing, login, logout)))
+
+    def test_handover_words_are_seen_through_every_disguise(self):
+        teeny, rhost = b"@remotehostname", b"PROXY"
+        for line in (teeny + b" h=1", b"  @RemoteHostname h", b"@remote h", b"@re h", b"@remo\0tehostname h",
+                     b"@remo\rtehostname h", b"@remotx\behostname h", b"@remote\xff\xc3hostname h", teeny + b"=h",
+                     b"\t@remotehostname h", b"@remo\x01tehostname h"):
+            self.assertTrue(DIALECTS["teenymush"].is_handover(line, "auto"), line)
+            self.assertTrue(DIALECTS["teenymush"].is_handover(line, "none"), line)
+        for line in (rhost + b" TCP4 1.2.3.4 127.0.0.1 1 2", b"  proxy x", b"PR\0OXY x", b"PROXZ\x7fY x", b"PROXZ\bY x",
+                     b"PRO\tXY x", b"PRO\xc3\xa9XY x", b"PRO\rXY x"):
+            cleaned = DIALECTS["rhostmush"].clean(line)
+            self.assertTrue(DIALECTS["rhostmush"].is_handover(cleaned, "none"), line)
+        for family in FAMILIES:
+            self.assertTrue(DIALECTS[family].is_handover(b"SecretWord 1.2.3.4", "secretword"), family)
+            for line in (b"connect Alice alicepw", b"WHO", b"", b"QUIT", b"say @remotehostname x", b"secret x", b"@"):
+                self.assertFalse(DIALECTS[family].is_handover(line, "secretword"), (family, line))
+
+    def test_address_lines(self):
+        for family, arguments, line in (
+                ("teenymush", ("203.0.113.9", 17, "auto", None), b"@remotehostname 203.0.113.9=17\r\n"),
+                ("teenymush", ("203.0.113.9", 0, "@rh", None), b"@rh 203.0.113.9\r\n"),
+                ("pennmush", ("203.0.113.9", 17, "auto", "/net.sock"), b"203.0.113.9^203.0.113.9\r\n"),
+                ("pennmush", ("203.0.113.9", 17, "auto", None), b""), ("tinymush", ("1.2.3.4", 1, "auto", None), b""),
+                ("tinymux", ("1.2.3.4", 1, "auto", None), b""), ("plain", ("1.2.3.4", 1, "auto", None), b""),
+                ("rhostmush", ("203.0.113.9", 17, "auto", None), b"PROXY TCP4 203.0.113.9 127.0.0.1 1 2\r\n"),
+                ("rhostmush", ("2001:db8::6", 17, "auto", None), b"PROXY TCP6 2001:db8::6 ::1 1 2\r\n"),
+                ("rhostmush", ("203.0.113.9", 17, "sesame", None), b"sesame 203.0.113.9\r\n")):
+            self.assertEqual(DIALECTS[family].address_line(*arguments), line)
+
+
+class TestHostileLines(unittest.TestCase):
+    """No line a user can type may hold up the main thread (one chunk is 64 KiB; the limit is generous)."""
+
+    def quick(self, call, *arguments):
+        started = time.process_time()
+        call(*arguments)
+        self.assertLess(time.process_time() - started, 1)
+
+    def test_rubbing_out_is_linear(self):
+        self.quick(has.rub_out, b"a" * 8000 + b"\b" * 8000)
+
+    def test_a_name_change_of_blanks_is_read_quickly(self):
+        self.quick(DIALECTS["pennmush"].name_typed.match, b"@name " + b" " * 1200 + b"x")
+
+    def test_a_password_change_of_blanks_is_read_quickly(self):
+        for family in FAMILIES:
+            self.quick(DIALECTS[family].password_typed.match, b"@password " + b" " * 40000 + b"x")
+
+    def test_a_setting_of_blanks_is_read_quickly(self):
+        self.quick(DIALECTS["pennmush"].setting_words.match, b"OUTPUTPREFIX a" + b" " * 16000 + b"b")
+
+    def test_login_and_address_lines_are_read_quickly(self):
+        for family in FAMILIES:
+            for line in (b" " * 16000 + b"c", b"connect " + b" " * 16000, b'connect "' + b"a" * 16000, b"@" + b" " * 16000):
+                self.quick(DIALECTS[family].read_login, line)
+                self.quick(DIALECTS[family].is_handover, line, "auto")
+
+
+def evaluate(code):
+    """A softcode evaluator that knows escapes only; anything special that is not escaped is an injection."""
+    out, at = b"", 0
+    while at < len(code):
+        if code[at:at + 1] == b"\\" and at + 1 < len(code):
+            out, at = out + code[at + 1:at + 2], at + 2
+        elif code[at:at + 2] in (b"%b", b"%t"):
+            out, at = out + {b"%b": b" ", b"%t": b"\t"}[code[at:at + 2]], at + 2
+        elif code[at] < 128 and not code[at:at + 1].isalnum():
+            raise AssertionError(f"{code!r} is evaluated at {at}")
+        else:
+            out, at = out + code[at:at + 1], at + 1
+    return out
+
+
+class TestChecks(unittest.TestCase):
+    ARGUMENT = rb"((?:\\[^a-zA-Z0-9]|%[bt]|[A-Za-z0-9\x80-\xff])*)"
+
+    def test_every_byte_and_every_dangerous_pair_comes_out_literally(self):
+        nasty = [bytes((n,)) for n in b"%\\[]{}(),;$#\"^<>'`~!&=|*@ \tbtrq0x"]
+        for text in [chr(n).encode() for n in range(256)] + [bytes((n,)) for n in range(256)] + [
+                a + b for a in nasty for b in nasty] + [b"x),shutdown(", b"[name(me)]", b"a\\", b"50%off", b""]:
+            escaped = has.escape_softcode(text)
+            if escaped is None:
+                self.assertRegex(text, rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")       # control bytes, no UTF-8
+            else:
+                self.assertEqual(evaluate(escaped), text)
+                self.assertRegex(escaped, rb"\A" + self.ARGUMENT + rb"\Z")
+
+    def test_what_cannot_be_passed_is_refused(self):
+        for text in [bytes((n,)) for n in range(32) if n != 9] + [b"\x7f", b"a\n", b"\xff", "\u65e5".encode(), b"a\0b"]:
+            self.assertIsNone(has.escape_softcode(text), text)
+            self.assertIsNone(DIALECTS["rhostmush"].check([GOOD, has.Credentials(b"connect", b"A", text)], b"=N="))
+        self.assertEqual(has.escape_softcode("caf\xe9".encode()), "caf\xe9".encode())
+
+    def test_a_check_asks_with_two_literal_arguments(self):
+        for family, function in (("teenymush", b"password"), ("rhostmush", b"checkpass")):
+            for name, password in ((b"Mary Ann", b"x),shutdown("), (b"*Al[i]", b"a\\"), (b"#5", b"%#,%0")):
+                line = DIALECTS[family].check([has.Credentials(b"co", name, password)] * 2, b"=N=")
+                calls = re.fullmatch(rb"think =N= (\S+) =N=\r\n", line, re.S).group(1)
+                call = rb"\[" + function + rb"\((\*?)" + self.ARGUMENT + b"," + self.ARGUMENT + rb"\)\]"
+                star, who, what = re.fullmatch(call, calls[:len(calls) // 2]).groups()
+                self.assertEqual(calls[len(calls) // 2:len(calls) // 2 + 1], b":")
+                self.assertEqual((evaluate(who), evaluate(what)), (name.lstrip(b"*"), password))
+                self.assertEqual(star, b"" if name == b"#5" else b"*")
+        for family in ("tinymush", "tinymux", "plain"):
+            self.assertIsNone(DIALECTS[family].check([GOOD], b"=N="))
+
+    def test_pennmush_is_asked_in_base64_only(self):
+        penn = DIALECTS["pennmush"]
+        self.assertEqual(penn.check([GOOD], b"=N="),
+                         b"think =N= [checkpass(*[decode64(QWxpY2U=)],decode64(YWxpY2Vwdw==))] =N=\r\n")
+        self.assertEqual(penn.check_call(has.Credentials(b"c", b"#5", b"a")), b"[checkpass(#5,decode64(YQ==))]")
+        for n in range(33, 127):
+            call = penn.check_call(has.Credentials(b"c", b"#1]%c" % n, b"p%c" % n))
+            self.assertRegex(call, rb"\A\[checkpass\(\*\[decode64\([A-Za-z0-9+/=]+\)\],decode64\([A-Za-z0-9+/=]+\)\)\]\Z")
+        self.assertIsNone(penn.check_call(has.Credentials(b"c", b"Alice", "caf\xe9".encode())))
+
+    def test_verdicts(self):
+        self.assertEqual(has.Dialect.verdicts(b"1:0:#-1 NO MATCH:#-1 NO SUCH OBJECT:#-1 PERMISSION DENIED:"
+                                              b"#-1 FUNCTION (CHECKPASS) NOT FOUND:"),
+                         [True, False, False, False, None, None, False])
+
+    def test_credentials_show_nothing(self):
+        pair = has.Credentials(b"connect", b"Alice", b"s3cr3t")
+        try:
+            raise ValueError(pair)
+        except ValueError:
+            shown = traceback.format_exc()
+        shown += f"{pair!r} {pair} {[pair]} " + "%s %r" % (pair, pair)
+        self.assertNotRegex(shown, "s3cr3t|Alice")
+        self.assertEqual(pair, has.Credentials(b"cd", b"ALICE", b"s3cr3t"))
+        self.assertNotEqual(pair, has.Credentials(b"connect", b"Alice", b"S3cr3t"))
+        self.assertEqual(has.Credentials(b"cd", b"Mary Ann", b"x").line(), b'cd "Mary Ann" x')
+        self.assertEqual(has.Credentials(b"co", b"*Alice", b"x").character, b"alice")
+
+    def test_worlds_are_recognised(self):
+        info = b"### Begin INFO 1\r\nName: AnonyMUSH\r\nUptime: Sat Nov 21 23:20:59 2026\r\nVersion: %s\r\n### End INFO\r\n"
+        for banner, version, name in (
+                (b"\xff\xfd\"", b"PennMUSH 1.8.8p0", "pennmush"), (b"", b"4.0.0.817-0", "tinymush"),
+                (b"\xff\xfb\x19Welcome", b"MUX 2.12.0.10", "tinymux"), (b"", b"RhostMUSH 5.8.4", "rhostmush"),
+                (b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbFMy game", None, "teenymush"),
+                (b"Welcome to TeenyMUSH\r\n", None, "teenymush"), (b"Welcome to MyMUD", None, None), (b"", b"Zork", None),
+                (b"We came here from TeenyMUSH.", b"PennMUSH 1.8.8p0", "pennmush")):
+            found = has.recognise(banner, info % version if version else b"")
+            self.assertEqual(found and found.name, name, (banner, version))
+        self.assertEqual(has.recognise(b"", b"NAME\x02X\x01UPTIME\x021795309455\x01CODEBASE\x02TeenyMUSH 0.91").name, "teenymush")
+
+    def test_start_ids(self):
+        answer = has.PennMUSH.start_answer
+        self.assertEqual(answer.search(b"### Begin\r\nUptime: Sat 1\r\nSize: 7\r\n### End INFO\r\n").group(1), b"Sat 1")
+        self.assertIsNone(answer.search(b"Uptime: Sat 1\r\nSize: 7\r\n"))
+        self.assertEqual(has.TeenyMUSH.start_answer.search(b"\x01UPTIME\x021795309455\x01").group(1), b"1795309455")
+
+
+class TestChanges(unittest.TestCase):
+    def test_changes_of_password_as_typed(self):
+        everywhere, info, penn = FAMILIES, FAMILIES[1:], ("pennmush",)
+        for line, families, new in (
+                (b"@password old=new", everywhere, b"new"), (b"@PASSWORD old= new ", everywhere, b"new"),
+                (b"@pass old=new", everywhere, b"new"), (b"@pas old=new", penn, b"new"), (b"@password a=b=c", info, b"b=c"),
+                (b"@newpassword me=new", ("teenymush",), b"new"), (b"@newpassword Bob=new", (), None),
+                (b"@password old=", (), None), (b"@password old", (), None), (b"say @password old=new", (), None)):
+            for family in everywhere:
+                if line == b"@password a=b=c" and family == "teenymush" or line.startswith(b"@pas ") and family not in penn:
+                    continue                    # not recorded
+                found = DIALECTS[family].password_typed.match(line)
+                with self.subTest(family=family, line=line):
+                    self.assertEqual(found and found.group(1), new if family in families else None)
+
+    def test_changes_of_name_as_typed(self):
+        for line, who, new in ((b"@name me=New", b"me", b"New"), (b"@name *Old = New Name ", b"Old", b"New Name"),
+                               (b'@NAME Old="Bob"', b"Old", b"Bob"), (b"@name me=Rob;x", b"me", b"Rob")):
+            self.assertEqual(has.PennMUSH.name_typed.match(line).groups(), (who, new))
+        self.assertIsNone(has.PennMUSH.name_typed.match(b"@name me"))
+
+    def test_the_words_of_each_family_for_done_and_refused(self):
+        P, info = ("pennmush",), ("tinymush", "tinymux", "rhostmush")
+        for text, families, done, kept in (
+                (b"Password changed.", ("teenymush", *info), "password_changed", "password_kept"),
+                (b"The password for Alice has been updated.", ("teenymush",), "password_changed", "password_kept"),
+                (b"You have changed your password.", P, "password_changed", "password_kept"),
+                (b"Name set.", P + info, "name_changed", "name_kept"), (b"Set.", ("teenymush",), "name_changed", "name_kept"),
+                (b"Sorry.", info, "password_kept", "password_changed"),
+                (b"Null passwords are not allowed.", info[:2], "password_kept", "password_changed"),
+                (b"Bad new password.", P + info[2:], "password_kept", "password_changed"),
+                (b"The old password that you entered was incorrect.", P, "password_kept", "password_changed"),
+                (b"Invalid old password.", ("teenymush",), "password_kept", "password_changed"),
+                (b"usage: @password <old_password> = <new_password>", ("teenymush",), "password_kept", "password_changed"),
+                (b"That name is already in use", FAMILIES, "name_kept", "name_changed"),
+                (b"You can't give a player that name or alias.", P, "name_kept", "name_changed"),
+                (b"Alice says, \"Name set.\"", (), "name_changed", "name_kept")):
+            for family in families or FAMILIES:
+                with self.subTest(family=family, text=text):
+                    self.assertEqual(bool(getattr(DIALECTS[family], done).match(text)), bool(families))
+                    self.assertFalse(getattr(DIALECTS[family], kept).match(text))
+
+    def test_settings_of_a_connection(self):
+        for line, groups in ((b"OUTPUTPREFIX =x y=", (b"OUTPUTPREFIX", b"=x y=")), (b"OUTPUTSUFFIX", (b"OUTPUTSUFFIX", None)),
+                             (b"SCREENWIDTH 100 ", (b"SCREENWIDTH", b"100")), (b"SOCKSET COLORSTYLE=xterm256",
+                                                                               (b"SOCKSET", b"COLORSTYLE=xterm256"))):
+            self.assertEqual(has.PennMUSH.setting_words.match(line).groups(), groups)
+        self.assertIsNone(has.PennMUSH.setting_words.match(b"outputprefix x"))
+        self.assertIsNone(has.TeenyMUSH.setting_words.match(b"OUTPUTPREFIX x"))
+
+
+NO = b"Either that player does not exist, or has a different password.\r\n"
+TABLE = b"Characters Input----\r\nPlayer Name  On For Idle Port Pend  Lost     Total\r\nAlice  0  1 2\r\n"
+INFO = b"### Begin INFO 1\r\nUptime: x\r\n### End INFO\r\n"
+SHOWN = {                          # what a user sees of a login: (right, wrong)
+    "teenymush": (b"[ MOTD ]\n\nLast connect was from h on Sat\n\nMAIL: none\n", NO.replace(b"\r", b"")),
+    "pennmush": (b"Last connect was from h\r\nLimbo\r\n", b"That is not the correct password.\r\n"),
+    **{family: (b"MOTD\r\nLimbo\r\n", NO) for family in ("tinymush", "tinymux", "rhostmush")}}
+MARKS = {                          # and what comes behind it of the marks: (right, wrong)
+    "teenymush": (b"", b""), "pennmush": (b"Na\r\nNz\r\n", b""), "tinymush": (b"N\r\n", b""), "tinymux": (b"N\r\n", b""),
+    "rhostmush": (b"Na\r\n" + TABLE + b"Nz\r\n", b"Na\r\nNz\r\n")}
+END = {"pennmush": b"Ne\r\n", "tinymush": INFO, "tinymux": INFO, "rhostmush": b"", "teenymush": b""}
+
+
+def nonce(number=0):
+    """The nonce of the login line with this number (the tests have taken the randomness out)."""
+    return b"=0123abcd%02x=" % number
+
+
+def answer(family, right, number=0, end=b""):
+    """What the server sends: its login text, its marks and `end`."""
+    marks = re.sub(rb"\bN([aze]?)\r", nonce(number) + rb"\1\r", MARKS[family][not right] + end)
+    return SHOWN[family][not right] + marks
+
+
+class TestProof(unittest.TestCase):
+    def setUp(self):
+        patch = unittest.mock.patch("has.secrets.token_hex", lambda size: "0123abcd")
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    @staticmethod
+    def typed(family, *logins):
+        """A Proof that wrapped `logins`."""
+        proof = has.Proof(DIALECTS[family])
+        for login in logins:
+            proof.wrap(login, False, login.line() + b"\r\n", {})
+        return proof
+
+    def test_the_bytes_around_a_login_line(self):
+        own = {b"OUTPUTPREFIX": b"P", b"OUTPUTSUFFIX": b"S"}
+        both = b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n%s\r\nOUTPUTPREFIX%s\r\nOUTPUTSUFFIX%s\r\n"
+        for family, before, behind, own_behind in (
+                ("teenymush", b"", b"", b""),
+                ("pennmush", b"", both % (b" ", b"", b""), both % (b" ", b" P", b" S")),
+                ("tinymush", b"", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX\r\n", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX S\r\n"),
+                ("tinymux", b"OUTPUTPREFIX N\r\n", b"OUTPUTPREFIX\r\n", b"OUTPUTPREFIX P\r\n"),
+                ("rhostmush", b"", both % (b"SESSION", b"", b""), both % (b"SESSION", b" P", b" S"))):
+            for settings, expected in (({}, behind), (own, own_behind)):
+                proof = has.Proof(DIALECTS[family])
+                for begun, line in ((False, b"co A p\r\n"), (True, b" p\n")):
+                    sent = proof.wrap(GOOD, begun, line, settings)
+                    around = (line + before if begun else before + line) + expected
+                    self.assertEqual(re.sub(rb"=[0-9a-f]{10}=", b"N", sent), around, family)
+
+    def test_a_login_is_proven_or_not_and_the_marks_are_not_seen_in_every_split(self):
+        for family in FAMILIES:
+            for right in (True, False):
+                for prompt in (b"", b"\r\n", b"= not a mark =0123 \r\n", *[b"no end of line "] * (family != "teenymush")):
+                    shown = prompt + SHOWN[family][not right] + b"end"
+                    for chunks in splits(prompt + answer(family, right) + b"end"):
+                        proof = self.typed(family, GOOD)
+                        self.assertEqual(b"".join(map(proof.feed, chunks)), shown, (family, chunks))
+                        self.assertIs(proof.login, GOOD if right else None, (family, chunks))
+
+    def test_a_mark_directly_behind_text_without_an_end_of_line(self):
+        for family in FAMILIES[1:]:
+            for chunks in splits(b"prompt> " + answer(family, True)[len(SHOWN[family][0]):]):
+                proof = self.typed(family, GOOD)
+                self.assertEqual((b"".join(map(proof.feed, chunks)), proof.login), (b"prompt> ", GOOD))
+
+    def test_of_two_logins_in_one_packet_the_one_that_took_is_told(self):
+        other = has.Credentials(b"connect", b"Bob", b"bobpw")
+        for family in FAMILIES:
+            for first, second, login in ((False, True, other), (True, True, GOOD), (False, False, None)):
+                for chunks in splits(answer(family, first, 0) + answer(family, second, 1) + b"end"):
+                    proof = self.typed(family, GOOD, other)
+                    seen = b"".join(map(proof.feed, chunks))
+                    self.assertEqual(seen, SHOWN[family][not first] + SHOWN[family][not second] + b"end")
+                    self.assertIs(proof.login, login, (family, first, second, chunks))
+
+    def test_a_mark_printed_twice_is_removed_twice(self):
+        proof = self.typed("tinymux", GOOD)
+        self.assertEqual(proof.feed(b"a" + nonce() + b"\r\nb\r\n" + nonce() + b"\r\nc"), b"ab\r\nc")
+
+    def test_a_foreign_nonce_proves_nothing_and_is_shown(self):
+        for family in FAMILIES[1:]:
+            proof, foreign = self.typed(family, GOOD), b"=99999999" + b"00=\r\n=0123abcd00\r\n=\r\n"
+            self.assertEqual((proof.feed(foreign), proof.login), (foreign, None))
+
+    def test_only_a_tail_that_could_begin_a_mark_is_held_back(self):
+        for tail, shown in ((b"x=", b"x"), (b"x=0123ab", b"x"), (b"x=0123abcd00=", b"x"), (b"x=0124", b"x=0124"), (b"x", b"x"),
+                            (b"x=0123abcd0g", b"x=0123abcd0g"), (b"x==", b"x=")):
+            self.assertEqual(self.typed("tinymux", GOOD).feed(tail), shown)
+
+    def test_rhost_with_hundreds_online_is_proven_too(self):
+        for size in (100, 65536):
+            proof = self.typed("rhostmush", GOOD)
+            data = answer("rhostmush", True).replace(b"Alice", b"Alice  0  1 2   0 0  99\r\n" * 400)
+            seen = b"".join(proof.feed(data[n:n + size]) for n in range(0, len(data), size))
+            self.assertEqual((seen, proof.login), (SHOWN["rhostmush"][0], GOOD))
+
+    def test_an_armed_line_is_proven_or_disarmed(self):
+        proof = has.Proof(DIALECTS["tinymux"])
+        armed, before = proof.arm({})
+        self.assertEqual(before, b"OUTPUTPREFIX " + nonce() + b"\r\n")
+        self.assertEqual(proof.wrap(GOOD, True, b"onnect A p\n", {b"OUTPUTPREFIX": b"P"}, armed),
+                         b"onnect A p\nOUTPUTPREFIX P\r\n")
+        self.assertEqual((proof.feed(answer("tinymux", True)), proof.login), (SHOWN["tinymux"][0], GOOD))
+        armed, _ = proof.arm({})
+        self.assertEqual(proof.disarm(armed, {}), b"OUTPUTPREFIX\r\n")
+        armed, _ = proof.arm({})
+        proof.retire()                                              # a minute has passed while the line was typed
+        self.assertEqual(proof.disarm(armed, {}), b"OUTPUTPREFIX\r\n")
+
+    def test_a_link_without_live_marks_need_not_be_read(self):
+        for family in FAMILIES:
+            self.assertFalse(has.Proof(DIALECTS[family]).live)
+            proof = self.typed(family, GOOD)
+            self.assertTrue(proof.live)
+            proof.retire()
+            self.assertFalse(proof.live)
+            self.assertTrue(has.Proof(DIALECTS[family], returning=True).live)
+
+    def test_outcomes_of_teenymush_come_in_order_at_the_start_of_a_line(self):
+        other, fail = has.Credentials(b"co", b"Bob", b"b"), SHOWN["teenymush"][1]
+        good = b"Last connect was from h on x\n"
+        for data, login in ((fail + good, other), (good + fail, GOOD), (b"He says: " + good, None),
+                            (b"That name is already in use.\r\n" + good, other), (b"x\n" + good, GOOD)):
+            for chunks in splits(data):
+                proof = self.typed("teenymush", GOOD, other)
+                self.assertEqual((b"".join(map(proof.feed, chunks)), proof.login), (data, login))
+                self.assertEqual(proof.to_send, b"")                # nothing is asked of a link that is typed on
+
+    def test_the_outcome_of_a_malformed_line_is_not_taken_for_that_of_the_next(self):
+        self.assertIsNone(DIALECTS["teenymush"].read_login(b"connect a b c"))
+        proof = self.typed("teenymush", GOOD)       # `connect a b c` went ahead in the same packet
+        proof.feed(b"Invalid command, try: cOnnect <user> <password>\r\n" + SHOWN["teenymush"][0])
+        self.assertIs(proof.login, GOOD)
+
+    def test_the_bytes_that_bring_a_user_back(self):
+        line = b"connect Alice alicepw\r\n"
+        for family, behind in (
+                ("teenymush", b""), ("tinymush", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX\r\nINFO\r\n"),
+                ("pennmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n \r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\nIDLE Ne\r\n"),
+                ("tinymux", b"OUTPUTPREFIX\r\nINFO\r\n"),
+                ("rhostmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\nSESSION\r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\n")):
+            sent = has.Proof(DIALECTS[family], True).script(GOOD).replace(nonce(), b"N")
+            self.assertEqual(sent, (b"OUTPUTPREFIX N\r\n" if family == "tinymux" else b"") + line + behind)
+
+    def test_a_return_is_held_until_the_end_marker_in_every_split(self):
+        for family in FAMILIES:
+            for right in (True, False):
+                data = b"banner\r\n" + answer(family, right, 0, END[family])
+                held = b"banner\r\n" + SHOWN[family][not right] + (END[family] if END[family] == INFO else b"")
+                for chunks in splits(data):
+                    proof = has.Proof(DIALECTS[family], True)
+                    proof.script(GOOD)
+                    for chunk in chunks:
+                        self.assertFalse(proof.ended, (family, chunks))
+                        self.assertEqual(proof.feed(chunk), b"")
+                    if family == "teenymush":
+                        self.assertEqual((proof.to_send, proof.saw_command(b"\xff\xfc\x55")), (b"\xff\xfd\x56", False))
+                        self.assertTrue(proof.saw_command(b"\xff\xfc\x56"))
+                        self.assertFalse(proof.saw_command(b"\xff\xfc\x56"))     # the user's own, from now on
+                    self.assertTrue(proof.ended, (family, chunks))
+                    self.assertEqual((proof.held, proof.refused, proof.login), (held, not right, GOOD if right else None))
+                    self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
+
+    def test_teenymush_is_not_asked_for_the_end_before_the_first_outcome(self):
+        proof = has.Proof(DIALECTS["teenymush"], True)
+        proof.script(GOOD)
+        self.assertEqual((proof.feed(b"banner\n"), proof.to_send, proof.saw_command(b"\xff\xfc\x56")), (b"", b"", False))
+
+    def test_a_refusal_that_is_none(self):
+        for family, text in (("pennmush", b"Guest connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
+                             ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
+            proof = has.Proof(DIALECTS[family], True)
+            proof.script(GOOD)
+            proof.feed(text + END[family].replace(b"N", nonce()) if END[family] != INFO else text + INFO)
+            self.assertEqual((proof.ended, proof.refused, proof.login), (True, False, None))
+
+
+# ---- 4. Mailbox
+
+class TestMailbox(unittest.TestCase):
+    def setUp(self):
+        self.box, self.ran = has.Mailbox(), []
+        self.addCleanup(self.box.reader.close)
+        self.addCleanup(self.box.writer.close)
+
+    def wait(self):
+        """Wait until the box wakes its owner."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.box.reader, selectors.EVENT_READ)
+            self.assertTrue(selector.select(5), "nobody woke the owner")
+
+    def test_calls_run_in_order_when_the_owner_runs_them(self):
+        for n in range(5):
+            self.box.post(self.ran.append, n)
+        self.assertEqual(self.ran, [])
+        self.wait()
+        self.box.run()
+        self.box.run()
+        self.assertEqual(self.ran, [0, 1, 2, 3, 4])
+        with self.assertRaises(BlockingIOError):                    # and the owner may sleep again
+            self.box.reader.recv(1)
+
+    def test_other_threads_may_post_and_each_keeps_its_order(self):
+        threads = [threading.Thread(target=lambda name=name: [self.box.post(self.ran.append, (name, n)) for n in range(500)])
+                   for name in "abc"]
+        for thread in threads:
+            thread.start()
+        while len(self.ran) < 1500:
+            self.wait()
+            self.box.run()
+        for thread in threads:
+            thread.join()
+        for name in "abc":
+            self.assertEqual([n for who, n in self.ran if who == name], list(range(500)))
+
+    @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "no SIGUSR1 here")
+    def test_a_signal_handler_may_post(self):
+        old = signal.signal(signal.SIGUSR1, lambda number, frame: self.box.post(self.ran.append, number))
+        self.addCleanup(signal.signal, signal.SIGUSR1, old)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        self.wait()
+        self.box.run()
+        self.assertEqual(self.ran, [signal.SIGUSR1])
+
+    def test_what_a_call_posts_runs_next_time(self):
+        def again():
+            self.ran.append(len(self.ran))
+            self.box.post(again)
+        self.box.post(again)
+        for n in range(1, 4):
+            self.wait()
+            self.box.run()
+            self.assertEqual(len(self.ran), n)
+
+    def test_a_full_socket_never_blocks_the_poster_and_loses_no_call(self):
+        for n in range(20000):
+            self.box.post(self.ran.append, n)
+        self.wait()
+        self.box.run()
+        self.assertEqual(self.ran, list(range(20000)))
+        with self.assertRaises(BlockingIOError):
+            self.box.reader.recv(1)
+
+
+# ---- 5. Stream
+
+class Selector(selectors.DefaultSelector):
+    """Counts what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def register(self, *arguments):
+        self.told.append("register")
+        return super().register(*arguments)
+
+    def modify(self, *arguments):
+        self.told.append("modify")
+        return super().modify(*arguments)
+
+    def unregister(self, *arguments):
+        self.told.append("unregister")
+        return super().unregister(*arguments)
+
+
+class TestStream(unittest.TestCase):
+    def setUp(self):
+        self.selector, self.said, self.got = Selector(), [], b""
+        self.addCleanup(self.selector.close)
+
+    def on_data(self, data):
+        self.got += data
+
+    def on_stream_open(self, stream):
+        self.said.append("open")
+
+    def on_stream_end(self, stream, reason):
+        self.said.append(("end", reason))
+
+    def on_stream_full(self, stream):
+        self.said.append("full")
+
+    def on_stream_room(self, stream):
+        self.said.append("room")
+
+    def pair(self):
+        """A stream and the other end of its socket."""
+        mine, other = socket.socketpair()
+        for sock in (mine, other):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            self.addCleanup(sock.close)
+        other.settimeout(5)
+        stream = has.Stream(self.selector, mine, self, self.on_data)
+        self.addCleanup(stream.drop)
+        return stream, other
+
+    def turn(self, timeout=5):
+        """One turn of a main loop; returns how much was ready."""
+        ready = self.selector.select(timeout)
+        for key, events in ready:
+            key.data.ready(events)
+        return len(ready)
+
+    def drain(self, stream, other):
+        """Read all that `stream` still has to send."""
+        read, other = b"", other.dup()
+        other.setblocking(False)
+        while True:
+            try:
+                chunk = other.recv(65536)
+            except BlockingIOError:
+                if not stream.out:
+                    break
+                self.assertTrue(self.turn())
+                continue
+            if not chunk:
+                break
+            read += chunk
+        other.close()
+        return read
+
+    def test_partial_sends_keep_the_order(self):
+        stream, other = self.pair()
+        parts = [b"%06d " % n * 500 for n in range(100)]
+        for part in parts:
+            stream.send(part)
+        self.assertTrue(stream.out)
+        self.assertEqual(self.drain(stream, other), b"".join(parts))
+        self.assertEqual((stream.out, self.said[:1]), (b"", ["full"]))
+
+    def test_the_watermarks_are_told_once(self):
+        stream, other = self.pair()
+        for _ in range(10):
+            stream.send(b"x" * has.HIGH_WATER)
+        self.assertEqual(self.said, ["full"])
+        while len(stream.out) >= has.LOW_WATER:
+            self.assertEqual(self.said, ["full"])
+            other.recv(65536)
+            self.turn(0)
+        self.drain(stream, other)
+        self.assertEqual((self.said, stream.full), (["full", "room"], False))
+
+    def test_finish_flushes_then_ends_and_goes_on_reading(self):
+        for size in (3, 100000):
+            stream, other = self.pair()
+            stream.send(b"x" * size)
+            stream.finish()
+            self.assertEqual(self.drain(stream, other), b"x" * size)
+            self.assertEqual(other.recv(1), b"")
+            other.sendall(b"late")
+            self.turn()
+            self.assertEqual((self.got, self.said.count(("end", ""))), (b"late", 0))
+            other.close()
+            self.turn()
+            self.assertEqual(self.said.pop(), ("end", ""))
+            self.got, self.said = b"", []
+            stream.drop()
+
+    def test_after_a_failed_send_the_last_words_come_and_then_the_end(self):
+        stream, other = self.pair()
+        other.sendall(b"last words")
+        other.close()
+        stream.send(b"x")
+        stream.send(b"y")
+        self.assertEqual((self.said, self.got, bool(stream.out)), ([], b"", False))
+        while ("end", "") not in self.said:
+            self.assertTrue(self.turn())
+        self.assertEqual((self.said, self.got), ([("end", "")], b"last words"))
+        self.assertEqual(self.turn(0), 0)                           # an end is told once and does not spin
+
+    def test_a_send_that_fails_later_frees_what_was_held(self):
+        stream, other = self.pair()
+        stream.send(b"x" * (has.HIGH_WATER * 2))
+        other.close()
+        while self.turn(0):
+            pass
+        self.assertEqual((stream.out, self.said[:2]), (b"", ["full", "room"]))
+
+    def test_last_words_are_delivered_before_a_drop(self):
+        stream, other = self.pair()
+        stream.pause()
+        other.sendall(b"a" * 5000)
+        other.close()
+        stream.last_words()
+        self.assertEqual((self.got, self.said), (b"a" * 5000, []))
+        stream.drop()
+        stream.last_words()
+        self.assertEqual(self.got, b"a" * 5000)
+
+    def test_the_selector_is_told_only_of_changes(self):
+        stream, other = self.pair()
+        self.assertEqual(self.selector.told, ["register"])
+        for _ in range(5):
+            stream.send(b"fits")
+            stream.resume()
+        self.assertEqual(self.selector.told, ["register"])
+        for _ in range(5):
+            stream.send(b"x" * 100000)
+        self.drain(stream, other)
+        self.assertEqual(self.selector.told, ["register", "modify", "modify"])      # WRITE wanted, and no more
+        for _ in range(3):
+            stream.pause()
+        self.assertEqual((self.selector.told[3:], self.turn(0)), (["unregister"], 0))
+        other.sendall(b"waits")
+        self.assertEqual((self.turn(0), self.got), (0, b""))
+        stream.resume()
+        self.turn()
+        self.assertEqual((self.selector.told[3:], self.got), (["unregister", "register"], b"waits"))
+
+    def test_a_drop_leaves_no_descriptor_registered(self):
+        for prepare in (lambda s: None, lambda s: s.send(b"x" * 500000), lambda s: s.pause(), lambda s: s.finish()):
+            stream, _ = self.pair()
+            prepare(stream)
+            stream.drop()
+            stream.drop()
+            stream.send(b"x")
+            stream.pause()
+            stream.resume()
+            stream.finish()
+            self.assertEqual((dict(self.selector.get_map()), stream.sock.fileno()), ({}, -1))
+
+    def listener(self):
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        return listener
+
+    def connect(self, listener):
+        stream = has.Stream.connect(self.selector, (socket.AF_INET, listener.getsockname()), self, self.on_data)
+        self.addCleanup(stream.drop)
+        return stream
+
+    def test_connect_opens_and_sends_what_was_said_before(self):
+        listener = self.listener()
+        listener.listen()
+        stream = self.connect(listener)
+        stream.send(b"early ")
+        self.assertTrue(stream.connecting)
+        self.turn()
+        self.assertEqual((self.said, stream.connecting), (["open"], False))
+        stream.send(b"late")
+        other = listener.accept()[0]
+        self.addCleanup(other.close)
+        self.assertEqual(self.drain(stream, other), b"early late")
+
+    def test_finish_while_connecting_ends_the_writing_side_once_open(self):
+        for on_open in (lambda: None, lambda: stream.send(b"hello")):
+            listener = self.listener()
+            listener.listen()
+            stream = self.connect(listener)
+            self.on_stream_open = lambda stream: on_open()
+            stream.finish()
+            self.turn()
+            other = listener.accept()[0]
+            self.addCleanup(other.close)
+            other.settimeout(1)
+            self.assertIn(b"".join(iter(lambda: other.recv(99), b"")), (b"", b"hello"))
+            stream.drop()
+
+    def test_a_refused_connect_ends_and_leaves_nothing_behind(self):
+        stream = self.connect(self.listener())                      # bound, does not listen
+        self.turn()
+        self.assertEqual(self.said, [("end", "Connection refused")])
+        stream.drop()
+        self.assertEqual(dict(self.selector.get_map()), {})
+
+    def test_a_connection_to_itself_is_found_and_reset(self):
+        sock = self.listener()
+        address = sock.getsockname()
+        sock.setblocking(False)
+        sock.connect_ex(address)
+        stream = has.Stream(self.selector, sock, self, self.on_data, connecting=True)
+        self.turn()
+        if self.said == [("end", "Connection refused")]:
+            self.skipTest("this kernel does not connect a port to itself")
+        self.assertEqual(self.said, [("end", "connected to itself: nothing listens there")])
+        self.assertEqual((stream.closed, sock.fileno(), dict(self.selector.get_map())), (True, -1, {}))
+        with socket.socket() as world:
+            world.bind(address)                                     # free at once
+            world.listen()
+        stream.drop()
+
+
+# ======================================================================
+# Parts 6 and 8: sessions and the hub
+#
+# The state table, every order of events, timers and limits: a Hub turned by hand with a clock of ours.
+# ======================================================================
+
+# ---- helpers: all that knows the inside of has.py is here
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+class Beat:
+    """Stands for the heartbeat: what the hub posts is recorded; the test answers, or does not."""
+
+    def __init__(self):
+        self.mailbox, self.asks, self.checks, self.settings = self, [], [], []
+
+    def post(self, call, *arguments):
+        call(*arguments)
+
+    def on_ask(self, number, serial):
+        self.asks.append((number, serial))
+
+    def on_check(self, number, serial, pairs):
+        self.checks.append((number, serial, pairs))
+
+    def on_settings(self, settings):
+        self.settings.append(settings)
+
+    def on_stop(self):
+        pass
+
+
+NOTICES = {name + "_notice": "# " + name.upper() for name in ("offline", "online", "moved", "silent", "unsent")}
+PLAIN_SETTINGS = dict(
+    NOTICES, relogin_failed_notice="# REFUSED", mush_address="127.0.0.1:4001", mush_type="auto",
+    local_address="127.0.0.1", local_port=0, proxy_from="", hb_user="heartbeat", hb_pass="heartbeat", beat=10, retry=1,
+    hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
+    resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
+    log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
+    admins="", control_socket="")
+
+
+@functools.lru_cache(None)
+def settings_of(changes):
+    """Settings with every key given, so that edited constants change nothing here."""
+    with tempfile.TemporaryDirectory() as folder:
+        conf = os.path.join(folder, "has.conf")
+        with open(conf, "w") as file:
+            file.writelines(f"{key} = {value}\n" for key, value in dict(PLAIN_SETTINGS, **dict(changes)).items())
+        return has.load_settings(has.__file__, conf)[0]
+
+
+class Peer:
+    """Our end of a connection: a client's, or the world's end of a link."""
+
+    def __init__(self, sock):
+        self.sock, self.ended, self.session = sock, False, None
+        sock.setblocking(False)
+
+    def send(self, data):
+        self.sock.sendall(data.encode() if isinstance(data, str) else data)
+
+    def read(self):
+        """All that has come since the last read."""
+        data = b""
+        while not self.ended:
+            try:
+                chunk = self.sock.recv(1 << 20)
+            except BlockingIOError:
+                break
+            except OSError:
+                chunk = b""
+            self.ended, data = not chunk, data + chunk
+        return data
+
+    def lines(self):
+        """The same as a list of lines, without colour resets and empty lines."""
+        return [line for line in self.read().replace(b"\x1b[0m", b"").decode("latin-1").split("\r\n") if line]
+
+    def reset(self):
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class Game:
+    """The world: a listening socket. `full` never completes a connect."""
+
+    def __init__(self, full=False):
+        self.sock, self.peers = socket.socket(), []
+        self.sock.bind(("127.0.0.1", 0))
+        self.sock.listen(0 if full else 64)
+        self.sock.settimeout(5)
+        self.target = socket.AF_INET, self.sock.getsockname()
+        for _ in range(3 if full else 0):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(self.sock.getsockname())
+            self.peers.append(Peer(sock))
+
+    def accept(self):
+        self.peers.append(Peer(self.sock.accept()[0]))
+        return self.peers[-1]
+
+    def close(self):
+        for peer in self.peers + [self]:
+            peer.sock.close()
+
+
+HOME, AWAY = has.Address("127.0.0.1", 4001, None), has.Address("127.0.0.1", 4002, None)
+
+
+class Rig:
+    """A hub, its clock, its stub heartbeat, a world, and what they need to be watched."""
+
+    def __init__(self, family="tinymux", up=True, **settings):
+        has.log.handlers[:], has.log.propagate = [logging.NullHandler()], False
+        self.clock, self.events, self.peers = Clock(), 0, []
+        self.settings = settings_of(tuple(sorted(settings.items())))
+        self.hub = has.Hub(self.settings, lambda: (self.settings, []), self.clock)
+        self.beat = self.hub.heartbeat = Beat()
+        self.family = has.DIALECTS[family]
+        self.game, self.other, self.full = Game(), Game(), Game(full=True)
+        self._select, self.hub.selector.select = self.hub.selector.select, self._counting_select
+        if up:
+            self.found("life 1")
+
+    def _counting_select(self, timeout):
+        ready = self._select(timeout)
+        self.events += len(ready)
+        return ready
+
+    def settle(self, until=None):
+        """Turn until nothing happens any more, and `until()` is true; fail after 5 s."""
+        deadline, quiet = time.monotonic() + 5, 0
+        while quiet < 2 or until and not until():
+            if time.monotonic() > deadline:
+                raise AssertionError("it does not settle")
+            before = self.events
+            self.hub.turn(0.01 if quiet >= 2 else 0)
+            quiet = quiet + 1 if self.events == before else 0
+
+    def pass_time(self, *seconds):
+        for step in seconds:
+            self.clock.advance(step)
+            self.settle()
+
+    def post(self, call, *arguments):
+        """What the heartbeat does."""
+        self.hub.mailbox.post(call, *arguments)
+        self.settle()
+
+    def found(self, life, game=None, address=HOME, checks=False):
+        self.life = life
+        world = has.World(address, (game or self.game).target, self.family, life, False, checks)
+        self.post(self.hub.on_world_found, world)
+
+    def down(self):
+        self.post(self.hub.on_heartbeat_lost, "no answer", True)
+
+    def answer(self, asks=None, life=None):
+        """A probe sent just now is answered."""
+        asks, self.beat.asks = self.beat.asks if asks is None else asks, []
+        self.post(self.hub.on_answers, asks, life or self.life, 0.1)
+
+    def client(self, host="203.0.113.9", tcp=False):
+        """A user connects."""
+        if tcp:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                ours, theirs = socket.create_connection(server.getsockname()), server.accept()[0]
+        else:
+            ours, theirs = socket.socketpair()
+        peer, known = Peer(ours), set(self.hub.sessions)
+        self.peers.append(peer)
+        self.hub.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
+        peer.session = next((s for n, s in self.hub.sessions.items() if n not in known), None)
+        self.settle()
+        return peer
+
+    def player(self, name="Alice", **how):
+        """A user in the game: (client, world's end of the link)."""
+        client = self.client(**how)
+        link = self.game.accept()
+        client.send(f"connect {name} pw\r\n")
+        self.settle()
+        self.let_in(link)
+        assert client.session.state.name == "PLAYING", client.session.state
+        client.read()
+        return client, link
+
+    def let_in(self, link, text="Welcome"):
+        """The world (a TinyMUX) takes the login on this link; `text` None: refuses it."""
+        asked = link.read()
+        mark = re.search(rb"OUTPUTPREFIX (\S+)\r\n", asked).group(1) + b"\r\n" if text else b""
+        info = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n" if b"INFO\r\n" in asked else b""
+        words = text or "Either that player does not exist, or has a different password."
+        link.send(words.encode() + b"\r\n" + mark + info)
+        self.settle()
+
+    def returning(self, **how):
+        """A user whose return has begun: (client, world's end of the new link)."""
+        client, _ = self.player(**how)
+        self.down()
+        self.found("life 2")
+        client.read()
+        return client, self.game.accept()
+
+    def close(self):
+        for session in list(self.hub.sessions.values()):
+            session.end()
+        for listener in self.hub.listeners:
+            listener.close()
+        self.hub.selector.close()
+        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other, self.full] + [
+                peer.sock for peer in self.peers]:
+            thing.close()
+
+
+def is_gone(client):
+    return client.session.number not in client.session.hub.sessions
+
+
+def state_of(client):
+    return "gone" if is_gone(client) else client.session.state.name
+
+
+def check_consistent(case, rig):
+    """The selector knows open descriptors of living sessions only, each under its right number."""
+    streams = [s for x in rig.hub.sessions.values() for s in (x.client, x.link) if s]
+    case.assertFalse([s for s in streams if s.closed], "a session keeps a closed stream")
+    known = [rig.hub.mailbox.reader] + [s.sock for s in streams] + [x.sock for x in rig.hub.listeners]
+    for fd, key in rig.hub.selector.get_map().items():
+        case.assertIn(key.fileobj, known)
+        case.assertEqual(fd, key.fileobj.fileno())
+
+
+def open_descriptors():
+    return len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+
+
+class RigCase(unittest.TestCase):
+    def rig(self, *arguments, **settings):
+        rig = Rig(*arguments, **settings)
+        self.addCleanup(rig.close)
+        return rig
+
+
+# ---- 1. the state table
+
+COLUMNS = ("OPENING", "LOGIN", "PLAYING", "ASKING", "WAITING", "BACKOFF", "RETURNING", "REOPENING", "CLOSING")
+# OPENING is LOGIN and REOPENING is RETURNING while the link still opens; WAITING: the world is down; BACKOFF: WAITING
+# while the world is up but did not take the link.
+SAME, OPEN_LINK, ONLY = "the same", "LOGIN PLAYING RETURNING", "-"
+REST = "OPENING ASKING WAITING BACKOFF REOPENING CLOSING"
+# event: {states: (new state, the link: SAME, none, new or shut, what the client is sent, what the world is sent)};
+# ONLY: it cannot happen there, for there is no open link
+TABLE = {
+    "client text": {
+        "OPENING ASKING RETURNING REOPENING CLOSING": (SAME, SAME, []),
+        "LOGIN PLAYING": (SAME, SAME, [], ["hello"]), "WAITING BACKOFF": (SAME, SAME, ["# UNSENT hello"])},
+    "client EOF": {
+        "LOGIN PLAYING": ("CLOSING", "shut", []),
+        "OPENING ASKING WAITING BACKOFF RETURNING REOPENING CLOSING": ("gone", "none", [])},
+    "client reset": {" ".join(COLUMNS): ("gone", "none", [])},
+    "world text": {"LOGIN PLAYING": (SAME, SAME, ["text"]), "RETURNING": (SAME, SAME, []), REST: ONLY},
+    "link closes": {
+        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("WAITING", "none", ["last words"]), REST: ONLY},
+    "ten seconds": {
+        "LOGIN PLAYING ASKING WAITING": (SAME, SAME, []), "OPENING": ("LOGIN", "none", ["# OFFLINE"]),
+        "REOPENING": ("WAITING", "none", []), "BACKOFF": ("RETURNING", "new", []),
+        "RETURNING": ("LOGIN", SAME, ["# ONLINE"]), "CLOSING": ("gone", "none", [])},
+    "verdict: left": {
+        "ASKING": ("CLOSING", "none", []),
+        "OPENING LOGIN PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, [])},
+    "verdict: other life": {
+        "ASKING": ("RETURNING", "new", ["# OFFLINE"]),
+        "OPENING LOGIN PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, [])},
+    "silent": {" ".join(COLUMNS[:3]) + " WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, []),
+               "ASKING": (SAME, SAME, ["# SILENT"])},
+    "silent, two lines": {
+        "OPENING ASKING": (SAME, SAME, ["# SILENT"]), "LOGIN PLAYING": (SAME, SAME, ["# SILENT"], ["one", "two"]),
+        "WAITING BACKOFF": (SAME, SAME, ["# UNSENT one", "# UNSENT two"]), "RETURNING REOPENING CLOSING": (SAME, SAME, [])},
+    "world down": {
+        "OPENING LOGIN PLAYING ASKING": ("WAITING", "none", ["# OFFLINE"]), "WAITING BACKOFF CLOSING": (SAME, "none", []),
+        "RETURNING REOPENING": ("WAITING", "none", [])},
+    "world up": {
+        "OPENING LOGIN PLAYING ASKING RETURNING REOPENING CLOSING": (SAME, SAME, []),
+        "WAITING BACKOFF": ("RETURNING", "new", [])},
+    "world reborn": {
+        "OPENING LOGIN": ("LOGIN", "new", ["# OFFLINE", "# ONLINE"]), "PLAYING ASKING": ("RETURNING", "new", ["# OFFLINE"]),
+        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []), "CLOSING": (SAME, SAME, [])},
+    "address moved": {
+        "OPENING LOGIN": ("LOGIN", "new", ["# MOVED", "# ONLINE"]), "PLAYING ASKING": ("RETURNING", "new", ["# MOVED"]),
+        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []), "CLOSING": (SAME, SAME, [])},
+    "HUP": {" ".join(COLUMNS): (SAME, SAME, [])},
+}
+
+
+def bring_to(rig, column):
+    """A client in that state, and the world's end of its link."""
+    if column in ("OPENING", "LOGIN"):
+        if column == "OPENING":
+            rig.found("life 1", rig.full)
+        client = rig.client(tcp=True)
+        return client, rig.game.accept() if column == "LOGIN" else None
+    client, link = rig.player(tcp=True)
+    if column == "CLOSING":
+        client.send("QUIT\r\n")
+        rig.settle(lambda: b"QUIT" in link.read())
+    if column in ("ASKING", "CLOSING"):
+        link.sock.close()
+        rig.settle(lambda: state_of(client) == column)
+    elif column != "PLAYING":
+        rig.down()
+        if column != "WAITING":
+            rig.found("life 2", rig.full if column == "REOPENING" else rig.game)
+        link = rig.game.accept() if column in ("RETURNING", "BACKOFF") else None
+        if column == "BACKOFF":
+            link.sock.close()
+            rig.settle(lambda: state_of(client) == "WAITING")
+    return client, link if column in ("PLAYING", "RETURNING") else None
+
+
+def cause(rig, event, client, link):
+    """Make the event happen."""
+    number, serial, life = client.session.number, client.session.serial, rig.hub.world.life
+    if event == "link closes":
+        link.send("last words\r\n")
+        link.sock.close()
+    elif event == "silent, two lines":
+        rig.post(rig.hub.on_silent)
+        client.send("one\r\n")
+        rig.settle()
+        client.send("two\r\n")
+    else:
+        {"client text": lambda: client.send("hello\r\n"), "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR),
+         "client reset": client.reset, "world text": lambda: link.send("text\r\n"),
+         "ten seconds": lambda: rig.clock.advance(10.1), "silent": lambda: rig.post(rig.hub.on_silent),
+         "verdict: left": lambda: rig.answer([(number, serial)], client.session.life),
+         "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"), "world down": rig.down,
+         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"), "HUP": rig.hub.reload,
+         "address moved": lambda: rig.found("life 9", rig.other, AWAY)}[event]()
+
+
+class StateTable(unittest.TestCase):
+    def test_every_cell(self):
+        cells = {(event, column): cell for event, row in TABLE.items()
+                 for columns, cell in row.items() for column in columns.split()}
+        self.assertEqual(set(cells), set(itertools.product(TABLE, COLUMNS)), "a cell is missing")
+        self.check("client text", "LOGIN", cells["client text", "LOGIN"])        # imports and caches open their files
+        for (event, column), cell in cells.items():
+            with self.subTest(event=event, state=column):
+                before = open_descriptors()
+                self.check(event, column, cell)
+                self.assertEqual(open_descriptors(), before, "descriptors leaked")
+
+    def check(self, event, column, cell):
+        rig = Rig()
+        try:
+            client, link = bring_to(rig, column)
+            rig.settle()
+            client.read(), link and link.read()
+            old, state = client.session.link, state_of(client)
+            if cell is ONLY:
+                self.assertTrue(old is None or old.connecting)
+                return
+            cause(rig, event, client, link)
+            wanted = state if cell[0] is SAME else cell[0]
+            rig.settle()
+            self.assertEqual(state_of(client), wanted)
+            if event != "client reset":
+                self.assertEqual(client.lines(), cell[2])
+                self.assertEqual(client.ended, wanted in ("gone", "CLOSING") and cell[1] != "shut")
+            self.check_link(cell[1], client.session, old, link)
+            self.assertEqual(link.lines() if link and len(cell) > 3 else [], cell[3] if len(cell) > 3 else [])
+            check_consistent(self, rig)
+        finally:
+            rig.close()
+
+    def check_link(self, wanted, session, old, link):
+        if wanted == "none":
+            self.assertIsNone(session.link)
+        elif wanted == "new":
+            self.assertTrue(session.link and session.link is not old)
+        else:
+            self.assertIs(session.link, old)
+        if old and wanted in ("none", "new"):
+            self.assertTrue(old.closed)
+        if wanted == "shut":
+            link.read()
+            self.assertTrue(link.ended)
+
+
+# ---- 2. every order
+
+class EveryOrder(unittest.TestCase):
+    """Rule 2, asked about each order in which things can be learnt; the oracle below is the rule in a few lines."""
+
+    def walk(self, rig, client, order, oracle, cause):
+        """Cause each event in turn and compare with what the oracle says of the events so far."""
+        old_link = client.session.link
+        for count, event in enumerate(order, 1):
+            cause(event)
+            rig.settle()
+            wanted = oracle(order[:count])
+            self.assertEqual("CLOSING" if state_of(client) == "gone" else state_of(client), wanted, order[:count])
+            if wanted == "PLAYING":
+                self.assertIs(client.session.link, old_link, "a user of a living world was disturbed")
+        return client.lines()
+
+    def start(self, has_quit):
+        rig = Rig()
+        client, link = rig.player()
+        if has_quit:
+            client.send("QUIT\r\n")
+            rig.settle(lambda: b"QUIT" in link.read())
+        return rig, client, link
+
+    # {the link closes, the heartbeat's connection closes, a probe is answered on it, the heartbeat is back, 3 s, HUP}
+
+    EVENTS = ("link", "heartbeat", "answer", "back", "3 s", "HUP")
+
+    @staticmethod
+    def verdict(order, life, refused, has_quit):
+        """What must have become of the user after these events."""
+        user, heartbeat, down = "PLAYING", "old", False
+        held = "CLOSING" if has_quit else "WAITING"             # the world is gone; one who typed QUIT is not kept
+        for event in order:
+            if event == "link" and user == "PLAYING":
+                user = "CLOSING" if has_quit else "ASKING"
+            elif event == "answer" and user == "ASKING":
+                user = "CLOSING"                                # asked after the close, on a connection older than it
+            elif event == "heartbeat":
+                heartbeat = "away"
+            elif event == "3 s" and heartbeat == "away":
+                down = True                                     # it could not get back in time
+            elif event == "back":
+                heartbeat = life
+                if life == "new" and user in ("PLAYING", "ASKING"):
+                    user = held                                 # the world he was in is no more
+            if heartbeat == "away" and (down or refused and user == "ASKING") and user in ("PLAYING", "ASKING"):
+                user = held
+            if heartbeat in ("same", "new", "unknown"):
+                if user == "ASKING":                            # the next probe: only the same life proves anything
+                    user = "CLOSING" if heartbeat == "same" else "WAITING"
+                user = "RETURNING" if user == "WAITING" else user
+        return user
+
+    def one_order(self, order, life, refused, has_quit):
+        rig, client, link = self.start(has_quit)
+        is_back = False
+
+        def cause(event):
+            nonlocal is_back
+            if event == "link":
+                link.sock.close()
+            elif event == "heartbeat":
+                rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+            elif event == "answer":
+                rig.answer()
+            elif event == "3 s":
+                rig.clock.advance(3.1)
+            elif event == "HUP":
+                rig.hub.reload()
+            else:
+                is_back = True
+                rig.found({"same": "life 1", "new": "life 2", "unknown": "?2"}[life])
+            rig.settle()
+            if refused and "heartbeat" == event:
+                rig.post(rig.hub.on_unreachable, HOME, "refused")
+            elif refused and not is_back and rig.hub._away_since is not None:
+                rig.post(rig.hub.on_unreachable, HOME, "refused")
+            if is_back and rig.beat.asks:
+                rig.answer()
+        try:
+            sent = self.walk(rig, client, order, lambda events: self.verdict(events, life, refused, has_quit), cause)
+            self.assertLessEqual(sent.count("# OFFLINE"), 1)
+            self.assertEqual("# OFFLINE" in sent, state_of(client) == "RETURNING")
+            check_consistent(self, rig)
+        finally:
+            rig.close()
+
+    def test_loss_and_return(self):
+        count = 0
+        for order in itertools.permutations(self.EVENTS):
+            if not order.index("answer") < order.index("heartbeat") < order.index("back"):
+                continue                                        # cannot be: a closed connection answers nothing
+            for case in itertools.product(("same", "new", "unknown"), (False, True), (False, True)):
+                count += 1
+                with self.subTest(order=order, life=case[0], refused=case[1], has_quit=case[2]):
+                    self.one_order(order, *case)
+        self.assertEqual(count, 1440)
+
+    # {silent, answers again, silent for dead_after, fail-over, the link closes}
+
+    @staticmethod
+    def can_be(order):
+        """Only a silent world can answer again or be given up; one given up is not silent any more."""
+        silent = down = False
+        for event in order:
+            if event in ("answers", "dead") and not silent or event == "silent" and down:
+                return False
+            silent = event == "silent" or silent and event == "link"
+            down = event == "dead" or down and event != "fail-over"
+        return True
+
+    @staticmethod
+    def fate(order, has_quit):
+        """What must have become of the user: as in verdict(), with silence and another world."""
+        user, healthy = "PLAYING", True
+        held = "CLOSING" if has_quit else "WAITING"
+        for event in order:
+            healthy = event in ("answers", "fail-over") or healthy and event == "link"
+            if event == "link" and user == "PLAYING":
+                user = "CLOSING" if has_quit else "ASKING"
+            elif event in ("dead", "fail-over") and user in ("PLAYING", "ASKING"):
+                user = held
+            elif event == "dead" and user == "RETURNING":
+                user = "WAITING"                                # the other world has died too
+            if user == "ASKING" and healthy:
+                user = "CLOSING"
+            if event == "fail-over" and user == "WAITING":
+                user = "RETURNING"                              # to the other world
+        return user
+
+    def one_fate(self, order, has_quit):
+        rig, client, link = self.start(has_quit)
+        asked = []
+
+        def cause(event):
+            {"link": link.sock.close, "silent": lambda: rig.post(rig.hub.on_silent),
+             "answers": lambda: rig.post(rig.hub.on_answering), "dead": rig.down,
+             "fail-over": lambda: rig.found("life 2", rig.other, AWAY)}[event]()
+            rig.settle()
+            asked.extend(rig.beat.asks)
+            if rig.hub.health is has.Health.UP:                 # the heartbeat answers, old questions too
+                rig.answer(list(asked))
+        try:
+            sent = self.walk(rig, client, order, lambda events: self.fate(events, has_quit), cause)
+            self.assertLessEqual(sent.count("# SILENT"), 1)
+            check_consistent(self, rig)
+        finally:
+            rig.close()
+
+    def test_silence_death_and_fail_over(self):
+        events = ("silent", "answers", "dead", "fail-over", "link")
+        orders = [order for size in range(1, 6) for order in itertools.permutations(events, size) if self.can_be(order)]
+        self.assertGreater(len(orders), 30)
+        for order, has_quit in itertools.product(orders, (False, True)):
+            with self.subTest(order=order, has_quit=has_quit):
+                self.one_fate(order, has_quit)
+
+
+class HeartbeatAlone(RigCase):
+    def test_its_loss_disturbs_nobody(self):
+        """Booted, and back within 3 s, whatever is known of the world's life; the same for a refused try."""
+        for life, refused in itertools.product(("life 1", "?2"), (False, True)):
+            with self.subTest(life=life, refused=refused):
+                rig = self.rig()
+                client, link = rig.player()
+                rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+                if refused:
+                    rig.post(rig.hub.on_unreachable, HOME, "refused")
+                rig.pass_time(2.5)
+                rig.found(life)
+                rig.pass_time(1, 10, 60)
+                link.send("text\r\n")
+                client.send("hello\r\n")
+                rig.settle()
+                self.assertEqual((client.lines(), link.lines(), state_of(client)), (["text"], ["hello"], "PLAYING"))
+
+    def test_booted_long_after_an_unknown_life_was_adopted(self):
+        rig = self.rig()
+        client, link = rig.player()
+        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.found("?2")
+        rig.pass_time(6)
+        link.sock.close()
+        rig.settle()
+        rig.answer()
+        self.assertEqual(state_of(client), "CLOSING")
+
+    def test_all_links_and_the_heartbeat_end_together(self):
+        """Down within a second although no try to come back was refused yet."""
+        rig = self.rig()
+        clients = [rig.player(name) for name in ("Alice", "Bob")]
+        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        for _, link in clients:
+            link.reset()
+        rig.settle()
+        rig.pass_time(0.5)
+        self.assertEqual([state_of(client) for client, _ in clients], ["WAITING", "WAITING"])
+
+    def test_one_probe_serves_only_who_asked_before_it(self):
+        rig = self.rig()
+        (one, link), (two, other) = rig.player("Alice"), rig.player("Bob")
+        link.sock.close()
+        rig.settle()
+        asks, rig.beat.asks = rig.beat.asks, []
+        other.sock.close()                                      # after the probe was sent
+        rig.settle()
+        rig.answer(asks)
+        self.assertEqual((state_of(one), state_of(two)), ("CLOSING", "ASKING"))
+
+
+# ---- 3. serials
+
+class Serials(RigCase):
+    def test_a_verdict_about_an_older_link_is_ignored(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        rig.let_in(link)
+        link.sock.close()
+        rig.settle()
+        (new,) = rig.beat.asks
+        for serial in range(new[1]):
+            rig.answer([(new[0], serial)])
+            self.assertEqual(state_of(client), "ASKING", serial)
+        rig.answer([new])
+        self.assertEqual(state_of(client), "CLOSING")
+
+    def test_timers_of_an_older_link_are_ignored(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        rig.pass_time(5)
+        link.sock.close()
+        rig.settle()
+        rig.pass_time(1.1)                                      # the second try: its 10 s begin now
+        self.assertEqual(state_of(client), "RETURNING")
+        rig.pass_time(5)                                        # the first one's are over
+        self.assertEqual(state_of(client), "RETURNING")
+        rig.pass_time(5.1)
+        self.assertEqual(state_of(client), "LOGIN")
+
+    def test_a_check_for_an_older_link_is_ignored(self):
+        rig = self.rig("teenymush", up=False)
+        client = rig.client()
+        rig.found("life 1", checks=True)
+        session = client.session
+        login = has.Credentials(b"connect", b"Alice", b"pw")
+        session._logged_in(login)
+        (number, serial, _), = rig.beat.checks
+        rig.post(rig.hub.on_checked, number, serial - 1, [False])
+        self.assertIs(session.login, login)
+        rig.post(rig.hub.on_checked, number, serial, [False])
+        self.assertIsNone(session.login)
+
+    def test_numbers_are_never_used_again(self):
+        rig, seen = self.rig(), []
+        for _ in range(5):
+            client = rig.client()
+            seen.append(client.session.number)
+            client.sock.close()
+            rig.settle()
+            rig.pass_time(10.1)
+            rig.answer([(seen[-1], 1)])                         # a verdict for one who is gone
+        self.assertEqual(seen, sorted(set(seen)))
+
+
+# ---- 4. timers
+
+class Timers(RigCase):
+    def tries(self, rig, client, seconds):
+        """When, in steps of half a second, a new try to connect was made."""
+        found, last = [], client.session.serial
+        for step in range(1, int(seconds * 2) + 1):
+            rig.pass_time(0.5)
+            if client.session.serial != last:
+                found.append(step / 2)
+                last = client.session.serial
+        return found
+
+    def test_back_off(self):
+        wanted = [1, 3, 7, 15, 31, 61, 91, 121]                 # 1, 2, 4, 8, 16, 30, 30, 30 s apart
+        for column in ("LOGIN", "RETURNING"):
+            with self.subTest(state=column):
+                rig = self.rig()
+                client = rig.returning()[0] if column == "RETURNING" else None
+                rig.game.sock.close()                           # from now on connects are refused
+                if client:
+                    rig.game.peers[-1].sock.close()
+                client = client or rig.client()
+                rig.settle()
+                self.assertEqual(self.tries(rig, client, 125), wanted)
+
+    def test_a_refused_newcomer_is_told_once_after_5_s(self):
+        rig = self.rig()
+        rig.game.sock.close()
+        client = rig.client()
+        rig.pass_time(*[0.5] * 9)
+        self.assertEqual(client.lines(), [])
+        rig.pass_time(*[0.5] * 60)
+        self.assertEqual(client.lines(), ["# OFFLINE"])
+
+    def test_what_he_typed_goes_on_when_the_link_opens(self):
+        rig = self.rig(up=False)
+        client = rig.client()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.found("life 1")
+        self.assertIn("connect Alice pw", rig.game.accept().lines())
+
+    def test_login_hold_and_hold(self):
+        # login typed before, during or not at all; seconds after which he is let go
+        for typed, login_hold, hold, wanted in (
+                ("never", 300, 0, 300), ("before", 300, 0, None), ("during", 300, 0, None), ("never", 0, 0, None),
+                ("before", 300, 900, 900), ("during", 300, 900, 900), ("before", 900, 300, 300)):
+            with self.subTest(typed=typed, login_hold=login_hold, hold=hold):
+                rig = self.rig(login_hold=login_hold, hold=hold)
+                client = rig.player()[0] if typed == "before" else rig.client()
+                rig.down()
+                if typed == "during":
+                    client.send("connect Alice pw\r\n")
+                    rig.settle()
+                client.read()
+                steps = [step for step in range(100, 1500, 100) if rig.pass_time(100) or state_of(client) == "CLOSING"]
+                self.assertEqual(steps[:1], [wanted] if wanted else [])
+                self.assertEqual(len(client.lines()), 1 if wanted else 0)
+
+    def test_a_hold_ends_with_the_wait_it_was_for(self):
+        """The next wait begins anew, also where the world was started anew and never seen down."""
+        rig = self.rig(hold=300)
+        client, link = rig.returning()
+        rig.pass_time(1)
+        rig.let_in(link)
+        rig.pass_time(285)
+        rig.found("life 3")                                     # 286 s after the first wait began
+        for wait in (1, 2, 4, 8):
+            rig.game.accept().sock.close()                      # it is full
+            rig.settle(lambda: state_of(client) == "WAITING")
+            rig.pass_time(wait + 0.1)
+        self.assertEqual(state_of(client), "RETURNING")
+
+    def test_closing_lasts_10_s_at_most_and_ignores_input(self):
+        rig = self.rig()
+        client, _ = bring_to(rig, "CLOSING")
+        client.send("connect Bob pw\r\nhello\r\n")
+        rig.pass_time(9.9)
+        self.assertEqual((state_of(client), client.lines()), ("CLOSING", []))
+        rig.pass_time(0.2)
+        self.assertTrue(is_gone(client))
+
+    def test_half_closed_client_gets_its_answers(self):
+        """What he typed last is carried out and all of the answer reaches him, though it does not fit at once."""
+        rig = self.rig()
+        client, link = rig.player()
+        client.send("WHO\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        link.read()
+        self.assertTrue(link.ended)
+        sent = 0
+        while len(client.session.client.out) < 100000:          # more than the socket takes
+            sent += link.sock.send(b"line\r\n" * 1000)
+            rig.settle()
+        link.sock.close()
+        rig.settle()
+        got = sum(rig.settle() or len(client.read()) for _ in range(50))
+        self.assertEqual(got, sent)
+
+    def test_last_resort_of_a_return(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        link.send("something strange\r\n")
+        client.send("hello\r\n")
+        rig.settle()
+        rig.pass_time(9.9)
+        self.assertEqual((state_of(client), client.lines()), ("RETURNING", []))
+        link.read()
+        rig.pass_time(0.2)
+        self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# ONLINE", "something strange"]))
+        self.assertEqual(link.lines(), ["hello"])
+
+    def test_unsent_lines_ten_a_second_then_a_count(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.down()
+        client.read()
+        client.send("".join(f"line {n}\r\n" for n in range(25)))
+        rig.settle()
+        self.assertEqual(client.lines(), [f"# UNSENT line {n}" for n in range(10)])
+        rig.pass_time(1.1)
+        self.assertEqual(client.lines(), ["# UNSENT (and 15 lines more)"])
+        client.send("again\r\n")
+        rig.settle()
+        self.assertEqual(client.lines(), ["# UNSENT again"])
+
+    def test_unsent_lines_are_answered_in_the_next_outage_too(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.down()
+        client.send("".join(f"line {n}\r\n" for n in range(12)))
+        rig.settle()
+        rig.found("life 2")                                     # before the second is over
+        rig.let_in(rig.game.accept())
+        rig.pass_time(5)
+        rig.down()
+        client.read()
+        client.send("hello\r\n")
+        rig.settle()
+        self.assertEqual(client.lines(), ["# UNSENT hello"])
+
+
+class StuckClient(RigCase):
+    def fill(self, rig, client, link, until=None):
+        """The world sends until the link is not read any more, or `until` bytes went on."""
+        sent, line = 0, b"x" * 98 + b"\r\n"
+        while sent < (until or 1 << 26) and (until or not client.session.client.full):
+            try:
+                sent += link.sock.send(line * 600)
+            except BlockingIOError:
+                break
+            rig.settle()
+        return sent
+
+    def start(self, **settings):
+        rig = self.rig(**settings)
+        client, link = rig.player()
+        self.fill(rig, client, link)
+        return rig, client, link
+
+    def drain(self, rig, client):
+        got = chunk = client.read()
+        while chunk:
+            rig.settle()
+            chunk = client.read()
+            got += chunk
+        return got
+
+    def is_read(self, rig, client):
+        link = client.session.link
+        return link.sock in [key.fileobj for key in rig.hub.selector.get_map().values()]
+
+    def test_the_link_is_paused_and_goes_on_when_there_is_room(self):
+        rig, client, link = self.start()
+        self.assertFalse(self.is_read(rig, client))
+        got = self.drain(rig, client)
+        self.assertTrue(self.is_read(rig, client))
+        self.assertNotIn(b"output lost", got)
+
+    def test_a_pause_ends_after_2_s_and_old_lines_are_lost(self):
+        rig, client, link = self.start(output_limit=400000)
+        rig.pass_time(1.9)
+        self.assertFalse(self.is_read(rig, client))
+        rig.pass_time(0.2)
+        self.assertTrue(self.is_read(rig, client))
+        self.fill(rig, client, link, 3000000)
+        self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
+        link.send("the end\r\n")
+        rig.settle()
+        got = self.drain(rig, client)
+        self.assertRegex(got, rb"\r\n\x1b\[0m<output lost: \d+ lines>\r\n(x{98}\r\n)+the end\r\n\Z")
+        self.assertEqual(set(got.split(b"\r\n")) - {b"x" * 98, b""} - {b"the end"},
+                         set(re.findall(rb"\x1b\[0m<output lost: \d+ lines>", got)))
+
+    def test_two_short_pauses_are_no_long_one(self):
+        rig, client, link = self.start()
+        rig.pass_time(1)
+        self.drain(rig, client)
+        rig.pass_time(0.5)
+        self.fill(rig, client, link)
+        rig.pass_time(0.6)                                      # 2.1 s after the first, 0.6 s after the second began
+        self.assertFalse(self.is_read(rig, client))
+
+    def test_closed_after_10_minutes_without_reading(self):
+        rig, client, _ = self.start()
+        rig.pass_time(*[60] * 9)
+        self.assertEqual(state_of(client), "PLAYING")
+        rig.pass_time(61)
+        self.assertTrue(is_gone(client))
+
+    def test_a_slow_reader_is_not_closed(self):
+        rig, client, link = self.start()
+        for _ in range(15):
+            client.sock.recv(25000)
+            rig.pass_time(60)
+        self.assertEqual(state_of(client), "PLAYING")
+
+    def test_shorten(self):
+        lines = [b"line %d\r\n" % n for n in range(1000)]
+        telnet = b"\xff\xfb\x01"
+        cases = {"lines": b"".join(lines), "telnet among them": b"".join(lines[:50]) + telnet + b"".join(lines[50:]),
+                 "counted twice": b"".join(lines[:3]) + b"<output lost: 7 lines>\r\n" + b"".join(lines[3:])}
+        for name, text in cases.items():
+            with self.subTest(name):
+                out = bytes(has.shorten(bytearray(text), 2000))
+                self.assertLess(len(out), 2100)
+                self.assertTrue(out.startswith(lines[0]) and out.endswith(lines[-1]))
+                (lost,) = re.findall(rb"<output lost: (\d+) lines>\r\n", out)
+                kept = len(re.findall(rb"line \d+\r\n", out))
+                self.assertEqual(int(lost) + kept, 1000 + 7 * (name == "counted twice"))
+                self.assertEqual(out.count(telnet), text.count(telnet))
+
+    def test_shorten_keeps_a_telnet_sequence_with_a_newline_in_it(self):
+        gmcp = b"\xff\xfa\xc9Some.Thing {\n \"a\": 1\n}\xff\xf0"
+        text = b"first\r\n" + gmcp.join([b"some line\r\n" * 20] * 20) + b"last\r\n"
+        for limit in range(1000, 1300):
+            out = bytes(has.shorten(bytearray(text), limit))
+            self.assertEqual(out.count(gmcp), text.count(gmcp), limit)
+
+
+# ---- 5. rules
+
+class Waiting(RigCase):
+    """Rule 3."""
+
+    def waiting(self, rig=None):
+        rig = rig or self.rig()
+        client = rig.client()
+        rig.game.accept()
+        rig.down()
+        client.read()
+        return rig, client
+
+    def test_a_login_is_kept_never_echoed_and_tried(self):
+        for typed in ("connect Alice secret\r\n", 'connect "Alice" secret\r\n', "connect Alice secret\n", "cr Alice secret\r\n",
+                      "connect Alicex\b secret\r\n"):
+            with self.subTest(typed):
+                rig, client = self.waiting()
+                for byte in typed:
+                    client.send(byte)
+                rig.settle()
+                sent = client.read()
+                self.assertNotIn(b"secret", sent)
+                self.assertIn(b"You will be logged in", sent)
+                rig.found("life 2")
+                self.assertEqual(state_of(client), "RETURNING")
+                self.assertRegex(rig.game.accept().read(), rb'"?Alice"? secret\r\n')
+
+    def test_a_login_typed_before_the_world_was_ever_seen(self):
+        """HAS started while the world was down: clients that log in by themselves send it exactly once."""
+        for family in ("auto", "tinymux"):
+            with self.subTest(mush_type=family):
+                rig = self.rig(up=False, mush_type=family)
+                rig.post(rig.hub.on_unreachable, HOME, "refused")
+                client = rig.client()
+                self.assertEqual(client.lines(), ["# OFFLINE"])
+                client.send("connect Alice secret\r\n")
+                rig.settle()
+                self.assertNotIn(b"secret", client.read())
+                rig.found("life 1")
+                self.assertIn(b"connect Alice secret", rig.game.accept().read())
+
+    def test_an_unconfirmed_login_is_tried_again(self):
+        rig = self.rig()
+        client = rig.client()
+        client.send("connect Alice secret\r\n")
+        rig.settle()
+        rig.game.accept()
+        rig.down()
+        rig.found("life 2")
+        self.assertIn(b"connect Alice secret", rig.game.accept().read())
+
+    def test_a_refused_login_is_tried_once(self):
+        rig, client = self.waiting()
+        client.send("connect Alice wrong\r\n")
+        rig.settle()
+        rig.found("life 2")
+        link = rig.game.accept()
+        client.read()
+        rig.let_in(link, None)
+        fresh = rig.game.accept()
+        self.assertEqual((state_of(client), client.lines(), fresh.read()), ("LOGIN", ["# REFUSED"], b""))
+
+    def test_lines(self):
+        for typed, wanted in (("hello", "# UNSENT hello"), ("a\x1b[31mb", "# UNSENT a?[31mb"),
+                              ("connect Alice", "# UNSENT connect Alice"), ("caf\u00e9", "# UNSENT caf\u00c3\u00a9")):
+            with self.subTest(typed):
+                rig, client = self.waiting()
+                client.send(typed + "\r\n")
+                rig.settle()
+                self.assertEqual(client.lines(), [wanted])
+
+    def test_quit_leaves(self):
+        for typed in ("QUIT\r\n", "quit\n", "hello\r\nQUIT\r\nhello\r\n"):
+            with self.subTest(typed):
+                rig, client = self.waiting()
+                client.send(typed)
+                rig.settle()
+                client.read()
+                self.assertEqual((state_of(client), client.ended), ("CLOSING", True))
+
+    def test_a_quit_typed_while_a_verdict_is_awaited_leaves(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.sock.close()
+        rig.settle()
+        client.send("QUIT\r\n")
+        rig.settle()
+        rig.down()
+        self.assertEqual(state_of(client), "CLOSING")
+
+    def test_over_long_line(self):
+        rig, client = self.waiting()
+        for _ in range(20):
+            client.send("x" * 5000)
+            rig.settle()
+        client.send("\r\nhello\r\n")
+        rig.settle()
+        self.assertEqual(client.lines()[-1], "# UNSENT hello")
+
+    def test_spoof_word_is_not_kept(self):
+        rig, client = self.waiting(self.rig("teenymush"))
+        client.send("@remotehostname 1.2.3.4\r\n@remo\x00te\xffhostname".encode("latin-1") + b"\r\n")
+        rig.settle()
+        self.assertNotIn(b"1.2.3.4", client.read())
+        rig.found("life 2")
+        self.assertNotIn(b"1.2.3.4", rig.game.accept().read())
+
+
+class Silence(RigCase):
+    def test_newcomer_of_a_silent_world_is_told_if_he_types(self):
+        rig = self.rig()
+        rig.post(rig.hub.on_silent)
+        client = rig.client()
+        client.send("WHO\r\nWHO\r\n")
+        rig.settle()
+        self.assertEqual(client.lines(), ["# SILENT"])
+
+    def test_each_silence_is_told_once(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        for _ in range(2):
+            rig.post(rig.hub.on_silent)
+            client.send("one\r\n")
+            rig.settle()
+            client.send("two\r\n")
+            rig.settle()
+            self.assertEqual(client.lines(), ["# SILENT"])
+            rig.post(rig.hub.on_answering)
+
+    def test_a_link_that_ends_during_the_silence(self):
+        rig = self.rig()
+        client, link = rig.player()
+        rig.post(rig.hub.on_silent)
+        link.sock.close()
+        rig.settle()
+        self.assertEqual((state_of(client), client.lines()), ("ASKING", ["# SILENT"]))
+
+
+class Returning(RigCase):
+    def test_on_success_only_the_online_notice(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        rig.let_in(link, "Welcome, Alice!\r\nLimbo")
+        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
+
+    def test_kept_lines_go_one_at_a_time(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        client.send("one\r\ntwo\r\nthree\r\nfour\r\n")
+        rig.settle()
+        rig.let_in(link)
+        self.assertEqual(link.lines(), ["one"])
+        link.send("answer\r\n")
+        rig.settle()
+        self.assertEqual(link.lines(), ["two"])
+        rig.pass_time(0.05)
+        self.assertEqual(link.lines(), [])
+        rig.pass_time(0.06)
+        self.assertEqual(link.lines(), ["three"])
+        rig.pass_time(0.11)
+        self.assertEqual(link.lines(), ["four"])
+        client.send("five\r\n")
+        rig.settle()
+        self.assertEqual(link.lines(), ["five"])
+
+    def test_an_answer_does_not_shorten_the_next_100_ms(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        client.send("one\r\ntwo\r\nthree\r\nfour\r\n")
+        rig.settle()
+        rig.let_in(link)
+        link.read()
+        rig.pass_time(0.09)
+        link.send("answer\r\n")
+        rig.settle()
+        before = link.lines()
+        rig.pass_time(0.02)                                     # the timer of the line before that answer
+        self.assertEqual((len(before), link.lines()), (1, []))
+
+    def test_typing_on_does_not_stop_the_kept_lines(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        client.send("one\r\ntwo\r\nthree\r\n")
+        rig.settle()
+        rig.let_in(link)
+        sent = link.lines()
+        rig.pass_time(0.05)
+        client.send("four\r\n")
+        rig.pass_time(*[0.06] * 20)                             # the world says nothing
+        self.assertEqual(sent + link.lines(), ["one", "two", "three", "four"])
+
+    def test_last_words_are_shown_once(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        for seconds in (1, 2, 4, 8):
+            link.send("The game is full.\r\n")
+            link.sock.close()
+            rig.settle()
+            rig.pass_time(seconds + 0.1)
+            link = rig.game.accept()
+        self.assertEqual((state_of(client), client.lines()), ("RETURNING", ["The game is full."]))
+
+    def test_nobody_waits_for_one_who_ends(self):
+        """TinyMUSH takes one at a time: a client that leaves in the middle of its return gives its turn away."""
+        rig = self.rig()
+        clients = [rig.player(name)[0] for name in ("Alice", "Bob", "Carol")]
+        rig.down()
+        rig.family = type("Slow", (type(rig.family),), {"at_once": 1})()
+        rig.found("life 2")
+        self.assertEqual([state_of(c) for c in clients], ["RETURNING", "WAITING", "WAITING"])
+        clients[0].sock.close()
+        rig.settle()
+        self.assertEqual([state_of(c) for c in clients], ["gone", "RETURNING", "WAITING"])
+
+
+class ArrivalNoise(RigCase):
+    """Rule 6."""
+
+    def start(self):
+        rig = self.rig()
+        clients = [rig.player(name)[0] for name in ("Alice", "Bob")]
+        rig.down()
+        rig.found("life 2")
+        links = [rig.game.accept(), rig.game.accept()]
+        for link in links:
+            rig.let_in(link)
+        clients[0].read()
+        return rig, clients[0], links[0]
+
+    def test_hidden_in_every_split(self):
+        rig, client, link = self.start()
+        text = b"Carol has connected.\r\nBob has connected.\r\nBob waves.\r\n"
+        for split in range(1, len(text)):
+            link.send(text[:split])
+            rig.settle()
+            link.send(text[split:])
+            rig.settle()
+            self.assertEqual(client.read(), b"Carol has connected.\r\nBob waves.\r\n", split)
+
+    def test_which_lines(self):
+        rig, client, link = self.start()
+        for line, shown in ((b"BOB has reconnected.", 0), (b"Bob has disconnected.", 0), (b"Bobby has connected.", 1),
+                            (b"Bob has connected. Not!", 1), (b"Dora: Bob has connected.", 1), (b"Bob has", 1)):
+            link.send(line + b"\r\n")
+            rig.settle()
+            self.assertEqual(client.read(), (line + b"\r\n") * shown)
+
+    def test_a_prompt_is_shown_and_the_time_ends(self):
+        rig, client, link = self.start()
+        link.send(b"Bo")
+        rig.settle()
+        self.assertEqual(client.read(), b"")
+        rig.pass_time(0.4)
+        self.assertEqual(client.read(), b"Bo")
+        link.send(b"at> \r\n")
+        rig.pass_time(10)
+        client.read()
+        link.send(b"Bob has connected.\r\n")
+        rig.settle()
+        self.assertEqual(client.read(), b"Bob has connected.\r\n")
+
+
+class Notices(RigCase):
+    """Rules 10 and 11."""
+
+    def begin(self, text):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(text)
+        rig.settle()
+        rig.post(rig.hub.on_silent)
+        client.send("hello\r\n")
+        rig.settle()
+        return rig, client, link
+
+    def test_never_inside_a_sequence(self):
+        for whole, cuts in ((b"a \x1b[31mred\x1b[0m b", range(1, 14)), ("caf\u00e9 \u2603".encode(), range(1, 9)),
+                            (b"\xff\xfa\x18\x01\xff\xf0go", range(1, 6)), (b"\xff\xfb\x01go", range(1, 3)),
+                            (b"\x1b]0;title\x07go", range(1, 10))):
+            for cut in cuts:
+                with self.subTest(whole=whole, cut=cut):
+                    rig, client, link = self.begin(whole[:cut])
+                    rig.pass_time(0.9)
+                    link.send(whole[cut:] + b"\r\n")
+                    rig.settle()
+                    rig.pass_time(2)
+                    sent = client.read()
+                    self.assertIn(whole, sent)
+                    self.assertEqual(sent.replace(b"\x1b[0m# SILENT\r\n", b""), whole + b"\r\n")
+
+    def test_waits_1_s_at_most(self):
+        for prompt, wanted in ((b"prompt> ", b"prompt> \x1b[0m\r\n# SILENT\r\n"), (b"", b"\x1b[0m# SILENT\r\n"),
+                               (b"\x1b[3", b"\x1b[3m\x1b[0m\r\n# SILENT\r\n"), (b"x\r\n", b"x\r\n\x1b[0m# SILENT\r\n")):
+            with self.subTest(prompt=prompt):
+                rig, client, _ = self.begin(prompt) if prompt else self.begin(b"\r\n")
+                rig.pass_time(1.1)
+                self.assertEqual(client.read().replace(b"\r\n" * (not prompt), b"", 1), wanted)
+
+    def test_text_before_a_reset_is_shown(self):
+        for typed in (False, True):
+            with self.subTest(typed=typed):
+                rig = self.rig()
+                client, link = rig.player()
+                link.send("last words\r\n")
+                link.reset()
+                if typed:
+                    client.send("hello\r\n" * 3)
+                rig.settle()
+                self.assertEqual((client.lines(), state_of(client)), (["last words"], "ASKING"))
+
+    def test_text_before_the_world_is_known_to_be_down(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send("Shutting down.\r\n")
+        rig.hub.on_heartbeat_lost("gone", True)                 # before the link was read
+        self.assertEqual(client.lines(), ["Shutting down.", "# OFFLINE"])
+
+
+# ---- 6. isolation
+
+class Isolation(RigCase):
+    def plant(self, method, victim):
+        """Make a Session method fail for one session."""
+        real = getattr(has.Session, method)
+
+        def faulty(session, *arguments):
+            if session is victim:
+                raise RuntimeError("planted")
+            return real(session, *arguments)
+        patch = mock.patch.object(has.Session, method, faulty)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_a_fault_ends_its_session_only(self):
+        causes = {"_client_text": lambda rig, link, client: client.send("QUIT\r\n"), "_read_link": lambda rig, link, client:
+                  link.send(b"\xff\xf1text\r\n"), "_on_link_end": lambda rig, link, client: link.sock.close(),
+                  "on_world_down": lambda rig, link, client: rig.down(), "_on_client_end": lambda rig, link, client:
+                  client.sock.close(), "on_world_silent": lambda rig, link, client: rig.post(rig.hub.on_silent)}
+        for method, make in causes.items():
+            with self.subTest(method):
+                rig = self.rig()
+                (bad, link), (good, other) = rig.player("Alice"), rig.player("Bob")
+                with mock.patch.object(has.Session, method, getattr(has.Session, method)):
+                    self.plant(method, bad.session)
+                    with self.assertLogs("has", "ERROR") as logs:
+                        make(rig, link, bad)
+                        rig.settle()
+                self.assertTrue(is_gone(bad))
+                self.assertFalse(is_gone(good))
+                self.assertIn("Alice", logs.output[0])
+                check_consistent(self, rig)
+
+    def test_a_fault_in_a_verdict_a_timer_or_a_return(self):
+        for method, column, event in (("on_verdict", "ASKING", "verdict: left"), ("_write_notice", "RETURNING", "ten seconds"),
+                                      ("_link_failed", "OPENING", "ten seconds"), ("begin_return", "BACKOFF", "ten seconds"),
+                                      ("begin_return", "WAITING", "world up"), ("open_link", "WAITING", "world up")):
+            with self.subTest(method, state=column):
+                rig = self.rig()
+                bad, link = bring_to(rig, column)
+                good = rig.client()
+                self.plant(method, bad.session)
+                with self.assertLogs("has", "ERROR"):
+                    cause(rig, event, bad, link)
+                    rig.settle()
+                self.assertTrue(is_gone(bad))
+                self.assertFalse(is_gone(good))
+                check_consistent(self, rig)
+
+    def test_a_fault_of_the_hub_is_loud(self):
+        rig = self.rig()
+        rig.hub.later(1, lambda: 1 / 0)
+        rig.clock.advance(2)
+        self.assertRaises(ZeroDivisionError, rig.hub.turn, 0)
+
+
+class NoSpinning(RigCase):
+    def test_idle_states_cause_no_events(self):
+        for column in COLUMNS:
+            with self.subTest(state=column):
+                rig = self.rig()
+                bring_to(rig, column)
+                self.assert_idle(rig)
+
+    def assert_idle(self, rig):
+        rig.settle()
+        before, start = rig.events, time.monotonic()
+        for _ in range(2):
+            rig.hub.turn(0.05)
+        self.assertEqual(rig.events, before)
+        self.assertGreater(time.monotonic() - start, 0.08)
+
+    def test_half_closed_client(self):
+        rig = self.rig()
+        client, _ = rig.player(tcp=True)
+        client.sock.shutdown(socket.SHUT_WR)
+        self.assert_idle(rig)
+
+    def test_output_blocked_and_the_link_gone(self):
+        rig = self.rig()
+        client, link = rig.player()
+        StuckClient.fill(self, rig, client, link)
+        self.assert_idle(rig)
+        link.reset()
+        self.assert_idle(rig)
+
+    def test_input_blocked(self):
+        """The world does not read, the user types on; then a verdict is awaited and he still types."""
+        rig = self.rig()
+        client, link = rig.player()
+        try:
+            while True:
+                client.send(b"x" * 70000 + b"\n")
+                rig.settle()
+        except BlockingIOError:
+            pass
+        self.assert_idle(rig)
+        link.reset()
+        self.assert_idle(rig)
+        self.assertLess(len(client.session.kept), 8192 + 65536 + 1)
+
+
+# ---- 7. limits
+
+class Limits(RigCase):
+    def accepted(self, rig, hosts):
+        """For each host in turn: was it taken? The refused get one line and are closed."""
+        found = []
+        for host in hosts:
+            client = rig.client(host=has.unmapped(host))
+            found.append(client.session is not None)
+            if not client.session:
+                lines = client.lines()
+                self.assertEqual((len(lines), client.ended), (1, True))
+                self.assertIn("# NOTICE #", lines[0])
+        return found
+
+    def test_table(self):
+        v4, v6 = "203.0.113.9", "2001:db8:1:2::%x"
+        for name, settings, hosts, wanted in (
+                ("no limits", {}, [v4] * 5, [1] * 5),
+                ("max_clients", {"max_clients": 2}, [v4, v6 % 1, v4], [1, 1, 0]),
+                ("max_per_host", {"max_per_host": 2}, [v4, v4, v4, "203.0.113.10"], [1, 1, 0, 1]),
+                ("one /64", {"max_per_host": 1}, [v6 % 1, v6 % 2, "2001:db8:1:3::1"], [1, 0, 1]),
+                ("mapped", {"max_per_host": 1}, [v4, "::ffff:" + v4, "::FFFF:203.0.113.10"], [1, 0, 1]),
+                ("scope", {"max_per_host": 1}, ["fe80::1%eth0", "fe80::2%eth0"], [1, 0]),
+                ("loopback", {"max_per_host": 1}, ["127.0.0.1", "127.0.0.1", "::1", "::1"], [1] * 4),
+                ("mapped loopback", {"max_per_host": 1}, ["::ffff:127.0.0.1"] * 3, [1] * 3),
+                ("proxies", {"max_per_host": 1, "proxy_from": "10.0.0.1, 2001:db8:1::/48"}, ["10.0.0.1"] * 3 + [v6 % 1] * 2, [1] * 5)):
+            with self.subTest(name):
+                self.assertEqual(self.accepted(self.rig(**settings), hosts), [bool(n) for n in wanted])
+
+    def test_a_place_is_free_again(self):
+        rig = self.rig(max_clients=1, max_per_host=1)
+        for _ in range(3):
+            client = rig.client()
+            self.assertIsNotNone(client.session)
+            client.sock.close()
+            rig.settle()
+            rig.pass_time(10.1)
+
+    def test_accept_failures_pause_the_listener_a_second(self):
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO, errno.EPERM):
+            with self.subTest(errno.errorcode[number]):
+                rig = self.rig()
+                rig.hub.listen()
+                (listener,) = rig.hub.listeners
+                real, caller = listener.sock, socket.create_connection(listener.sock.getsockname())
+                self.addCleanup(caller.close)
+                failing = mock.Mock(wraps=real, accept=mock.Mock(side_effect=OSError(number, "planted")))
+                failing.fileno = real.fileno
+                rig.hub.selector.unregister(real)
+                listener.sock = failing
+                rig.hub.selector.register(failing, has.READ, listener)
+                rig.settle()
+                self.assertEqual(failing.accept.call_count, 1)
+                NoSpinning.assert_idle(self, rig)
+                rig.pass_time(0.9)
+                self.assertEqual(failing.accept.call_count, 1)
+                failing.accept = real.accept
+                rig.pass_time(0.2)
+                self.assertEqual(len(rig.hub.sessions), 1)
+
+
+# ======================================================================
+# Part 7: the health of the world
+#
+# HAS as a program in front of scripted worlds: silence, death, moves.
+# ======================================================================
+
+class Case(unittest.TestCase):
+    """A test with scripted worlds and a HAS in front of them."""
+
+    def world(self, family="tinymux", **quirks):
+        world = WORLDS[family](**quirks)
+        world.start()
+        self.addCleanup(world.stop)
+        return world
+
+    def client(self, has, line=None, world=None, name=None, **more):
+        client = has.client(**more)
+        self.addCleanup(client.close)
+        if line:
+            client.send(line + "\r\n")
+            world.wait(lambda w: w.online(name), what=f"{name} is in")
+            client.barrier()
+            client.text = b""
+        return client
+
+
+
+
+class TestWorldHealth(Case):
+    """Silence, death, moves."""
+
+    def test_a_short_freeze_disturbs_nobody(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.3, dead_after=30).wait_up()
+        typist = self.client(has, "connect Alice alicepw", world, "Alice")
+        listener = self.client(has, "connect Bob bobpw", world, "Bob")
+        logins = len(world.logins)
+        world.freeze()
+        has.wait_log(rb"does not answer")
+        typist.send("say anybody?\r\n").expect(re.escape(SILENT) + r"\r\n")
+        typist.send("say hello?\r\n")
+        newcomer = self.client(has)
+        world.thaw()
+        has.wait_log(rb"answers again")
+        typist.expect("hello")
+        self.assertEqual(typist.seen.count(SILENT.encode()), 1)
+        newcomer.expect("Welcome")
+        listener.barrier()
+        self.assertNotIn(b"NOTICE", listener.seen)
+        self.assertEqual(len(world.logins), logins)
+
+    def test_a_long_freeze_is_a_death(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.2, dead_after=0.6).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        world.freeze()
+        alice.expect(re.escape(OFFLINE))
+        world.thaw()
+        alice.expect(re.escape(ONLINE))
+        alice.barrier()
+
+    def test_failover_and_failback(self):
+        first, second = self.world(), self.world("rhostmush")
+        has = Has(self, mush_address=f"{first.address}, {second.address}", beat=0.1, failover_after=0.5,
+                  failback_after=0.5).wait_up()
+        alice = self.client(has, "connect Alice alicepw", first, "Alice")
+        first.kill()
+        alice.expect(re.escape(OFFLINE))
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+        alice.barrier()
+        has.wait_log(rb"moves from .* to .*: 1 users")
+        first.start()
+        alice.expect(re.escape(MOVED))
+        alice.expect(re.escape(ONLINE))
+        first.wait(lambda w: w.online("Alice"), what="Alice on the first")
+        alice.barrier()
+        second.wait(lambda w: not w.online("Alice"), what="nobody left on the second")
+
+    def test_hup_moves_users_only_once_the_new_world_is_confirmed(self):
+        first, second = self.world(), self.world("teenymush")
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            typo = f"127.0.0.1:{closed.getsockname()[1]}"
+            has = Has(self, mush_address=first.address, beat=0.2).wait_up()
+            alice = self.client(has, "connect Alice alicepw", first, "Alice")
+            has.configure(mush_address=typo)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"cannot take over")
+            alice.barrier()
+        has.configure(mush_address="nonsense", beat="soon")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"old settings stay in force")
+        has.configure(mush_address=second.address, beat=0.2)
+        has.signal(signal.SIGHUP)
+        alice.expect(re.escape(MOVED))
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+        first.wait(lambda w: not w.online("Alice"), what="nobody left on the first")
+        self.assertNotIn(OFFLINE.encode(), alice.seen)
+
+    def test_hup_without_a_change_moves_nobody(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        for _ in range(3):
+            after = len(has.log)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"HUP: settings read", after=after)
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+
+    def test_hup_to_a_third_world_while_two_are_dead(self):
+        worlds_ = [self.world() for _ in range(3)]
+        has = Has(self, mush_address=f"{worlds_[0].address},{worlds_[1].address}", beat=0.1, failover_after=0.2).wait_up()
+        alice = self.client(has, "connect Alice alicepw", worlds_[0], "Alice")
+        worlds_[0].kill(), worlds_[1].kill()
+        alice.expect(re.escape(OFFLINE))
+        has.configure(mush_address=worlds_[2].address)
+        has.signal(signal.SIGHUP)
+        alice.expect(re.escape(ONLINE))
+        worlds_[2].wait(lambda w: w.online("Alice"), what="Alice on the third")
+
+    def test_both_dead_and_one_returns(self):
+        first, second = self.world(), self.world()
+        has = Has(self, mush_address=f"{first.address},{second.address}", beat=0.1, failover_after=0.3).wait_up()
+        alice = self.client(has, "connect Alice alicepw", first, "Alice")
+        second.kill(), first.kill()
+        alice.expect(re.escape(OFFLINE))
+        second.start()
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+
+    def test_restart_in_place_disturbs_nobody(self):
+        for family in ("tinymux", "rhostmush", "pennmush", "tinymush"):
+            with self.subTest(family):
+                world = self.world(family)
+                has = Has(self, mush_address=world.address, beat=0.05, hb_timeout=0.5).wait_up()
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.restart_in_place()
+                alice.barrier()
+                newcomer = self.client(has)
+                newcomer.expect("(?i)connect")
+                self.assertNotIn(OFFLINE.encode(), alice.seen + newcomer.seen)
+                self.assertEqual(len(world.online("Alice")), 1)
+
+    def test_heartbeat_that_may_not_log_in(self):
+        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
+            with self.subTest(family):
+                world = self.world(family, players={"Alice": "alicepw", "Bob": "bobpw"}, **(
+                    {"silent_start": 0.05} if family == "pennmush" else {}))
+                has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1).wait_up()
+                has.wait_log(rb"refuses the heartbeat's login")
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                bob = self.client(has, "connect Bob bobpw", world, "Bob")
+                world.boot("Bob")
+                bob.expect_end()
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+                alice.barrier()
+
+    def test_heartbeat_without_rights(self):
+        for family in ("teenymush", "pennmush", "rhostmush"):
+            with self.subTest(family):
+                world = self.world(family)
+                world.wizards = {"Wizard"}
+                has = Has(self, mush_address=world.address, beat=0.1).wait_up()
+                has.wait_log(rb"may not check passwords: set its (WIZARD|ROYALTY or IMMORTAL) flag")
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+
+    def test_families_are_recognised(self):
+        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
+            with self.subTest(family):
+                has = Has(self, mush_address=self.world(family).address)
+                self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
+
+    def test_backlog_of_one_and_many_users(self):
+        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
+        has = Has(self, mush_address=world.address).wait_up()
+        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(100)]
+        world.kill()
+        for user in users:
+            user.expect(re.escape(OFFLINE))
+        world.start()
+        for user in users:
+            user.expect(re.escape(ONLINE))
+        self.assertEqual(sum(b"has connected" in u.text for u in users), 0)
+        users[0].send("QUIT\r\n").expect_end()
+        users[1].barrier()
+
+    def test_plain_world(self):
+        world = self.world("plain")
+        has = Has(self, mush_address=world.address, mush_type="plain", beat=0.2).wait_up()
+        one, two = self.client(has), self.client(has)
+        one.expect("Welcome"), two.expect("Welcome")
+        one.send("QUIT\r\n").expect_end()
+        world.kill()
+        two.expect(re.escape(OFFLINE))
+        world.start()
+        two.expect(re.escape(ONLINE))
+        two.expect("Welcome")
+
+
+# ======================================================================
+# The main job, family by family
+#
+# One suite of scenarios over all five families, scripted, and the real TinyMUX.
+# ======================================================================
+
+EVIL = ["[name(me)]", "x),shutdown(", "x)][create(PWNED,10)][strcat(", "%r", "a\\b", '"q"', "a;b", "50%off", "a,b",
+        "{x}", "$1", "#5", "tail\\", "tail%"]
+
+
+class Scenarios:
+    """What every user of every family may expect; run for each family below."""
+
+    family = None
+    quit, logout = "QUIT", "LOGOUT"
+    quirks = {}
+
+    def setUp(self):
+        self.world = self.make_world()
+        self.world.start()
+        self.addCleanup(self.world.stop)
+        self.has = Has(self, mush_address=self.world.address, mush_type=self.family).wait_up()
+
+    def make_world(self, **quirks):
+        return WORLDS[self.family](**{**self.quirks, **quirks})
+
+    def login(self, name="Alice", password="alicepw", line=None, expect=None):
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.send((line or f"connect {name} {password}") + "\r\n")
+        self.world.wait(lambda w: w.online(expect or name), what=f"{name} is in")
+        self.in_game(client)
+        return client
+
+    def in_game(self, client):
+        client.barrier()
+        return client
+
+    def went_down(self, *clients):
+        for client in clients:
+            client.expect(re.escape(OFFLINE))
+
+    def came_back(self, *clients):
+        """Each sees the notice and nothing else, and is in the game."""
+        for client in clients:
+            before = client.expect(re.escape(ONLINE) + r"\r\n")
+            self.assertEqual(before, b"\x1b[0m" + ONLINE.encode() + b"\r\n")
+        for client in clients:
+            self.assertEqual(re.sub(rb"\S+ (says|has).*\r?\n", b"", client.barrier()).strip(), b"")
+
+    def test_crash_and_return(self):
+        alice, bob = self.login(), self.login("Bob", "bobpw")
+        alice.barrier()
+        alice.text = b""
+        lurker = self.has.client()
+        self.addCleanup(lurker.close)
+        lurker.expect(r"(?i)welcome|connect")
+        lurker.text = b""
+        self.world.kill()
+        for client in (alice, bob, lurker):
+            client.expect(re.escape(OFFLINE) + r"\r\n")
+        newcomer = self.has.client()
+        self.addCleanup(newcomer.close)
+        newcomer.expect(re.escape(OFFLINE))
+        newcomer.send("connect Carol carolpw\r\n").expect("when the world returns")
+        alice.send("say lost?\r\n").expect(re.escape(UNSENT) + r" say lost\?\r\n")
+        lurker.text = newcomer.text = b""
+        self.world.start()
+        self.came_back(alice, bob)
+        newcomer.expect(re.escape(ONLINE))
+        self.world.wait(lambda w: w.online("Carol") and len(w.online("Alice")) == 1 == len(w.online("Bob")), what="all")
+        self.assertNotIn(b"carolpw", newcomer.seen)
+        lurker.expect(re.escape(ONLINE)).strip()
+        lurker.expect(r"(?i)welcome|connect")
+        alice.send(self.quit + "\r\n").expect_end()
+        bob.barrier()
+        self.world.boot("Bob")
+        bob.expect_end()
+        self.in_game(newcomer)
+
+    def test_immediate_restart(self):
+        alice, bob = self.login(), self.login("Bob", "bobpw")
+        for _ in range(3):
+            alice.barrier(), bob.barrier()
+            alice.text = bob.text = b""
+            self.world.kill()
+            self.world.start()
+            self.went_down(alice, bob)
+            for client in (alice, bob):
+                client.expect(re.escape(ONLINE))
+        self.in_game(alice), self.in_game(bob)
+
+    def test_shutdown(self):
+        alice = self.login()
+        self.world.shutdown()
+        self.world.wait(lambda w: not w.running, what="the world has ended")
+        alice.expect(re.escape(OFFLINE))
+        alice.text = b""
+        self.world.start()
+        self.came_back(alice)
+
+    def test_wrong_then_right_in_one_packet(self):
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.send("connect Alice nope\r\nconnect Alice alicepw\r\n")
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.in_game(client)
+        client.send("connect Wizard guess\r\n")
+        client.barrier()
+        client.text = b""
+        self.world.kill()
+        self.went_down(client)
+        client.text = b""
+        self.world.start()
+        self.came_back(client)
+
+    def test_password_change_is_followed_and_its_loss_survived(self):
+        alice = self.login()
+        alice.send("@password alicepw=new,er;pw\r\n").expect("(?i)changed")
+        self.has.wait_log(rb"changed the password")
+        self.world.dump()
+        alice.send("@password new,er;pw=newest%20\r\n").expect("(?i)changed")
+        alice.barrier()
+        alice.text = b""
+        self.world.crash_losing()
+        self.went_down(alice)
+        alice.text = b""
+        self.world.start()
+        self.came_back(alice)
+        self.world.kill()
+        self.went_down(alice)
+        alice.text = b""
+        self.world.start()
+        self.came_back(alice)
+
+    def test_rename(self):
+        alice = self.login()
+        alice.send("@name me=Alicia\r\n").expect("(?i)set")
+        self.has.wait_log(rb"changed the name")
+        self.world.dump()
+        alice.barrier()
+        alice.text = b""
+        self.world.kill()
+        self.went_down(alice)
+        alice.text = b""
+        self.world.start()
+        self.came_back(alice)
+        self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
+
+    def test_evil_passwords(self):
+        evaluated = self.evil_players()
+        clients = [self.login(f"Evil{n}", password) for n, password in enumerate(EVIL)]
+        self.world.kill()
+        self.went_down(*clients)
+        self.world.start()
+        for number, client in enumerate(clients):
+            client.expect(re.escape(ONLINE))
+            self.world.wait(lambda w: w.online(f"Evil{number}"), what=f"Evil{number}")
+        self.assertEqual(evaluated, [])
+
+    def evil_players(self):
+        for number, password in enumerate(EVIL):
+            self.world.players[f"Evil{number}"] = password
+        self.world.dump()
+        return self.world.evaluated
+
+    def test_refused_on_return(self):
+        alice = self.login()
+        self.change_password_while_down()
+        self.world.start()
+        alice.expect(re.escape(REFUSED))
+        alice.expect("(?i)welcome|connect")
+        alice.send("connect Alice changed\r\n")
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.in_game(alice)
+
+    def change_password_while_down(self):
+        self.world.kill()
+        self.world.players["Alice"] = "changed"
+
+    def test_two_sessions_of_one_character(self):
+        first, second = self.login(), self.login()
+        first.barrier()
+        first.text = second.text = b""
+        self.world.kill()
+        self.went_down(first, second)
+        self.world.start()
+        for client in (first, second):
+            client.expect(re.escape(ONLINE))
+        self.world.wait(lambda w: len(w.online("Alice")) == 2, what="both")
+        first.send(self.quit + "\r\n").expect_end()
+        self.in_game(second)
+
+    def test_logout(self):
+        if not self.logout:
+            self.skipTest("this family has no LOGOUT")
+        alice = self.login()
+        alice.send(self.logout + "\r\n").expect("(?i)welcome|connect")
+        self.world.wait(lambda w: not w.online("Alice"), what="Alice is out")
+        self.world.kill()
+        self.went_down(alice)
+        self.world.start()
+        alice.expect(re.escape(ONLINE))
+        alice.expect("(?i)welcome|connect")
+        self.assertFalse(self.world.online("Alice"))
+
+    def test_logins_disabled_after_return(self):
+        alice = self.login()
+        self.world.kill()
+        self.went_down(alice)
+        self.world.logins_disabled = True
+        self.world.start()
+        self.has.wait_log(rb"is up", after=len(self.has.log))
+        self.world.wait(lambda w: w.accepted > 3, what="tries")
+        self.world.disable_logins(False)
+        alice.expect(re.escape(ONLINE))
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+
+    def test_heartbeat_booted_disturbs_nobody(self):
+        alice = self.login()
+        for _ in range(3):
+            seen = self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+            self.world.boot("heartbeat")
+            self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat again")
+        quiet = alice.barrier()
+        self.assertNotIn(b"OFFLINE", quiet)
+        alice.send(self.quit + "\r\n").expect_end()
+
+
+class TestTeeny(Scenarios, unittest.TestCase):
+    family = "teenymush"
+    quirks = {"shutdown_delay": 0.5}
+    logout = None
+    test_logins_disabled_after_return = None
+
+
+class TestPenn(Scenarios, unittest.TestCase):
+    family = "pennmush"
+    quirks = {"silent_start": 0.1}
+
+
+class TestPennUnix(TestPenn):
+    def make_world(self, **quirks):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        return super().make_world(unix_path=folder + "/netmush.sock", **quirks)
+
+
+class TestTinyMUSH(Scenarios, unittest.TestCase):
+    family = "tinymush"
+    test_logins_disabled_after_return = None
+
+
+class TestTinyMUX(Scenarios, unittest.TestCase):
+    family = "tinymux"
+
+
+class TestRhost(Scenarios, unittest.TestCase):
+    family = "rhostmush"
+
+
+class RealWorld:
+    """A real TinyMUX with the manners of a scripted world."""
+
+    def __init__(self, case, players=()):
+        folder = tempfile.mkdtemp(prefix="has-mux-")
+        case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        self.mux = RealMux(folder, players=dict(players))
+        case.addCleanup(self.mux.close)
+        self.address, self.start, self.kill, self.stop = self.mux.address, self.mux.start, self.mux.kill, self.mux.close
+        self.crash_losing, self.command = self.mux.kill, self.mux.command
+
+    @property
+    def running(self):
+        return self.mux.pid is not None
+
+    def online(self, name):
+        return [found for found in self.command("think [iter(lwho(),name(##),,|)]").strip().split("|") if found == name]
+
+    def wait(self, predicate, seconds=5.0, what=""):
+        until = time.monotonic() + seconds
+        while not predicate(self):
+            if time.monotonic() > until:
+                raise AssertionError(f"not within {seconds} s: {what}")
+
+    def dump(self):
+        self.command("@dump")
+        self.wait(lambda w: os.path.exists(self.mux.game / "data" / "netmux.db.new"), what="the dump")
+
+    def shutdown(self):
+        self.command("@shutdown")
+        self.mux.wait()
+
+    def boot(self, name):
+        self.command(f"@boot *{name}")
+
+
+@unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
+class TestRealTinyMUX(Scenarios, unittest.TestCase):
+    """The same, in front of the real server."""
+
+    family = "tinymux"
+    test_logins_disabled_after_return = None    # @disable does not outlive a real start
+
+    def make_world(self):
+        return RealWorld(self, {f"Evil{n}": password for n, password in enumerate(EVIL)})
+
+    def evil_players(self):
+        return []
+
+    def change_password_while_down(self):
+        self.world.command("@newpassword *Alice=changed")
+        self.world.dump()
+        self.world.kill()
+
+
+# ======================================================================
+# The program
+#
+# Relay, crashes, addresses, command line, log, control socket, TLS, upgrades.
+# ======================================================================
+
+class TestRelay(Case):
+    """Bytes go through untouched and at once (rule 1); the original's faults stay mended."""
+
+    def echo_world(self):
+        """A world that is a bare socket: the test plays it."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        has = Has(self, mush_address=f"127.0.0.1:{listener.getsockname()[1]}", mush_type="plain")
+        self.addCleanup(listener.accept()[0].close)     # the heartbeat's idle connection
+        has.wait_up()
+        client = has.client()
+        self.addCleanup(client.close)
+        link, _ = listener.accept()
+        self.addCleanup(link.close)
+        link.settimeout(5)
+        return has, client, link
+
+    def receive(self, sock, count):
+        data = b""
+        while len(data) < count:
+            piece = sock.recv(65536)
+            self.assertTrue(piece, f"closed after {len(data)} of {count} bytes")
+            data += piece
+        return data
+
+    def carry(self, blob, source, target):
+        sender = threading.Thread(target=source.sendall, args=(blob,))
+        sender.start()
+        self.assertEqual(self.receive(target, len(blob)), blob)
+        sender.join(5)
+
+    def test_a_megabyte_of_any_bytes_each_way(self):
+        _, client, link = self.echo_world()
+        client.sock.settimeout(5)
+        random_bytes = random.Random(4).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        for blob in (random_bytes.replace(b"\xff", b"\xfe"), random_bytes.replace(b"\xff", b"\xff\xff"), b"x" * (1 << 20)):
+            self.carry(blob, client.sock, link)
+            self.carry(blob, link, client.sock)
+
+    def test_prompts_half_lines_and_telnet_pass_at_once(self):
+        _, client, link = self.echo_world()
+        for text in (b"Password prompt> ", b"\xff\xf1", b"Ready \xff\xf9", b"x\xff\xfb\x01y", b"half"):
+            link.sendall(text)
+            self.assertEqual(self.receive(client.sock, len(text)), text)
+            client.send(text)
+            self.assertEqual(self.receive(link, len(text)), text)
+
+    def test_last_words_before_a_reset_arrive(self):
+        _, client, link = self.echo_world()
+        link.sendall(b"Going down - Bye\r\n")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        client.send("unread\r\n")
+        link.close()
+        client.expect("Going down - Bye")
+
+    def test_what_a_client_typed_before_it_left_is_carried_out(self):
+        _, client, link = self.echo_world()
+        client.send("last words\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(self.receive(link, 12), b"last words\r\n")
+        link.sendall(b"heard\r\n")
+        client.expect("heard")
+        self.assertEqual(link.recv(10), b"")
+
+    def test_a_client_that_never_reads_disturbs_nobody(self):
+        world = self.world("tinymux")
+        has = Has(self, mush_address=world.address, output_limit=262144).wait_up()
+        deaf = self.client(has, "connect Alice alicepw", world, "Alice", receive_buffer=4096)
+        other = self.client(has, "connect Bob bobpw", world, "Bob")
+        for _ in range(200):
+            world.emit("Alice", (b"spam " * 15 + b"\r\n") * 1500)
+        world.wait(lambda w: not w.online("Alice")[0].out, 20, "HAS drains the deaf client's link")
+        other.barrier()
+        self.assertLess(has.memory(), 60000)
+        deaf.expect(rb"<output lost: \d+ lines>")
+        deaf.barrier()
+
+    def test_idle_costs_nothing_up_or_down(self):
+        world = self.world("tinymux")
+        has = Has(self, mush_address=world.address, beat=10, retry=1).wait_up()
+        client = self.client(has, "connect Alice alicepw", world, "Alice")
+        half = self.client(has)
+        half.sock.shutdown(socket.SHUT_WR)
+        for change in (lambda: None, world.kill):
+            change()
+            begin, cpu = time.monotonic(), has.cpu_seconds()
+            try:
+                client.expect("never sent", 1.5)
+            except AssertionError:
+                pass                            # waiting for what cannot come is the pause
+            self.assertLess((has.cpu_seconds() - cpu) / (time.monotonic() - begin), 0.05)
+
+    def test_a_forged_heartbeat_answer_changes_nothing(self):
+        world = self.world("teenymush", shutdown_delay=0.3)
+        has = Has(self, mush_address=world.address, beat=0.1).wait_up()
+        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n) for n in ("Alice", "Bob"))
+        for text in ("### PING ###", "=0123456789ab=", "1"):
+            bob.send(f"@pemit *heartbeat={text}\r\n")
+        bob.barrier()
+        world.kill()
+        for client in (alice, bob):
+            client.expect(re.escape(OFFLINE))
+        world.start()
+        for client in (alice, bob):
+            client.expect(re.escape(ONLINE))
+
+
+class TestCrashes(Case):
+    def test_twenty_crashes_with_eight_users_and_resets(self):
+        world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
+        has = Has(self, mush_address=world.address, beat=0.5).wait_up()
+        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(8)]
+        for round_ in range(20):
+            world.kill()
+            if round_ % 2:
+                for user in users:
+                    user.expect(re.escape(OFFLINE))
+            world.start()
+            for user in users:
+                user.expect(re.escape(ONLINE))
+            world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)), what="160 of 160")
+        for user in users:
+            user.barrier()
+
+    def test_a_thousand_users_are_told_and_back_in_time(self):
+        count = 300                             # the test's own sockets and threads set the pace above this
+        world = self.world("tinymux", quota=False, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
+        has = Has(self, mush_address=world.address).wait_up()
+        users = [has.client() for _ in range(count)]
+        for number, user in enumerate(users):
+            self.addCleanup(user.close)
+            user.send(f"connect u{number} pw\r\n")
+        world.wait(lambda w: len(w.logins) == count + 1, 20, "all in")
+        has.wait_count(b": logged in", count)
+        world.kill()
+        for user in users:
+            user.expect(re.escape(OFFLINE))
+        world.start()
+        for user in users:
+            user.expect(re.escape(ONLINE))
+
+
+class TestAddress(Case):
+    """The world learns who a user is, and nobody can lie about it (rule 9)."""
+
+    def test_teenymush_keeps_address_and_time_over_a_return(self):
+        world = self.world("teenymush")
+        has = Has(self, mush_address=world.address).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        first = world.online("Alice")[0].address_given
+        self.assertEqual(first[0], "127.0.0.1")
+        self.assertLess(abs(int(first[1]) - time.time()), 60)
+        world.kill()
+        alice.expect(re.escape(OFFLINE))
+        world.start()
+        alice.expect(re.escape(ONLINE))
+        self.assertEqual(world.online("Alice")[0].address_given, first)
+
+    def test_the_word_cannot_be_typed(self):
+        for family, word in (("teenymush", b"@remotehostname 6.6.6.6=1"), ("rhostmush", b"PROXY TCP4 6.6.6.6 1 2 3")):
+            for settings in ({}, {"remotehostname_cmd": "none"}):
+                with self.subTest(family, **settings):
+                    world = self.world(family)
+                    has = Has(self, mush_address=world.address, **settings).wait_up()
+                    before = len(world.lines)
+                    client = self.client(has)
+                    for forged in (word, word.upper() if b"@" in word else word, word[:3] + b"\0" + word[3:], b"  " + word,
+                                   word[:2] + b"\xff\xf1" + word[2:], word[:4] + b"\r" + word[4:], b"x\b" + word):
+                        for byte in forged + b"\r\n":
+                            client.send(bytes([byte]))
+                    client.send("connect Alice alicepw\r\n")
+                    world.wait(lambda w: w.online("Alice"), what="Alice is in")
+                    self.assertFalse([line for _, line in world.lines[before:] if b"6.6.6.6" in line])
+                    self.assertFalse(world.forged)
+                    if family == "rhostmush":
+                        client.barrier()
+                        client.send(b"LOGOUT\r\n" + word + b"\r\nconnect Bob bobpw\r\n")
+                        world.wait(lambda w: w.online("Bob"), what="Bob is in")
+                        self.assertTrue(world.proxy_enabled)
+                        self.assertFalse(world.forged)
+
+    def test_pennmush_by_its_unix_socket(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        world = self.world("pennmush", silent_start=0.1, unix_path=folder + "/netmush.sock")
+        has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
+        client = has.client()
+        self.addCleanup(client.close)
+        client.send("PROXY TCP6 2001:db8::7 ::1 4000 4201\r\nconnect Alice alicepw\r\n")
+        world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.assertEqual(world.online("Alice")[0].address_given[0], "2001:db8::7")
+
+    def test_proxy_lines_are_believed_from_proxy_from_only(self):
+        world = self.world("rhostmush")
+        has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
+        told = self.client(has, "PROXY TCP4 203.0.113.9 10.0.0.1 1 2\r\nconnect Alice alicepw", world, "Alice")
+        self.assertEqual(world.online("Alice")[0].address_given, "203.0.113.9")
+        silent = self.client(has)
+        silent.expect("(?i)connect", 5)         # no PROXY line within a second: a client like any other
+        bad = self.client(has, "connect Bob bobpw", world, "Bob")
+        self.assertEqual(world.online("Bob")[0].address_given, "127.0.0.1")
+        for client in (told, bad):
+            client.barrier()
+
+
+class TestProgram(Case):
+    """Command line, log, signals, control socket, TLS."""
+
+    def run_has(self, *arguments, **more):
+        return subprocess.run([sys.executable, HAS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, timeout=20, **more)
+
+    def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        conf = os.path.join(folder, "has.conf")
+        with open(conf, "w") as file:
+            file.write("beet = 5\nlocal_port = many\nmush_type = mushy\n")
+        for arguments in (("--check",), ()):
+            done = self.run_has("--config", conf, *arguments)
+            self.assertEqual(done.returncode, 2)
+            for text in ("has.conf:1: beet: no such setting; did you mean beat?", "has.conf:2: local_port = many",
+                         "has.conf:3: mush_type = mushy", "3 wrong in the settings"):
+                self.assertIn(text, done.stderr)
+
+    def test_port_taken(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            folder = tempfile.mkdtemp()
+            self.addCleanup(shutil.rmtree, folder)
+            conf = os.path.join(folder, "has.conf")
+            with open(conf, "w") as file:
+                file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\nlog_file =\n")
+            done = self.run_has("--config", conf)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cannot start: local_address, local_port", done.stderr)
+
+    def test_term_and_int_say_goodbye(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            world = self.world("tinymux")
+            has = Has(self, mush_address=world.address).wait_up()
+            client = self.client(has, "connect Alice alicepw", world, "Alice")
+            has.signal(number)
+            self.assertIn(b"Goodbye", client.expect_end())
+            self.assertEqual(has.process.wait(5), 0)
+            has.wait_log(rb"INFO stopped\n")
+
+    def test_control_socket(self):
+        world = self.world("tinymux")
+        has = Has(self, mush_address=world.address, beat=0.1, admins="alice").wait_up()
+        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n) for n in ("Alice", "Bob"))
+        bob.send("#?\r\n").barrier()
+        self.assertNotIn(b"heartbeat:", bob.seen)
+        alice.send("#?\r\n").expect("heartbeat: .*")
+        alice.expect("Alice .* PLAYING")
+        ask = ("--config", has.conf)
+        self.assertEqual(os.stat(has.conf[:-5] + ".sock").st_mode & 0o777, 0o600)
+        done = self.run_has(*ask, "--status", "--json")
+        status = json.loads(done.stdout)
+        self.assertEqual((done.returncode, status["world"]["health"], [s["name"] for s in status["sessions"]]),
+                         (0, "up", ["Alice", "Bob"]))
+        self.assertEqual(self.run_has(*ask, "--notice", "Cake \x1b[2J at nine").returncode, 0)
+        for client in (alice, bob):
+            client.expect(r"Cake \?\[2J at nine\r\n")
+        number = next(s["id"] for s in status["sessions"] if s["name"] == "Bob")
+        self.assertEqual(self.run_has(*ask, "--kick", str(number)).returncode, 0)
+        bob.expect_end()
+        self.assertEqual(self.run_has(*ask, "--kick", "999").returncode, 2)
+        with socket.socket(socket.AF_UNIX) as garbage:
+            garbage.connect(has.conf[:-5] + ".sock")
+            garbage.sendall(b"[1]\n")
+            self.assertIn(b"bad request", garbage.recv(1000))
+        world.kill()
+        alice.expect(re.escape(OFFLINE))
+        self.assertEqual(self.run_has(*ask, "--status").returncode, 1)
+        has.signal(signal.SIGUSR1)
+        has.wait_log(rb"outages: 1")
+        self.assertEqual(self.run_has(*ask).returncode, 1)      # a second HAS on the same has.conf
+        has.stop()
+        self.assertEqual(self.run_has(*ask, "--status").returncode, 3)
+
+    def test_a_terminal_that_nobody_reads_stops_nobody(self):
+        world = self.world("tinymux")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        has = Has(self, mush_address=world.address).wait_up()
+        settings, port = has.settings, free_port()
+        has.configure(local_port=port, log_level="debug", control_socket=has.folder + "/other.sock")
+        process = subprocess.Popen([sys.executable, HAS, "--config", has.conf], stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        os.read(master, 100)
+        clients = []
+        for _ in range(300):                    # far more log than a terminal holds
+            client = Client(port)
+            client.close()
+            clients.append(client)
+        last = Client(port)
+        self.addCleanup(last.close)
+        last.send("connect Alice alicepw\r\n")
+        world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        last.barrier()
+        process.terminate()
+        self.assertEqual(process.wait(6), 0)
+
+    def test_the_password_is_nowhere(self):
+        world = self.world("tinymux", players={"heartbeat": "hbs3cret", "Alice": "s3cretpw", "Bob": "bobpw"})
+        has = Has(self, mush_address=world.address, hb_pass="hbs3cret", log_level="debug").wait_up()
+        alice = self.client(has, "connect Alice s3cretpw", world, "Alice")
+        alice.send("@password s3cretpw=news3cret\r\n").expect("changed")
+        world.kill()
+        alice.expect(re.escape(OFFLINE))
+        alice.send("connect Alice s3cretpw\r\n").expect("when the world returns")
+        world.start()
+        alice.expect(re.escape(ONLINE))
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            has.signal(number)
+        has.wait_log(b"HUP: settings read")
+        pid = has.process.pid
+        shown = has.log + json.dumps(json.loads(self.run_has("--config", has.conf, "--status", "--json").stdout)).encode()
+        for name in ("cmdline", "environ"):
+            with open(f"/proc/{pid}/{name}", "rb") as file:
+                shown += file.read()
+        self.assertNotIn(b"s3cret", shown)
+        with open(f"/proc/{pid}/limits") as file:
+            self.assertRegex(file.read(), r"Max core file size\s+0\s+0")
+
+    def test_log_file_is_opened_anew_at_hup(self):
+        world = self.world("tinymux")
+        has = Has(self, mush_address=world.address).wait_up()
+        path = os.path.join(has.folder, "has.log")
+        has.configure(log_file=path)
+        has.signal(signal.SIGHUP)
+        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path), what="the log file")
+        os.rename(path, path + ".1")
+        has.signal(signal.SIGHUP)
+        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path), what="a new log file")
+
+
+def read_text(path):
+    with open(path) as file:
+        return file.read()
+
+
+class TestTLS(Case):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.cert, self.key = certificate(self.folder)
+        self.mush = self.world("tinymux")
+        self.has = Has(self, mush_address=self.mush.address, local_port=free_port(), local_port_ssl=free_port(), ssl_cert=self.cert,
+                       ssl_key=self.key).wait_up()
+        self.port = int(self.has.settings["local_port_ssl"])
+
+    def test_tls_clients_ride_through_a_crash(self):
+        client = TLSClient(self.port)
+        self.addCleanup(client.close)
+        client.send("connect Alice alicepw\r\n")
+        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
+        client.barrier()
+        self.mush.emit("Alice", b"big " * 100000 + b"\r\n")
+        client.expect(rb"(?:big ){100000}\r\n")
+        self.mush.kill()
+        client.expect(re.escape(OFFLINE))
+        self.mush.start()
+        client.expect(re.escape(ONLINE))
+        client.send("QUIT\r\n")
+        self.assertIn(b"Disconnected", client.expect_end())
+
+    def test_silent_and_broken_handshakes_disturb_nobody(self):
+        silent = [Client(self.port) for _ in range(20)]
+        plain = Client(self.port).send("connect Alice alicepw\r\n")
+        plain.expect_end()
+        self.has.wait_log(rb"left before it was let in: TLS handshake failed")
+        client = TLSClient(self.port)
+        self.addCleanup(client.close)
+        client.expect("Welcome")
+        for one in silent + [plain]:
+            one.close()
+        self.assertNotIn(b"session 2", self.has.log)
+
+    def test_certificates_are_read_again_at_hup(self):
+        first = ssl.get_server_certificate(("127.0.0.1", self.port))
+        certificate(self.folder)
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"HUP: settings read")
+        self.assertNotEqual(ssl.get_server_certificate(("127.0.0.1", self.port)), first)
+        with open(self.key, "w") as file:
+            file.write("broken\n")
+        second = ssl.get_server_certificate(("127.0.0.1", self.port))
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"no usable pair(?s:.*)old settings stay")
+        self.assertEqual(ssl.get_server_certificate(("127.0.0.1", self.port)), second)
+
+    def test_tls_to_the_world(self):
+        """Another HAS with a TLS port is a fine world that speaks TLS."""
+        outer = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_ssl_ca=self.cert,
+                    mush_type="tinymux").wait_up()
+        client = outer.client()
+        self.addCleanup(client.close)
+        client.send("connect Alice alicepw\r\n")
+        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
+        client.barrier()
+        client.send("QUIT\r\n").expect_end()
+        distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_type="tinymux")
+        distrustful.wait_log(rb"cannot be reached: TLS: CERTIFICATE_VERIFY_FAILED")
+
+
+class TestUpgrade(Case):
+    """USR2: another program in the same process, and nobody notices."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="has-upgrade-")
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.script = shutil.copy(HAS, self.folder)
+        self.cert, self.key = certificate(self.folder)
+        self.mush = self.world("tinymux")
+        self.has = Has(self, script=self.script, mush_address=self.mush.address, beat=0.3, local_port=free_port(), local_port_ssl=free_port(),
+                       ssl_cert=self.cert, ssl_key=self.key).wait_up()
+        self.tls_port = int(self.has.settings["local_port_ssl"])
+        self.pid = self.has.process.pid
+
+    def player(self, name, password, tls=False):
+        client = TLSClient(self.tls_port) if tls else self.has.client()
+        self.addCleanup(client.close)
+        client.send(f"connect {name} {password}\r\n")
+        self.mush.wait(lambda w: w.online(name), what=f"{name} is in")
+        client.barrier()
+        return client
+
+    def edit(self, old, new):
+        with open(self.script) as file:
+            text = file.read()
+        self.assertIn(old, text)
+        with open(self.script, "w") as file:
+            file.write(text.replace(old, new, 1))
+
+    def upgrade(self, expect=rb"goes on where"):
+        after = len(self.has.log)
+        self.has.signal(signal.SIGUSR2)
+        self.has.wait_log(expect, 20, after)
+        self.assertEqual(self.has.process.pid, self.pid)
+
+    def test_plain_and_tls_users_notice_nothing(self):
+        plain, tls = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
+        lurker = self.has.client()
+        self.addCleanup(lurker.close)
+        lurker.expect("Welcome")
+        for number in range(3):
+            plain.send("say half")
+            self.upgrade()
+            plain.send(f"-line {number}\r\n").expect(f'You say, "half-line {number}"')
+            plain.barrier(), tls.barrier()
+        self.assertEqual(len(self.mush.logins), 3)               # heartbeat, Alice, Bob: once each
+        for client in (plain, tls, lurker):
+            self.assertNotIn(b"NOTICE", client.seen)
+        lurker.send("connect Carol carolpw\r\n")
+        self.mush.wait(lambda w: w.online("Carol"), what="Carol is in")
+        lurker.barrier()
+        self.mush.kill()
+        for client in (plain, tls, lurker):
+            client.expect(re.escape(OFFLINE))
+        self.upgrade()
+        plain.send("say x\r\n").expect(re.escape(UNSENT))
+        self.mush.start()
+        for client in (plain, tls, lurker):
+            client.expect(re.escape(ONLINE))
+            client.barrier()
+        tls.send("QUIT\r\n").expect_end()
+        self.mush.boot("Alice")
+        plain.expect_end()
+
+    def test_every_line_typed_during_upgrades_is_answered_once(self):
+        clients = [self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)]
+        self.mush.quota = None
+        stop, sent = threading.Event(), [0, 0]
+
+        def type_on(which):
+            while not stop.is_set():
+                sent[which] += 1
+                clients[which].send(f"think number {sent[which]}.\r\n")
+                clients[which].expect(rf"number {sent[which]}\.\r\n")
+        threads = [threading.Thread(target=type_on, args=(n,)) for n in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            self.upgrade()
+        stop.set()
+        for thread in threads:
+            thread.join(12)
+        for which, client in enumerate(clients):
+            client.barrier()
+            numbers = [int(n) for n in re.findall(rb"\nnumber (\d+)\.", client.seen)]
+            self.assertEqual(numbers, list(range(1, sent[which] + 1)))
+
+    def test_a_file_that_does_not_compile(self):
+        alice = self.player("Alice", "alicepw")
+        self.edit("class Hub:", "class Hub")
+        self.upgrade(rb"failed its rehearsal")
+        alice.barrier()
+
+    def test_a_file_that_fails_while_restoring(self):
+        alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
+        self.edit("        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state[\"heartbeat\"])\n",
+                  "        raise RuntimeError('planted')\n")
+        self.upgrade(rb"(?s)planted.*goes on where")
+        alice.barrier(), bob.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
+        shutil.copy(HAS, self.script)
+        self.upgrade()
+        alice.barrier(), bob.barrier()
+
+    def test_a_fault_in_the_main_loop_is_survived(self):
+        self.has.stop()
+        self.edit("    def log_status(self):\n", "    def log_status(self):\n        raise RuntimeError('planted')\n")
+        self.has = Has(self, script=self.script, mush_address=self.mush.address).wait_up()
+        self.pid = self.has.process.pid
+        alice = self.player("Alice", "alicepw")
+        for _ in range(3):
+            after = len(self.has.log)
+            self.has.signal(signal.SIGUSR1)
+            self.has.wait_log(rb"goes on where", 10, after)
+            alice.barrier()
+        self.has.signal(signal.SIGUSR1)
+        self.has.wait_log(rb"HAS stops", 10)
+        self.assertEqual(self.has.process.wait(10), 1)
+
+
+# ======================================================================
+# The files
+#
+# What README.md, has.conf and the shape of has.py promise.
+# ======================================================================
+
+import ast                                      # noqa: E402 (only these tests look at has.py as a text)
+
+
+def parts_of_has():
+    """has.py cut at its banners: [(title, first line, last line)]."""
+    lines = pathlib.Path(HAS).read_text().split("\n")
+    starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d\. ", line)]
+    return [(lines[start - 1][2:], start, end) for start, end in zip(starts, starts[1:] + [len(lines)])]
+
+
+class TestFiles(unittest.TestCase):
+    """What the files promise each other."""
+
+    def read(self, name):
+        return (pathlib.Path(HERE) / name).read_text()
+
+    def test_the_list_of_parts_is_the_banners(self):
+        listed = re.findall(r"^    (\d\. \w[\w ]*?)  ", has.__doc__, re.M)
+        self.assertEqual(listed, [title for title, _, _ in parts_of_has()])
+
+    def test_a_part_uses_only_the_parts_above_it(self):
+        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
+
+        def part(line):
+            return sum(start <= line for _, start, _ in parts)
+        defined = {}
+        for node in tree.body:
+            names = [node.name] if hasattr(node, "name") else [
+                name.id for target in getattr(node, "targets", []) for name in ast.walk(target)
+                if isinstance(name, ast.Name)]
+            defined.update({name: part(node.lineno) for name in names})
+        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree) if isinstance(node, ast.Name)
+                 and defined.get(node.id, 0) > part(node.lineno)]
+        self.assertEqual(wrong, [])
+
+    def test_families_are_named_in_part_3_and_the_settings_only(self):
+        lines = self.read("has.py").split("\n")
+        allowed = [range(start, end) for title, start, end in parts_of_has() if title[0] in "13"]
+        begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
+        end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
+        names = [f for f in has.FAMILIES if f != "plain"]
+        tree, wrong = ast.parse(self.read("has.py")), []
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else (
+                node.id if isinstance(node, ast.Name) else "")
+            text = text.decode("latin-1") if isinstance(text, bytes) else text
+            if text.lower() in names and not begin < node.lineno < end and not any(
+                    node.lineno in lines_ for lines_ in allowed):
+                wrong.append(f"line {node.lineno}: {text}")
+        self.assertEqual(wrong, [])
+
+    def shipped(self):
+        """has.conf's commented-out settings: {key: default}."""
+        return dict(re.findall(r"^#(\w+) =[ ]?(.*)$", self.read("has.conf"), re.M))
+
+    def test_has_conf_has_every_key_with_its_default(self):
+        constants = {key: text for key, (text, _) in has.read_constants(HAS)[0].items()}
+        shipped = self.shipped()
+        self.assertEqual(list(shipped), list(constants))
+        edited = [key for key in shipped if shipped[key] != constants[key]]
+        if edited and not os.environ.get("CI"):
+            self.skipTest(f"constants were edited: {', '.join(edited)}")
+        self.assertEqual(edited, [])
+
+    def test_has_conf_uncommented_is_right(self):
+        with tempfile.TemporaryDirectory() as folder:
+            conf = os.path.join(folder, "has.conf")
+            with open(conf, "w") as file:
+                file.write(re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
+            self.assertEqual(set(has.load_settings(HAS, conf)[0].texts), set(has.SETTINGS))
+
+    def test_the_table_of_settings_in_the_readme_is_has_conf(self):
+        rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|\(empty\)) \|", self.read("README.md"), re.M))
+        self.assertEqual(rows, self.shipped())
+
+    def test_the_readme_names_every_option_and_signal(self):
+        helped = subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE, universal_newlines=True).stdout
+        readme = self.read("README.md")
+        for word in re.findall(r"--[a-z]+", helped) + ["HUP", "USR1", "USR2", "TERM"]:
+            self.assertIn(word, readme)
+
+    def test_the_top_level_is_what_it_should_be(self):
+        listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                universal_newlines=True).stdout.split()
+        if not listed:
+            self.skipTest("not a git checkout")
+        self.assertEqual(sorted(name for name in listed if not name.startswith(".")),
+                         ["LICENSE", "README.md", "has.conf", "has.py", "test_has.py"])
+
+
+# ======================================================================
+# Running
+#
+# Classes that start programs run side by side, each in a process of its own; the rest in one more.
+# ======================================================================
+
+class Result(unittest.TextTestResult):
+    """Counts single tests: passed is what ended in nothing else."""
+
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+
+def run_here(names):
+    """Run tests in this process; return (passed, failed, skipped)."""
+    loader = unittest.defaultTestLoader
+    module = sys.modules[__name__]
+    suite = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
+    logging.getLogger("has").addHandler(logging.NullHandler())
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=1).run(suite)
+    failed = {test.id().split(" ")[0] for test, _ in result.failures + result.errors}
+    return result.passed, len(failed) + len(result.unexpectedSuccesses), len(result.skipped)
+
+
+def run_apart(names):
+    """Run tests in a process of their own; return (its output, (passed, failed, skipped))."""
+    done = subprocess.run([sys.executable, HAS_TESTS, "--here", *names], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    counts = re.search(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", done.stdout, re.M)
+    return done.stdout, tuple(map(int, counts.groups())) if counts else (0, 1, 0)
+
+
+def run_all():
+    """Run every class, those that start programs side by side; return the counts."""
+    classes = [it for it in vars(sys.modules[__name__]).values() if isinstance(it, type)
+               and issubclass(it, unittest.TestCase) and unittest.defaultTestLoader.getTestCaseNames(it)]
+    apart = [[it.__name__] for it in classes if issubclass(it, (Case, Scenarios))]
+    jobs = apart + [[it.__name__ for it in classes if not issubclass(it, (Case, Scenarios))]]
+    total = [0, 0, 0]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for names, (output, counts) in zip(jobs, pool.map(run_apart, jobs)):
+            if counts[1]:
+                print(output)
+            for reason in sorted(set(re.findall(r"skipped=\d+|SKIP.*", output))) if counts[2] else []:
+                print(f"{' '.join(names)[:70]}: {reason}")
+            print(f"{' '.join(names)[:70]:<70} {counts[0]:>4} passed {counts[1]:>3} failed {counts[2]:>3} skipped", flush=True)
+            total = [a + b for a, b in zip(total, counts)]
+    return total
+
+
+HAS_TESTS = os.path.abspath(__file__)
+
+
+def main():
+    """Run what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(description="Test HAS. Without arguments: everything.")
+    parser.add_argument("--here", action="store_true", help="in this process, one after another")
+    parser.add_argument("names", nargs="*", help="classes, or CLASS.TEST")
+    options = parser.parse_args()
+    counts = run_here(options.names) if options.here or options.names else run_all()
+    print("%d passed, %d failed, %d skipped" % tuple(counts))
+    return 1 if counts[1] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
