@@ -796,7 +796,9 @@ class Dialect:
     login_probe = None             # (line, pattern) answered at the login screen
     start_question, start_answer = None, re.compile(rb"(?!)")           # asks for the start id, before a login
     start_command = None           # the telnet offer without which it is not asked
+    address_may_be_refused = False # the address line must be switched on in the server
     check_right = "WIZARD"         # the flag the heartbeat needs for checks
+    settles = True                 # the end marker can be asked for on one of several connections of a character
     capped = False                 # longer lines overrun the server's buffer
 
     def clean(self, line):
@@ -953,6 +955,7 @@ class TinyMUSH(_InfoFamily):
     end_text = re.compile(rb"### End INFO\r?\n")
     at_once = 1                    # sessions of one character must come one by one
     capped = True
+    settles = False                # in the game INFO answers on the connection used last
 
 
 class TinyMUX(_InfoFamily):
@@ -984,6 +987,7 @@ class RhostMUSH(_InfoFamily):
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     block_proof = re.compile(rb"Pend\s+Lost")
+    address_may_be_refused = True
     end_mark = b"z"
     check_function = b"checkpass"
     check_right = "ROYALTY or IMMORTAL"
@@ -1182,6 +1186,13 @@ class Proof:
                 self._tries.clear()
             if self.returning and not self.asked:
                 self.asked, self.to_send = True, self.dialect.end_question
+
+    def ask_again(self):
+        """The bytes that ask for the end marker once more, in the game; until it comes all is held and dropped."""
+        self.ended, self.held = False, b""
+        if self.dialect.end_command:
+            return self.dialect.end_question
+        return self._fill(self.dialect.end_question or self.dialect.mark_behind, self._nonce(None), {})
 
     def saw_command(self, piece):
         """Whether a telnet command of the world is the answer to the question for the end marker."""
@@ -1738,7 +1749,7 @@ class Session:
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since")
+                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1762,7 +1773,7 @@ class Session:
         self.notices = []                       # waiting for the end of that line
         self.hidden = b""                       # a tail that could begin an arrival line
         self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
-        self.told = self.stuck = False
+        self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
         self.typed_at = hub.now
         self.kept_due = self.stuck_due = self.held_since = 0
         self.words = b""                        # the world's last words that were shown
@@ -2169,7 +2180,7 @@ class Session:
         self.serial += 1
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
-        self.proof, self.from_world, self.replay = Proof(world.dialect, returning), None, None
+        self.proof, self.from_world, self.replay, self.settled = Proof(world.dialect, returning), None, None, False
         self.watched = self.hidden = b""
         self.life = world.life
         self.failing_since = self.failing_since if self.failures else self.hub.now
@@ -2193,7 +2204,7 @@ class Session:
         word, target = hub.settings.remotehostname_cmd, hub.world.target
         path = target[1] if isinstance(target[1], str) else None
         epoch = self.since if hub.settings.add_epoch_time else 0
-        opening = b"" if word == "none" and not path else dialect.address_line(self.host, epoch, word, path)
+        opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(self.host, epoch, word, path)
         if self.agreement and dialect.telnet:
             self.replay = Replay(self.agreement)
             # PennMUSH: a NUL behind the address line on its unix socket cuts off the rest (choreography.md 2)
@@ -2226,6 +2237,8 @@ class Session:
             self.link.drop()
         self.link = None
         self.hub.arrived(self)
+        if self.state is State.RETURNING:
+            self.hub.settle(self)
 
     def on_link_data(self, data):
         """The world sent `data`."""
@@ -2306,7 +2319,7 @@ class Session:
         """Text of the world; returns what the client gets of it."""
         proof = self.proof
         if proof.live:
-            was_in = proof.login
+            was_in, had_ended = proof.login, proof.ended
             text = proof.feed(text)
             if proof.login and not was_in and self.state is State.LOGIN:
                 self._logged_in(proof.login)
@@ -2314,8 +2327,10 @@ class Session:
                 self.link.send(proof.to_send)
                 proof.to_send = b""
                 self._later(1, self._end_marker_overdue)
-            if proof.returning and proof.ended and self.state is State.RETURNING:
+            if proof.ended and not had_ended and self.state is State.RETURNING:
                 self._returned()
+        if self.state is State.RETURNING:
+            return b""                          # settled: what the others of this character cause
         if self.change:
             self._watch_change(text)
         if text and (self.hub.noise or self.hidden):
@@ -2524,12 +2539,21 @@ class Session:
     def _returned(self):
         """The end marker of a return came: all is known."""
         proof = self.proof
-        if proof.login:
+        if proof.login and not self.settled and self.dialect.settles and self.hub.siblings(self):
+            self.settled = True                 # the others' login text comes here too: go on when the last is in
+            self._arrived()
+            self.hub.settle(self)
+        elif proof.login:
             self._back_in_game(proof.login)
         elif proof.refused:
             self._refused()
         else:
             self._link_failed("the world did not log the user in, and did not say why")
+
+    def settle(self):
+        """The last session of this character is in: what came here of its login is dropped with one more end marker."""
+        if self.state is State.RETURNING and self.settled and self.proof.ended:
+            self.link.send(self.proof.ask_again())
 
     def _back_in_game(self, login):
         others = [c for c in (self.login, self.previous) if c and c != login]
@@ -2651,10 +2675,10 @@ class Session:
 # gives values, never Session objects.
 # ======================================================================
 
-World = collections.namedtuple("World", "address target dialect life blind checks")
+World = collections.namedtuple("World", "address target dialect life blind checks told", defaults=(True,))
 World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
 start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
-not log in (blind), and whether it may check passwords."""
+not log in (blind), whether it may check passwords, and whether the world understands the address line (told)."""
 
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
 RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
@@ -2684,7 +2708,7 @@ class Connection:
 
     def __init__(self, sock, address, target):
         self.sock, self.address, self.target = sock, address, target
-        self.dialect, self.life, self.blind, self.checks = PLAIN, None, False, False
+        self.dialect, self.life, self.blind, self.checks, self.told = PLAIN, None, False, False, True
         self.scanner = Scanner()
         self.text = b""            # received and not yet looked at
         self.commands = []         # telnet commands received
@@ -2735,7 +2759,7 @@ class Connection:
     @property
     def world(self):
         """What the hub is told."""
-        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks)
+        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told)
 
 
 class Heartbeat(threading.Thread):
@@ -2791,6 +2815,12 @@ class Heartbeat(threading.Thread):
 
     # ---- the thread
 
+    def try_once(self, address):
+        """Log in to a world once, without the thread; return its World, or Lost. For --check --probe."""
+        connection = self._establish(address)
+        self._close(connection)
+        return connection.world
+
     def run(self):
         """Find a world, stay with it until it is lost, for ever."""
         connection = self._unpark(self._parked_before) if self._parked_before else None
@@ -2824,7 +2854,7 @@ class Heartbeat(threading.Thread):
             parked["connection"] = {
                 "fd": connection.sock.detach(), "address": str(connection.address), "target": pack(connection.target),
                 "dialect": connection.dialect.name, "life": connection.life, "blind": connection.blind,
-                "checks": connection.checks, "text": pack(connection.text), "held": pack(connection.scanner.held),
+                "checks": connection.checks, "told": connection.told, "text": pack(connection.text), "held": pack(connection.scanner.held),
                 "renew_at": connection.renew_at, "spare": connection.spare()}
         return parked
 
@@ -2843,6 +2873,7 @@ class Heartbeat(threading.Thread):
         connection = Connection(sock, parse_address(left["address"]), (socket.AddressFamily(family), target))
         connection.dialect = DIALECTS[left["dialect"]]
         connection.life, connection.blind, connection.checks = left["life"], left["blind"], left["checks"]
+        connection.told = left["told"]
         connection.text, connection.scanner.held = unpack(left["text"]), unpack(left["held"])
         connection.renew_at, connection._tokens = left["renew_at"], left["spare"]
         self._selector.register(sock, READ, connection)
@@ -3009,14 +3040,35 @@ class Heartbeat(threading.Thread):
             connection.dialect = self._known[address]
         else:
             connection.dialect = self._known[address] = self._recognise(connection)
+        if connection.dialect.address_may_be_refused and settings.remotehostname_cmd == "auto":
+            connection.told = self._understands_address(connection)
         connection.life = self._start_id(connection) or f"?{secrets.token_hex(4)}"
 
-    def _recognise(self, connection):
+    def _understands_address(self, connection):
+        """Whether the address line is taken in silence: a server that does not know it shows its login screen again."""
+        self._let_settle(connection)
+        connection.text = b""
+        connection.send(connection.dialect.address_line("127.0.0.1", 0, "auto", None) + b"INFO\r\n")
+        answer = self._expect(connection, re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n"),
+                              self._settings.hb_timeout)
+        if not answer:
+            raise Lost("it took the connection but does not answer")
+        if not answer.group(1).strip():
+            return True
+        log.warning("%s: the world does not know the line that hands over addresses, so it is not sent; switch it on "
+                    "there (README), then kill -HUP, or set remotehostname_cmd = none", connection.address)
+        return False
+
+    def _let_settle(self, connection):
+        """Wait until the world has said what it says at connect: for a pause of 0.25 s, or 3 s."""
         until, quiet = time.monotonic() + 3, 0.0
         while time.monotonic() < until and quiet < 0.25 and connection.ended is None:
             seen = len(connection.text) + len(connection.commands)
             self._wait(min(until, time.monotonic() + 0.25) if seen else until)
             quiet = 0.25 if seen and seen == len(connection.text) + len(connection.commands) else 0.0
+
+    def _recognise(self, connection):
+        self._let_settle(connection)
         banner = b"".join(connection.commands) + connection.text
         dialect, how = recognise(banner, b""), "by what it sends at connect"
         if dialect is None:
@@ -3721,6 +3773,19 @@ class Hub:
                 self._expect_noise(session.trials[0].character)
             self._safely(session.open_link)
 
+    def siblings(self, session):
+        """The other sessions of its character that are being logged in, or are next."""
+        name = session.trials[0].character
+        return [it for it in self.sessions.values() if it is not session and it.trials
+                and it.trials[0].character == name and (it.state is State.RETURNING or it in self._queue)]
+
+    def settle(self, session):
+        """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
+        siblings = self.siblings(session) if session.trials else []
+        if all(it.settled for it in siblings):
+            for it in siblings + [session]:
+                self._safely(it.settle)
+
     def _expect_noise(self, name):
         quiet = not self.noise
         self.noise[name] = self.now + NOISE_SECONDS
@@ -3909,7 +3974,7 @@ class Hub:
             it = state["world"]
             family, target = unpack(it["target"])
             self.world = World(parse_address(it["address"]), (socket.AddressFamily(family), target),
-                               DIALECTS[it["dialect"]], it["life"], it["blind"], it["checks"])
+                               DIALECTS[it["dialect"]], it["life"], it["blind"], it["checks"], it["told"])
         self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
                           for it in state["listeners"]]
         if state["control"]:
@@ -4317,6 +4382,7 @@ def parse_arguments(arguments):
     asking.add_argument("--status", action="store_true", help="ask the running HAS how it is, and exit")
     asking.add_argument("--notice", metavar="TEXT", help="have the running HAS write TEXT to every user")
     asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (see --status)")
+    parser.add_argument("--probe", action="store_true", help="with --check: try the world once, too, and say what it lacks")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
     parser.add_argument("--script", help=argparse.SUPPRESS)                 # these three are for Upgrade
     parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
@@ -4355,11 +4421,37 @@ def main(arguments=None):
         return 2
     if options.check:
         print("\n".join([*remarks, "has.py: the settings are right"]))
-        return 0
+        return probe(settings) if options.probe else 0
     control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
     if options.status or options.notice is not None or options.kick is not None:
         return ask_running(options, control)
     return start_has(settings, remarks, load, control, (script, options.config, source))
+
+
+def probe(settings):
+    """Try every address once and print what works, with the remedy for what does not; return the exit status."""
+    log.handlers[:], log.propagate = [logging.NullHandler()], False
+    heartbeat, good = Heartbeat(None, Mailbox(), settings), True
+    for address in settings.mush_address:
+        try:
+            world = heartbeat.try_once(address)
+        except Lost as lost:
+            print(f"{address}: cannot be used: {lost}: is the MUSH up, and is mush_address right?")
+            good = False
+            continue
+        dialect, good = world.dialect, good and not world.blind
+        tells = bool(dialect.address_line("192.0.2.1", 0, "auto", world.address.path))
+        print(f"{address}: reachable, and it answers\n"
+              f"  family: {dialect.name}" + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type") +
+              "\n  heartbeat login: " + ("not possible with this family" if not dialect.logs_in else "works" if not world.blind
+                                          else "refused: make the character hb_user with hb_pass (README)") +
+              "\n  password check: " + ("this family has none; none is needed" if not dialect.check_function else
+                                         "works" if world.checks else f"no: set the heartbeat's {dialect.check_right} flag") +
+              "\n  real address: " + ("off (remotehostname_cmd)" if settings.remotehostname_cmd == "none" else
+                                       "this family cannot be told" + " over TCP (unix socket: README)" *
+                                       (dialect is UNIX_DIALECT) if not tells else "the world is told" if world.told else
+                                       "not understood: switch it on in the MUSH (README)"))
+    return 0 if good else 1
 
 
 def ask_running(options, path):
