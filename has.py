@@ -485,15 +485,15 @@ class Scanner:
 
     `feed` returns a list of (is_command, bytes); joined they are the bytes fed, but for an unfinished command,
     which is held until it is whole. IAC IAC is text. A sub-negotiation longer than LONGEST_SB is let through as
-    it comes, as commands that match nothing.
+    it comes, in pieces whose is_command is None: nobody reads them.
     """
 
-    __slots__ = ("held", "_looked", "_long")
+    __slots__ = ("held", "_looked", "inside_long")
 
     def __init__(self):
         self.held = b""            # an unfinished command
         self._looked = 0           # how much of a held sub-negotiation was searched for its end
-        self._long = False         # inside a sub-negotiation that is too long to hold
+        self.inside_long = False   # inside a sub-negotiation that is too long to hold
 
     def feed(self, data):
         """Take `data`; return what is complete as [(is_command, bytes), ...]."""
@@ -501,7 +501,7 @@ class Scanner:
             data, self.held = self.held + data, b""
         pieces, at = [], 0
         while at < len(data):
-            if self._long or data.startswith(b"\xff\xfa", at):
+            if self.inside_long or data.startswith(b"\xff\xfa", at):
                 at = self._sub(data, at, pieces)
                 continue
             start = self._next_command(data, at)
@@ -530,23 +530,23 @@ class Scanner:
 
     def _sub(self, data, start, pieces):
         """Take a sub-negotiation from `start`; return where it ends."""
-        at = start if self._long else max(start + 2, start + self._looked)
+        at = start if self.inside_long else max(start + 2, start + self._looked)
         while True:
             at = data.find(IAC, at)
             if at < 0 or at + 1 >= len(data):
                 break
             at += 2
             if data[at - 1] == SE:
-                pieces.append((True, data[start:at]))
-                self._looked, self._long = 0, False
+                pieces.append((None if self.inside_long else True, data[start:at]))
+                self._looked, self.inside_long = 0, False
                 return at
-        if not self._long and len(data) - start <= LONGEST_SB:
+        if not self.inside_long and len(data) - start <= LONGEST_SB:
             self.held, self._looked = data[start:], (len(data) if at < 0 else at) - start
             return len(data)
         end = len(data) if at < 0 else at       # a lone IAC at the end waits for its second byte
         if end > start:
-            pieces.append((True, data[start:end]))
-        self.held, self._looked, self._long = data[end:], 0, True
+            pieces.append((None, data[start:end]))
+        self.held, self._looked, self.inside_long = data[end:], 0, True
         return len(data)
 
 
@@ -623,7 +623,7 @@ class Replay:
     the client's own affair, and so is every option the client has not met yet.
     """
 
-    __slots__ = ("agreement", "had", "met", "said", "typed")
+    __slots__ = ("agreement", "had", "met", "said", "typed", "late")
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -631,6 +631,7 @@ class Replay:
         self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
+        self.late = b""            # what waits until telnet may be sent (PennMUSH's unix socket)
 
     def opening(self):
         """What may go in front of the login line: size, terminal and character set, if they were settled before.
@@ -688,17 +689,18 @@ class Replay:
             return self.agreement.naws or b""
         return b"".join(self.agreement.gmcp) if mine == (DO, GMCP) else b""
 
-    def leftovers(self):
-        """What to switch off at the client, because the new world did not offer it: ECHO first of all."""
+    def leftovers(self, only=None):
+        """What (of `only`) to switch off at the client, because the new world did not offer it: ECHO first of all."""
         out = b""
-        for verb, option in sorted(self.had - self.met, key=lambda it: (it[1] != ECHO, it)):
+        had = self.had if only is None else self.had & only
+        for verb, option in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):
             off = WONT if verb == DO else DONT                  # HAS speaks to the client as the world
             out += command(off, option)
             answer = bytes((DONT if verb == DO else WONT, option))
             self.agreement.ignore.add(answer)
             self.agreement.client[(verb, option)] = False
             self.agreement.world[(WILL if verb == DO else DO, option)] = False
-        self.had &= self.met
+        self.had -= had - self.met
         return out
 
 
@@ -1098,7 +1100,6 @@ class Proof:
 
     def disarm(self, nonce, settings):
         """What goes behind an armed line that was no login line after all."""
-        self._tries.pop(nonce[-3:-1], None)
         return self._fill(self.dialect.mark_behind, nonce, settings)
 
     def no_login(self, line):
@@ -1793,7 +1794,8 @@ class Session:
     def _refresh(self):
         """Compute the two flags of the fast path from everything they depend on."""
         linked = self.link is not None and not self.link.connecting
-        self.direct = self.state is State.PLAYING and linked and not self.kept and not self.silent
+        self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
+                       and not self.dialect.capped and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or self.hidden or self.hub.noise or
                          self.proof and self.proof.live or self.from_world and self.from_world.held)
 
@@ -1937,16 +1939,17 @@ class Session:
         return kept
 
     def _read_client(self, data):
-        if self.from_client is None:
-            if b"\xff" not in data:
-                self._client_text(data)
-                return
+        """The careful way: telnet, lines."""
+        if self.from_client is None and b"\xff" in data:
             self.from_client = Scanner()
-        for is_command, piece in self.from_client.feed(data):
+        for is_command, piece in self.from_client.feed(data) if self.from_client else [(False, data)]:
             if is_command:
                 self._client_command(piece)
-            else:
+            elif is_command is False:
                 self._client_text(piece)
+            elif self._can_forward() and self.dialect.telnet:
+                self.link.send(piece)           # a part of a sub-negotiation that is too long to look at
+        self._refresh()
 
     def _client_command(self, piece):
         if len(piece) == 3 and piece[2] in COMPRESSION:
@@ -1983,7 +1986,6 @@ class Session:
         out = self._read_lines(text, self._typed_line, self._typed_part)
         if self.link and out:
             self.link.send(out)
-        self._refresh()
 
     @property
     def dialect(self):
@@ -2168,7 +2170,11 @@ class Session:
         if not text:
             return
         lines = b"\r\n".join(text.encode().split(b"\n")) + more
-        self.client.send(unfinished(self.tail) + b"\x1b[0m" + (b"\r\n" if self.tail else b"") + lines + b"\r\n")
+        if self.from_world and self.from_world.inside_long:
+            self.from_world = None
+            self.client.send(bytes((IAC, SE)))
+        fresh = b"\r\n" if self.tail else b""
+        self.client.send(unfinished(self.tail) + b"\x1b[0m" + fresh + lines + b"\r\n")
         self.tail = b""
 
     # ---- the link
@@ -2204,18 +2210,38 @@ class Session:
         word, target = hub.settings.remotehostname_cmd, hub.world.target
         path = target[1] if isinstance(target[1], str) else None
         epoch = self.since if hub.settings.add_epoch_time else 0
-        opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(self.host, epoch, word, path)
-        if self.agreement and dialect.telnet:
-            self.replay = Replay(self.agreement)
-            # PennMUSH: a NUL behind the address line on its unix socket cuts off the rest (choreography.md 2)
-            opening += b"" if path else self.replay.opening()
+        opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(
+            self.host, epoch, word, path)
+        if self.agreement:
+            opening += self._begin_replay(bool(path))
         if self.state is State.RETURNING:
-            opening += self.proof.script(self.trials[0])
+            script = self.proof.script(self.trials[0])
+            if path and self.replay and self.replay.had:
+                self.replay.late = script       # goes out with the telnet, at the server's first telnet command
+                script = b"INFO\r\n"            # which this brings at once
+                self._later(2, self._send_late)
+            opening += script
             self._later(RETURN_SECONDS, self._return_overdue)
         if opening:
             link.send(opening)
         if self.state is State.LOGIN:
             self._at_login_screen()
+
+    def _begin_replay(self, late):
+        """Speak telnet for the client on the new link; returns what goes in front of the login, nothing if `late`."""
+        replay = Replay(self.agreement)
+        if not self.dialect.telnet:
+            replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}     # HAS itself takes these
+            self.client.send(replay.leftovers())
+            return b""
+        self.replay = replay
+        # PennMUSH: a NUL behind the address line on its unix socket cuts off the rest (choreography.md 2)
+        return b"" if late else replay.opening()
+
+    def _send_late(self):
+        if self.replay and self.replay.late and self.link:
+            late, self.replay.late = self.replay.late, b""
+            self.link.send(self.replay.opening() + late)
 
     def _at_login_screen(self):
         if self.greeting:
@@ -2279,6 +2305,8 @@ class Session:
                 piece = self._link_command(piece)
                 if piece:
                     self.client.send(piece)
+            elif is_command is None:
+                self.client.send(piece)
             else:
                 self._show(self._link_text(piece))
         self._after_link_data(was_playing)
@@ -2311,6 +2339,7 @@ class Session:
             answer, piece = self.replay.answer(piece)
             if answer and self.link:
                 self.link.send(answer)
+            self._send_late()
         if piece:
             self.agreement.from_world(piece)
         return piece
@@ -2490,6 +2519,8 @@ class Session:
         self._enter(State.WAITING)
         self._flush_notices()
         self.told = True
+        if self.agreement and self.agreement.settled(DO, ECHO):        # nobody echoes what he types now
+            self.client.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
         self._write_notice(notice)
         self._hold_for_now()
         kept = self._release()
