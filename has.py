@@ -201,7 +201,7 @@ def _name(text):
 
 
 def _notice(text):
-    if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f]", text):
+    if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]", text):
         raise ValueError("holds control characters")
     return text
 
@@ -341,7 +341,7 @@ def read_conf(path):
     Returns ({key: (text, "file:line")}, problems); a file that is not there gives nothing.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")
     except FileNotFoundError:
         return {}, []
@@ -425,7 +425,9 @@ def _remarks(overrides, conf, settings):
 
 
 def _loops(values):
-    """One of our own listeners as the world would be a loop."""
+    """One of our own listeners as the world would be a loop; and two listeners cannot share a port."""
+    if values["local_port"] and values["local_port"] == values["local_port_ssl"]:
+        return [f"local_port = {values['local_port']}: local_port_ssl is the same port"]
     return [f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): give the port of the MUSH"
             for address in values["mush_address"]
             if address.host and address.port in (values["local_port"], values["local_port_ssl"])
@@ -477,7 +479,7 @@ def unescape(text):
 def printable(text):
     """User or world text for the log: nothing in it can steer a terminal."""
     text = text.decode("utf-8", "replace") if isinstance(text, (bytes, bytearray)) else text
-    return re.sub(r"[^ -~\xa1-\uffff]", "?", text)
+    return re.sub(r"[^ -~\xa1-\ud7ff\ue000-\uffff]", "?", text)
 
 
 class Scanner:
@@ -800,6 +802,7 @@ class Dialect:
     start_command = None           # the telnet offer without which it is not asked
     address_may_be_refused = False # the address line must be switched on in the server
     check_right = "WIZARD"         # the flag the heartbeat needs for checks
+    wraps_settings = False         # setting a suffix shows prefix and suffix once
     settles = True                 # the end marker can be asked for on one of several connections of a character
     capped = False                 # longer lines overrun the server's buffer
 
@@ -956,7 +959,7 @@ class TinyMUSH(_InfoFamily):
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
     at_once = 1                    # sessions of one character must come one by one
-    capped = True
+    capped = wraps_settings = True
     settles = False                # in the game INFO answers on the connection used last
 
 
@@ -973,6 +976,7 @@ class TinyMUX(_InfoFamily):
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
     at_once = 64                   # listen backlog 4096
+    wraps_settings = True
 
 
 class RhostMUSH(_InfoFamily):
@@ -1315,7 +1319,10 @@ def reset(sock):
 
 def is_connected_to_itself(sock):
     """Whether a connect to a dead local port met its own outgoing port (TCP simultaneous open)."""
-    return sock.family != getattr(socket, "AF_UNIX", None) and sock.getsockname() == sock.getpeername()
+    try:
+        return sock.family != getattr(socket, "AF_UNIX", None) and sock.getsockname() == sock.getpeername()
+    except OSError:
+        return False                            # gone again already
 
 
 class Stream:
@@ -1325,6 +1332,8 @@ class Stream:
     on_stream_full and on_stream_room (the out-buffer passed HIGH_WATER, fell below LOW_WATER).
     A failed send stops writing only; the stream ends when reading it does, so that last words are not lost.
     """
+
+    committed = 0                  # bytes at the start of `out` that must stay as they are
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed", "full",
                  "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
@@ -1569,15 +1578,21 @@ class Splice:
 class TLSStream(Stream):
     """A Stream inside TLS; on_stream_open comes when the handshake is done. Owners see no other difference."""
 
-    __slots__ = ("_context", "_server_name", "_handshake")
+    __slots__ = ("_context", "_server_name", "_handshake", "_committed")
     RECORD = 16384                 # a write is retried with no less than was offered: never offer more than a record
 
     def __init__(self, selector, sock, owner, on_data, context, connecting=False, server_name=None):
         self._context, self._server_name, self._handshake = context, server_name, 0
+        self._committed = 0        # bytes of `out` that OpenSSL has begun to send
         if not connecting:                      # an accepted client: HAS is the server
             sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             self._handshake = READ
         super().__init__(selector, sock, owner, on_data, connecting=True)
+
+    @property
+    def committed(self):
+        """Bytes at the start of `out` that must stay as they are."""
+        return self._committed
 
     def _while_connecting(self):
         return self._handshake or WRITE
@@ -1617,7 +1632,9 @@ class TLSStream(Stream):
     def _flush(self):
         try:
             while self.out:
-                sent = self.sock.send(bytes(self.out[:self.RECORD]))
+                self._committed = self._committed or min(len(self.out), self.RECORD)
+                sent = self.sock.send(bytes(self.out[:self._committed]))
+                self._committed = 0
                 self.sent_bytes += sent
                 del self.out[:sent]
         except NOT_NOW:
@@ -1641,6 +1658,7 @@ class TLSStream(Stream):
 # to bring him back. Every rule that a user can see is in this part.
 # ======================================================================
 
+LINES_A_TURN = 200                 # typed lines of one client taken in one go
 KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
@@ -1651,6 +1669,8 @@ MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(rb"[ \t]*(?:quit|logout|@pa|@new|@name|output|screen|pueblo|sockset|prompt_|#[?])", re.I)
+# ... unless it holds one of these, which servers drop or edit lines with: only its line end may.
+_CONTROLS = bytes(range(32)) + b"\x7f\xff"
 _ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
 
@@ -1686,12 +1706,12 @@ class Typed:
 PACKED["Typed"] = Typed
 
 
-def shorten(out, limit):
+def shorten(out, limit, committed=0):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
 
     One visible line says how many were lost; telnet commands are kept.
     """
-    begun = out.find(b"\n", 0, limit // 2) + 1
+    begun = out.find(b"\n", max(0, committed - 1), committed + limit // 2) + 1 or committed
     begun -= len(_unfinished_command(out[:begun]))
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
     cut = bytes(out[begun:start])
@@ -1750,7 +1770,7 @@ class Session:
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled")
+                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog", "proven", "expected")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1759,6 +1779,7 @@ class Session:
         self.state, self.serial = State.LOGIN, 0
         self.link = self.life = self.proof = self.agreement = self.replay = None
         self.from_client = self.from_world = None
+        self.proven = b""                       # the character as it logged in, whatever names were typed later
         self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
         self.pending = None                     # a login typed while the world was away
         self.unproven = None                    # (login, time) typed and not yet confirmed
@@ -1778,6 +1799,8 @@ class Session:
         self.typed_at = hub.now
         self.kept_due = self.stuck_due = self.held_since = 0
         self.words = b""                        # the world's last words that were shown
+        self.backlog = b""                      # typed, and left for later turns
+        self.expected = b""                     # what the world says to settings HAS repeats: not for the user
 
     def __str__(self):
         name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
@@ -1796,8 +1819,8 @@ class Session:
         linked = self.link is not None and not self.link.connecting
         self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
                        and not self.dialect.capped and not (self.from_client and self.from_client.held))
-        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or self.hidden or self.hub.noise or
-                         self.proof and self.proof.live or self.from_world and self.from_world.held)
+        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or
+                         self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or self.from_world and self.from_world.held)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a terminal."""
@@ -1835,6 +1858,7 @@ class Session:
         """Begin anew what was under way when the process was replaced: timers, questions, connects."""
         self._refresh()
         self._flush_notices()
+        self.hub.later(0, self._take_backlog)
         if self.hidden:
             self._show_hidden()
         if self.state is State.CLOSING:
@@ -1909,14 +1933,40 @@ class Session:
         """The client sent `data`."""
         self.typed_at = self.hub.now
         self.bytes_in += len(data)
-        if (self.direct and data.find(b"\n") == len(data) - 1 and not self.typed.buffer
-                and b"\xff" not in data and not _WATCHED.match(data)):
+        if (self.direct and data[-1] == 10 and not self.typed.buffer and not _WATCHED.match(data)
+                and len(data) - len(data.translate(None, _CONTROLS)) == (2 if data[-2:] == b"\r\n" else 1)):
             self.quit_at = 0
             self.link.send(data)
-        elif self.state is State.WAITING or self._can_forward():
+            return
+        if self.backlog:
+            self.backlog += data
+            return
+        if len(data) > LINES_A_TURN and len(data.translate(None, b"\r\n")) < len(data) - LINES_A_TURN:
+            data = self._postpone(data)
+        if self.state is State.WAITING or self._can_forward():
             self._read_client(data)
         elif self.state is not State.CLOSING:
             self._keep(data)
+
+    def _postpone(self, data):
+        """Of very many lines take the first, and the rest in later turns: others have their turn between."""
+        ends = itertools.islice(re.finditer(rb"[\r\n]", data), LINES_A_TURN, None)
+        stop = next(ends).end()
+        self.backlog = data[stop:]
+        self.client.pause()
+        self.hub.later(0, self._take_backlog)
+        return data[:stop]
+
+    def _take_backlog(self):
+        data, self.backlog = self.backlog, b""
+        if not self.client.closed and data:
+            self._resume_client()
+            self.on_client_data(data)
+
+    def _resume_client(self):
+        """Read the client again, unless something else still forbids it."""
+        if not (self.backlog or self.link and self.link.full or len(self.kept) > KEEP_BYTES or self.client.full):
+            self.client.resume()
 
     def _can_forward(self):
         return (self.state in (State.LOGIN, State.PLAYING) and self.link is not None
@@ -1933,8 +1983,7 @@ class Session:
     def _release(self):
         """Take what was kept."""
         kept, self.kept = self.kept, b""
-        if not (self.link and self.link.full):
-            self.client.resume()
+        self._resume_client()
         self._refresh()
         return kept
 
@@ -1952,6 +2001,9 @@ class Session:
         self._refresh()
 
     def _client_command(self, piece):
+        if self.client.full:                    # it does not read: nothing that asks for an answer
+            self.client.pause()
+            return
         if len(piece) == 3 and piece[2] in COMPRESSION:
             if piece[1] in (DO, WILL):
                 self.client.send(command(WONT if piece[1] == DO else DONT, piece[2]))
@@ -1995,12 +2047,12 @@ class Session:
     def _read_lines(self, text, whole, part):
         """Split typed text; `whole(cleaned line)` and `part()` return the bytes that go on to the world."""
         out = []
-        ends = self.dialect.line_end
-        while text:
-            end = ends.search(text)
+        ends, at = self.dialect.line_end, 0
+        while at < len(text):
+            end = ends.search(text, at)
             stop = end.end() if end else len(text)
-            self.typed.buffer += text[:stop]
-            text = text[stop:]
+            self.typed.buffer += text[at:stop]
+            at = stop
             if end:
                 line = b"" if self.typed.overlong else self.dialect.clean(unescape(self.typed.buffer))
                 out.append(whole(line))
@@ -2022,8 +2074,7 @@ class Session:
 
     def _asks_for_list(self, line):
         """Answer an admin's #?; False if it is nothing of the kind."""
-        if line != b"#?" or not self.login or self.login.character.decode("utf-8", "replace") not in (
-                self.hub.settings.admins):
+        if line != b"#?" or self.proven.decode("utf-8", "replace") not in self.hub.settings.admins:
             return False
         self.notify("\n".join(status_lines(self.hub.status())))
         return True
@@ -2057,6 +2108,7 @@ class Session:
         if dialect.logout.match(line):
             log.info("%s: logged out to the login screen", self)
             self.login = self.previous = self.unproven = None
+            self.proven = b""
             self.proof = Proof(dialect)
             self._enter(State.LOGIN)
             return
@@ -2076,6 +2128,7 @@ class Session:
         if self.dialect.mark_before and not typed.sent:
             first = typed.buffer.lstrip(b" ")[:1]
             if not first:
+                typed.buffer = typed.buffer[:KEEP_BYTES]
                 return b""
             if first == b"c":
                 typed.nonce, before = self.proof.arm(self.settings)
@@ -2098,7 +2151,7 @@ class Session:
             self.unproven = login, self.hub.now
             if self.hub.count_login(self.host) > SLOW_AFTER:
                 self.client.pause()             # after this line; nothing he types is lost
-                self._later(SLOW_SECONDS, self.client.resume)
+                self._later(SLOW_SECONDS, self._resume_client)
             return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
         self._note_line(line)
         self.proof.no_login(line)
@@ -2119,13 +2172,13 @@ class Session:
             pass
         elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
             if login and not self.login:
-                self.pending = login
+                self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
             self._write_notice("# NOTICE # You will be logged in when the world returns.")
-        elif self.unsent < 10:
+        elif self.unsent < 10 and not self.client.full:
             if not self.unsent:
                 self.hub.later(1, self._tell_unsent)           # of this second, whatever becomes of the link
             self.unsent += 1
-            self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line))
+            self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500]))
         else:
             self.unsent += 1
         return b""
@@ -2169,7 +2222,7 @@ class Session:
         """Write a notice on a fresh line, colour reset, whatever the world left unfinished (rule 10)."""
         if not text:
             return
-        lines = b"\r\n".join(text.encode().split(b"\n")) + more
+        lines = b"\r\n".join(text.encode("utf-8", "replace").split(b"\n")) + more
         if self.from_world and self.from_world.inside_long:
             self.from_world = None
             self.client.send(bytes((IAC, SE)))
@@ -2187,7 +2240,7 @@ class Session:
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
         self.proof, self.from_world, self.replay, self.settled = Proof(world.dialect, returning), None, None, False
-        self.watched = self.hidden = b""
+        self.watched = self.hidden = self.expected = b""
         self.life = world.life
         self.failing_since = self.failing_since if self.failures else self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
@@ -2362,6 +2415,8 @@ class Session:
             return b""                          # settled: what the others of this character cause
         if self.change:
             self._watch_change(text)
+        if self.expected and self.expected in text:
+            text, self.expected = text.replace(self.expected, b"", 1), b""
         if text and (self.hub.noise or self.hidden):
             text = self._hide_arrivals(text)
         return text
@@ -2369,6 +2424,7 @@ class Session:
     def _logged_in(self, login):
         """A typed login took."""
         self.login, self.previous, self.pending, self.unproven = login, None, None, None
+        self.proven = login.character
         self.hub.logins_tried.pop(self.host, None)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
@@ -2515,7 +2571,7 @@ class Session:
         self.serial += 1
         self.silent = False
         self.failures, self.unproven, self.words = 0, None, b""
-        self.typed.clear()
+        self.typed.sent, self.typed.nonce = 0, None             # a line begun for the dead world is for the next
         self._enter(State.WAITING)
         self._flush_notices()
         self.told = True
@@ -2589,12 +2645,16 @@ class Session:
     def _back_in_game(self, login):
         others = [c for c in (self.login, self.previous) if c and c != login]
         self.login, self.previous, self.pending = login, (others[0] if others else None), None
-        self.failures, self.told = 0, False
+        self.failures, self.told, self.proven = 0, False, login.character
         self._write_notice(self.hub.settings.online_notice)
         if self.replay:
             self.client.send(self.replay.leftovers())
         for word, value in self.settings.items():
             self.link.send(word + (b" " + value if value else b"") + b"\r\n")
+        suffix = self.settings.get(b"OUTPUTSUFFIX")
+        if suffix and self.dialect.wraps_settings:
+            prefix = self.settings.get(b"OUTPUTPREFIX")
+            self.expected = (prefix + b"\r\n" if prefix else b"") + suffix + b"\r\n"
         self._enter(State.PLAYING)
         log.info("%s: is back in the game", self)
         self._arrived()
@@ -2662,11 +2722,11 @@ class Session:
         if stream is self.link:
             self.client.pause()
         elif stream is self.client:
+            self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
             if self.link:
                 self.link.pause()
                 self.stuck_due = self.hub.now + STUCK_SECONDS
                 self._later(STUCK_SECONDS, self._on_stuck)
-                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
 
     def _on_stuck(self):
         """One unread connection would freeze a whole TeenyMUSH: read on, and lose old lines if need be."""
@@ -2685,16 +2745,15 @@ class Session:
 
     def _shorten(self):
         limit = self.hub.settings.output_limit
-        if len(self.client.out) > limit:
-            self.client.out = shorten(self.client.out, limit * 3 // 4)
+        if len(self.client.out) > limit + self.client.committed:
+            self.client.out = shorten(self.client.out, limit * 3 // 4, self.client.committed)
 
     def on_stream_room(self, stream):
         """A stream fell below LOW_WATER: read the other one again."""
-        if stream is self.link:
-            self.client.resume()
-        elif self.link:
+        if stream is self.client and self.link:
             self.stuck = False
             self.link.resume()
+        self._resume_client()
 
 
 # ======================================================================
@@ -2719,7 +2778,7 @@ PROBE_RESERVE = 20                 # commands of the quota that checks never use
 class Lost(Exception):
     """The heartbeat's connection, or a try to make one, failed; `dead` says that the world was silent too long."""
 
-    dead = False
+    dead = ours = False            # ours: the fault lies with this machine, not with the world
 
 
 class Moved(Exception):
@@ -2965,6 +3024,9 @@ class Heartbeat(threading.Thread):
                 except Lost as lost:
                     if self._down_since is None:
                         self._down_since = time.monotonic()
+                    if lost.ours:
+                        log.error("the heartbeat: %s; this says nothing of the world", lost)
+                        continue
                     self._tell(self._hub.on_unreachable, address, str(lost))
                 else:
                     return connection
@@ -3003,7 +3065,9 @@ class Heartbeat(threading.Thread):
             return connection
         except OSError as error:
             self._close(connection)
-            raise Lost(error.strerror or str(error)) from None
+            lost = Lost(error.strerror or str(error))
+            lost.ours = error.errno in (errno.EMFILE, errno.ENFILE)
+            raise lost from None
         except Exception:
             self._close(connection)
             raise
@@ -3030,6 +3094,10 @@ class Heartbeat(threading.Thread):
             if is_connected_to_itself(sock):
                 reset(sock)
                 raise OSError(errno.ECONNREFUSED, "connected to itself: nothing listens there")
+            if not isinstance(target[1], str) and target[1][1] in (
+                    self._settings.local_port, self._settings.local_port_ssl) and _is_ours(
+                        target[1][0], {"local_address": self._settings.local_address}):
+                raise OSError(errno.ELOOP, "that is HAS itself: give the port of the MUSH")
             tune(sock, 15, 5, 3)
             return sock
         except BaseException:
@@ -3070,7 +3138,9 @@ class Heartbeat(threading.Thread):
         elif address in self._known:
             connection.dialect = self._known[address]
         else:
-            connection.dialect = self._known[address] = self._recognise(connection)
+            connection.dialect = self._recognise(connection)
+            if connection.dialect is not PLAIN:
+                self._known[address] = connection.dialect
         if connection.dialect.address_may_be_refused and settings.remotehostname_cmd == "auto":
             connection.told = self._understands_address(connection)
         connection.life = self._start_id(connection) or f"?{secrets.token_hex(4)}"
@@ -3101,11 +3171,15 @@ class Heartbeat(threading.Thread):
     def _recognise(self, connection):
         self._let_settle(connection)
         banner = b"".join(connection.commands) + connection.text
+        if connection.ended is not None:
+            raise Lost(connection.ended)
         dialect, how = recognise(banner, b""), "by what it sends at connect"
         if dialect is None:
             connection.send(b"INFO\r\n")
             answer = self._expect(connection, re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n"), 3)
             dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
+        if dialect is None and not banner and not answer:
+            raise Lost("it took the connection but does not answer")
         if dialect is None:
             log.warning("%s: the family of this world was not recognised: HAS serves it as `plain`, without logins; "
                         "set mush_type", connection.address)
@@ -3398,7 +3472,11 @@ class Listener:
                 self.hub.selector.unregister(self.sock)     # or the loop would spin on it
                 self.hub.later(1, self._again)
                 return
-            self.on_accepted(sock, peer)
+            try:
+                self.on_accepted(sock, peer)
+            except (OSError, ValueError) as error:
+                log.info("a client was gone before it was let in: %s", error)
+                sock.close()
 
     def on_accepted(self, sock, peer):
         """A client."""
@@ -3429,12 +3507,13 @@ class Arrival:
 
     def on_stream_open(self, stream):
         """The handshake is done."""
+        self.hub.arrivals.discard(self)
         self.hub.on_client(stream, self.host, True)
 
     def on_stream_end(self, stream, reason):
         """It ended before it was a session."""
         log.info("client from %s left before it was let in%s", self.host, f": {reason}" if reason else "")
-        stream.drop()
+        self.on_error()
 
     def on_data(self, data):
         """Bytes that should be a PROXY line (HAProxy's protocol, version 1: at most 107 bytes)."""
@@ -3450,6 +3529,7 @@ class Arrival:
             self._let_in(self.head)             # no PROXY line: a client on the front's own machine
 
     def _let_in(self, rest):
+        self.hub.arrivals.discard(self)
         session = self.hub.on_client(self.stream, self.host, False)
         if rest and session:
             session.on_client_data(rest)
@@ -3459,12 +3539,13 @@ class Arrival:
             return
         if self.tls:
             log.info("client from %s: no TLS handshake within 10 s: closed", self.host)
-            self.stream.drop()
+            self.on_error()
         else:
             self._let_in(self.head)
 
     def on_error(self):
-        """A fault of HAS in handling this client (it was logged): end only it."""
+        """End this client, and only this."""
+        self.hub.arrivals.discard(self)
         self.stream.drop()
 
 
@@ -3520,7 +3601,7 @@ class Caller:
         if b"\n" in self.asked or len(self.asked) > 65536:
             try:
                 answer = self.hub.command(json.loads(self.asked.decode()))
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 answer = {"error": f"bad request: {error}"}
             self.stream.send(json.dumps(answer).encode() + b"\n")
             self.stream.finish()
@@ -3598,6 +3679,7 @@ class Hub:
         self.selector.register(self.mailbox.reader, READ, self)
         self.closed, self.owner = False, self   # the mailbox is served like a stream
         self.listeners, self.control = [], None
+        self.arrivals, self.most_files = set(), 1 << 30
         self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
         self._numbers = itertools.count(1)
         self._per_host = collections.Counter()
@@ -3673,26 +3755,55 @@ class Hub:
 
     def listen(self):
         """Open the listeners the settings ask for; OSError leaves the old ones."""
-        settings, kept, new = self.settings, [], []
-        for port, tls in ((settings.local_port, False), (settings.local_port_ssl, True)):
-            if not port and (tls or settings.local_port_ssl):
-                continue
-            same = [old for old in self.listeners if old.wanted == (settings.local_address, port, tls)]
-            kept += same
-            new += [] if same else [Listener(self, sock, tls, (settings.local_address, port, tls))
-                                    for sock in open_listeners(settings.local_address, port)]
-        for old in self.listeners:
-            if old not in kept:
-                old.close()
+        settings, old = self.settings, self.listeners
+        ports = ((settings.local_port, False),) if settings.local_port or not settings.local_port_ssl else ()
+        ports += ((settings.local_port_ssl, True),) if settings.local_port_ssl else ()
+        wanted = [(settings.local_address, port, tls) for port, tls in ports]
+        kept = [it for it in old if it.wanted in wanted]
+        missing = [it for it in wanted if it not in [one.wanted for one in kept]]
+        try:
+            new = self._open(missing)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or len(kept) == len(old):
+                raise
+            for it in set(old) - set(kept):     # our own, on the same port at another address, is in the way
+                it.close()
+            self.listeners = kept
+            try:
+                new = self._open(missing)
+            except OSError:
+                self.listeners += self._open([it.wanted for it in old if it not in kept])
+                raise
+        for it in old:
+            if it not in kept and not it.closed:
+                it.close()
         self.listeners = kept + new
+
+    def _open(self, wanted):
+        """Listeners for all of `wanted`, or OSError and none."""
+        opened = []
+        try:
+            for address, port, tls in wanted:
+                opened += [(sock, tls, (address, port, tls)) for sock in open_listeners(address, port)]
+        except OSError:
+            for sock, _, _ in opened:
+                sock.close()
+            raise
+        new = [Listener(self, *it) for it in opened]
         for listener in new:
             log.info("listening on %s", listener)
+        return new
 
     def on_accept(self, sock, host, tls):
         """A client was accepted."""
         tune(sock, 60, 15, 5)
-        if tls or any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from):
-            Arrival(self, sock, host, tls)
+        if sock.fileno() > self.most_files - 20:        # what is left is for links, the heartbeat and --status
+            log.error("client from %s refused: no descriptors left: raise the limit (ulimit -n)", host)
+            sock.close()
+        elif len(self.arrivals) > max(100, self.settings.max_clients):
+            sock.close()                        # they last 10 s at most
+        elif tls or any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from):
+            self.arrivals.add(Arrival(self, sock, host, tls))
         else:
             self.on_client(Stream(self.selector, sock, None, None), host, False)
 
@@ -4116,6 +4227,8 @@ class Hub:
         except OSError as error:
             log.error("cannot listen on the new local_address or local_port: %s; the old listeners stay", error)
         log_remarks(remarks)
+        if old.control_socket != settings.control_socket:
+            log.warning("HUP: control_socket takes effect at the next start only")
         if old.mush_address != settings.mush_address:
             log.info("HUP: mush_address is now %s; users move when it is confirmed",
                      ", ".join(map(str, settings.mush_address)))
@@ -4328,7 +4441,7 @@ class LogHandler(logging.Handler):
 
     def _open(self):
         if self._path:
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
         try:                                    # a description of our own, so that O_NONBLOCK is nobody else's
             return os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
         except OSError:
@@ -4395,6 +4508,15 @@ def raise_limits(settings):
     if 0 < hard < 2 * settings.max_clients + 50:
         log.warning("max_clients = %d needs %d open files, the system allows %d: raise the hard limit (ulimit -Hn)",
                     settings.max_clients, 2 * settings.max_clients + 50, hard)
+
+
+def files_allowed():
+    """How many descriptors this process may have."""
+    try:
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        return 1 << 30
 
 
 def parse_arguments(arguments):
@@ -4575,6 +4697,8 @@ def resume(options, script, source, load):
     os.close(state["kept"])
     log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
              len(hub.sessions))
+    if "connection" not in (state["heartbeat"] or {}):
+        hub.on_heartbeat_lost("it could not be handed over", False)
     hub.go_on()
     return serve(hub, handler, (script, options.config, source))
 
@@ -4583,6 +4707,7 @@ def serve(hub, handler, program):
     """Start the heartbeat and turn until stopped; return the exit status."""
     upgrade = Upgrade(hub, *program)
     hub.on_reload = handler.reload
+    hub.most_files = files_allowed()
     hub.heartbeat.start()
     take_signals(hub, upgrade)
     tell_systemd("READY=1")

@@ -6,6 +6,7 @@ then has.py as a program in front of scripted worlds of every family and of a re
 Nothing sleeps to wait for something: it waits for the thing, with a deadline. 
 """
 import argparse
+import ast
 import atexit
 import base64
 import collections
@@ -19,15 +20,18 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import pty
 import random
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -35,6 +39,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import unittest
 import unittest.mock
@@ -2673,7 +2678,7 @@ class TestScanner(unittest.TestCase):
             if size > 1:
                 self.assertEqual(b"".join(piece for _, piece in out), data)
                 self.assertEqual([out[0], out[-1]], [(False, b"a"), (False, b"b")])
-                self.assertTrue(all(is_command for is_command, _ in out[1:-1]))
+                self.assertTrue(all(is_command is None for is_command, _ in out[1:-1]))
 
     def test_pieces_of_a_long_subnegotiation_mean_nothing(self):
         for piece in (b"a\xfb\x18", b"\xff\xff\x18", b"abc"):
@@ -5257,7 +5262,7 @@ class Scenarios:
 
     def went_down(self, *clients):
         for client in clients:
-            client.expect(re.escape(OFFLINE))
+            client.expect(re.escape(OFFLINE) + r"\r\n")
 
     def came_back(self, *clients):
         """Each sees the notice and nothing else, and is in the game."""
@@ -5265,7 +5270,7 @@ class Scenarios:
             before = client.expect(re.escape(ONLINE) + r"\r\n")
             self.assertEqual(before, b"\x1b[0m" + ONLINE.encode() + b"\r\n")
         for client in clients:
-            self.assertEqual(re.sub(rb"\S+ (says|has).*\r?\n", b"", client.barrier()).strip(), b"")
+            self.assertEqual(re.sub(rb"(?m)^(You say|\S+ (says|has)).*$\s*", b"", client.barrier()).strip(), b"")
 
     def test_crash_and_return(self):
         alice, bob = self.login(), self.login("Bob", "bobpw")
@@ -5399,13 +5404,16 @@ class Scenarios:
 
     def test_two_sessions_of_one_character(self):
         first, second = self.login(), self.login()
-        first.barrier()
+        first.barrier(), second.barrier()
         first.text = second.text = b""
         self.world.kill()
         self.went_down(first, second)
         self.world.start()
-        for client in (first, second):
-            client.expect(re.escape(ONLINE))
+        if self.family == "tinymush":           # there the second's login text cannot be told from the game's
+            for client in (first, second):
+                client.expect(re.escape(ONLINE))
+        else:
+            self.came_back(first, second)
         self.world.wait(lambda w: len(w.online("Alice")) == 2, what="both")
         first.send(self.quit + "\r\n").expect_end()
         self.in_game(second)
@@ -5438,7 +5446,7 @@ class Scenarios:
     def test_heartbeat_booted_disturbs_nobody(self):
         alice = self.login()
         for _ in range(3):
-            seen = self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+            self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
             self.world.boot("heartbeat")
             self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat again")
         quiet = alice.barrier()
@@ -5824,7 +5832,7 @@ class TestProgram(Case):
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         has = Has(self, mush_address=world.address).wait_up()
-        settings, port = has.settings, free_port()
+        port = free_port()
         has.configure(local_port=port, log_level="debug", control_socket=has.folder + "/other.sock")
         process = subprocess.Popen([sys.executable, HAS, "--config", has.conf], stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
@@ -6068,13 +6076,693 @@ class TestUpgrade(Case):
 
 
 # ======================================================================
+# Telnet, end to end
+#
+# What a new world must be told, and what a client must not see twice.
+# ======================================================================
+
+BINARY, SGA, EOR = 0, 3, 25
+EVERYTHING = {BINARY, ECHO, SGA, EOR, TTYPE, NAWS, CHARSET, MSSP, GMCP}
+TTYPES = [b"TINTIN++", b"XTERM-256COLOR", b"MTTS 269"]
+CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(GMCP, b'Core.Supports.Set ["Char 1"]')
+TOKEN = re.compile(rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
+DATE = re.compile(rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d(?:\.\d+)? \d{4}|(?<=C\.)\d+")
+NOTICE_SHOWN = b"\x1b[0m" + ONLINE.encode() + b"\r\n"
+
+
+def tokens(data):
+    """Whole telnet commands and runs of text; and what is left, an unfinished command."""
+    found, at = [], 0
+    match = TOKEN.match(data)
+    while match:
+        found.append(match.group())
+        at = match.end()
+        match = TOKEN.match(data, at)
+    return found, data[at:]
+
+
+def is_command(token):
+    return token[:1] == b"\xff" and token != b"\xff\xff"
+
+
+def naws(width, height):
+    return sub(NAWS, struct.pack(">HH", width, height).replace(b"\xff", b"\xff\xff"))
+
+
+class Terminal(Client):
+    """A client that speaks telnet as RFC 1143 wants it (it answers changes only), on a thread of its own."""
+
+    def __init__(self, port, agrees=EVERYTHING, size=(132, 43)):
+        super().__init__(port)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.agrees, self.size, self.types = set(agrees), size, itertools.cycle(TTYPES)
+        self.on, self.commands = set(), []          # {(DO or WILL, option)} the other side may count on
+        self.raw, self.rest, self.fresh, self.over = b"", b"", b"", False
+        self.change = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while not self.over:
+            try:
+                self.sock.settimeout(None)
+                data = self.sock.recv(65536)
+            except OSError:
+                data = b""
+            with self.change:
+                self.raw, self.over = self.raw + data, not data
+                found, self.rest = tokens(self.rest + data)
+                for token in found:
+                    self._take(token)
+                self.change.notify_all()
+
+    def _take(self, token):
+        if not is_command(token):
+            self.fresh += token
+            return
+        self.commands.append(token)
+        answer = self._answer(token) if self.agrees else b""
+        if answer:
+            self.sock.sendall(answer)
+
+    def _answer(self, token):
+        if token[1] in (DO, WILL):
+            verb, refusal = (WILL, WONT) if token[1] == DO else (DO, DONT)
+            if token[2] not in self.agrees:
+                return offer((refusal, token[2]))
+            new = (verb, token[2]) not in self.on
+            self.on.add((verb, token[2]))
+            return offer((verb, token[2])) + self._detail(verb, token[2]) if new else b""
+        if token[1] in (DONT, WONT):
+            verb, answer = (WILL, WONT) if token[1] == DONT else (DO, DONT)
+            known = (verb, token[2]) in self.on
+            self.on.discard((verb, token[2]))
+            return offer((answer, token[2])) if known else b""
+        if token[1:4] == bytes((SB, TTYPE, 1)):
+            return sub(TTYPE, b"\0" + next(self.types))
+        return sub(CHARSET, b"\x02UTF-8") if token[1:4] == bytes((SB, CHARSET, 1)) else b""
+
+    def _detail(self, verb, option):
+        if (verb, option) == (WILL, NAWS):
+            return naws(*self.size)
+        return CORE_HELLO + CORE_SUPPORTS if (verb, option) == (DO, GMCP) else b""
+
+    def _read(self, until):
+        with self.change:
+            if not self.change.wait_for(lambda: self.fresh or self.over, max(0.001, until - time.monotonic())):
+                raise socket.timeout()
+            data, self.fresh = self.fresh, b""
+        self.text += data
+        self.seen += data
+        return data
+
+    def wait(self, predicate, what):
+        with self.change:
+            if not self.change.wait_for(lambda: predicate(self), 5):
+                raise AssertionError(f"{what} did not happen; {self.on} {self.raw[-500:]!r}")
+
+    def resize(self, width, height):
+        self.size = width, height
+        return self.send(naws(width, height))
+
+    def close(self):
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)    # ends the thread's recv
+        except OSError:
+            pass
+        super().close()
+
+
+class TelnetCase(unittest.TestCase):
+    """What all tests here use."""
+
+    def setup_world(self, family, **quirks):
+        world = WORLDS[family](**{"silent_start": 0.1, "quota": False, **quirks})
+        world.start()
+        self.addCleanup(world.stop)
+        return world
+
+    def login(self, name="Alice", agrees=EVERYTHING, first=b"", has=None, world=None):
+        client = Terminal((has or self.has).port, agrees)
+        self.addCleanup(client.close)
+        client.send(first)
+        client.expect("(?i)welcome|connect")
+        client.send(f"connect {name} {name.lower()}pw\r\n")
+        (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")
+        self.addCleanup((world or self.world).wait, lambda w: not w.online(name), what=f"{name} has left")
+        self.addCleanup(client.close)
+        client.barrier()
+        return client
+
+    def crash(self, *clients):
+        self.world.kill()
+        for client in clients:
+            client.expect(re.escape(OFFLINE) + r"\r\n")
+
+    def came_back(self, client, world=None, name="Alice"):
+        """Only the notice was shown."""
+        self.assertEqual(client.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+        conn = (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")[0]
+        self.assertEqual(re.sub(rb"\S+ (says|has).*\r?\n", b"", client.barrier()).strip(), b"")
+        return conn
+
+    def read_by_has(self, bob):
+        """HAS has read what other clients sent before: it answered one that sent later."""
+        bob.barrier()
+
+    def calm(self, has):
+        """Nothing went wrong inside HAS, and it idles."""
+        self.assertNotRegex(has.log, rb"Traceback|fault|Error")
+
+
+class TelnetFamily:
+    """Shared by the five families: one world and one HAS for the whole class."""
+    family, quirks, knows, offers, gmcp = None, {}, (), (), False
+    first = b""                                     # what the client says unasked
+    address_kept = True
+
+    @classmethod
+    def setUpClass(cls):
+        owner = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
+        cls.world = cls.make_world(owner)
+        cls.agree_to_echo()
+        cls.world.start()
+        cls.addClassCleanup(cls.world.stop)
+        cls.has = Has(owner, mush_address=cls.world.address, mush_type=cls.family, beat=0.5).wait_up()
+
+    @classmethod
+    def make_world(cls, owner):
+        return WORLDS[cls.family](quota=False, **cls.quirks)
+
+    @classmethod
+    def agree_to_echo(cls):
+        """The world does not answer the answer to its own WILL ECHO."""
+        cls.world.ANSWERS = {**cls.world.ANSWERS, (DO, ECHO): b""}
+
+    def setUp(self):
+        if not self.world.running:                  # another test failed half-way
+            self.world.start()
+        self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+
+    def tearDown(self):
+        self.calm(self.has)
+
+    def settled(self, name="Alice", size=(132, 43)):
+        """Wait until the world knows of the client what it can know; return the connection."""
+        def seen(world):
+            conn = (world.online(name) or [None])[0]
+            return (conn and (NAWS not in self.knows or conn.size == size) and
+                    (TTYPE not in self.knows or conn.ttype == "TINTIN++") and
+                    (CHARSET not in self.knows or conn.charset == "UTF-8") and
+                    (not self.gmcp or CORE_HELLO in conn.raw and CORE_SUPPORTS in conn.raw) and conn)
+        return self.world.wait(seen, what=f"{name}'s terminal is known")
+
+    def test_return_restores_everything_and_asks_nothing(self):
+        alice = self.login(first=self.first)
+        before = self.settled()
+        alice.barrier(), alice.barrier()            # the second follows all answers to what came before the first
+        told = {option: set(verbs) for option, verbs in before.options.items()}
+        count, on = len(alice.commands), set(alice.on)
+        self.crash(alice)
+        self.world.start()
+        conn = self.came_back(alice)
+        self.assertIs(self.settled(), conn)
+        alice.barrier()
+        asked = [c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))]
+        self.assertEqual(asked, [])
+        self.assertEqual(alice.on, on)
+        if self.family != "tinymush":
+            self.assertEqual({o: v for o, v in conn.options.items() if v & {"DO", "WILL"} and o != 86},
+                             {o: v for o, v in told.items() if v & {"DO", "WILL"}})
+        self.assertLess(len(conn.raw), 2000)        # no loop
+
+    def test_size_changed_during_the_outage_and_during_the_return(self):
+        alice, bob = self.login(first=self.first), self.login("Bob", ())
+        self.settled()
+        self.crash(alice, bob)
+        alice.resize(254, 10)
+        alice.send("nobody hears\r\n").expect("nobody hears\r\n")
+        self.world.start()
+        self.came_back(alice)
+        self.settled(size=(254, 10)) if NAWS in self.knows else None
+        bob.expect(re.escape(ONLINE))
+        self.crash(alice, bob)
+        self.world.start()
+        self.world.wait(lambda w: len(w.connections) > 0, what="the heartbeat is back")
+        alice.resize(90, 10)                        # before, in or behind the return: wherever it falls
+        self.came_back(alice)
+        self.settled(size=(90, 10)) if NAWS in self.knows else None
+        bob.expect(re.escape(ONLINE))
+
+    def test_echo_left_on_is_switched_off(self):
+        alice, lurker = self.login(first=self.first), Terminal(self.has.port)
+        self.addCleanup(lurker.close)
+        lurker.expect("(?i)welcome|connect")
+        if not self.offers:                         # telnet of a world that has none does not reach the client
+            return
+        conn = self.settled()
+        alice.barrier()
+        self.world._do(lambda: [c.write(offer((WILL, ECHO))) for c in self.world.connections])
+        for client in (alice, lurker):
+            client.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
+        self.world.wait(lambda w: "DO" in conn.options.get(ECHO, ()), what="echo was agreed")
+        count = len(alice.commands)
+        self.crash(alice, lurker)
+        self.world.start()
+        conn = self.came_back(alice)
+        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
+        alice.barrier()
+        self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))], [offer((WONT, ECHO))])
+        self.assertNotIn(offer((DONT, ECHO)), conn.raw)
+        lurker.expect(re.escape(ONLINE))
+        lurker.expect("(?i)welcome|connect")
+        lurker.wait(lambda c: (DO, ECHO) not in c.on, "echo is off at the login screen too")
+
+    def test_unnegotiating_client_gets_the_bytes_of_a_direct_connection(self):
+        self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"}, what="all have left")
+        twin = self.setup_world(self.family, **self.quirks)
+        beat = Terminal(twin.port, ())
+        self.addCleanup(beat.close)
+        beat.send("connect heartbeat heartbeat\r\n")
+        twin.wait(lambda w: w.online("heartbeat"), what="a heartbeat of its own")
+        near, far = self.conversation(twin, twin.port), self.conversation(self.world, self.has.port)
+        commands = [[t for t in tokens(raw)[0] if is_command(t)] for raw in (near, far)]
+        self.assertEqual(*commands)
+        if self.family == "rhostmush":              # HAS spoke first (PROXY): the same offers come before the banner
+            near, far = (b"".join(t for t in tokens(raw)[0] if not is_command(t)) for raw in (near, far))
+        self.assertEqual(near, far)
+
+    def conversation(self, world, port):
+        client = Terminal(port, ())
+        self.addCleanup(client.close)
+        client.expect("(?i)welcome|connect")
+        client.send("connect Carol wrong\r\n").expect("password")
+        client.send("connect Carol carolpw\r\n")
+        world.wait(lambda w: w.online("Carol"), what="Carol is in")
+        client.send("say one\r\n").expect('You say,? "one"')
+        if world.RESTART:
+            world.restart_in_place()
+        client.send("say two\r\n").expect('You say,? "two"\r?\n')
+        if self.family == "teenymush":
+            world.keepalive()
+        client.send("say three\r\n").expect('You say,? "three"\r?\n')
+        client.close()
+        world.wait(lambda w: not w.online("Carol"), what="Carol has left")
+        return DATE.sub(b"DATE", client.raw).replace(b"from localhost", b"from 127.0.0.1")
+
+    def test_silent_client_gets_no_telnet_on_return(self):
+        alice = self.login(agrees=())
+        count = len(alice.commands)
+        self.crash(alice)
+        self.world.start()
+        self.came_back(alice)
+        self.assertEqual(alice.commands[count:], [])
+
+    def test_character_at_a_time(self):
+        client, bob = Terminal(self.has.port), self.login("Bob", ())
+        self.addCleanup(client.close)
+        client.send(self.first).expect("(?i)welcome|connect")
+        rub = {"teenymush": b"", "tinymush": b"x\x7f"}.get(self.family, b"x\b")      # TeenyMUSH keeps BS in the text
+        for byte in b"con%snect Alice alic%sepw\r\n" % (rub, rub):
+            client.send(bytes([byte]))
+            self.read_by_has(bob)
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.addCleanup(self.world.wait, lambda w: not w.online("Alice"), what="Alice has left")
+        self.addCleanup(client.close)
+        for byte in b"say by bytes\r\n":
+            client.send(bytes([byte]))
+        client.expect("by bytes")
+        client.barrier()
+        self.crash(client, bob)
+        self.world.start()
+        self.came_back(client)
+        bob.expect(re.escape(ONLINE))
+        self.settled()
+
+    def test_restart_in_place_offers_again(self):
+        if not self.world.RESTART:
+            self.skipTest("no in-place restart")
+        alice = self.login(first=self.first)
+        self.settled()
+        for _ in range(2):                          # before and after a return
+            alice.barrier()
+            conn, on, raw = self.settled(), set(alice.on), len(alice.raw)
+            sent = len(conn.raw)
+            self.world.restart_in_place()
+            alice.barrier(), alice.barrier()
+            self.assertEqual(alice.on, on)
+            expected = self.world.RESTART[4]
+            self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)), expected)
+            answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
+            self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
+            self.crash(alice)
+            self.world.start()
+            self.came_back(alice)
+
+    def test_compression_is_refused(self):
+        alice, lurker = self.login(first=self.first), Terminal(self.has.port, {86})
+        self.addCleanup(lurker.close)
+        lurker.expect("(?i)welcome|connect")
+        self.settled()
+        conn = self.world.online("Alice")[0]
+        if self.family != "tinymush":
+            everybody = lambda: [c.write(offer((WILL, 85), (WILL, 86), (WILL, 87), (DO, 86)) + b"x\r\n") for c in self.world.connections]
+            self.world._do(everybody)
+            for client in (alice, lurker):
+                client.expect("x\r\n")
+                self.assertFalse([c for c in client.commands if c[2:] in (b"U", b"V", b"W")])
+            for conn in [c for c in self.world.connections if c.player != "heartbeat"]:
+                self.world.wait(lambda w: offer((DONT, 85), (DONT, 86), (DONT, 87), (WONT, 86)) in
+                                b"".join(re.findall(rb"\xff[\xfb-\xfe][UVW]", conn.raw)), what="refusals")
+        mark, conn = len(conn.raw), self.world.online("Alice")[0]
+        for client in (alice, lurker):
+            client.send(offer((DO, 86), (DO, 85), (DO, 87), (WILL, 87), (DONT, 86), (WONT, 86)))
+            client.wait(lambda c: offer((WONT, 86), (WONT, 85), (WONT, 87), (DONT, 87)) in c.raw, "HAS refuses")
+        alice.barrier()
+        self.assertNotRegex(bytes(conn.raw[mark:]), rb"\xff[\xfb\xfd][UVW]")
+
+    def test_notice_inside_what_is_unfinished(self):
+        alice = self.login(first=self.first)
+        for tail, shown in ((b"\x1b[1;3", b"\x1b[1;3m\x1b[0m\r\n"), (b"\x1b]0;title", b"\x1b]0;title\x1b\\\x1b[0m\r\n"),
+                            (b"caf\xc3", b"caf\xc3\x1b[0m\r\n"), (b"Prompt> \xff\xfa\xc9Core.Pi", b"Prompt> \x1b[0m\r\n")):
+            alice.text, start = b"", len(alice.raw)
+            self.world.emit("Alice", tail)
+            alice.expect(re.escape(tail.partition(b"\xff")[0]))
+            self.crash(alice)
+            self.assertIn(shown + OFFLINE.encode(), alice.raw[start:])
+            self.assertEqual(alice.rest, b"")
+            self.world.start()
+            self.came_back(alice)
+
+    def test_settings_are_replayed(self):
+        if self.family == "teenymush":
+            self.skipTest("no such settings")
+        alice = self.login(first=self.first)
+        lines = ["PUEBLOCLIENT 2.50", "OUTPUTPREFIX <<", "OUTPUTSUFFIX >>"]
+        lines += ["SCREENWIDTH 132", "SCREENHEIGHT 43"] * (self.family == "pennmush")
+        alice.send("\r\n".join(lines) + "\r\n")
+        alice.barrier()
+        before = self.world.online("Alice")[0]
+        alice.text = b""
+        self.crash(alice)
+        self.world.start()
+        self.assertEqual(alice.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+        conn = self.world.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
+        shown = alice.barrier()
+        self.assertEqual((conn.prefix, conn.suffix, conn.settings), (before.prefix, before.suffix, before.settings))
+        self.assertIn(shown, (b"", b"<<\r\n"), "the replay is not to be seen")
+
+
+class TestTelnetTeeny(TelnetFamily, TelnetCase):
+    family, knows, offers = "teenymush", (NAWS, TTYPE), True
+
+
+class TestTelnetPenn(TelnetFamily, TelnetCase):
+    family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+
+
+class TestTelnetPennUnix(TestTelnetPenn):
+    @classmethod
+    def make_world(cls, owner):
+        folder = tempfile.mkdtemp()
+        owner.addCleanup(shutil.rmtree, folder)
+        return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", **cls.quirks)
+
+    test_unnegotiating_client_gets_the_bytes_of_a_direct_connection = None     # the twin is TCP
+    test_size_changed_during_the_outage_and_during_the_return = test_silent_client_gets_no_telnet_on_return = None
+    test_compression_is_refused = test_settings_are_replayed = test_notice_inside_what_is_unfinished = None
+
+
+class RealisticMUX(TinyMUX):
+    """As the real one: BINARY is asked for once, and answers are not answered."""
+    ANSWERS = {**TinyMUX.ANSWERS, (DO, 0): b"", (WILL, 0): b""}
+
+    def subnegotiation(self, conn, body):
+        again = conn.utf8
+        World.subnegotiation(self, conn, body)
+        conn.write(self.BINARY if conn.utf8 and not again else b"")
+
+
+class TestTelnetTinyMUX(TelnetFamily, TelnetCase):
+    family, knows, offers = "tinymux", (NAWS, TTYPE, CHARSET), True
+
+    @classmethod
+    def make_world(cls, owner):
+        return RealisticMUX(quota=False)
+
+
+class TestTelnetRhost(TelnetFamily, TelnetCase):
+    family, knows, offers = "rhostmush", (NAWS, TTYPE, CHARSET), True
+
+
+class TestTelnetTinyMUSH(TelnetFamily, TelnetCase):
+    family = "tinymush"
+    first = offer((WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, SGA), (DO, ECHO)) + naws(132, 43)
+
+    def tearDown(self):
+        super().tearDown()
+        for conn in self.world.all_connections:
+            self.assertNotIn(b"\xff", conn.raw, "the world sees no telnet")
+
+    def test_has_answers_for_the_world(self):
+        alice = self.login(first=self.first)
+        alice.wait(lambda c: {offer((DO, NAWS)), offer((DO, TTYPE)), offer((DO, CHARSET)), offer((WONT, SGA)),
+                              offer((WONT, ECHO))} <= set(c.commands), "HAS answers")
+        alice.send(b"\xff\xf6say x\xff\xffy\r\n" + offer((WILL, 39), (DO, 200)))
+        alice.expect(r"\[Yes\]\r\n")
+        alice.expect('"xy"')
+        alice.wait(lambda c: {offer((DONT, 39)), offer((WONT, 200))} <= set(c.commands), "HAS refuses")
+
+    def test_lines_are_capped(self):
+        alice, bob = self.login(first=self.first), self.login("Bob", ())
+        for parts in ([b"say " + b"a" * 20000 + b"\r\n"], [b"say ", b"b" * 20000, b"\r\n"], [b"think " + b"c" * 9000, b"c\n"]):
+            for part in parts:
+                alice.send(part)
+                self.read_by_has(bob)
+            alice.barrier()
+        conn = self.world.online("Alice")[0]
+        self.assertLess(max(map(len, re.split(b"[\\r\\n]", conn.raw))), 8001)
+
+
+FAST = {"beat": 0.2, "hb_timeout": 1}
+
+
+class TestAcrossFamilies(TelnetCase):
+    """Fail-over: each world learns what the one before knew."""
+
+    def move(self, client, old, new):
+        old.kill()
+        client.expect(re.escape(OFFLINE))
+        client.expect(re.escape(ONLINE), 6)
+        conn = new.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
+        client.barrier()
+        return conn
+
+    def chain(self, *families):
+        chain = [self.setup_world(family) for family in families]
+        has = Has(self, mush_address=", ".join(w.address for w in chain), failover_after=0.2, **FAST).wait_up()
+        return chain, has, self.login(has=has, world=chain[0])
+
+    def test_tinymux_rhostmush_teenymush(self):
+        (mux, rhost, teeny), has, alice = self.chain("tinymux", "rhostmush", "teenymush")
+        mux.wait(lambda w: w.online("Alice")[0].charset, what="charset")
+        for _ in range(2):                          # it asks for all three terminal types
+            mux.emit("Alice", SEND_TTYPE)
+        mux.wait(lambda w: w.online("Alice")[0].ttype == "MTTS 269", what="MTTS")
+        conn = self.move(alice, mux, rhost)
+        rhost.wait(lambda w: (conn.size, conn.charset, conn.ttype) == ((132, 43), "UTF-8", "TINTIN++"), what="Rhost knows")
+        for answer in ("XTERM-256COLOR", "MTTS 269"):
+            rhost.emit("Alice", SEND_TTYPE)
+            rhost.wait(lambda w: conn.ttype == answer, what=answer)
+        alice.barrier()
+        self.assertNotIn((DO, EOR), alice.on)       # RhostMUSH offered none
+        conn = self.move(alice, rhost, teeny)
+        teeny.wait(lambda w: (conn.size, conn.ttype) == ((132, 43), "TINTIN++"), what="Teeny knows")
+        alice.wait(lambda c: (DO, SGA) in c.on, "a new offer reached the client")
+        self.calm(has)
+
+    def test_all_telnet_is_switched_off_for_tinymush(self):
+        (mux, tiny), has, alice = self.chain("tinymux", "tinymush")
+        mux.ANSWERS = {**mux.ANSWERS, (DO, ECHO): b""}
+        mux.emit("Alice", offer((WILL, ECHO)))
+        alice.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
+        conn = self.move(alice, mux, tiny)
+        self.assertNotIn(b"\xff", conn.raw)
+        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
+        alice.barrier()
+        self.assertNotIn(b"\xff", conn.raw)
+        self.calm(has)
+
+
+class TestStreams(TelnetCase):
+    """Bytes both ways through a running HAS, in one TinyMUX session."""
+
+    def setUp(self):
+        self.world = self.setup_world("tinymux")
+        self.has = Has(self, mush_address=self.world.address, mush_type="tinymux").wait_up()
+        self.alice, self.bob = self.login(agrees=()), self.login("Bob", ())
+        self.conn = self.world.online("Alice")[0]
+        self.alice.barrier()
+
+    def tearDown(self):
+        self.calm(self.has)
+
+    def upward(self, pieces, sync=True):
+        """What the world gets of what Alice sends, piece by piece."""
+        self.alice.barrier()
+        start, end = len(self.conn.raw), b"\r\nsay mark %d\r\n" % next(_marks)
+        for piece in pieces:
+            self.alice.send(piece)
+            if sync:
+                self.bob.barrier()
+        self.alice.send(end)
+        self.world.wait(lambda w: self.conn.raw.endswith(end), what="all has arrived")
+        return bytes(self.conn.raw[start:-len(end)])
+
+    def downward(self, pieces):
+        """What Alice gets of what the world sends, piece by piece."""
+        self.alice.barrier()
+        start, end = len(self.alice.raw), b"\r\nmark %d\r\n" % next(_marks)
+        for piece in pieces:
+            self.world.emit("Alice", piece)
+        self.world.emit("Alice", end)
+        self.alice.wait(lambda c: c.raw.endswith(end), "all has arrived")
+        return self.alice.raw[start:-len(end)]
+
+    def test_newline_inside_a_command_in_pieces(self):
+        pieces = [b"\xff\xfa\x1f\x00\x84\x00", b"\x0a", b"\xff\xf0"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+        pieces = [b"\xff\xfa\xc9Core.Hello {\n", b'"a": 1\n', b"}\n", b"\xff", b"\xf0say hi\n", b"\xff\xfb", b"\n"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+
+    def test_long_subnegotiations_pass(self):
+        body = b"\xff\xfa\xc9" + b"x" * 70000
+        pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0", b"text"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+        start, self.alice.raw = b"", b""
+        for piece in pieces:                        # each arrives before the next is sent
+            self.world.emit("Alice", piece)
+            start += piece
+            self.alice.wait(lambda c: len(c.raw) >= len(start) - 1, f"{piece[:20]!r} arrives")
+        self.assertEqual(self.alice.raw, start)
+
+    def test_notice_inside_a_long_subnegotiation(self):
+        self.world.emit("Alice", b"\xff\xfa\xc9" + b"x" * 70000)
+        self.alice.wait(lambda c: len(c.raw) > 70000, "it passes")
+        self.alice.text = self.alice.fresh = b""
+        self.world.kill()
+        self.alice.expect(re.escape(OFFLINE) + r"\r\n")
+
+    def test_rubbed_out_login_line(self):
+        client = Terminal(self.has.port, ())
+        self.addCleanup(client.close)
+        client.expect("Welcome")
+        for byte in b"c\bWHO\r\n":
+            client.send(bytes([byte]))
+            self.bob.barrier()
+        client.expect("logged in")
+        self.assertNotRegex(client.raw, rb"=[0-9a-f]{8}")
+
+    def test_fuzz(self):
+        for seed in [*range(20), secrets_seed()]:
+            with self.subTest(seed=seed):
+                rng = random.Random(seed)
+                for way in (self.upward, self.downward):
+                    stream = b"".join(wild(rng) for _ in range(50)) + b"\xff\xf0\xff\xf0"
+                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfb-\xfe][UVW]", t))
+                    pieces = list(chop(rng, stream))
+                    self.assertEqual(way(pieces, False) if way == self.upward else way(pieces), kept)
+        self.calm(self.has)
+        before = self.has.cpu_seconds()
+        self.alice.barrier()
+        self.assertRaises(socket.timeout, self.alice._read, time.monotonic() + 0.5)
+        self.assertLess(self.has.cpu_seconds() - before, 0.1)
+
+
+def secrets_seed():
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"fresh seed {seed}", file=sys.stderr)
+    return seed
+
+
+PARTS = [b"\xff\xff", b"\xff\xf1", b"\xff\xf9", naws(255, 10), SEND_TTYPE, CORE_HELLO, sub(CHARSET, b"\x02UTF-8"), b"\xff\xfb\x56",
+         b"\xff\xfd\x1f", b"\xff\xfe\x01", b"caf\xc3\xa9", b"\x1b[31mred\x1b[0m", b"hello there", b"\xff", b"\xff\xfa", b"\xff\xf0", b"\0"]
+
+
+def wild(rng):
+    """A random or mutated piece of a telnet stream, without line ends (those would be commands to the game)."""
+    if rng.random() < 0.2:
+        return bytes(rng.choice(b"\xff\xff\xfa\xf0\xfb\xfd\x1f\x18UVWab\0\x80") for _ in range(rng.randrange(12)))
+    data = bytearray(b"".join(rng.choices(PARTS, k=rng.randrange(1, 5))).replace(b"\n", b"\x0b"))
+    if data and rng.random() < 0.4:
+        data[rng.randrange(len(data))] = rng.choice(b"\xff\xfa\xf0\xfdUq\x01")
+    return bytes(data)
+
+
+def chop(rng, stream):
+    while stream:
+        size = rng.choice((1, 2, 3, 7, 40, 400))
+        yield stream[:size]
+        stream = stream[size:]
+
+
+class TestScannerAtLength(unittest.TestCase):
+    def test_fuzz(self):
+        import has
+        rng = random.Random(secrets_seed())
+        pool = [wild(rng) for _ in range(2000)]
+        for _ in range(100000):
+            stream = pool[int(rng.random() * 2000)] + pool[int(rng.random() * 2000)]
+            cut = int(rng.random() * (len(stream) + 1))
+            scanner = has.Scanner()
+            pieces = scanner.feed(stream[:cut]) + scanner.feed(stream[cut:])
+            self.assertEqual(b"".join(p for _, p in pieces) + scanner.held, stream)
+            if _ % 20 == 0:
+                found, rest = tokens(stream)
+                self.assertEqual([p for yes, p in pieces if yes], [t for t in found if is_command(t)], stream)
+                self.assertEqual(scanner.held, rest)
+
+
+@unittest.skipIf(RealMux.available(), RealMux.available())
+class TestTelnetRealTinyMUX(TelnetCase):
+    """Size, terminal, character set and a password with an accent survive a kill -9."""
+
+    def test_return(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        mux = RealMux(folder)
+        mux.start()
+        self.addCleanup(mux.close)
+        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
+        alice = Terminal(has.port)
+        self.addCleanup(alice.close)
+        alice.expect("Welcome")
+        alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on, "UTF-8 is agreed")
+        alice.send("create Zoe caf\u00e9\r\n")
+        self.look(alice)
+        mux.command("@dump")
+        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
+        for _ in range(2):
+            count, on = len(alice.commands), set(alice.on)
+            mux.kill()
+            alice.expect(re.escape(OFFLINE) + r"\r\n")
+            mux.start()
+            self.assertEqual(alice.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+            self.look(alice)
+            self.assertEqual(alice.on, on)
+            self.assertEqual(alice.commands[count:], [])
+        self.calm(has)
+
+    def look(self, alice):
+        alice.send("think <[name(me)] [width(me)] [height(me)] \u00e9>\r\n")
+        shown = alice.expect("<Zoe.*>\\r\\n")
+        self.assertTrue(shown.endswith("<Zoe 132 43 \u00e9>\r\n".encode()), shown)
+
+
+# ======================================================================
 # The files
 #
 # What README.md, has.conf and the shape of has.py promise.
 # ======================================================================
-
-import ast                                      # noqa: E402 (only these tests look at has.py as a text)
-
 
 def parts_of_has():
     """has.py cut at its banners: [(title, first line, last line)]."""
@@ -6101,7 +6789,7 @@ class TestFiles(unittest.TestCase):
         defined = {}
         for node in tree.body:
             names = [node.name] if hasattr(node, "name") else [
-                name.id for target in getattr(node, "targets", []) for name in ast.walk(target)
+                name.id for target in getattr(node, "targets", []) for name in getattr(target, "elts", [target])
                 if isinstance(name, ast.Name)]
             defined.update({name: part(node.lineno) for name in names})
         wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree) if isinstance(node, ast.Name)
@@ -6151,8 +6839,8 @@ class TestFiles(unittest.TestCase):
     def test_the_readme_names_every_option_and_signal(self):
         helped = subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE, universal_newlines=True).stdout
         readme = self.read("README.md")
-        for word in re.findall(r"--[a-z]+", helped) + ["HUP", "USR1", "USR2", "TERM"]:
-            self.assertIn(word, readme)
+        missing = [word for word in re.findall(r"--[a-z]+", helped) + ["HUP", "USR1", "USR2", "TERM"] if word not in readme]
+        self.assertEqual([word for word in missing if word != "--help"], [])
 
     def test_the_top_level_is_what_it_should_be(self):
         listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -6161,6 +6849,858 @@ class TestFiles(unittest.TestCase):
             self.skipTest("not a git checkout")
         self.assertEqual(sorted(name for name in listed if not name.startswith(".")),
                          ["LICENSE", "README.md", "has.conf", "has.py", "test_has.py"])
+
+
+# ======================================================================
+# --bench: has.py beside a direct connection and HAProxy
+#
+# The world and all clients are one process with one plain loop, so that it
+# costs as little as Python can; every figure stands beside the same figure
+# without a relay and through HAProxy, taken in turns in the same run.
+# ======================================================================
+
+BENCH_LINE = b"say " + b"x" * 74 + b"\r\n"
+BENCH_RATE, BENCH_BULK_SESSIONS, BENCH_BULK_BYTES = 1000, 20, 16 << 20
+BENCH_BLOCK = memoryview((b"b" * 78 + b"\r\n") * 820)
+BENCH_FIGURES = (("lines_a_second", "lines a second, every session sending"),
+                 ("cpu_us", "CPU per line, µs (there and back)"),
+                 ("latency_us", f"latency at {BENCH_RATE} lines/s, median, µs"),
+                 ("p99_us", "the same, 99th percentile, µs"), ("bulk_mb", "bulk to the clients, MB/s"),
+                 ("kb_a_session", "memory per idle session, kB"))
+
+
+def process_usage(pid):
+    """(CPU seconds, resident kB) of a process: from /proc, or from ps where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return ((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+                int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 1024)
+    except OSError:
+        rss, cpu = subprocess.run(["ps", "-o", "rss=", "-o", "time=", "-p", str(pid)], check=True,
+                                  stdout=subprocess.PIPE, universal_newlines=True).stdout.split()
+        seconds = 0.0
+        for part in re.split("[-:]", cpu):
+            seconds = seconds * 60 + float(part)
+        return seconds, float(rss)
+
+
+class BenchLoad:
+    """The world and the clients. The selector's data is the function that serves the socket."""
+
+    def __init__(self, front, back, sessions, seconds, pid, beats):
+        self.front, self.sessions, self.seconds, self.pid, self.beats = front, sessions, seconds, pid, beats
+        self.selector = selectors.DefaultSelector()
+        self.partial, self.links, self.clients = {}, {}, []
+        self.logged_in, self.heartbeat, self.lines, self.left = 0, False, 0, 0
+        self.sent_at, self.owed, self.latencies, self.space = {}, {}, [], bytearray(262144)
+        self.watch(socket.create_server(("127.0.0.1", back), backlog=4096), self.on_accept)
+
+    def watch(self, sock, serve):
+        sock.setblocking(False)
+        self.selector.register(sock, selectors.EVENT_READ, serve)
+
+    def serve_all(self, socks, serve, events=selectors.EVENT_READ):
+        for sock in socks:
+            self.selector.modify(sock, events, serve)
+
+    def turn(self, longest=0.02):
+        for key, _ in self.selector.select(longest):
+            key.data(key.fileobj)
+
+    def turn_until(self, done, seconds, what):
+        until = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > until:
+                raise RuntimeError(f"{what}: not within {seconds} s ({self.logged_in} of {self.sessions} logged in)")
+            self.turn()
+
+    # the world
+
+    def on_accept(self, listener):
+        sock = listener.accept()[0]
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.watch(sock, self.on_newcomer)
+        sock.send(b"Welcome to the benchmark\r\n")
+
+    def on_newcomer(self, sock):
+        """Login lines, and all that the heartbeat asks."""
+        data = sock.recv(65536)
+        if not data:
+            self.selector.unregister(sock)
+            sock.close()
+            return
+        *lines, self.partial[sock] = (self.partial.get(sock, b"") + data.replace(b"\xff\xfd\x56", b"")).split(b"\n")
+        for line in lines:
+            self.on_line(sock, line.strip())
+        if b"\xff\xfd\x56" in data:                     # DO 86, the end of a login
+            sock.send(b"\xff\xfc\x56")
+
+    def on_line(self, sock, line):
+        user = re.match(rb"connect u(\d+) ", line)
+        if line.startswith(b"think "):                  # every password is right
+            sock.send(re.sub(rb"\[?(?:password|checkpass)\((?:\\.|[^\\)])*\)\]?", b"1", line[6:]) + b"\r\n")
+        elif line.startswith(b"connect "):
+            sock.send(b"Last connect was from here\r\n")
+            if user:
+                self.links[int(user.group(1))] = sock
+                self.serve_all([sock], self.on_echo)
+            else:
+                self.heartbeat = True
+
+    def on_echo(self, sock):
+        data = sock.recv(65536)
+        if data:
+            sock.send(data)
+        else:
+            self.selector.unregister(sock)
+            sock.close()
+
+    def on_writable(self, sock):
+        try:
+            self.owed[sock] -= sock.send(BENCH_BLOCK)
+        except BlockingIOError:
+            return
+        if self.owed[sock] <= 0:
+            self.serve_all([sock], self.on_echo)
+
+    # the clients
+
+    def log_in(self):
+        for number in range(self.sessions):
+            sock = socket.create_connection(("127.0.0.1", self.front), 10)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.watch(sock, self.on_login)
+            self.clients.append(sock)
+            sock.send(b"connect u%d pw%d\r\n" % (number, number))
+            self.turn(0)
+        self.turn_until(lambda: self.logged_in == self.sessions, 60, "log in")
+
+    def on_login(self, sock):
+        self.partial[sock] = self.partial.get(sock, b"") + sock.recv(65536)
+        if b"Last connect" in self.partial[sock] and self.partial[sock].endswith(b"\n"):
+            self.logged_in += 1
+            self.serve_all([sock], self.on_paced)
+
+    def on_answer(self, sock):
+        if sock.recv(65536)[-1:] == b"\n":              # one line is under way, so this is its end
+            self.lines += 1
+            sock.send(BENCH_LINE)
+
+    def on_paced(self, sock):
+        if sock.recv(65536)[-1:] == b"\n" and sock in self.sent_at:
+            self.latencies.append(time.perf_counter() - self.sent_at.pop(sock))
+
+    def on_bulk(self, sock):
+        self.left -= sock.recv_into(self.space)
+
+    # the workloads
+
+    def run(self):
+        """All workloads on the same sessions; returns {figure: value}."""
+        if self.beats:
+            self.turn_until(lambda: self.heartbeat, 20, "the heartbeat")
+            self.idle(1.5)
+        before = self.usage()[1]
+        self.log_in()
+        self.idle(0.5)
+        figures = {"kb_a_session": (self.usage()[1] - before) / self.sessions} if self.pid else {}
+        figures.update(self.paced(), **self.echo())
+        self.idle(0.3)
+        figures.update(self.bulk())
+        return figures
+
+    def usage(self):
+        return process_usage(self.pid) if self.pid else (0, 0)
+
+    def idle(self, seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.turn()
+
+    def paced(self):
+        """An open loop: lines at a fixed rate, whatever comes back."""
+        start = next_at = time.perf_counter()
+        for number in itertools.cycle(range(self.sessions)):
+            now = time.perf_counter()
+            if now > start + self.seconds:
+                break
+            while now < next_at:
+                self.turn(next_at - now)
+                now = time.perf_counter()
+            sock, next_at = self.clients[number], next_at + 1 / BENCH_RATE
+            if sock not in self.sent_at:
+                self.sent_at[sock] = now
+                sock.send(BENCH_LINE)
+        self.idle(0.2)
+        times = sorted(self.latencies)
+        return {"latency_us": times[len(times) // 2] * 1e6, "p99_us": times[int(len(times) * 0.99)] * 1e6}
+
+    def echo(self):
+        """A closed loop: every session sends its next line when the last has come back."""
+        self.serve_all(self.clients, self.on_answer)
+        for sock in self.clients:
+            sock.send(BENCH_LINE)
+        self.idle(0.3)
+        cpu, lines, start = self.usage()[0], self.lines, time.perf_counter()
+        self.idle(self.seconds)
+        lines, wall = self.lines - lines, time.perf_counter() - start
+        figures = {"lines_a_second": lines / wall}
+        if self.pid:
+            figures["cpu_us"] = (self.usage()[0] - cpu) / lines * 1e6
+        self.serve_all(self.clients, self.on_paced)
+        return figures
+
+    def bulk(self):
+        """The world pours text into some sessions."""
+        numbers = range(min(BENCH_BULK_SESSIONS, self.sessions))
+        self.serve_all([self.clients[n] for n in numbers], self.on_bulk)
+        self.owed = {self.links[n]: BENCH_BULK_BYTES for n in numbers}
+        self.left, start = BENCH_BULK_BYTES * len(numbers), time.perf_counter()
+        self.serve_all(self.owed, self.on_writable, selectors.EVENT_WRITE)
+        self.turn_until(lambda: self.left <= 0, 120, "bulk")
+        return {"bulk_mb": BENCH_BULK_BYTES * len(numbers) / (time.perf_counter() - start) / 1e6}
+
+
+def pin(pid, which):
+    """Relay and load on a processor each, where that can be had."""
+    if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
+        os.sched_setaffinity(pid, {sorted(os.sched_getaffinity(0))[which]})
+
+
+def cleaner(stack):
+    """What Has and its like want of a test case, for a contextlib.ExitStack."""
+    return types.SimpleNamespace(addCleanup=stack.callback)
+
+
+def start_haproxy(stack, front, back):
+    folder = tempfile.mkdtemp(prefix="has-bench-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    with open(os.path.join(folder, "haproxy.cfg"), "w") as file:
+        file.write("global\n maxconn 9000\n nbthread 1\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n"
+                   f" timeout server 1h\nfrontend f\n bind 127.0.0.1:{front}\n default_backend b\nbackend b\n"
+                   f" server m 127.0.0.1:{back}\n")
+    relay = subprocess.Popen(["haproxy", "-f", file.name, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stack.callback(relay.wait)
+    stack.callback(relay.kill)
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", front), 1):
+            return relay.pid
+        time.sleep(0.05)
+    raise RuntimeError("haproxy did not start")
+
+
+def bench_once(peer, sessions, seconds):
+    """One relay and one load; returns its figures."""
+    with contextlib.ExitStack() as stack:
+        back = front = free_port()
+        pid = 0
+        if peer == "has.py":
+            has = Has(cleaner(stack), mush_address=f"127.0.0.1:{back}", mush_type="teenymush", resume_rate=0, beat=2,
+                      log_level="info")
+            front, pid = has.port, has.process.pid
+        elif peer == "haproxy":
+            front = free_port()
+            pid = start_haproxy(stack, front, back)
+        if pid:
+            pin(pid, 1)
+        load = subprocess.run([sys.executable, os.path.abspath(__file__), "--bench-load",
+                               json.dumps([front, back, sessions, seconds, pid, peer == "has.py"])], stdout=subprocess.PIPE)
+        if load.returncode:
+            raise SystemExit(f"bench: the load through {peer} failed")
+        return json.loads(load.stdout.decode())
+
+
+def machine():
+    """The CPU's name, cores, system and Python, for the reader of the table."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError), open("/proc/cpuinfo") as file:
+        name = re.search(r"model name\s*: (.*)", file.read()).group(1)
+    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+
+
+def shown(values):
+    """The median, as it stands in the table."""
+    middle = statistics.median(values) if values else 0
+    return "-" if not values else f"{middle:.0f}" if middle >= 100 else f"{middle:.2f}"
+
+
+def bench_table(results, sessions):
+    """Markdown: medians over the rounds; ratios are taken round by round."""
+    others = [peer for peer in results if peer != "has.py"]
+    rows = [[f"{sessions} sessions", *results, *(f"has.py : {peer}" for peer in others)],
+            ["---"] + ["--:"] * (len(results) + len(others))]
+    for key, title in BENCH_FIGURES:
+        figures = [[run[key] for run in runs if key in run] for runs in results.values()]
+        ratios = [[ours[key] / theirs[key] for ours, theirs in zip(results["has.py"], results[peer]) if theirs.get(key)]
+                  for peer in others]
+        rows.append([title] + [shown(values) for values in figures + ratios])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def bench(sessions, seconds, rounds=3):
+    """Print the table for the README."""
+    peers = ["direct", "has.py"] + ["haproxy"] * bool(shutil.which("haproxy"))
+    results = {peer: [] for peer in peers}
+    for number in range(rounds):
+        for peer in peers:
+            print(f"bench: round {number + 1} of {rounds}, {peer}", file=sys.stderr)
+            results[peer].append(bench_once(peer, sessions, seconds))
+    print(f"`python3 test_has.py --bench` on {machine()}; medians of {rounds} rounds;\nCPU and memory are the relay's.\n")
+    print(bench_table(results, sessions))
+    return 0
+
+
+def bench_load(options):
+    """The hidden half of --bench, in a process of its own."""
+    pin(0, 0)
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    print(json.dumps(BenchLoad(*json.loads(options)).run()))
+    return 0
+
+
+# ======================================================================
+# --demo: see the main job done, without a MUSH
+# ======================================================================
+
+class DemoWorld(TinyMUX):
+    """A small, friendly TinyMUX."""
+    BANNER = ("\r\n  ~ The Lighthouse ~   a world of one room, which does not live long\r\n\r\n"
+              "    connect Alice alicepw         come in as Alice (or Bob bobpw, Carol carolpw)\r\n"
+              "    create YourName yourpassword  come in as yourself\r\n    QUIT                          leave\r\n\r\n")
+    NEWUSER = "The keeper writes your name into the big book.\r\n"
+    ROOM = ("The lamp room\r\nThe great lamp turns above you, and the sea is all around.\r\n"
+            "Try: say hello, look, think [add(2,3)], WHO\r\n",) * 2
+
+    def login_text(self, conn, name):
+        return ""
+
+    def look_text(self, name):
+        others = sorted(set(self.people()) - {name})
+        return self.ROOM[0] + (f"Here with you: {', '.join(others)}\r\n" if others else "")
+
+    def people(self):
+        return [conn.player for conn in self.online() if conn.player != "heartbeat"]
+
+
+class Demo:
+    """The world, HAS before it, and the crashes."""
+    AWAY_SECONDS = 5
+
+    def __init__(self, stack, every):
+        self.every = every
+        self.world = DemoWorld().start()
+        stack.callback(self.world.stop)
+        self.has = Has(cleaner(stack), mush_address=self.world.address, mush_type="tinymux", local_port=self.port(),
+                       beat=2, retry=0.2).wait_up()
+        self.watches_keys = sys.stdin is not None
+
+    @staticmethod
+    def port():
+        """4201, or any free port when that is taken."""
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 4201)):
+            return 4201
+        return free_port()
+
+    @staticmethod
+    def say(text):
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+    def key_or(self, seconds):
+        """Wait for Enter at most so long; True if it came."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            keys = [sys.stdin] if self.watches_keys else []
+            if not select.select(keys, [], [], until - time.monotonic())[0]:
+                continue
+            if os.read(sys.stdin.fileno(), 4096):
+                return True
+            self.watches_keys = False                   # closed: no terminal
+        return False
+
+    def crash(self):
+        people = self.world.people()
+        self.world.kill()
+        self.say(f"the world has crashed (as by kill -9); HAS holds {', '.join(people) or 'nobody yet'}")
+        self.key_or(self.AWAY_SECONDS)
+        self.world.start()
+        began = time.monotonic()
+        self.say("the world is started again")
+        with contextlib.suppress(AssertionError):       # somebody may have left meanwhile
+            self.world.wait(lambda world: not set(people) - set(world.people()), 3)
+        if self.world.people():
+            self.say(f"{', '.join(self.world.people())}: back in the game {(time.monotonic() - began) * 1000:.0f} ms later, "
+                     "without typing anything")
+
+    def run(self):
+        print(f"""
+A small world that crashes, and HAS in front of it. In another window type:
+
+    telnet 127.0.0.1 {self.has.port}
+    connect Alice alicepw
+
+Press Enter here: the world crashes at once, and returns {self.AWAY_SECONDS} s later (Enter again: now).
+It also crashes by itself every {self.every:g} s. Ctrl-C ends the demo.
+""", flush=True)
+        while True:
+            self.key_or(self.every)
+            self.crash()
+
+
+def demo(every):
+    """Run until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        try:
+            Demo(stack, every).run()
+        except KeyboardInterrupt:
+            print("\nThe demo ends.", flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return 0
+
+
+# ======================================================================
+# --soak: random users, random trouble, and what must hold all along
+# ======================================================================
+
+SOAK_NAMES = "Alder Birch Cedar Dogwood Elm Fir Ginkgo Hazel Juniper Larch".split()
+SOAK_PASSWORDS = {"heartbeat": "heartbeat", "Wizard": "wizpw", **{n: n.lower() + "pw" for n in SOAK_NAMES + ["Sponge"]}}
+SOAK_DEADLINE = 30
+
+
+class SoakUser:
+    """One user: what he is to the world (playing or not), and the connection he has now, if any."""
+
+    def __init__(self, name, deaf=False):
+        self.name, self.deaf, self.client, self.playing = name, deaf, None, False
+
+    def prove(self, world):
+        """He plays, as himself: a line of his is heard by the world on his connection, and answered."""
+        until = time.monotonic() + SOAK_DEADLINE
+        for number in itertools.count(1):
+            mark = f"mark {self.name} {number} {time.monotonic():.3f}"
+            try:
+                self.client.send(f"say {mark}\r\n").expect(re.escape(f'You say, "{mark}"'), 2)
+                break
+            except AssertionError as error:             # a line typed while the world is away is not sent
+                if time.monotonic() > until or not str(error).startswith("no "):
+                    raise AssertionError(f"{self.name}: {str(error)[-1500:]}") from None
+        heard = [line for conn in world.online(self.name) for line in list(conn.lines)]
+        assert any(mark.encode() in line for line in heard), f"{self.name} speaks, but not as himself"
+        self.client.text = self.client.seen = b""
+
+
+class SoakSite:
+    """A HAS, two worlds and their users, driven by a thread of its own whose choices depend on the seed alone."""
+    STEPS = {"crash": 8, "shutdown": 2, "freeze": 2, "long_freeze": 1, "restart": 1, "hup": 1, "move": 1, "upgrade": 2,
+             "quit": 2, "boot": 2, "logout": 1, "reset": 1, "arrive": 5, "pest": 2, "password": 1}
+    MEANWHILE = {"arrive": 4, "quit": 2, "reset": 1, "chat": 2, "upgrade": 1, "hup": 1}
+
+    def __init__(self, families, seed, until, tls):
+        self.family, self.random, self.until, self.tls = families[0], random.Random(f"{seed} {families[0]}"), until, tls
+        self.counts, self.events = collections.Counter(), collections.deque(maxlen=15)
+        self.users = [SoakUser(name) for name in SOAK_NAMES] + [SoakUser("Sponge", deaf=True)]
+        self.pests, self.leaving, self.upgrading, self.failure = [], [], None, ""
+        self.families, self.settled = families, {}
+        self.thread = threading.Thread(target=self.run, name=self.family, daemon=True)
+
+    def run(self):
+        with contextlib.ExitStack() as stack:
+            try:
+                self.set_up(stack)
+                while time.monotonic() < self.until:
+                    self.step(self.pick(self.STEPS))
+                    self.settle()
+                self.last_checks()
+            except Exception:
+                self.failure = self.evidence(traceback.format_exc())
+
+    def set_up(self, stack):
+        quirks = {"silent_start": 0.05} if "pennmush" in self.families else {}
+        self.worlds = [WORLDS[family](SOAK_PASSWORDS, **quirks) for family in self.families]
+        for world in self.worlds:
+            stack.callback(world.stop)
+            world.start()
+        folder = tempfile.mkdtemp(prefix="has-soak-")
+        stack.callback(shutil.rmtree, folder)
+        settings = {}
+        if self.tls:
+            cert, key = certificate(folder)
+            settings = {"local_port": free_port(), "local_port_ssl": free_port(), "ssl_cert": cert, "ssl_key": key}
+        self.has = Has(cleaner(stack), script=shutil.copy(HAS, folder), mush_address=self.world.address, beat=2,
+                       hb_timeout=1, dead_after=4, retry=0.2, **settings).wait_up()
+        self.tls_port, self.pid = settings.get("local_port_ssl"), self.has.process.pid
+        for _ in range(5):
+            self.do_arrive()
+        self.settle()
+
+    @property
+    def world(self):
+        return self.worlds[0]
+
+    def pick(self, weights):
+        return self.random.choices(list(weights), list(weights.values()))[0]
+
+    def user(self, playing=True):
+        """One that plays (or does not), or None."""
+        found = [user for user in self.users if user.playing == playing and not user.deaf]
+        return self.random.choice(found) if found else None
+
+    def step(self, name):
+        self.events.append(f"{time.strftime('%H:%M:%S')} {name}")
+        getattr(self, "do_" + name)()
+
+    def meanwhile(self):
+        """What users and admins do while the world is away or returning."""
+        for _ in range(self.random.randrange(4)):
+            self.step(self.pick(self.MEANWHILE))
+            time.sleep(self.random.choice((0, 0, 0.05, 0.3)))
+
+    # what happens; settle() looks at what came of it
+
+    def do_arrive(self):
+        """Somebody logs in: over TLS or not, at once or letter by letter, also when the world is down."""
+        user, tls, slow = self.user(playing=False), self.random.random() < 0.4, self.random.random() < 0.2
+        if user:
+            if not user.client:
+                self.connect(user, tls and self.tls)
+            line = f"connect {user.name} {self.world.players[user.name]}\r\n"
+            for piece in re.findall("(?s).{1,3}", line) if slow else [line]:
+                user.client.send(piece)
+                time.sleep(0.01 if slow else 0)
+            user.playing = True
+            self.counts["logins"] += 1
+
+    def connect(self, user, tls):
+        if tls:
+            self.finish_upgrade()                       # a handshake does not live through one
+        user.client = TLSClient(self.tls_port) if tls else self.has.client()
+        self.counts["tls clients" if tls else "clients"] += 1
+
+    def let_go(self, user):
+        client, user.client, user.playing = user.client, None, False
+        return client
+
+    def do_quit(self):
+        user = self.user()
+        if user:
+            user.client.send("QUIT\r\n")
+            self.leaving.append((f"{user.name} has QUIT", self.let_go(user)))
+            self.counts["quits"] += 1
+
+    def do_boot(self):
+        user = self.user()
+        if user:
+            self.world.boot(user.name)
+            self.leaving.append((f"{user.name} was booted", self.let_go(user)))
+            self.counts["boots"] += 1
+
+    def do_reset(self):
+        user = self.user()
+        if user:
+            self.let_go(user).reset()
+            self.counts["resets"] += 1
+
+    def do_logout(self):
+        """Back to the login screen, where he stays until he logs in again."""
+        user = self.user()
+        if user and self.world.family != "teenymush":
+            user.client.send("LOGOUT\r\n")
+            user.playing = False
+            self.world.wait(lambda world: not world.online(user.name), what=f"{user.name} has logged out")
+            self.counts["logouts"] += 1
+
+    def do_chat(self):
+        for user in self.users:
+            if user.client and not user.deaf and self.random.random() < 0.5:
+                user.client.send(f"say {'bla ' * self.random.randrange(1, 30)}\r\n")
+
+    def do_crash(self):
+        if self.random.random() < 0.3:
+            self.do_arrive()                            # a login under way when it dies
+        for again in range(self.random.choice((1, 1, 1, 2))):
+            if again:                                   # once more, while they return
+                time.sleep(self.random.uniform(0, 0.7))
+            self.world.reset_on_kill = self.random.random() < 0.3
+            self.world.kill()
+            self.counts["crashes"] += 1
+            self.comes_back()
+
+    def comes_back(self):
+        self.meanwhile()
+        time.sleep(self.random.choice((0, self.random.uniform(0, 3))))
+        self.world.start()
+        self.meanwhile()
+
+    def do_shutdown(self):
+        self.world.shutdown(delay=0.3)
+        self.world.wait(lambda world: not world.running)
+        self.counts["shutdowns"] += 1
+        self.comes_back()
+
+    def do_freeze(self):
+        """Too short to be a death: nobody may notice more than the pause."""
+        self.finish_upgrade()
+        after = len(self.has.log)
+        self.world.freeze()
+        self.do_chat()
+        time.sleep(self.random.uniform(0.1, 2.5))
+        self.world.thaw()
+        self.counts["freezes"] += 1
+        self.settle(trim=False)
+        assert b"the world is down" not in self.has.log[after:], "a short freeze was taken for a death"
+
+    def do_long_freeze(self):
+        after = len(self.has.log)
+        self.world.freeze()
+        self.has.wait_log(rb"the world is down", 20, after)
+        self.meanwhile()
+        self.world.thaw()
+        self.counts["long freezes"] += 1
+
+    def do_restart(self):
+        if self.world.RESTART:
+            self.world.restart_in_place()
+            self.counts["in-place restarts"] += 1
+
+    def do_hup(self):
+        self.has.signal(signal.SIGHUP)
+        self.counts["HUPs"] += 1
+
+    def do_move(self):
+        after = len(self.has.log)
+        self.worlds.reverse()
+        self.has.configure(mush_address=self.world.address)
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"the world moves from", SOAK_DEADLINE, after)
+        self.counts["moves"] += 1
+        self.meanwhile()
+
+    def do_upgrade(self):
+        """Begin one; it goes on beside what follows."""
+        self.finish_upgrade()
+        self.upgrading = len(self.has.log)
+        self.has.signal(signal.SIGUSR2)
+        self.counts["upgrades"] += 1
+
+    def finish_upgrade(self):
+        if self.upgrading is not None:
+            self.has.wait_log(rb"goes on where", SOAK_DEADLINE, self.upgrading)
+            self.upgrading = None
+
+    def do_password(self):
+        """A new password; half the time the world then dies and forgets it."""
+        user, loses = self.user(), self.random.random() < 0.5
+        if not user:
+            return
+        for world in self.worlds:
+            world.dump()
+        new = f"{user.name.lower()}{self.random.randrange(10 ** 6)}"
+        user.client.send(f"@password {self.world.players[user.name]}={new}\r\n")
+        user.client.expect("(?i)password changed|changed your password")
+        self.worlds[1].players[user.name] = new
+        self.counts["new passwords"] += 1
+        if loses:
+            self.world.crash_losing()
+            self.counts["crashes"] += 1
+            self.comes_back()
+            self.worlds[1].players[user.name] = self.world.players[user.name]
+
+    def do_pest(self):
+        """A client that is no user: silent, full of garbage, without TLS on the TLS port, or one that never reads."""
+        kind, length = self.random.randrange(4), self.random.choice((10, 999, 30000))
+        junk = bytes(self.random.getrandbits(8) for _ in range(length))
+        if kind == 3:
+            return self.sponge()
+        while len(self.pests) >= 3:
+            self.pests.pop(0).close()
+        self.pests.append(Client(self.tls_port if kind == 2 and self.tls else self.has.port))
+        with contextlib.suppress(OSError):
+            self.pests[-1].send(junk if kind else b"")
+        self.counts["pests"] += 1
+
+    def sponge(self):
+        """He logs in, gets a flood he never reads, or is gone."""
+        user, choice = self.users[-1], self.random.randrange(3)
+        if not user.client:
+            self.connect(user, False)
+            user.client.send("connect Sponge spongepw\r\n")
+            user.playing = True
+        elif choice:
+            self.world.emit(user.name, (b"w" * 78 + b"\r\n") * 20000)
+        else:
+            self.let_go(user).reset()
+
+    # what must hold
+
+    def settle(self, trim=True):
+        """The world is up: wait until everybody is where he belongs, once, and prove it."""
+        self.finish_upgrade()
+        self.find_everybody(SOAK_DEADLINE)
+        for what, client in self.leaving:
+            try:
+                client.expect_end(15)
+            except AssertionError as error:
+                raise AssertionError(f"{what}: {error}") from None
+            client.close()
+        self.leaving.clear()
+        for user in self.users:
+            if user.playing and not user.deaf:
+                user.prove(self.world)
+            elif user.client and not user.deaf:
+                user.client.sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                    assert user.client.sock.recv(1 << 20), f"{user.name} at the login screen was dropped"
+        self.find_everybody(0)                          # still nobody twice
+        self.check_process()
+        if trim:
+            self.trim()
+
+    def find_everybody(self, seconds):
+        """Who plays is in the world once, the others are not, and nobody is in the other world."""
+        until = time.monotonic() + seconds
+        while True:
+            lost = [user for user in self.users if len(self.world.online(user.name)) != user.playing or
+                    self.worlds[1].online(user.name)]
+            if not lost:
+                return
+            assert time.monotonic() < until, "not where they belong: " + "; ".join(map(self.story, lost))
+            time.sleep(0.02)
+
+    def story(self, user):
+        """What became of one user."""
+        if user.client:
+            with contextlib.suppress(OSError):
+                user.client.sock.settimeout(0.5)
+                user.client.text += user.client.sock.recv(1 << 20)
+        counts = [len(world.online(user.name)) for world in self.worlds]
+        return f"{user.name} should be in {[int(user.playing), 0]} times, is {counts}; last saw " + repr(
+            user.client and user.client.text[-2500:])
+
+    def check_process(self):
+        assert self.has.process.poll() is None and self.has.process.pid == self.pid, "HAS has ended"
+        bad = re.search(rb".*( ERROR |Traceback|a fault of HAS).*", self.has.log)
+        assert not bad, f"the log says: {bad.group().decode()}"
+        until = time.monotonic() + 15                   # clients that leave may take 10 s
+        while self.extra_descriptors() > self.settled.setdefault("descriptors", self.extra_descriptors()) + 3:
+            assert time.monotonic() < until, f"descriptors grow: {self.descriptors()}"
+            time.sleep(0.2)
+
+    def descriptors(self):
+        with contextlib.suppress(OSError):
+            return [os.readlink(f"/proc/{self.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{self.pid}/fd")]
+        return []
+
+    def extra_descriptors(self):
+        """Those that do not belong to a client or its link."""
+        clients = sum(user.client is not None for user in self.users) + len(self.pests)
+        return len(self.descriptors()) - 2 * clients
+
+    def trim(self):
+        """Forget what only this driver remembers, or a soak of days would eat the machine."""
+        self.counts["returns"] += self.has.log.count(b"is back in the game")
+        self.counts["login screens"] += self.has.log.count(b"WAITING -> LOGIN")
+        with self.has._change:
+            self.recent, self.has._log = getattr(self, "recent", b"")[-100000:] + self.has._log, b""
+        for world in self.worlds:
+            for table in (world.lines, world.all_connections, world.logins, world.evaluated, world.forged):
+                table.clear()
+            for conn in world.connections:
+                conn.raw.clear(), conn.lines.clear()
+        self.counts["steps"] += 1
+        if self.counts["steps"] == 25:
+            self.settled["kB"] = process_usage(self.pid)[1]
+
+    def last_checks(self):
+        """Memory and idle CPU; then everybody leaves, and HAS ends when it is told."""
+        grown = process_usage(self.pid)[1] - self.settled.get("kB", 0)
+        assert "kB" not in self.settled or grown < 16000, f"memory has grown by {grown:.0f} kB"
+        before = process_usage(self.pid)[0]
+        time.sleep(4)
+        idle = (process_usage(self.pid)[0] - before) / 4
+        assert idle < 0.05, f"idle, it uses {idle:.0%} of a processor"
+        for client in [user.client for user in self.users if user.client] + self.pests:
+            client.close()
+        self.world.wait(lambda world: len(world.online()) == 1, SOAK_DEADLINE, "all have left, the heartbeat stays")
+        until = time.monotonic() + 5
+        while self.children():                          # the pumps of TLS clients of before an upgrade
+            assert time.monotonic() < until, f"all clients have left, but not these children: {self.children()}"
+            time.sleep(0.1)
+        status = self.has.stop()
+        assert status == 0, f"HAS ended with status {status}"
+        self.counts["kB grown"] = int(grown if "kB" in self.settled else 0)
+        self.counts["idle CPU %"] = round(idle * 100, 1)
+
+    def children(self):
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+            return file.read()
+        return ""
+
+    def evidence(self, trouble):
+        log = getattr(self, "recent", b"") + self.has.log if hasattr(self, "has") else b""
+        return "\n".join([f"=== {self.family}: {trouble}", "last events: " + ", ".join(self.events), "--- the end of the log:",
+                          *log.decode("utf-8", "replace").splitlines()[-150:], "--- the world:", self.world.transcript(60)])
+
+
+def soak(minutes, seed):
+    """Run a site for each family; returns the exit status."""
+    began, tls = time.monotonic(), bool(shutil.which("openssl"))
+    names = [name for name in WORLDS if name != "plain"]
+    sites = [SoakSite((name, names[number - 1]), seed, began + minutes * 60, tls) for number, name in enumerate(names)]
+    print(f"soak: seed {seed}, {minutes:g} minutes, HAS before {', '.join(names)}{'' if tls else ', without TLS'}", flush=True)
+    for site in sites:
+        site.thread.start()
+    told = began
+    while any(site.thread.is_alive() for site in sites):
+        time.sleep(0.2)
+        if any(site.failure for site in sites):
+            for site in sites:
+                site.until = 0
+        if time.monotonic() - told >= 30:
+            told = time.monotonic()
+            print(f"soak: {told - began:4.0f} s: {soak_summary(sites)}", flush=True)
+    for site in sites:
+        print(site.failure or f"soak: {site.family} clean: {site.counts['kB grown']} kB grown, "
+                              f"idle CPU {site.counts['idle CPU %']} %")
+    failed = [site.family for site in sites if site.failure]
+    print(f"soak: {'FAILED for ' + ', '.join(failed) if failed else 'clean'}, seed {seed}, "
+          f"{(time.monotonic() - began) / 60:.1f} minutes: {soak_summary(sites)}")
+    return 1 if failed else 0
+
+
+def soak_summary(sites):
+    counts = collections.Counter()
+    for site in sites:
+        counts.update({key: value for key, value in dict(site.counts).items() if key not in ("kB grown", "idle CPU %")})
+    return ", ".join(f"{value} {key}" for key, value in sorted(counts.items()))
+
+
+# ======================================================================
+# The command line of these three
+# ======================================================================
+
+def tool(arguments):
+    """--bench, --demo, --soak: do it and return the exit status; None if none of them is asked for."""
+    parser = argparse.ArgumentParser(prog="test_has.py", allow_abbrev=False, add_help=False,
+                                     usage="test_has.py [TEST ...] | --bench | --demo | --soak MINUTES")
+    parser.add_argument("--bench", action="store_true", help="measure has.py beside a direct connection and HAProxy")
+    parser.add_argument("--sessions", type=int, default=400, help="with --bench (400)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="with --bench: for each workload (2)")
+    parser.add_argument("--demo", action="store_true", help="a small world that crashes, and HAS in front of it")
+    parser.add_argument("--every", type=float, default=60.0, help="with --demo: seconds between crashes (60)")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="random users and random trouble")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="with --soak: to repeat one")
+    parser.add_argument("--bench-load", help=argparse.SUPPRESS)
+    options, _ = parser.parse_known_args(arguments)
+    if options.bench_load:
+        return bench_load(options.bench_load)
+    if options.bench:
+        return bench(options.sessions, options.seconds)
+    if options.demo:
+        return demo(options.every)
+    return None if options.soak is None else soak(options.soak, options.seed)
 
 
 # ======================================================================
@@ -6202,8 +7742,8 @@ def run_all():
     """Run every class, those that start programs side by side; return the counts."""
     classes = [it for it in vars(sys.modules[__name__]).values() if isinstance(it, type)
                and issubclass(it, unittest.TestCase) and unittest.defaultTestLoader.getTestCaseNames(it)]
-    apart = [[it.__name__] for it in classes if issubclass(it, (Case, Scenarios))]
-    jobs = apart + [[it.__name__ for it in classes if not issubclass(it, (Case, Scenarios))]]
+    apart = [[it.__name__] for it in classes if issubclass(it, APART)]
+    jobs = apart + [[it.__name__ for it in classes if not issubclass(it, APART)]]
     total = [0, 0, 0]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         for names, (output, counts) in zip(jobs, pool.map(run_apart, jobs)):
@@ -6216,12 +7756,17 @@ def run_all():
     return total
 
 
+APART = (Case, Scenarios, TelnetCase)            # these start programs
 HAS_TESTS = os.path.abspath(__file__)
 
 
 def main():
     """Run what the command line asks for; return the exit status."""
-    parser = argparse.ArgumentParser(description="Test HAS. Without arguments: everything.")
+    status = tool(sys.argv[1:])
+    if status is not None:
+        return status
+    parser = argparse.ArgumentParser(description="Test HAS. Without arguments: everything. Other modes: --demo (a small "
+                                     "world that crashes, and HAS in front of it), --bench, --soak MINUTES [--seed N].")
     parser.add_argument("--here", action="store_true", help="in this process, one after another")
     parser.add_argument("names", nargs="*", help="classes, or CLASS.TEST")
     options = parser.parse_args()
