@@ -1800,7 +1800,7 @@ class Session:
         self.kept_due = self.stuck_due = self.held_since = 0
         self.words = b""                        # the world's last words that were shown
         self.backlog = b""                      # typed, and left for later turns
-        self.expected = b""                     # what the world says to settings HAS repeats: not for the user
+        self.expected = []                      # lines: what the world says to settings HAS repeats: not for the user
 
     def __str__(self):
         name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
@@ -2240,7 +2240,7 @@ class Session:
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
         self.proof, self.from_world, self.replay, self.settled = Proof(world.dialect, returning), None, None, False
-        self.watched = self.hidden = self.expected = b""
+        self.watched, self.hidden, self.expected = b"", b"", []
         self.life = world.life
         self.failing_since = self.failing_since if self.failures else self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
@@ -2415,8 +2415,9 @@ class Session:
             return b""                          # settled: what the others of this character cause
         if self.change:
             self._watch_change(text)
-        if self.expected and self.expected in text:
-            text, self.expected = text.replace(self.expected, b"", 1), b""
+        for line in [line for line in self.expected if line in text]:
+            text = text.replace(line, b"", 1)
+            self.expected.remove(line)
         if text and (self.hub.noise or self.hidden):
             text = self._hide_arrivals(text)
         return text
@@ -2654,7 +2655,7 @@ class Session:
         suffix = self.settings.get(b"OUTPUTSUFFIX")
         if suffix and self.dialect.wraps_settings:
             prefix = self.settings.get(b"OUTPUTPREFIX")
-            self.expected = (prefix + b"\r\n" if prefix else b"") + suffix + b"\r\n"
+            self.expected = [line + b"\r\n" for line in (prefix, suffix) if line]
         self._enter(State.PLAYING)
         log.info("%s: is back in the game", self)
         self._arrived()

@@ -5838,7 +5838,9 @@ class TestProgram(Case):
         os.close(slave)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        os.read(master, 100)
+        started = b""
+        while b"listening on" not in started:
+            started += os.read(master, 1000)
         clients = []
         for _ in range(300):                    # far more log than a terminal holds
             client = Client(port)
