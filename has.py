@@ -420,7 +420,7 @@ def _remarks(overrides, conf, settings):
     if "hb_pass" in overrides and os.stat(conf).st_mode & 0o077:
         remarks.append(f"WARNING: {conf} holds hb_pass and others may read it: chmod 600 {conf}")
     if settings.hb_pass == "heartbeat":
-        remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat character another, and set it here")
+        remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat another, and set it here")
     return remarks
 
 
@@ -791,7 +791,8 @@ class Dialect:
     setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
     refused_text = re.compile(rb"(?!)")         # the server's words for "wrong name or password"
     password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
-    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*=\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")    # who, new name
+    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="         # group 1 who, group 2 the new name
+                            rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")
     password_changed = password_kept = name_changed = name_kept = re.compile(rb"(?!)")
     check_function = None
     greets = True                  # a banner comes at once
@@ -869,18 +870,21 @@ class TeenyMUSH(Dialect):
     # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
     login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
     handover_words = (b"@remotehostname",)
-    outcome = re.compile(rb"(Last connect was from[ :])|Either that player does not exist, or has a different password\.|"
+    outcome = re.compile(rb"(Last connect was from[ :])|"
+                         rb"Either that player does not exist, or has a different password\.|"
                          rb"That name is already in use\.")
     refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
     end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
     password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
     password_changed = re.compile(rb"Password changed\.|The password for .* has been updated\.")
     password_kept = re.compile(rb"Invalid old password|usage: @password|Permission denied|Huh\?")
-    name_changed, name_kept = re.compile(rb"Set\.\Z"), re.compile(rb"That name is already in use|Huh\?|Permission denied")
+    name_changed = re.compile(rb"Set\.\Z")
+    name_kept = re.compile(rb"That name is already in use|Huh\?|Permission denied")
     check_function = b"password"
     at_once = 1                    # listen backlog 1
     login_probe = (b"WHO\r\n", re.compile(rb"Players? logged in"))
-    start_command, start_question, start_answer = b"\xff\xfb\x46", b"\xff\xfd\x46", re.compile(rb"UPTIME\x02(\d+)")  # MSSP
+    start_command, start_question = command(WILL, MSSP), command(DO, MSSP)
+    start_answer = re.compile(rb"UPTIME\x02(\d+)")
 
     def read_login(self, line):
         login = super().read_login(line.replace(b"\t", b"\x00"))
@@ -906,14 +910,16 @@ class _InfoFamily(Dialect):
     password_changed = re.compile(rb"Password changed\.")
     password_kept = re.compile(rb"Sorry\.|Null passwords|Illegal character|Bad new password|Huh\?|Permission denied")
     name_changed = re.compile(rb"(?:Alias set\.\s+)?Name set\.")
-    name_kept = re.compile(rb"That name is already in use|You can't use that name|You can't give|Huh\?|Permission denied")
+    name_kept = re.compile(rb"That name is already in use|You can't use that name|You can't give|Huh\?|"
+                           rb"Permission denied")
 
 
 class PennMUSH(_InfoFamily):
     name = "pennmush"
     line_end = re.compile(rb"\r\n|\r|\n")
     ignored = rb"\n"
-    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
+    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )"
+                             rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
     # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
@@ -924,7 +930,8 @@ class PennMUSH(_InfoFamily):
     refused_text = re.compile(rb"That is not the correct password\.|There is no player with that name\.|"
                               rb"Either that player does not exist|There is already a player with that name\.")
     password_changed = re.compile(rb"You have changed your password\.")
-    password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|Permission denied")
+    password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|"
+                               rb"Permission denied")
     password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     check_function = b"checkpass"
     longest_line = 4000
@@ -1024,7 +1031,7 @@ def recognise(banner, info):
     """The dialect of a world from what it sent at connect and its answer to INFO or MSSP; None if none fits."""
     version = re.search(rb"Version: ([^\r\n]+)", info)
     version = version.group(1) if version else b""
-    if not version and (b"TeenyMUSH" in info or b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF")):
+    if not version and (b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF")):
         return DIALECTS["teenymush"]
     for word, name in ((b"PennMUSH", "pennmush"), (b"Rhost", "rhostmush"), (b"MUX", "tinymux"),
                        (b"TinyMUSH", "tinymush"), (b"4.", "tinymush")):
@@ -1296,7 +1303,7 @@ CHUNK = 65536
 
 
 def tune(sock, idle, interval, count, user_timeout=0):
-    """Set what keeps a TCP connection prompt and notices a vanished peer; seconds. What a platform lacks is left out."""
+    """Keep a TCP connection prompt and notice a vanished peer; seconds. What a platform lacks is left out."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     wanted = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
@@ -1743,7 +1750,8 @@ def status_lines(status):
              f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, {ago(outages['seconds'])} in all"
              + (f", the last {ago(outages['last'])} ago" if outages["count"] else "")]
     if status["sessions"]:
-        lines.append("   id name             address                  state      age      idle     in       out  tls size")
+        lines.append("   id name             address                  state      age      idle     in       out "
+                     " tls size")
     for it in status["sessions"]:
         lines.append(f"{it['id']:>5} {it['name'][:16]:<16} {it['host']:<24} {it['state']:<10} {ago(it['age']):<8} "
                      f"{ago(it['idle']):<8} {it['bytes_in']:<8} {it['bytes_out']:<8} {'yes' if it['tls'] else 'no':<3} "
@@ -1770,7 +1778,8 @@ class Session:
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog", "proven", "expected")
+                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
+                 "backlog", "proven", "expected")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1820,7 +1829,8 @@ class Session:
         self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
                        and not self.dialect.capped and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or
-                         self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or self.from_world and self.from_world.held)
+                         self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
+                         self.from_world and self.from_world.held)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a terminal."""
@@ -2945,7 +2955,8 @@ class Heartbeat(threading.Thread):
             parked["connection"] = {
                 "fd": connection.sock.detach(), "address": str(connection.address), "target": pack(connection.target),
                 "dialect": connection.dialect.name, "life": connection.life, "blind": connection.blind,
-                "checks": connection.checks, "told": connection.told, "text": pack(connection.text), "held": pack(connection.scanner.held),
+                "checks": connection.checks, "told": connection.told, "text": pack(connection.text),
+                "held": pack(connection.scanner.held),
                 "renew_at": connection.renew_at, "spare": connection.spare()}
         return parked
 
@@ -4037,7 +4048,8 @@ class Hub:
     def on_unreachable(self, address, reason):
         """The heartbeat could not get (back) to a world."""
         if reason != self._last_reason:
-            log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason, self.settings.retry)
+            log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason,
+                     self.settings.retry)
         self._last_reason, self._refused = reason, True
         if self.health is Health.STARTING:
             self._down(reason)
@@ -4051,9 +4063,10 @@ class Hub:
         away = self.now - self._away_since
         asking = any(s.state is State.ASKING for s in self.sessions.values())
         linked = any(s.link and not s.link.connecting for s in self.sessions.values())
-        if away >= AWAY_SECONDS - 0.01 or self._refused and (asking or not linked) or asking and not linked and away >= 0.29:
+        alone = asking and not linked           # every link has ended too
+        if away >= AWAY_SECONDS - 0.01 or self._refused and (asking or not linked) or alone and away >= 0.29:
             self._down("the heartbeat cannot get back" if self._last_reason is None else self._last_reason)
-        elif asking and not linked:
+        elif alone:
             self.later(0.3, self._judge_loss)
 
     def on_silent(self):
@@ -4184,7 +4197,8 @@ class Hub:
                     "since": int(time.time() - self.health_since),
                     "addresses": [str(a) for a in self.settings.mush_address],
                     "preferred": address == self.settings.mush_address[0],
-                    "heartbeat": f"answers in {self.round_trip * 1000:.1f} ms" if self.round_trip and not down else "away"},
+                    "heartbeat": (f"answers in {self.round_trip * 1000:.1f} ms" if self.round_trip and not down
+                                  else "away")},
                 "outages": {"count": self.outages, "seconds": int(self.outage_seconds + lasting),
                             "last": int(time.time() - self.last_outage) if self.outages else None},
                 "sessions": [session.status() for session in self.sessions.values()]}
@@ -4363,7 +4377,8 @@ class Upgrade:
         if status == 0:
             self.go(self.script)
             return
-        log.error("USR2: the new %s failed its rehearsal (status %s): HAS goes on as it is. It said:", self.script, status)
+        log.error("USR2: the new %s failed its rehearsal (status %s): HAS goes on as it is. It said:", self.script,
+                  status)
         for line in self._said.decode("utf-8", "replace").splitlines()[-12:]:
             log.error("    %s", printable(line))
 
@@ -4520,14 +4535,29 @@ def files_allowed():
         return 1 << 30
 
 
+HELP = """signals:
+  HUP        read the settings again, open log_file anew; a changed mush_address moves everybody
+  USR1       write the status to the log
+  USR2       upgrade to the has.py on disk without dropping anybody
+  TERM, INT  say goodbye and stop
+
+exit status:
+  0  stopped; --check: nothing is wrong; --status: the world is up
+  1  could not start; --status: the world is silent or down; --probe: the world lacks something
+  2  wrong settings or arguments
+  3  --status, --notice, --kick: HAS is not running
+
+files:
+  has.py     the constants at its top are the settings
+  has.conf   beside it: settings over those constants, if it is there
+  has.sock   beside has.conf: the control socket of the running HAS"""
+
+
 def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="has.py", description="HAS - Higher Availability Service: keeps players connected while their MUSH is "
-        "away.", epilog="Signals: HUP reads the settings again and opens log_file anew, USR1 writes the status to "
-        "the log, USR2 upgrades to the has.py on disk without dropping anybody, TERM and INT say goodbye and stop. Exit status: 0 stopped, or --check found nothing wrong, or --status: "
-        "the world is up; 1 could not start, or --status: the world is silent or down; 2 wrong settings or arguments; "
-        "3 --status, --notice, --kick: HAS is not running.")
+    parser = argparse.ArgumentParser(prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
+                                     description="HAS - Higher Availability Service: keeps players connected while "
+                                     "their MUSH is away.")
     here = os.path.dirname(os.path.abspath(__file__))
     parser.add_argument("--config", metavar="FILE", default=os.path.join(here, "has.conf"),
                         help="settings over the constants in has.py (default: has.conf beside has.py, if there is one)")
@@ -4535,8 +4565,8 @@ def parse_arguments(arguments):
     asking.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
     asking.add_argument("--status", action="store_true", help="ask the running HAS how it is, and exit")
     asking.add_argument("--notice", metavar="TEXT", help="have the running HAS write TEXT to every user")
-    asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (see --status)")
-    parser.add_argument("--probe", action="store_true", help="with --check: try the world once, too, and say what it lacks")
+    asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (--status)")
+    parser.add_argument("--probe", action="store_true", help="with --check: try the world once, too; say what it lacks")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
     parser.add_argument("--script", help=argparse.SUPPRESS)                 # these three are for Upgrade
     parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
@@ -4592,20 +4622,26 @@ def probe(settings):
         except Lost as lost:
             print(f"{address}: cannot be used: {lost}: is the MUSH up, and is mush_address right?")
             good = False
-            continue
-        dialect, good = world.dialect, good and not world.blind
-        tells = bool(dialect.address_line("192.0.2.1", 0, "auto", world.address.path))
-        print(f"{address}: reachable, and it answers\n"
-              f"  family: {dialect.name}" + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type") +
-              "\n  heartbeat login: " + ("not possible with this family" if not dialect.logs_in else "works" if not world.blind
-                                          else "refused: make the character hb_user with hb_pass (README)") +
-              "\n  password check: " + ("this family has none; none is needed" if not dialect.check_function else
-                                         "works" if world.checks else f"no: set the heartbeat's {dialect.check_right} flag") +
-              "\n  real address: " + ("off (remotehostname_cmd)" if settings.remotehostname_cmd == "none" else
-                                       "this family cannot be told" + " over TCP (unix socket: README)" *
-                                       (dialect is UNIX_DIALECT) if not tells else "the world is told" if world.told else
-                                       "not understood: switch it on in the MUSH (README)"))
+        else:
+            print(f"{address}: reachable, and it answers")
+            print("\n".join(f"  {name}: {text}" for name, text in findings(world, settings)))
+            good = good and not world.blind
     return 0 if good else 1
+
+
+def findings(world, settings):
+    """What a confirmed world gives HAS: (what, how it is) pairs for people."""
+    dialect, over_tcp = world.dialect, not world.address.path
+    told = ("off (remotehostname_cmd)" if settings.remotehostname_cmd == "none" else
+            "over TCP this family cannot be told; by its unix socket it can" if dialect is UNIX_DIALECT and over_tcp
+            else "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", world.address.path)
+            else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
+    return [("family", dialect.name + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
+            ("heartbeat login", "not possible with this family" if not dialect.logs_in else
+             "refused: make the character hb_user with hb_pass (README)" if world.blind else "works"),
+            ("password check", "none in this family, and none needed" if not dialect.check_function else
+             "works" if world.checks else f"not allowed: set the heartbeat's {dialect.check_right} flag"),
+            ("real address", told)]
 
 
 def ask_running(options, path):
@@ -4635,7 +4671,8 @@ def open_control(hub, path):
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise
-        log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path, error.strerror or error)
+        log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path,
+                    error.strerror or error)
     except AttributeError:
         log.warning("no control socket: this platform has no unix sockets")
 

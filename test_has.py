@@ -6640,6 +6640,7 @@ class TestStreams(TelnetCase):
         body = b"\xff\xfa\xc9" + b"x" * 70000
         pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0", b"text"]
         self.assertEqual(self.upward(pieces), b"".join(pieces))
+        self.alice.barrier()
         start, self.alice.raw = b"", b""
         for piece in pieces:                        # each arrives before the next is sent
             self.world.emit("Alice", piece)
