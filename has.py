@@ -1389,10 +1389,10 @@ class Stream:
 
     def ready(self, events):
         """The selector says that reading or writing would not block."""
-        if self.connecting:
-            self._finish_connect()
-            return
         if events & WRITE:
+            if self.connecting:
+                self._finish_connect()
+                return
             self._flush()
         if events & READ and not self.closed:
             try:
@@ -1601,6 +1601,13 @@ class TLSStream(Stream):
         """Bytes at the start of `out` that must stay as they are."""
         return self._committed
 
+    def ready(self, events):
+        """The selector says that reading or writing would not block."""
+        if self.connecting:
+            self._finish_connect()              # a handshake may wait for either
+        else:
+            super().ready(events)
+
     def _while_connecting(self):
         return self._handshake or WRITE
 
@@ -1675,7 +1682,8 @@ SLOW_AFTER, SLOW_SECONDS = 3, 3    # logins from one address without success; pa
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
 # The start of typed lines that HAS must read; everything else passes unread.
-_WATCHED = re.compile(rb"[ \t]*(?:quit|logout|@pa|@new|@name|output|screen|pueblo|sockset|prompt_|#[?])", re.I)
+_WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
+_WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
 # ... unless it holds one of these, which servers drop or edit lines with: only its line end may.
 _CONTROLS = bytes(range(32)) + b"\x7f\xff"
 _ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
@@ -1943,7 +1951,8 @@ class Session:
         """The client sent `data`."""
         self.typed_at = self.hub.now
         self.bytes_in += len(data)
-        if (self.direct and data[-1] == 10 and not self.typed.buffer and not _WATCHED.match(data)
+        if (self.direct and data[-1] == 10 and not self.typed.buffer
+                and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data))
                 and len(data) - len(data.translate(None, _CONTROLS)) == (2 if data[-2:] == b"\r\n" else 1)):
             self.quit_at = 0
             self.link.send(data)
