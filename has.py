@@ -870,6 +870,7 @@ class TeenyMUSH(Dialect):
     # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
     login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
     handover_words = (b"@remotehostname",)
+    offers = command(WILL, 3) + command(DO, NAWS) + command(DO, TTYPE) + command(WILL, MSSP)     # at connect
     outcome = re.compile(rb"(Last connect was from[ :])|"
                          rb"Either that player does not exist, or has a different password\.|"
                          rb"That name is already in use\.")
@@ -1031,7 +1032,7 @@ def recognise(banner, info):
     """The dialect of a world from what it sent at connect and its answer to INFO or MSSP; None if none fits."""
     version = re.search(rb"Version: ([^\r\n]+)", info)
     version = version.group(1) if version else b""
-    if not version and (b"TeenyMUSH" in banner or banner.startswith(b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbF")):
+    if not version and (b"TeenyMUSH" in banner + info or banner.startswith(TeenyMUSH.offers)):
         return DIALECTS["teenymush"]
     for word, name in ((b"PennMUSH", "pennmush"), (b"Rhost", "rhostmush"), (b"MUX", "tinymux"),
                        (b"TinyMUSH", "tinymush"), (b"4.", "tinymush")):
@@ -1787,7 +1788,7 @@ class Session:
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
-                 "backlog", "proven", "expected")
+                 "backlog", "proven", "expected", "watching")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1812,6 +1813,7 @@ class Session:
         self.notices = []                       # waiting for the end of that line
         self.hidden = b""                       # a tail that could begin an arrival line
         self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
+        self.watching = False                   # a timer looks whether the client reads at all
         self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
         self.typed_at = hub.now
         self.kept_due = self.stuck_due = self.held_since = 0
@@ -1849,7 +1851,7 @@ class Session:
                 "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
                 "size": f"{width}x{height}" if width else ""}
 
-    _NOT_PACKED = {"hub", "client", "link", "state", "stuck"}
+    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "watching"}
 
     def pack(self):
         """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
@@ -2545,14 +2547,21 @@ class Session:
         self.failures += 1
         level = logging.INFO if self.failures == 1 else logging.DEBUG
         log.log(level, "%s: link failed: %s; next try in %d s", self, reason, delay)
-        if self.state is State.RETURNING:
-            self._enter(State.WAITING)
         self._drop_link()
+        if self.state is State.RETURNING:
+            self._wait_again()
         if self.hub.now - self.failing_since >= 5 and not self.told:
             self.told = True
             self._write_notice(self.hub.settings.offline_notice)
         self._refresh()
         self._later(delay, self._try_again)
+
+    def _wait_again(self):
+        """A return has failed: what was typed meanwhile is answered like anything typed while waiting."""
+        self._enter(State.WAITING)
+        kept = self._release()
+        if kept:
+            self._read_client(kept)
 
     def _try_again(self):
         if self.link is None and self.state is State.WAITING:
@@ -2686,8 +2695,8 @@ class Session:
     def _refused(self):
         """The world says that the name or the password is wrong: the other pair, or the user himself must log in."""
         del self.trials[0]
-        self._enter(State.WAITING)
         self._drop_link()
+        self._wait_again()
         if not self.trials:
             log.warning("%s: the world refused the login on return; the user must log in again", self)
             self.login = self.previous = self.pending = None
@@ -2742,7 +2751,9 @@ class Session:
         if stream is self.link:
             self.client.pause()
         elif stream is self.client:
-            self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
+            if not self.watching:
+                self.watching = True
+                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
             if self.link:
                 self.link.pause()
                 self.stuck_due = self.hub.now + STUCK_SECONDS
@@ -2756,12 +2767,12 @@ class Session:
             self._refresh()
 
     def _on_hopeless(self, sent_bytes):
-        if self.client.full and not self.client.closed:
-            if self.client.sent_bytes == sent_bytes:
-                log.info("%s: the client has not read for %d s: closed", self, GIVE_UP_SECONDS)
-                self.end()
-            else:
-                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, self.client.sent_bytes)
+        self.watching = self.client.full and not self.client.closed
+        if self.watching and self.client.sent_bytes == sent_bytes:
+            log.info("%s: the client has not read for %d s: closed", self, GIVE_UP_SECONDS)
+            self.end()
+        elif self.watching:
+            self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, self.client.sent_bytes)
 
     def _shorten(self):
         limit = self.hub.settings.output_limit
@@ -4530,16 +4541,22 @@ def raise_limits(settings):
     except (ValueError, OSError) as error:
         log.warning("cannot raise the limit of open files: %s", error)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if 0 < hard < 2 * settings.max_clients + 50:
-        log.warning("max_clients = %d needs %d open files, the system allows %d: raise the hard limit (ulimit -Hn)",
-                    settings.max_clients, 2 * settings.max_clients + 50, hard)
+    for remark in too_few_files(settings, hard):
+        log.warning("%s", remark)
 
 
-def files_allowed():
-    """How many descriptors this process may have."""
+def too_few_files(settings, hard):
+    """A remark if the hard limit of open files cannot carry max_clients."""
+    needed = 2 * settings.max_clients + 50
+    return [f"max_clients = {settings.max_clients} needs {needed} open files, the system allows {hard}: raise the hard "
+            "limit (ulimit -Hn)"] if 0 < hard < needed else []
+
+
+def files_allowed(which=0):
+    """How many descriptors this process may have: its soft limit (0) or its hard one (1)."""
     try:
         import resource
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[which]
     except ImportError:
         return 1 << 30
 
@@ -4613,7 +4630,7 @@ def main(arguments=None):
         print(f"has.py: {len(error.problems)} wrong in the settings: mend it and start again", file=sys.stderr)
         return 2
     if options.check:
-        print("\n".join([*remarks, "has.py: the settings are right"]))
+        print("\n".join([*remarks, *too_few_files(settings, files_allowed(1)), "has.py: the settings are right"]))
         return probe(settings) if options.probe else 0
     control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
     if options.status or options.notice is not None or options.kick is not None:
