@@ -7446,6 +7446,8 @@ class SoakSite:
     def do_freeze(self):
         """Too short to be a death: nobody may notice more than the pause."""
         self.finish_upgrade()
+        self.world.wait(lambda w: any(sum(b"think" in line for line in c.lines) > 2 for c in w.online("heartbeat")), 20,
+                        "the heartbeat is in and beats")        # or the freeze would only prolong a crash
         after = len(self.has.log)
         self.world.freeze()
         self.do_chat()
