@@ -2374,7 +2374,9 @@ class Session:
         was_playing = self.state is State.PLAYING
         if self.from_world is None and b"\xff" in data:
             self.from_world = Scanner()
-        for is_command, piece in self.from_world.feed(data) if self.from_world else [(False, data)]:
+        scanner = self.from_world
+        plain = scanner is None or not (scanner.held or scanner.inside_long or b"\xff" in data)
+        for is_command, piece in [(False, data)] if plain else scanner.feed(data):
             if is_command:
                 piece = self._link_command(piece)
                 if piece:
@@ -2684,11 +2686,10 @@ class Session:
         if suffix and self.dialect.wraps_settings:
             prefix = self.settings.get(b"OUTPUTPREFIX")
             self.expected = [line + b"\r\n" for line in (prefix, suffix) if line]
+        self._arrived()
+        self.proof.retire()                     # all its marks came before the end marker
         self._enter(State.PLAYING)
         log.info("%s: is back in the game", self)
-        self._arrived()
-        if self.dialect.mark_behind:
-            self._later(MARK_SECONDS, self.proof.retire)
         if self.kept:
             self._send_kept()
 
@@ -3724,6 +3725,7 @@ class Hub:
         self._away_since = None                 # the heartbeat lost its connection then
         self._refused = False                   # ... and could not make a new one
         self._last_reason = None
+        self.doubles = set()                    # characters with several sessions when the world came back
         self.noise = {}                         # names of users being brought back -> until when
         self._queue, self._arriving = collections.deque(), set()
         self._next_link_at, self._pumping = 0.0, False
@@ -3950,6 +3952,8 @@ class Hub:
     def siblings(self, session):
         """The other sessions of its character that are being logged in, or are next."""
         name = session.trials[0].character
+        if name not in self.doubles:            # the usual case, without a look at everybody
+            return []
         return [it for it in self.sessions.values() if it is not session and it.trials
                 and it.trials[0].character == name and (it.state is State.RETURNING or it in self._queue)]
 
@@ -4037,6 +4041,8 @@ class Hub:
         self._set_health(Health.UP)
         if was is Health.SILENT:
             self._each("on_world_silent", False)
+        names = collections.Counter(it.login.character for it in self.sessions.values() if it.login)
+        self.doubles = {name for name, count in names.items() if count > 1}
         if world.life.startswith("?"):
             self.later(ADOPT_SECONDS, self._adopt, world.life)
         for session in list(self.sessions.values()):

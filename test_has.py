@@ -475,7 +475,7 @@ class World:
             self._launch()
         outcome, done = [], threading.Event()
         self._calls.append((functools.partial(function, *args), outcome, done))
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):              # full, or the thread has done it already and ended
             self._wake.send(b"!")
         if not done.wait(10):
             raise AssertionError(self.family + ": the world's thread is stuck\n" + self.transcript(60))
@@ -6407,7 +6407,9 @@ class TelnetFamily:
         self.settled()
         for _ in range(2):                          # before and after a return
             alice.barrier()
-            conn, on, raw = self.settled(), set(alice.on), len(alice.raw)
+            conn = self.settled()
+            alice.barrier(), alice.barrier()        # the last answers are on their way; now they are there
+            on, raw = set(alice.on), len(alice.raw)
             sent = len(conn.raw)
             self.world.restart_in_place()
             alice.barrier(), alice.barrier()
