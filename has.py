@@ -1788,7 +1788,8 @@ class Session:
                  "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
-                 "backlog", "proven", "expected", "watching")
+                 "backlog", "proven", "expected", "watching",
+                 "checked")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1798,6 +1799,7 @@ class Session:
         self.link = self.life = self.proof = self.agreement = self.replay = None
         self.from_client = self.from_world = None
         self.proven = b""                       # the character as it logged in, whatever names were typed later
+        self.checked = None                     # the Credentials the heartbeat was asked about
         self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
         self.pending = None                     # a login typed while the world was away
         self.unproven = None                    # (login, time) typed and not yet confirmed
@@ -2455,13 +2457,16 @@ class Session:
         if self.dialect.mark_behind:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
-            self.hub.check(self, [login])       # without marks the text alone is half a proof
+            self.checked = login                # without marks the text alone is half a proof
+            self.hub.check(self, [login])
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
         if serial != self.serial:
             return
         if self.state is State.PLAYING and False in verdicts:
+            if self.change or self.login is not self.checked:
+                return                          # name or password were changed while the heartbeat asked
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
             self.login = None
         elif self.state is State.WAITING and len(verdicts) == len(self.trials):

@@ -5460,6 +5460,22 @@ class TestTeeny(Scenarios, unittest.TestCase):
     logout = None
     test_logins_disabled_after_return = None
 
+    def test_renamed_at_once(self):
+        """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.send("connect Alice alicepw\r\n").expect("Last connect was from")
+        client.send("@name me=Alicia\r\n").expect("Set")
+        self.has.wait_log(rb"changed the name")
+        client.barrier()
+        client.text = b""
+        self.world.dump()
+        self.world.kill()
+        self.went_down(client)
+        self.world.start()
+        client.expect(re.escape(ONLINE))
+        self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
+
 
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
