@@ -29,7 +29,7 @@ The parts, in reading order; each uses only the parts above it:
     5. Stream         one non-blocking socket
     6. Session        one user: every rule a user can see
     7. Heartbeat      the thread that watches the world and checks passwords
-    8. Hub            listeners, sessions, timers, reload: the main loop
+    8. Hub            listeners, sessions, timers, reload, status, upgrade: the main loop
     9. Command line   arguments, log, signals, exit status
 
 Two threads: the main thread runs the hub, owns every session and never
