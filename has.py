@@ -459,7 +459,7 @@ def _is_ours(host, values):
 # ======================================================================
 
 IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          # RFC 854
-BINARY, ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 0, 1, 24, 31, 42, 70, 201     # RFC 856 857 1091 1073 2066
+ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
 AYT = b"\xff\xf6"
 COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
 LONGEST_SB = 65536
@@ -1991,9 +1991,13 @@ class Session:
         if not (self.backlog or self.link and self.link.full or len(self.kept) > KEEP_BYTES or self.client.full):
             self.client.resume()
 
+    def _is_linked(self):
+        """Whether the user and the world can talk."""
+        return self.state in (State.LOGIN, State.PLAYING) and self.link is not None and not self.link.connecting
+
     def _can_forward(self):
-        return (self.state in (State.LOGIN, State.PLAYING) and self.link is not None
-                and not self.link.connecting and not self.kept)
+        """Whether what he types goes on at once: nothing kept is before it."""
+        return self._is_linked() and not self.kept
 
     def _keep(self, data):
         if self.state is State.LOGIN:
@@ -2216,7 +2220,7 @@ class Session:
             self.end()
             return
         log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
-        if self.state in (State.LOGIN, State.PLAYING) and self.link and not self.link.connecting and not reason:
+        if self._is_linked() and not reason:
             self.link.finish()                  # what he typed last is still carried out and answered
             self._enter(State.CLOSING)
             self._later(10, self.end)
@@ -2746,9 +2750,6 @@ class Session:
     def _send_more(self):
         if self.kept and self.hub.now >= self.kept_due and self._is_linked():
             self._send_kept()
-
-    def _is_linked(self):
-        return self.state in (State.LOGIN, State.PLAYING) and self.link is not None and not self.link.connecting
 
     # ---- streams that do not take what they are sent
 

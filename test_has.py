@@ -5272,6 +5272,15 @@ class Scenarios:
         for client in clients:
             self.assertEqual(re.sub(rb"(?m)^(You say|\S+ (says|has)).*$\s*", b"", client.barrier()).strip(), b"")
 
+    def rides_through(self, client, crash=None):
+        """The world crashes and returns: the client is told, is back, and sees nothing else."""
+        client.text = b""
+        (crash or self.world.kill)()
+        self.went_down(client)
+        client.text = b""
+        self.world.start()
+        self.came_back(client)
+
     def test_crash_and_return(self):
         alice, bob = self.login(), self.login("Bob", "bobpw")
         alice.barrier()
@@ -5331,12 +5340,7 @@ class Scenarios:
         self.in_game(client)
         client.send("connect Wizard guess\r\n")
         client.barrier()
-        client.text = b""
-        self.world.kill()
-        self.went_down(client)
-        client.text = b""
-        self.world.start()
-        self.came_back(client)
+        self.rides_through(client)
 
     def test_password_change_is_followed_and_its_loss_survived(self):
         alice = self.login()
@@ -5345,17 +5349,8 @@ class Scenarios:
         self.world.dump()
         alice.send("@password new,er;pw=newest%20\r\n").expect("(?i)changed")
         alice.barrier()
-        alice.text = b""
-        self.world.crash_losing()
-        self.went_down(alice)
-        alice.text = b""
-        self.world.start()
-        self.came_back(alice)
-        self.world.kill()
-        self.went_down(alice)
-        alice.text = b""
-        self.world.start()
-        self.came_back(alice)
+        self.rides_through(alice, self.world.crash_losing)
+        self.rides_through(alice)
 
     def test_rename(self):
         alice = self.login()
@@ -5363,12 +5358,7 @@ class Scenarios:
         self.has.wait_log(rb"changed the name")
         self.world.dump()
         alice.barrier()
-        alice.text = b""
-        self.world.kill()
-        self.went_down(alice)
-        alice.text = b""
-        self.world.start()
-        self.came_back(alice)
+        self.rides_through(alice)
         self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
 
     def test_evil_passwords(self):
