@@ -2016,7 +2016,7 @@ class Session:
 
     def _read_client(self, data):
         """The careful way: telnet, lines."""
-        if self.from_client is None and b"\xff" in data:
+        if self.from_client is None and IAC in data:
             self.from_client = Scanner()
         for is_command, piece in self.from_client.feed(data) if self.from_client else [(False, data)]:
             if is_command:
@@ -2349,7 +2349,7 @@ class Session:
     def on_link_data(self, data):
         """The world sent `data`."""
         self.bytes_out += len(data)
-        if self.scan or b"\xff" in data:
+        if self.scan or IAC in data:            # the number: looking for b"\xff" costs an exception inside Python
             self._read_link(data)
             return
         if data[-1] != 10:
@@ -2378,10 +2378,10 @@ class Session:
     def _read_link(self, data):
         """The careful way: telnet, marks, outcomes, arrivals."""
         was_playing = self.state is State.PLAYING
-        if self.from_world is None and b"\xff" in data:
+        if self.from_world is None and IAC in data:
             self.from_world = Scanner()
         scanner = self.from_world
-        plain = scanner is None or not (scanner.held or scanner.inside_long or b"\xff" in data)
+        plain = scanner is None or not (scanner.held or scanner.inside_long or IAC in data)
         for is_command, piece in [(False, data)] if plain else scanner.feed(data):
             if is_command:
                 piece = self._link_command(piece)
@@ -3750,11 +3750,11 @@ class Hub:
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.turns += 1
-        timeout = longest
-        if self._timers:
-            timeout = max(0.0, self._timers[0][0] - self.clock())
-            timeout = timeout if longest is None else min(timeout, longest)
-        ready = self.selector.select(timeout)
+        timers = self._timers
+        if timers:                              # counted from the last look at the clock: late by one turn's work
+            due = max(0.0, timers[0][0] - self.now)
+            longest = due if longest is None else min(due, longest)
+        ready = self.selector.select(longest)
         self.now = self.clock()
         for key, events in ready:
             stream = key.data
@@ -3763,7 +3763,8 @@ class Hub:
                     stream.ready(events)
             except Exception:
                 self._fault(stream.owner)
-        self._run_timers()
+        if timers and timers[0][0] <= self.now:
+            self._run_timers()
 
     def _fault(self, owner):
         """An exception in a handler ends the client it was for, nothing else; a fault of the hub itself goes on up."""
