@@ -642,11 +642,9 @@ class Replay:
         """
         out = b""
         for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws), (CHARSET, self.agreement.charset)):
-            if (WILL, option) in self.had:
-                out += self._say(WILL, option)
-                if option == CHARSET and (DO, CHARSET) in self.had:
-                    out += self._say(DO, CHARSET)
-                out += detail or b""
+            # it is PennMUSH itself that offers CHARSET, and it reads a UTF-8 password differently without (pennmush.md a)
+            verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
+            out += b"".join(self._say(verb, option) for verb in verbs) + (detail or b"" if verbs else b"")
         return out
 
     def _say(self, verb, option):
@@ -742,21 +740,21 @@ class Credentials:
         return b" ".join((self.verb, name, self.password))
 
 
-def rub_out(line):
+def rub_out(line, erasers=b"\b\x7f"):
     """Apply BS and DEL as a line editor does: each deletes the byte before it."""
-    if not re.search(rb"[\b\x7f]", line):
+    if not any(byte in line for byte in erasers):
         return line
     kept = bytearray()
     for byte in line:
-        if byte in b"\b\x7f":
+        if byte in erasers:
             del kept[-1:]
         else:
             kept.append(byte)
     return bytes(kept)
 
 
-def escape_softcode(text):
-    """Make `text` literal for softcode: backslash before every ASCII byte that is no letter or digit.
+def escape_softcode(text, blank=b"%b"):
+    """Make `text` literal for softcode: backslash before every ASCII byte that is no letter or digit, `blank` for one.
 
     None if it holds what cannot be passed: control bytes, or text outside Latin-1 (kills TeenyMUSH's evaluation).
     """
@@ -765,7 +763,7 @@ def escape_softcode(text):
             return None
     except UnicodeDecodeError:
         return None
-    special = {b" ": b"%b", b"\t": b"%t"}
+    special = {b" ": blank, b"\t": b"%t"}
     return re.sub(rb"[^A-Za-z0-9\x80-\xff]", lambda m: special.get(m.group(), b"\\" + m.group()), text)
 
 
@@ -778,7 +776,7 @@ class Dialect:
     whole_lines = False            # login-screen text goes on by whole lines only (a hand-over word must be caught)
     line_end = re.compile(rb"\n")
     ignored = rb"[\r\x00]"         # bytes the server drops from a typed line
-    edits = True                   # BS and DEL edit the line
+    erasers = b"\b\x7f"            # bytes that delete the one before them
     longest_line = 8000
     mark_before = mark_behind = None            # what goes before and behind a login line so that a mark proves it
     block_proof = None             # what must stand between two marks for that
@@ -802,15 +800,21 @@ class Dialect:
     start_question, start_answer = None, re.compile(rb"(?!)")           # asks for the start id, before a login
     start_command = None           # the telnet offer without which it is not asked
     address_may_be_refused = False # the address line must be switched on in the server
-    check_right = "WIZARD"         # the flag the heartbeat needs for checks
+    needed_flag = "WIZARD"         # the flag the heartbeat needs
+    flag_question = None           # softcode that tells whether it has it, where no check does
+    counts_failures = False        # wrong logins of one user can lock out others: what is known to be wrong is not sent
+    guest_alone = False            # `connect guest` logs in without a password
+    strips_blanks = True           # commands in the game may have blanks before them
+    blank = b"%b"                  # a blank in softcode
     wraps_settings = False         # setting a suffix shows prefix and suffix once
+    settings_held = False          # settings may be repeated before the question for the end marker
     settles = True                 # the end marker can be asked for on one of several connections of a character
     capped = False                 # longer lines overrun the server's buffer
 
     def clean(self, line):
         """`line`, free of telnet, as this server reads it: one line without its end."""
         line = re.sub(self.ignored, b"", line.rstrip(b"\r\n"))
-        return rub_out(line) if self.edits else line
+        return rub_out(line, self.erasers)
 
     def read_login(self, line):
         """The Credentials in a cleaned line typed at the login screen, or None if it is no login line."""
@@ -819,6 +823,8 @@ class Dialect:
             return None
         rest = line[match.end():]
         words = re.match(rb'\s*(?:"([^"]+)"\s*|(\S+)\s+)(\S+)', rest)
+        if not words and self.guest_alone and match.group(1) and re.fullmatch(rb"(?i)\s*guest\s*", rest):
+            return Credentials(match.group(1), b"guest", b"")
         if not words:
             return None
         name = b" ".join((words.group(1) or words.group(2)).split())
@@ -849,7 +855,7 @@ class Dialect:
 
     def check_call(self, pair):
         """The softcode that asks about one pair, or None."""
-        name, password = escape_softcode(pair.name.lstrip(b"*")), escape_softcode(pair.password)
+        name, password = escape_softcode(pair.name.lstrip(b"*"), self.blank), escape_softcode(pair.password)
         if name is None or password is None:
             return None
         return b"[%s(%s%s,%s)]" % (self.check_function, b"" if name.startswith(b"\\#") else b"*", name, password)
@@ -866,7 +872,7 @@ class TeenyMUSH(Dialect):
     logs_in = True
     whole_lines = True
     ignored = rb"\r"
-    edits = False
+    erasers = b""
     # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
     login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
     handover_words = (b"@remotehostname",)
@@ -876,12 +882,14 @@ class TeenyMUSH(Dialect):
                          rb"That name is already in use\.")
     refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
     end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
+    end_text = re.compile(rb"(?m)^[^\n]{1,60} has (?:re-)?connected\.\r?\n")      # from builds that speak no telnet
     password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
     password_changed = re.compile(rb"Password changed\.|The password for .* has been updated\.")
     password_kept = re.compile(rb"Invalid old password|usage: @password|Permission denied|Huh\?")
     name_changed = re.compile(rb"Set\.\Z")
     name_kept = re.compile(rb"That name is already in use|Huh\?|Permission denied")
     check_function = b"password"
+    blank = b"\\ "
     at_once = 1                    # listen backlog 1
     login_probe = (b"WHO\r\n", re.compile(rb"Players? logged in"))
     start_command, start_question = command(WILL, MSSP), command(DO, MSSP)
@@ -889,8 +897,10 @@ class TeenyMUSH(Dialect):
 
     def read_login(self, line):
         login = super().read_login(line.replace(b"\t", b"\x00"))
-        extra = login and re.search(rb"(\S+)\s*\Z", line).group(1) != login.password
-        return None if extra else login         # exactly two words: `connect a b c` is malformed
+        if not login or re.search(rb"(\S+)\s*\Z", line).group(1) != login.password:
+            return None                         # exactly two words: `connect a b c` is malformed
+        # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
+        return login if all(ord(c) < 256 for c in login.password.decode("utf-8", "replace")) else None
 
     def address_line(self, host, epoch, word, path):
         word = "@remotehostname" if word == "auto" else word
@@ -900,7 +910,7 @@ class TeenyMUSH(Dialect):
 class _InfoFamily(Dialect):
     """The four families that come from one tree: INFO, OUTPUTPREFIX, a command quota."""
 
-    logs_in = True
+    logs_in = guest_alone = settings_held = True
     quota = 100
     start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
@@ -919,10 +929,13 @@ class PennMUSH(_InfoFamily):
     name = "pennmush"
     line_end = re.compile(rb"\r\n|\r|\n")
     ignored = rb"\n"
+    erasers = b"\b"                # DEL becomes `?` (worlds/pennmush.md a)
     login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )"
                              rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
+    strips_blanks = False
+    counts_failures = True         # 10 in 10 minutes from one address, which is HAS's over TCP (worlds/pennmush.md h)
     # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\n \r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
@@ -959,15 +972,17 @@ class TinyMUSH(_InfoFamily):
     name = "tinymush"
     telnet = False                 # sub-negotiations leak into the next line (worlds/tinymush.md a)
     line_end = re.compile(rb"\r\n|\r|\n")
-    ignored = rb"[^ -~\t\x07\x1b\b\x7f]"
+    ignored = rb"[^ -~\t\x07\x1b\x7f]"     # BS is dropped, DEL edits (transcripts/tinymush/a3)
+    erasers = b"\x7f"
     login_words = re.compile(rb"\s*(c[od]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
     quit_playing, quit_login = re.compile(rb"(?:QUIT|quit)\Z"), re.compile(rb"(?:QUIT|LOGOUT)\Z")
-    logout = re.compile(rb"(?:LOGOUT|logout)\Z")
+    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
     at_once = 1                    # sessions of one character must come one by one
     capped = wraps_settings = True
+    flag_question = b"[hasflag(me,wizard)]"
     settles = False                # in the game INFO answers on the connection used last
 
 
@@ -975,14 +990,15 @@ class TinyMUX(_InfoFamily):
     name = "tinymux"
     ignored = rb"[\r\x00\t]"
     login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
-    quit_playing = re.compile(rb"(?:QUIT|quit)(?:\s.*)?\Z")
+    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
-    logout = re.compile(rb"(?:LOGOUT|logout)\Z")
+    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
     mark_before = b"OUTPUTPREFIX %(n)s\r\n"
     mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
+    flag_question = b"[hasflag(me,wizard)]"
     at_once = 64                   # listen backlog 4096
     wraps_settings = True
 
@@ -995,16 +1011,17 @@ class RhostMUSH(_InfoFamily):
                              rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?i)(?:quit|logout)(?:\s.*)?\Z")
-    logout = re.compile(rb"(?i)logout\Z")
+    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     handover_words = (b"proxy",)
     # SESSION prints its table only when logged in; both marks come in either state
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     block_proof = re.compile(rb"Pend\s+Lost")
+    settings_held = False          # its mark is the end marker
     address_may_be_refused = True
     end_mark = b"z"
     check_function = b"checkpass"
-    check_right = "ROYALTY or IMMORTAL"
+    needed_flag = "ROYALTY or IMMORTAL"
     longest_line = 16000
     at_once = 4                    # listen backlog 5
 
@@ -1048,7 +1065,7 @@ class Proof:
     the user may see. While `returning`, everything up to the end marker is kept in `held` instead.
     """
 
-    __slots__ = ("dialect", "returning", "held", "login", "refused", "ended", "to_send", "asked",
+    __slots__ = ("dialect", "returning", "held", "login", "others", "refused", "ended", "asked", "telnet",
                  "_secret", "_token", "_tries", "_count", "_tail", "_block", "_line")
 
     def __init__(self, dialect, returning=False):
@@ -1058,8 +1075,10 @@ class Proof:
         self.login = None          # the Credentials that took: the first mark decides
         self.refused = False       # the server said that a login was wrong
         self.ended = False         # the end marker was seen
-        self.to_send = b""         # what the owner must send to the world now
-        self.asked = False         # the question whose answer is the end marker was sent (families without marks)
+        # families without marks:
+        self.others = []           # Credentials typed after `login`, which may be the right ones (see _read_outcomes)
+        self.asked = False         # it is time for question(), whose answer is the end marker
+        self.telnet = False        # the server has spoken telnet on this link
         self._secret = b"=" + secrets.token_hex(4).encode()
         self._token = re.compile(self._secret + rb"([0-9a-f]{2})=([aze]?)\r?\n")
         self._tries = {} if dialect.mark_behind else collections.deque()
@@ -1120,11 +1139,14 @@ class Proof:
         if not self.dialect.mark_behind and match and match.group(1) and len(line[match.end():].split()) == 1:
             self._tries.append(None)
 
-    def script(self, login):
-        """The bytes that log `login` in on a returning link, the question for the end marker included."""
+    def script(self, login, settings=b""):
+        """The bytes that log `login` in on a returning link, the question for the end marker included.
+
+        `settings` are lines whose answers should come before that: see Dialect.settings_held.
+        """
         out = self.wrap(login, False, login.line() + b"\r\n", {})
         nonce = self._secret + b"%02x=" % ((self._count - 1) % 256)
-        return out + (self._fill(self.dialect.end_question, nonce, {}) if self.dialect.mark_behind else b"")
+        return out + settings + (self._fill(self.dialect.end_question, nonce, {}) if self.dialect.mark_behind else b"")
 
     def feed(self, text):
         """Take text of the world; return what the user may see of it."""
@@ -1173,6 +1195,11 @@ class Proof:
         if not self.returning or self.ended:
             return text
         self.held = (self.held + text)[-(1 << 20):]
+        if not self.dialect.mark_behind and (self.telnet or not self.asked):
+            return b""                          # the end is a telnet command
+        if self.asked and not self.login:
+            self.end()                          # nothing follows the words of a refusal
+            return b""
         end = self.dialect.end_text and self.dialect.end_text.search(self.held)
         if not end:
             return b""
@@ -1186,7 +1213,10 @@ class Proof:
         self.refused = bool(self.dialect.refused_text.search(self.held))
 
     def _read_outcomes(self, text):
-        """Families without marks answer login lines in order, one outcome each, at the start of a line."""
+        """Families without marks answer login lines in order, one outcome each, at the start of a line.
+
+        But for lines they do not know as a login (`con` on older TeenyMUSHes): so the ones behind it may be right too.
+        """
         *lines, self._line = (self._line + text).split(b"\n")
         self._line = self._line[-300:]
         for line in lines:
@@ -1195,10 +1225,18 @@ class Proof:
                 continue
             login = self._tries.popleft()
             if outcome.group(1) and self.login is None:
-                self.login = login
+                self.login, self.others = login, [it for it in self._tries if it]
                 self._tries.clear()
-            if self.returning and not self.asked:
-                self.asked, self.to_send = True, self.dialect.end_question
+            self.asked = self.asked or self.returning
+
+    def question(self):
+        """The bytes that ask for the end marker; none for a server that would take telnet as text (TeenyMUSH stable)."""
+        return self.dialect.end_question if self.telnet else b""
+
+    @property
+    def settles(self):
+        """Whether the end marker can be asked for once more, in the game."""
+        return self.dialect.settles and bool(self.dialect.mark_behind or self.telnet)
 
     def ask_again(self):
         """The bytes that ask for the end marker once more, in the game; until it comes all is held and dropped."""
@@ -1758,6 +1796,8 @@ def status_lines(status):
              f"({world['family'] or 'family unknown'}) is {world['health']} for {ago(world['since'])}",
              f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, {ago(outages['seconds'])} in all"
              + (f", the last {ago(outages['last'])} ago" if outages["count"] else "")]
+    if world["wanted"]:
+        lines.append(f"the settings ask in vain for {world['wanted']}")
     if status["sessions"]:
         lines.append("   id name             address                  state      age      idle     in       out "
                      " tls size")
@@ -2124,26 +2164,37 @@ class Session:
 
     def _note_line(self, line):
         """Remember what a line means that the world will read while the user is logged in or about to be."""
-        dialect, line = self.dialect, line.strip(b" \t") if line[:1] in (b" ", b"\t") else line
-        playing = self.state is State.PLAYING
+        dialect, playing = self.dialect, self.state is State.PLAYING
+        if playing and dialect.strips_blanks:
+            line = line.lstrip(b" \t")
         self.quit_at = self.hub.now if (dialect.quit_playing if playing else dialect.quit_login).match(line) else 0
         setting = dialect.setting_words.match(line)
         if setting:
-            self.settings = {**self.settings, setting.group(1): setting.group(2) or b""}
+            self._note_setting(setting.group(1), setting.group(2) or b"")
         if not playing:
             return
         if dialect.logout.match(line):
             log.info("%s: logged out to the login screen", self)
             self.login = self.previous = self.unproven = None
-            self.proven = b""
+            self.settings, self.proven = NOTHING, b""
             self.proof = Proof(dialect)
             self._enter(State.LOGIN)
             return
         password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
         if password:
             self.change = "password", password.group(1), self.hub.now + 30
+        elif name and re.search(rb"[\[%\\{]", name.group(2)):
+            log.info("%s: uses softcode in @name; a new name that comes of it is not known to HAS", self)
         elif name and name.group(1).lower() in (b"me", self.login.character if self.login else b"me"):
             self.change = "name", name.group(2), self.hub.now + 30
+
+    def _note_setting(self, word, value):
+        """Remember a setting, to be repeated after a return; SOCKSET holds several, told apart by their names."""
+        if word == b"SOCKSET":
+            if b"=" not in value:
+                return                          # asks for a list of them
+            word += b" " + value.partition(b"=")[0].strip().upper()
+        self.settings = {**self.settings, word: value}
 
     def _login_part(self):
         typed = self.typed
@@ -2295,7 +2346,7 @@ class Session:
         if self.agreement:
             opening += self._begin_replay(bool(path))
         if self.state is State.RETURNING:
-            script = self.proof.script(self.trials[0])
+            script = self.proof.script(self.trials[0], self._setting_lines(True))
             if path and self.replay and self.replay.had:
                 self.replay.late = script       # goes out with the telnet, at the server's first telnet command
                 script = b"INFO\r\n"            # which this brings at once
@@ -2406,6 +2457,7 @@ class Session:
 
     def _link_command(self, piece):
         """A telnet command of the world; returns what the client gets of it."""
+        self.proof.telnet = True
         if self.proof.saw_command(piece):
             self._returned()
             return b""
@@ -2414,7 +2466,7 @@ class Session:
                 self.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
             return b""
         if not self.dialect.telnet:
-            return b""
+            return piece if len(piece) == 2 else b""            # GA after a prompt is for the client
         if self.agreement is None:
             self.agreement = Agreement()
         if self.replay:
@@ -2430,13 +2482,12 @@ class Session:
         """Text of the world; returns what the client gets of it."""
         proof = self.proof
         if proof.live:
-            was_in, had_ended = proof.login, proof.ended
+            was_in, had_ended, had_asked = proof.login, proof.ended, proof.asked
             text = proof.feed(text)
             if proof.login and not was_in and self.state is State.LOGIN:
                 self._logged_in(proof.login)
-            if proof.to_send and self.link:
-                self.link.send(proof.to_send)
-                proof.to_send = b""
+            if proof.asked and not had_asked and self.link:
+                self.link.send(proof.question())
                 self._later(1, self._end_marker_overdue)
             if proof.ended and not had_ended and self.state is State.RETURNING:
                 self._returned()
@@ -2462,20 +2513,31 @@ class Session:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
             self.checked = login                # without marks the text alone is half a proof
-            self.hub.check(self, [login])
+            self.hub.check(self, [login, *self.proof.others])
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
         if serial != self.serial:
             return
-        if self.state is State.PLAYING and False in verdicts:
-            if self.change or self.login is not self.checked:
-                return                          # name or password were changed while the heartbeat asked
+        if self.state is State.PLAYING:
+            if not self.change and self.login is self.checked:      # not changed while the heartbeat asked
+                self._confirm(verdicts)
+        elif self.state is State.WAITING and len(verdicts) == len(self.trials):
+            right = [pair for pair, verdict in zip(self.trials, verdicts) if verdict is not False]
+            if right or not self.dialect.counts_failures:
+                self.trials = right or self.trials[:1]
+            else:
+                self._forget_login()
+            self.hub.queue_link(self)
+
+    def _confirm(self, verdicts):
+        """The heartbeat's second proof of a typed login, and of those typed right behind it."""
+        right = [pair for pair, verdict in zip([self.login, *self.proof.others], verdicts) if verdict]
+        if right:
+            self.login, self.proven = right[0], right[0].character
+        elif verdicts[0] is False:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
             self.login = None
-        elif self.state is State.WAITING and len(verdicts) == len(self.trials):
-            self.trials = [pair for pair, right in zip(self.trials, verdicts) if right is not False] or self.trials[:1]
-            self.hub.queue_link(self)
 
     def _watch_change(self, text):
         """Follow a change of password or name once the world confirms it (rule 7)."""
@@ -2658,7 +2720,7 @@ class Session:
                          "# NOTICE # This world is ONLINE again. Guests have to log in again.")
         if not self.dialect.logs_in:
             self.trials = []
-        if len(self.trials) > 1 and self.hub.world.checks:
+        if self.hub.world.checks and (len(self.trials) > 1 or self.trials and self.dialect.counts_failures):
             self.hub.check(self, self.trials)
         else:
             self.hub.queue_link(self)
@@ -2666,7 +2728,7 @@ class Session:
     def _returned(self):
         """The end marker of a return came: all is known."""
         proof = self.proof
-        if proof.login and not self.settled and self.dialect.settles and self.hub.siblings(self):
+        if proof.login and not self.settled and proof.settles and self.hub.siblings(self):
             self.settled = True                 # the others' login text comes here too: go on when the last is in
             self._arrived()
             self.hub.settle(self)
@@ -2689,8 +2751,7 @@ class Session:
         self._write_notice(self.hub.settings.online_notice)
         if self.replay:
             self.client.send(self.replay.leftovers())
-        for word, value in self.settings.items():
-            self.link.send(word + (b" " + value if value else b"") + b"\r\n")
+        self.link.send(self._setting_lines(False))
         suffix = self.settings.get(b"OUTPUTSUFFIX")
         if suffix and self.dialect.wraps_settings:
             prefix = self.settings.get(b"OUTPUTPREFIX")
@@ -2702,16 +2763,26 @@ class Session:
         if self.kept:
             self._send_kept()
 
+    def _setting_lines(self, held):
+        """The lines that repeat his settings: those whose answers can be held back, or the others, which wrap output."""
+        lines = [word.split()[0] + (b" " + value if value else b"") + b"\r\n" for word, value in self.settings.items()
+                 if held == (self.dialect.settings_held and not word.startswith(b"OUTPUT"))]
+        return b"".join(lines)
+
     def _refused(self):
         """The world says that the name or the password is wrong: the other pair, or the user himself must log in."""
         del self.trials[0]
         self._drop_link()
         self._wait_again()
         if not self.trials:
-            log.warning("%s: the world refused the login on return; the user must log in again", self)
-            self.login = self.previous = self.pending = None
-            self.greeting = self.hub.settings.relogin_failed_notice
+            self._forget_login()
         self.hub.queue_link(self)
+
+    def _forget_login(self):
+        log.warning("%s: the world refused the login on return; the user must log in again", self)
+        self.trials = []
+        self.login = self.previous = self.pending = None
+        self.greeting = self.hub.settings.relogin_failed_notice
 
     def _end_marker_overdue(self):
         """The world answered the login but not the question behind it (builds without telnet)."""
@@ -2800,23 +2871,29 @@ class Session:
 # The thread that stays logged in to the world as a character of its own. It
 # probes the world, answers the hub's questions, checks passwords and looks
 # for the next address. The only place that may block; it gets values and
-# gives values, never Session objects.
+# gives values, never Session objects. A Connection is what can be asked of
+# one world; the Heartbeat decides what is asked, when, and of which world.
 # ======================================================================
 
-World = collections.namedtuple("World", "address target dialect life blind checks told", defaults=(True,))
+World = collections.namedtuple("World", "address target dialect life blind checks told rights", defaults=(True, True))
 World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
 start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
-not log in (blind), whether it may check passwords, and whether the world understands the address line (told)."""
+not log in (blind), whether it may check passwords, whether the world understands the address line (told), and
+whether the heartbeat has the flag it should have (rights)."""
 
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
+LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
 RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
 
 
 class Lost(Exception):
-    """The heartbeat's connection, or a try to make one, failed; `dead` says that the world was silent too long."""
+    """The heartbeat's connection, or a try to make one, failed."""
 
-    dead = ours = False            # ours: the fault lies with this machine, not with the world
+    dead = False                   # the world was silent for too long
+    ours = False                   # the fault lies with this machine, not with the world
+    accepted = False               # the world, or its host, took the connection
+    at_address = False             # ... and ended it when it was told a user's address
 
 
 class Moved(Exception):
@@ -2831,18 +2908,43 @@ class Stopped(Exception):
     """HAS stops, or is replaced by a new process."""
 
 
-class Connection:
-    """One heartbeat connection and what is known of the world behind it."""
+def _new_nonce():
+    return b"=" + secrets.token_hex(6).encode() + b"="
 
-    def __init__(self, sock, address, target):
-        self.sock, self.address, self.target = sock, address, target
-        self.dialect, self.life, self.blind, self.checks, self.told = PLAIN, None, False, False, True
+
+class Connection:
+    """One heartbeat connection: what is known of the world behind it, and what can be asked of that.
+
+    Heartbeat thread only. `wait(until)` is the heartbeat's: it has receive() called when something comes, and
+    returns after that or at the time `until`. Every question raises Lost when the connection ends instead.
+    """
+
+    def __init__(self, sock, address, target, settings, wait):
+        self.sock, self.address, self.target, self.settings, self.wait = sock, address, target, settings, wait
+        self.dialect, self.life = PLAIN, None
+        self.blind, self.checks, self.told, self.rights = False, False, True, True
         self.scanner = Scanner()
         self.text = b""            # received and not yet looked at
+        self.heard = b""           # the end of all text received
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
+        self.refused = False       # the world said that the login was wrong
         self.renew_at = None       # when a connection at the login screen must be made anew
+        self._settled = self._greeted = False
         self._tokens, self._filled = None, time.monotonic()
+
+    @property
+    def world(self):
+        """What the hub is told."""
+        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told,
+                     self.rights)
+
+    @property
+    def lacks_something(self):
+        """Whether the world could give the heartbeat more than it does, once somebody has mended it."""
+        return self.blind or not self.rights or not self.told or not self.dialect.logs_in
+
+    # ---- bytes
 
     def receive(self):
         """Read what has come."""
@@ -2860,6 +2962,7 @@ class Connection:
                 self.commands = self.commands[-50:] + [piece]
             else:
                 self.text = (self.text + piece)[-262144:]
+                self.heard = (self.heard + piece)[-500:]
 
     def send(self, data):
         """Send a short line; Lost if the connection is gone."""
@@ -2869,7 +2972,16 @@ class Connection:
             self.sock.sendall(data)
             self.sock.setblocking(False)
         except OSError as error:
-            raise Lost(f"cannot send: {error}") from None
+            self.ended = self.ended or f"cannot send: {error}"
+            raise self.lost() from None
+
+    def lost(self, why=None):
+        """A Lost that says why, with the world's last words: "not allowed from this host" explains much."""
+        words = printable(self.heard.strip().rpartition(b"\n")[2].strip())[:150]
+        shown = f'; its last words: "{words}"' if words and self.settings.hb_pass not in words else ""
+        lost = Lost((why or self.ended) + shown)
+        lost.accepted = True
+        return lost
 
     def spare(self):
         """How many commands the world's quota still allows at once (then 1 a second)."""
@@ -2880,14 +2992,238 @@ class Connection:
         self._tokens, self._filled = min(self.dialect.quota, tokens), now
         return self._tokens
 
-    def spend(self):
-        """Count one command."""
+    def set_spare(self, tokens):
+        """Another process knew how much of the quota was left."""
+        self._tokens = tokens
+
+    def _spend(self):
         self._tokens = self.spare() - 1
 
-    @property
-    def world(self):
-        """What the hub is told."""
-        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told)
+    def _expect(self, pattern, seconds):
+        """Wait for text that matches; return the match, or None when the time is over."""
+        until = time.monotonic() + seconds
+        while True:
+            match = pattern.search(self.text)
+            if match:
+                self.text = self.text[match.end():]
+                return match
+            if not self._goes_on(until):
+                return None
+
+    def _expect_command(self, pattern, seconds):
+        """The same for a telnet command."""
+        until = time.monotonic() + seconds
+        while True:
+            for piece in self.commands:
+                match = pattern.search(piece)
+                if match:
+                    return match
+            if not self._goes_on(until):
+                return None
+
+    def _goes_on(self, until):
+        """Wait for more; False when the time is over."""
+        if self.ended is not None:
+            raise self.lost()
+        if time.monotonic() >= until:
+            return False
+        self.wait(until)
+        return True
+
+    # ---- who are you?
+
+    def identify(self, known, try_address):
+        """Find the family (`known`, if it was found before) and the start id of the world's life, which is constant
+        over in-place restarts and new at each start; and with `try_address` whether users' addresses can be told."""
+        if self.address.path:
+            self.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", self.address.path))
+        self.dialect = known or self._recognise()
+        if self.dialect.address_may_be_refused and self.settings.remotehostname_cmd != "none":
+            self.told = try_address and self._understands_address()
+        self.life = self._start_id() or f"?{secrets.token_hex(4)}"
+
+    def _recognise(self):
+        self._let_settle()
+        banner, answer = b"".join(self.commands) + self.text, None
+        if self.ended is not None:
+            raise self.lost()
+        dialect, how = recognise(banner, b""), "by what it sends at connect"
+        if dialect is None:
+            self.send(b"INFO\r\n")
+            answer = self._expect(re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n"), 3)
+            dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
+        if dialect is None and not banner and not answer:
+            raise self.lost("it took the connection but does not answer")
+        if dialect is None:
+            log.warning("%s: the family of this world was not recognised: HAS serves it as `plain`, without logins; "
+                        "set mush_type", self.address)
+            return PLAIN
+        log.info("%s: the world is a %s, recognised %s", self.address, dialect.name, how)
+        return dialect
+
+    def _let_settle(self):
+        """Wait until the world has said what it says at connect: for a pause of 0.25 s, or 3 s. Only once."""
+        until, quiet = time.monotonic() + 3, self._settled
+        while time.monotonic() < until and not quiet and self.ended is None:
+            seen = len(self.text) + len(self.commands)
+            self.wait(min(until, time.monotonic() + 0.25) if seen else until)
+            quiet = seen and seen == len(self.text) + len(self.commands)
+        self._greeted = self._greeted or bool(self.text.strip())
+        self._settled = True
+
+    def _understands_address(self):
+        """Whether the address line is taken in silence: a server that does not know it shows its login screen again."""
+        self._let_settle()
+        self.text = b""
+        word = self.settings.remotehostname_cmd
+        self.send(self.dialect.address_line("127.0.0.1", 0, word, None) + b"INFO\r\n")
+        try:
+            answer = self._expect(re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n"),
+                                  self.settings.hb_timeout)
+        except Lost as lost:
+            lost.at_address = True
+            raise
+        if not answer:
+            raise self.lost("it took the connection but does not answer")
+        # RhostMUSH with ssl_welcome 1 says nothing before the line, and its banner behind it (worlds/rhostmush.md f)
+        if not answer.group(1).strip() or not self._greeted:
+            return True
+        log.warning("%s: the world does not know the line that hands over addresses, so it is not sent; switch it on "
+                    "there (README), then kill -HUP, or set remotehostname_cmd = none", self.address)
+        return False
+
+    def _start_id(self):
+        dialect, seconds = self.dialect, self.settings.hb_timeout
+        if not dialect.start_question:
+            return None
+        if dialect.start_command:               # only to a server that offers it: others would take it as text
+            if not self._expect_command(re.compile(re.escape(dialect.start_command)), 1):
+                return None
+            self.send(dialect.start_question)
+            answer = self._expect_command(dialect.start_answer, seconds)
+        else:
+            self.send(dialect.start_question)
+            answer = self._expect(dialect.start_answer, seconds)
+        if not answer:
+            raise self.lost("it took the connection but does not answer")
+        return f"{self.address} since {printable(answer.group(1))}"
+
+    # ---- the login
+
+    def log_in(self, login):
+        """Log in and have a probe answered. False if the login did not take: see `refused`, and `ended`, for a world
+        may hang up on it (logins disabled, full)."""
+        proof, until, asked_at = Proof(self.dialect, True), time.monotonic() + self.settings.hb_timeout, None
+        proof.telnet = bool(self.commands)
+        self.commands.clear()
+        self.send(proof.script(login))
+        while not proof.ended and time.monotonic() < until:
+            text, self.text = self.text, b""
+            self.text = proof.feed(text)
+            if proof.asked and not asked_at:
+                asked_at = time.monotonic()
+                self.send(proof.question())
+            if any(proof.saw_command(piece) for piece in self.commands) or (
+                    asked_at and time.monotonic() > asked_at + 1):
+                proof.end()
+            if not proof.ended:
+                if self.ended is not None:
+                    return False
+                self.wait(min(until, asked_at + 1.01) if asked_at else until)
+        if not proof.ended:
+            raise self.lost("it does not answer to the heartbeat's login")
+        self.refused = proof.refused
+        if proof.login and not self.ask(self.settings.hb_timeout):
+            raise self.lost("the heartbeat is logged in but gets no answer")
+        return bool(proof.login)
+
+    def look_at_rights(self, login):
+        """Find out whether the heartbeat may do what it is for; a WARNING says what it lacks."""
+        dialect, user = self.dialect, self.settings.hb_user
+        if dialect.check_function:
+            self.checks = self.rights = self.verdicts([login]) == [True]
+            if not self.rights:
+                log.warning("%s: the heartbeat %s may not check passwords: set its %s flag, then kill -HUP; until then "
+                            "a login counts by the world's own words", self.address, user, dialect.needed_flag)
+        elif dialect.flag_question:
+            nonce = _new_nonce()
+            answer = self._think(b"think %s %s %s\r\n" % (nonce, dialect.flag_question, nonce), nonce)
+            self.rights = answer != b"0"
+            if not self.rights:
+                log.warning("%s: the heartbeat %s has no %s flag: it cannot get back in while logins are disabled or "
+                            "the game is full: set it, then kill -HUP", self.address, user, dialect.needed_flag)
+
+    def stay_outside(self):
+        """Watch from the login screen, where HAS does not get in."""
+        self.blind = True
+        self.renew_at = time.monotonic() + RENEW_SECONDS
+        if not self._ask_at_login_screen(self.settings.hb_timeout):
+            raise self.lost("it does not answer at the login screen")
+
+    # ---- questions
+
+    def question(self, seconds):
+        """Put the question whether the world lives; True if it was answered within `seconds`."""
+        if self.dialect.logs_in:
+            return self._ask_at_login_screen(seconds) if self.blind else self.ask(seconds)
+        until = time.monotonic() + 1            # the idle connection is the witness: it survives a user's leaving
+        while self._goes_on(until):
+            pass
+        return True
+
+    def ask(self, seconds):
+        """Send one probe; True if its own answer came as a whole line."""
+        nonce = _new_nonce()
+        self._spend()
+        self.send(self.dialect.probe(nonce))
+        return bool(self._expect(re.compile(rb"(?m)^" + nonce + rb"\r?\n"), seconds))
+
+    def _ask_at_login_screen(self, seconds):
+        line, pattern = self.dialect.login_probe
+        nonce = _new_nonce()
+        self.text = b""
+        self.send(line.replace(b"%(n)s", nonce))
+        return bool(self._expect(re.compile(pattern.pattern.replace(b"%(n)s", nonce)), seconds))
+
+    def _think(self, line, nonce):
+        """Send a line whose answer stands between two nonces; return that, or None after 2 s."""
+        self._spend()
+        self.send(line)
+        answer = self._expect(re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
+        return answer and answer.group(1)
+
+    def verdicts(self, pairs):
+        """Ask about all pairs in one line; a list as long as `pairs` of True, False or None (unknown)."""
+        unknown, nonce = [None] * len(pairs), _new_nonce()
+        line = self.dialect.check(pairs, nonce)
+        if line is None or len(line) > self.dialect.longest_line:
+            return unknown
+        answer = self._think(line, nonce)
+        verdicts = unknown if answer is None else self.dialect.verdicts(answer)
+        return verdicts if len(verdicts) == len(pairs) else unknown
+
+    # ---- a new process in place of this one
+
+    _PARKED = ("life", "blind", "checks", "told", "rights", "renew_at", "text", "target")
+
+    def park(self):
+        """What a new process needs to go on with this connection, whose socket is left open; plain values."""
+        return {"fd": self.sock.detach(), "address": str(self.address), "dialect": self.dialect.name,
+                "held": pack(self.scanner.held), "spare": self.spare(),
+                "values": {name: pack(getattr(self, name)) for name in self._PARKED}}
+
+    @classmethod
+    def unpark(cls, left, settings, wait):
+        """The connection that park() left."""
+        sock = socket.socket(fileno=left["fd"])
+        sock.setblocking(False)
+        connection = cls(sock, parse_address(left["address"]), None, settings, wait)
+        for name in set(cls._PARKED) & set(left["values"]):
+            setattr(connection, name, unpack(left["values"][name]))
+        connection.target = (socket.AddressFamily(connection.target[0]), connection.target[1])
+        connection.dialect, connection.scanner.held = DIALECTS[left["dialect"]], unpack(left["held"])
+        connection.set_spare(left["spare"])
+        return connection
 
 
 class Heartbeat(threading.Thread):
@@ -2908,6 +3244,8 @@ class Heartbeat(threading.Thread):
         self._down_since = None
         self._login_after = 0.0
         self._known = {}           # Address -> Dialect as recognised
+        self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
+        self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
         self._renew = False        # the settings ask for a new connection to the same world
         self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._stopping = False
@@ -2927,15 +3265,18 @@ class Heartbeat(threading.Thread):
     def on_settings(self, settings):
         """New settings hold; a changed list of addresses is a wish to move."""
         changed = settings.mush_address != self._settings.mush_address
-        own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca")
+        own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca", "remotehostname_cmd")
         if changed or settings.mush_type != self._settings.mush_type:
             self._known.clear()
+        self._untold.clear()
+        self._said.clear()
         self._renew = any(getattr(settings, key) != getattr(self._settings, key) for key in own) or self._lacks
         self._settings = settings
         self._login_after = self._try_at = 0.0
         if changed:
             first = settings.mush_address[0]
             self._wanted = first if first != self._current else None
+            self._tell(self._hub.on_wish, None)
 
     def on_stop(self):
         """End the thread; `parked` says how a new process can go on."""
@@ -2979,12 +3320,7 @@ class Heartbeat(threading.Thread):
                   "login_after": self._login_after, "down_since": self._down_since,
                   "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
         if connection and connection.ended is None and type(connection.sock) is socket.socket:
-            parked["connection"] = {
-                "fd": connection.sock.detach(), "address": str(connection.address), "target": pack(connection.target),
-                "dialect": connection.dialect.name, "life": connection.life, "blind": connection.blind,
-                "checks": connection.checks, "told": connection.told, "text": pack(connection.text),
-                "held": pack(connection.scanner.held),
-                "renew_at": connection.renew_at, "spare": connection.spare()}
+            parked["connection"] = connection.park()
         return parked
 
     def _unpark(self, parked):
@@ -2993,23 +3329,19 @@ class Heartbeat(threading.Thread):
         self._wanted = parse_address(parked["wanted"]) if parked["wanted"] else None
         self._login_after, self._down_since = parked["login_after"], parked["down_since"]
         self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
-        left = parked.get("connection")
-        if not left:
+        if "connection" not in parked:
             return None
-        family, target = unpack(left["target"])
-        sock = socket.socket(fileno=left["fd"])
-        sock.setblocking(False)
-        connection = Connection(sock, parse_address(left["address"]), (socket.AddressFamily(family), target))
-        connection.dialect = DIALECTS[left["dialect"]]
-        connection.life, connection.blind, connection.checks = left["life"], left["blind"], left["checks"]
-        connection.told = left["told"]
-        connection.text, connection.scanner.held = unpack(left["text"]), unpack(left["held"])
-        connection.renew_at, connection._tokens = left["renew_at"], left["spare"]
-        self._selector.register(sock, READ, connection)
+        connection = Connection.unpark(parked["connection"], self._settings, self._wait)
+        self._selector.register(connection.sock, READ, connection)
         return connection
 
     def _tell(self, call, *arguments):
         self._hub_mailbox.post(call, *arguments)
+
+    def _log_change(self, level, subject, text):
+        """Log a text about a subject, at DEBUG if it is what was said of that the last time."""
+        log.log(logging.DEBUG if self._said.get(subject) == text else level, "%s", text)
+        self._said[subject] = text
 
     def _wait(self, until):
         """Serve the mailbox and read what comes, until something came or the time `until`."""
@@ -3029,20 +3361,6 @@ class Heartbeat(threading.Thread):
         while time.monotonic() < until and not (len(self._asks) > asked and self._down_since is None):
             self._wait(until)
 
-    def _expect(self, connection, pattern, seconds):
-        """Wait for text that matches; return the match, or None when the time is over. Lost if the connection ends."""
-        until = time.monotonic() + seconds
-        while True:
-            match = pattern.search(connection.text)
-            if match:
-                connection.text = connection.text[match.end():]
-                return match
-            if connection.ended is not None:
-                raise Lost(connection.ended)
-            if time.monotonic() >= until:
-                return None
-            self._wait(until)
-
     def _close(self, connection):
         if connection:
             if connection.sock.fileno() >= 0 and connection.sock in self._registered():
@@ -3052,6 +3370,14 @@ class Heartbeat(threading.Thread):
     def _registered(self):
         return [key.fileobj for key in self._selector.get_map().values()]
 
+    def _or_close(self, connection, call, *arguments):
+        """call(*arguments); the connection is closed if that fails."""
+        try:
+            return call(*arguments)
+        except BaseException:
+            self._close(connection)
+            raise
+
     # ---- finding a world
 
     def _search(self):
@@ -3059,16 +3385,14 @@ class Heartbeat(threading.Thread):
         while True:
             for address in self._candidates():
                 try:
-                    connection = self._establish(address)
+                    return self._establish(address)
                 except Lost as lost:
                     if self._down_since is None:
                         self._down_since = time.monotonic()
                     if lost.ours:
                         log.error("the heartbeat: %s; this says nothing of the world", lost)
-                        continue
-                    self._tell(self._hub.on_unreachable, address, str(lost))
-                else:
-                    return connection
+                    else:
+                        self._tell(self._hub.on_unreachable, address, str(lost), lost.accepted)
             self._pause(self._settings.retry)
 
     def _candidates(self):
@@ -3085,7 +3409,62 @@ class Heartbeat(threading.Thread):
 
     def _establish(self, address):
         """Connect to an address, recognise the family, log in and have a probe answered; Lost says why not."""
-        connection = None
+        connection = self._identified(address)
+        if not connection.dialect.logs_in or self._or_close(connection, self._log_in, connection):
+            return connection
+        if connection.ended is not None:
+            self._close(connection)
+            life, connection = connection.life, self._identified(address)
+            if life != connection.life:         # it did not hang up on the login: it died, and is back
+                self._login_after = 0.0
+                if self._or_close(connection, self._log_in, connection):
+                    return connection
+        self._or_close(connection, connection.stay_outside)
+        return connection
+
+    def _identified(self, address):
+        """A connection to the world at an address whose family is known; Lost."""
+        known = (DIALECTS[self._settings.mush_type] if self._settings.mush_type != "auto" else
+                 self._known.get(address))
+        connection = self._open(address)
+        try:
+            self._or_close(connection, connection.identify, known, address not in self._untold)
+        except Lost as lost:
+            if not lost.at_address:
+                raise
+            self._untold.add(address)
+            log.warning("%s: the world hangs up on the line that hands over addresses (%s), so it is not sent; allow "
+                        "HAS there (README), then kill -HUP, or set remotehostname_cmd = none", address, lost)
+            connection = self._open(address)
+            self._or_close(connection, connection.identify, known, False)
+        if connection.dialect is not PLAIN:
+            self._known[address] = connection.dialect
+        return connection
+
+    def _log_in(self, connection):
+        """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
+        if time.monotonic() < self._login_after:
+            return False
+        settings, dialect = self._settings, connection.dialect
+        login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
+        if connection.log_in(login):
+            self._said.pop("login", None)
+            connection.look_at_rights(login)
+            return True
+        pause = LOGIN_AGAIN_SECONDS if connection.refused else LOGIN_CLOSED_SECONDS
+        self._login_after = time.monotonic() + pause
+        what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and hb_pass, or make the "
+                "character (README), then kill -HUP" if connection.refused else
+                f"does not take the heartbeat's login ({connection.lost('it gives no reason')}): are logins disabled, "
+                "or is it full?")
+        loss = ", but passwords cannot be checked" if dialect.check_function else ""
+        self._log_change(logging.WARNING, "login", f"{connection.address}: the world {what} Users are kept and brought "
+                         f"back all the same{loss}; next try every {pause} s")
+        return False
+
+    def _open(self, address):
+        """A Connection to an address, over TLS if that is wanted; Lost."""
+        failure = None
         try:
             for target in self._resolve(address):
                 try:
@@ -3097,19 +3476,13 @@ class Heartbeat(threading.Thread):
                 raise failure
             if self._settings.world_tls:
                 sock = self._wrap(sock, address)
-            connection = Connection(sock, address, target)
-            self._selector.register(sock, READ, connection)
-            self._identify(connection)
-            self._log_in(connection)
-            return connection
         except OSError as error:
-            self._close(connection)
             lost = Lost(error.strerror or str(error))
             lost.ours = error.errno in (errno.EMFILE, errno.ENFILE)
             raise lost from None
-        except Exception:
-            self._close(connection)
-            raise
+        connection = Connection(sock, address, target, self._settings, self._wait)
+        self._selector.register(sock, READ, connection)
+        return connection
 
     @staticmethod
     def _resolve(address):
@@ -3167,185 +3540,6 @@ class Heartbeat(threading.Thread):
                     raise Stopped
         raise OSError(errno.ETIMEDOUT, "no answer to the connect")
 
-    def _identify(self, connection):
-        """Find the family, and the start id of the world's life: constant over in-place restarts, new at each start."""
-        address, settings = connection.address, self._settings
-        if address.path:
-            connection.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", address.path))
-        if settings.mush_type != "auto":
-            connection.dialect = DIALECTS[settings.mush_type]
-        elif address in self._known:
-            connection.dialect = self._known[address]
-        else:
-            connection.dialect = self._recognise(connection)
-            if connection.dialect is not PLAIN:
-                self._known[address] = connection.dialect
-        if connection.dialect.address_may_be_refused and settings.remotehostname_cmd == "auto":
-            connection.told = self._understands_address(connection)
-        connection.life = self._start_id(connection) or f"?{secrets.token_hex(4)}"
-
-    def _understands_address(self, connection):
-        """Whether the address line is taken in silence: a server that does not know it shows its login screen again."""
-        self._let_settle(connection)
-        connection.text = b""
-        connection.send(connection.dialect.address_line("127.0.0.1", 0, "auto", None) + b"INFO\r\n")
-        answer = self._expect(connection, re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n"),
-                              self._settings.hb_timeout)
-        if not answer:
-            raise Lost("it took the connection but does not answer")
-        if not answer.group(1).strip():
-            return True
-        log.warning("%s: the world does not know the line that hands over addresses, so it is not sent; switch it on "
-                    "there (README), then kill -HUP, or set remotehostname_cmd = none", connection.address)
-        return False
-
-    def _let_settle(self, connection):
-        """Wait until the world has said what it says at connect: for a pause of 0.25 s, or 3 s."""
-        until, quiet = time.monotonic() + 3, 0.0
-        while time.monotonic() < until and quiet < 0.25 and connection.ended is None:
-            seen = len(connection.text) + len(connection.commands)
-            self._wait(min(until, time.monotonic() + 0.25) if seen else until)
-            quiet = 0.25 if seen and seen == len(connection.text) + len(connection.commands) else 0.0
-
-    def _recognise(self, connection):
-        self._let_settle(connection)
-        banner = b"".join(connection.commands) + connection.text
-        if connection.ended is not None:
-            raise Lost(connection.ended)
-        dialect, how = recognise(banner, b""), "by what it sends at connect"
-        if dialect is None:
-            connection.send(b"INFO\r\n")
-            answer = self._expect(connection, re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n"), 3)
-            dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
-        if dialect is None and not banner and not answer:
-            raise Lost("it took the connection but does not answer")
-        if dialect is None:
-            log.warning("%s: the family of this world was not recognised: HAS serves it as `plain`, without logins; "
-                        "set mush_type", connection.address)
-            return PLAIN
-        log.info("%s: the world is a %s, recognised %s", connection.address, dialect.name, how)
-        return dialect
-
-    def _start_id(self, connection):
-        dialect = connection.dialect
-        if not dialect.start_question:
-            return None
-        if dialect.start_command:               # only to a server that offers it: others would take it as text
-            until = time.monotonic() + 1
-            while dialect.start_command not in connection.commands and time.monotonic() < until:
-                if connection.ended is not None:
-                    raise Lost(connection.ended)
-                self._wait(until)
-            if dialect.start_command not in connection.commands:
-                return None
-            connection.send(dialect.start_question)
-            answer = self._expect_command(connection, dialect.start_answer, self._settings.hb_timeout)
-        else:
-            connection.send(dialect.start_question)
-            answer = self._expect(connection, dialect.start_answer, self._settings.hb_timeout)
-        if not answer:
-            raise Lost("it took the connection but does not answer")
-        return f"{connection.address} since {printable(answer.group(1))}"
-
-    def _expect_command(self, connection, pattern, seconds):
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            for piece in connection.commands:
-                match = pattern.search(piece)
-                if match:
-                    return match
-            if connection.ended is not None:
-                raise Lost(connection.ended)
-            self._wait(until)
-        return None
-
-    def _log_in(self, connection):
-        """Log the heartbeat in and have a probe answered; where that is refused, watch from the login screen."""
-        dialect, settings = connection.dialect, self._settings
-        if not dialect.logs_in:
-            return
-        if time.monotonic() >= self._login_after:
-            login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
-            if self._try_login(connection, login):
-                connection.checks = self._may_check(connection, login)
-                return
-        connection.blind = True
-        connection.renew_at = time.monotonic() + RENEW_SECONDS
-        if not self._ask_at_login_screen(connection, settings.hb_timeout):
-            raise Lost("it does not answer at the login screen")
-
-    def _try_login(self, connection, login):
-        dialect, settings = connection.dialect, self._settings
-        proof, until, asked_at = Proof(dialect, True), time.monotonic() + settings.hb_timeout, None
-        connection.commands.clear()
-        connection.send(proof.script(login))
-        while not proof.ended and time.monotonic() < until:
-            text, connection.text = connection.text, b""
-            connection.text = proof.feed(text)
-            if proof.to_send:
-                connection.send(proof.to_send)
-                proof.to_send, asked_at = b"", time.monotonic()
-            if any(proof.saw_command(piece) for piece in connection.commands) or (
-                    asked_at and time.monotonic() > asked_at + 1):
-                proof.end()
-            if not proof.ended:
-                if connection.ended is not None:
-                    raise Lost(connection.ended)
-                self._wait(min(until, asked_at + 1.01) if asked_at else until)
-        if not proof.ended:
-            raise Lost("it does not answer to the heartbeat's login")
-        if proof.login:
-            return self._answers(connection, settings.hb_timeout)
-        self._login_after = time.monotonic() + (LOGIN_AGAIN_SECONDS if proof.refused else 30)
-        log.warning("%s: the world %s the heartbeat's login (hb_user = %s): users are kept, but passwords cannot be "
-                    "checked; make the character (README), then kill -HUP; next try in %d s", connection.address,
-                    "refuses" if proof.refused else "does not take", settings.hb_user,
-                    self._login_after - time.monotonic())
-        return False
-
-    def _answers(self, connection, seconds):
-        if not self._ask(connection, seconds):
-            raise Lost("the heartbeat is logged in but gets no answer")
-        return True
-
-    def _ask(self, connection, seconds):
-        """Send one probe; True if its own answer came as a whole line."""
-        nonce = b"=" + secrets.token_hex(6).encode() + b"="
-        connection.spend()
-        connection.send(connection.dialect.probe(nonce))
-        return bool(self._expect(connection, re.compile(rb"(?m)^" + nonce + rb"\r?\n"), seconds))
-
-    def _ask_at_login_screen(self, connection, seconds):
-        line, pattern = connection.dialect.login_probe
-        nonce = b"=" + secrets.token_hex(6).encode() + b"="
-        connection.text = b""
-        connection.send(line.replace(b"%(n)s", nonce))
-        pattern = re.compile(pattern.pattern.replace(b"%(n)s", nonce))
-        return bool(self._expect(connection, pattern, seconds))
-
-    def _may_check(self, connection, login):
-        if not connection.dialect.check_function:
-            return False
-        verdicts = self._verdicts(connection, [login])
-        if verdicts == [True]:
-            return True
-        log.warning("%s: the heartbeat %s may not check passwords: set its %s flag; until then a login counts by the "
-                    "world's own words", connection.address, self._settings.hb_user, connection.dialect.check_right)
-        return False
-
-    def _verdicts(self, connection, pairs):
-        """Ask about all pairs in one line; a list as long as pairs."""
-        unknown = [None] * len(pairs)
-        nonce = b"=" + secrets.token_hex(6).encode() + b"="
-        line = connection.dialect.check(pairs, nonce)
-        if line is None or len(line) > connection.dialect.longest_line:
-            return unknown
-        connection.spend()
-        connection.send(line)
-        answer = self._expect(connection, re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
-        verdicts = connection.dialect.verdicts(answer.group(1)) if answer else unknown
-        return verdicts if len(verdicts) == len(pairs) else unknown
-
     # ---- staying with a world
 
     def _attend(self, connection):
@@ -3353,8 +3547,7 @@ class Heartbeat(threading.Thread):
         self._current, self._down_since = connection.address, None
         if self._wanted == self._current:
             self._wanted = None
-        self._lacks = connection.blind or not connection.dialect.logs_in or bool(
-            connection.dialect.check_function and not connection.checks)
+        self._lacks = connection.lacks_something
         self._tell(self._hub.on_world_found, connection.world)
         beat_at = time.monotonic() + self._settings.beat
         while True:
@@ -3366,7 +3559,7 @@ class Heartbeat(threading.Thread):
                 self._renew, better = False, self._try(connection.address)
                 if better:
                     raise Moved(better)
-            if connection.renew_at and now >= min(connection.renew_at, max(self._login_after, now - 1) or now):
+            if connection.renew_at and now >= min(connection.renew_at, self._login_after):
                 raise Moved(self._establish(connection.address))
             if self._asks or now >= beat_at:
                 self._probe(connection)
@@ -3381,7 +3574,7 @@ class Heartbeat(threading.Thread):
         asks, self._asks = self._asks, []
         started, settings, silent = time.monotonic(), self._settings, False
         try:
-            answered = self._question(connection, min(settings.hb_timeout, settings.dead_after))
+            answered = connection.question(min(settings.hb_timeout, settings.dead_after))
             while not answered:
                 if not silent:
                     silent = True
@@ -3392,23 +3585,13 @@ class Heartbeat(threading.Thread):
                     lost.dead = True
                     raise lost
                 self._consider_moving()
-                answered = self._question(connection, min(left, settings.hb_timeout))
+                answered = connection.question(min(left, settings.hb_timeout))
         except (Lost, Moved):
             self._asks = asks + self._asks
             raise
         if silent:
             self._tell(self._hub.on_answering)
         self._tell(self._hub.on_answers, asks, connection.life, time.monotonic() - started)
-
-    def _question(self, connection, seconds):
-        if not connection.dialect.logs_in:      # the idle connection is the witness: it survives a user's leaving
-            until = time.monotonic() + 1
-            while time.monotonic() < until:
-                self._wait(until)
-                if connection.ended is not None:
-                    raise Lost(connection.ended)
-            return True
-        return (self._ask_at_login_screen if connection.blind else self._ask)(connection, seconds)
 
     def _check(self, connection):
         """Ask about as many waiting pairs as fit into one line."""
@@ -3420,7 +3603,7 @@ class Heartbeat(threading.Thread):
                 continue
             batch.append((number, serial, len(asked)))
             pairs += asked
-        verdicts = self._verdicts(connection, pairs) if pairs else []
+        verdicts = connection.verdicts(pairs) if pairs else []
         for number, serial, count in batch:
             self._tell(self._hub.on_checked, number, serial, verdicts[:count])
             verdicts = verdicts[count:]
@@ -3454,11 +3637,18 @@ class Heartbeat(threading.Thread):
             self._close(connection)
 
     def _try(self, address):
+        """A connection to another world, or another one to the same; None (logged) where that cannot be had."""
         try:
             return self._establish(address)
         except Lost as lost:
-            log.log(logging.ERROR if address == self._wanted else logging.INFO,
-                    "%s cannot take over: %s; users stay on %s", address, lost, self._current)
+            if address == self._current:
+                self._log_change(logging.ERROR, address, f"HUP: the new settings do not work with {address}: {lost}; the "
+                                 "old connection is kept; mend mush_type, mush_ssl or hb_user, then kill -HUP again")
+            else:
+                level = logging.ERROR if address == self._wanted else logging.INFO
+                self._log_change(level, address, f"{address} cannot take over: {lost}; users stay on {self._current}")
+            if address in (self._current, self._wanted):
+                self._tell(self._hub.on_wish, f"{address}: {lost}")
             return None
 
 
@@ -3730,7 +3920,9 @@ class Hub:
         self.pumps, self.rescues = [], []       # process ids; times of rescues
         self._away_since = None                 # the heartbeat lost its connection then
         self._refused = False                   # ... and could not make a new one
+        self._accepted = False                  # ... though the world, or its host, took the connection
         self._last_reason = None
+        self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
         self.noise = {}                         # names of users being brought back -> until when
         self._queue, self._arriving = collections.deque(), set()
@@ -4031,9 +4223,11 @@ class Hub:
         old, was = self.world, self.health
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
-        self._away_since, self._refused, self._last_reason = None, False, None
-        log.info("the world at %s is up%s: %s, %s", world.address, " (without heartbeat login)" if world.blind else "",
-                 world.dialect.name, world.life.partition(" ")[2] or "start time unknown")
+        self._away_since, self._refused, self._last_reason, self._wish = None, False, None, None
+        log.info("the world at %s %s%s: %s, %s", world.address,
+                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
+                 " (without heartbeat login)" if world.blind else "", world.dialect.name,
+                 world.life.partition(" ")[2] or "start time unknown")
         self.world = world
         if moved:
             log.warning("the world moves from %s to %s: %d users are taken along", old.address, world.address,
@@ -4066,6 +4260,10 @@ class Hub:
                 if session.link:
                     session.life = life
 
+    def on_wish(self, trouble):
+        """What the settings ask for could not be had ("address: reason"), or is being tried anew (None)."""
+        self._wish = trouble
+
     def on_heartbeat_lost(self, reason, dead):
         """The heartbeat's connection ended; `dead` if because the world was silent for too long."""
         if self.health is Health.DOWN:
@@ -4074,16 +4272,16 @@ class Hub:
         if dead:
             self._down(reason)
             return
-        self._away_since, self._refused = self.now, False
+        self._away_since, self._refused, self._accepted = self.now, False, False
         self.later(AWAY_SECONDS, self._judge_loss)
         self._judge_loss()
 
-    def on_unreachable(self, address, reason):
-        """The heartbeat could not get (back) to a world."""
+    def on_unreachable(self, address, reason, accepted):
+        """The heartbeat could not get (back) to a world, which took the connection (`accepted`) or not even that."""
         if reason != self._last_reason:
             log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason,
                      self.settings.retry)
-        self._last_reason, self._refused = reason, True
+        self._last_reason, self._refused, self._accepted = reason, True, accepted
         if self.health is Health.STARTING:
             self._down(reason)
         elif self._away_since is not None:
@@ -4093,11 +4291,13 @@ class Hub:
         """Does a lost heartbeat mean that the world is down? Alone it does not: it may have been booted."""
         if self._away_since is None or not self.is_up:
             return
-        away = self.now - self._away_since
+        away = self.now - self._away_since + 0.01
         asking = any(s.state is State.ASKING for s in self.sessions.values())
         linked = any(s.link and not s.link.connecting for s in self.sessions.values())
         alone = asking and not linked           # every link has ended too
-        if away >= AWAY_SECONDS - 0.01 or self._refused and (asking or not linked) or alone and away >= 0.29:
+        # a world that takes connections and keeps its links lives, whatever it has against the heartbeat
+        longest = self.settings.dead_after if linked and self._accepted else AWAY_SECONDS
+        if away >= longest or self._refused and (asking or not linked) or alone and away >= 0.3:
             self._down("the heartbeat cannot get back" if self._last_reason is None else self._last_reason)
         elif alone:
             self.later(0.3, self._judge_loss)
@@ -4162,8 +4362,9 @@ class Hub:
         if state["world"]:
             it = state["world"]
             family, target = unpack(it["target"])
-            self.world = World(parse_address(it["address"]), (socket.AddressFamily(family), target),
-                               DIALECTS[it["dialect"]], it["life"], it["blind"], it["checks"], it["told"])
+            known = {name: it[name] for name in World._fields if name in it}
+            self.world = World(**{**known, "address": parse_address(it["address"]), "dialect": DIALECTS[it["dialect"]],
+                                  "target": (socket.AddressFamily(family), target)})
         self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
                           for it in state["listeners"]]
         if state["control"]:
@@ -4221,8 +4422,8 @@ class Hub:
 
     def status(self):
         """All that is told to admins: a dictionary of plain values, without secrets."""
-        world, down = self.world, self.health is Health.DOWN
-        lasting = time.time() - self.health_since if down else 0
+        world = self.world
+        lasting = time.time() - self.health_since if self.health is Health.DOWN else 0
         address = world.address if world else self.settings.mush_address[0]
         return {"version": VERSION, "pid": os.getpid(), "age": int(time.time() - self.started), "world": {
                     "address": str(address), "family": world.dialect.name if world else None,
@@ -4230,11 +4431,18 @@ class Hub:
                     "since": int(time.time() - self.health_since),
                     "addresses": [str(a) for a in self.settings.mush_address],
                     "preferred": address == self.settings.mush_address[0],
-                    "heartbeat": (f"answers in {self.round_trip * 1000:.1f} ms" if self.round_trip and not down
-                                  else "away")},
+                    "heartbeat": self._heartbeat_status(), "wanted": self._wish},
                 "outages": {"count": self.outages, "seconds": int(self.outage_seconds + lasting),
                             "last": int(time.time() - self.last_outage) if self.outages else None},
                 "sessions": [session.status() for session in self.sessions.values()]}
+
+    def _heartbeat_status(self):
+        if self.health is Health.SILENT:
+            return f"no answer for {ago(time.time() - self.health_since + self.settings.hb_timeout)}"
+        if not self.is_up or self._away_since is not None:
+            return "away"
+        where = "at the login screen" if self.world.blind else "logged in"
+        return where + (f", answers in {self.round_trip * 1000:.1f} ms" if self.round_trip else "")
 
     def command(self, request):
         """Carry out a request of the control socket: {"do": "status"}, {"do": "notice", "text": ...} or
@@ -4676,10 +4884,12 @@ def findings(world, settings):
             else "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", world.address.path)
             else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
     return [("family", dialect.name + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
-            ("heartbeat login", "not possible with this family" if not dialect.logs_in else
-             "refused: make the character hb_user with hb_pass (README)" if world.blind else "works"),
+            ("heartbeat login", "not possible with this family" if not dialect.logs_in else "works" if not world.blind else
+             f"refused: make the character {settings.hb_user} (README), or mend hb_user and hb_pass"),
             ("password check", "none in this family, and none needed" if not dialect.check_function else
-             "works" if world.checks else f"not allowed: set the heartbeat's {dialect.check_right} flag"),
+             "works" if world.checks else f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
+            ("heartbeat's flag", f"lacks {dialect.needed_flag}: it is shut out while logins are disabled: set the flag"
+             if not world.rights and not dialect.check_function else "nothing is missing"),
             ("real address", told)]
 
 

@@ -2867,7 +2867,11 @@ class TestLogin(unittest.TestCase):
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
         (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES, (b"connect", b"Alice", b"p%r[x]{y}\\z;,$#\"=")),
-        (b"connect Alicf\be alicepw\r\n", (P, Y, X, R), (b"connect", *A)),
+        (b"connect Alicf\be alicepw\r\n", (P, X, R), (b"connect", *A)),
+        (b"connect Alicf\be alicepw\r\n", (Y,), (b"connect", b"Alicfe", b"alicepw")),      # BS is dropped there
+        (b"connect guest\r\n", (P, Y, X, R), (b"connect", b"guest", b"")),
+        (b"co  Guest ", (P, Y, X, R), (b"co", b"guest", b"")),
+        (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (P, X, R), (b"connect", b"Carol", b"\xe6\x97\xa5\xe6\x9c\xac")),
         (b"connect Alice alicepx\x7fw\r\n", (Y, X, R), (b"connect", *A)),
         (b"connect Alice alice\0pw\r\n", (Y, X, R), (b"connect", *A)),
         (b"connect Alice alice\rpw\r\n", (T, X, R), (b"connect", *A)),
@@ -2911,13 +2915,16 @@ class TestLogin(unittest.TestCase):
         for typed, left in ((b"ab\bc", b"ac"), (b"\b\bab", b"ab"), (b"abc\b\b\b\bd", b"d"), (b"ab\x7f\bc", b"c"),
                             (b"a\bb\bc\b", b""), (b"no", b"no")):
             self.assertEqual(has.rub_out(typed), left)
+        self.assertEqual(has.rub_out(b"ab\bc\x7f", b"\b"), b"ac\x7f")
 
     def test_quit_and_logout_by_family_and_place(self):
         T, P, Y, X, R = (frozenset((f,)) for f in FAMILIES)
         for line, playing, login, logout in (
-                (b"QUIT", FAMILIES, FAMILIES, ()), (b"quit", T | Y | X | R, T | R, ()), (b"Quit", T | R, T | R, ()),
+                (b"QUIT", FAMILIES, FAMILIES, ()), (b"quit", T | Y | X | R, T | R, ()),
+                (b"Quit", T | X | R, T | R, ()),
                 (b"QUIT now", X | R, X | R, ()), (b"qui", (), (), ()), (b"quitx", (), (), ()), (b"say QUIT", (), (), ()),
-                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), R, R)):
+                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), R, Y | X | R),
+                (b"LOGOUT now", (), X | R, Y | X | R)):
             for family in FAMILIES:
                 dialect = DIALECTS[family]
                 with self.subTest(family=family, line=line):
@@ -3021,7 +3028,7 @@ class TestChecks(unittest.TestCase):
         for family, function in (("teenymush", b"password"), ("rhostmush", b"checkpass")):
             for name, password in ((b"Mary Ann", b"x),shutdown("), (b"*Al[i]", b"a\\"), (b"#5", b"%#,%0")):
                 line = DIALECTS[family].check([has.Credentials(b"co", name, password)] * 2, b"=N=")
-                calls = re.fullmatch(rb"think =N= (\S+) =N=\r\n", line, re.S).group(1)
+                calls = re.fullmatch(rb"think =N= (.+) =N=\r\n", line, re.S).group(1)
                 call = rb"\[" + function + rb"\((\*?)" + self.ARGUMENT + b"," + self.ARGUMENT + rb"\)\]"
                 star, who, what = re.fullmatch(call, calls[:len(calls) // 2]).groups()
                 self.assertEqual(calls[len(calls) // 2:len(calls) // 2 + 1], b":")
@@ -3259,7 +3266,7 @@ class TestProof(unittest.TestCase):
             for chunks in splits(data):
                 proof = self.typed("teenymush", GOOD, other)
                 self.assertEqual((b"".join(map(proof.feed, chunks)), proof.login), (data, login))
-                self.assertEqual(proof.to_send, b"")                # nothing is asked of a link that is typed on
+                self.assertFalse(proof.asked)                       # nothing is asked of a link that is typed on
 
     def test_the_outcome_of_a_malformed_line_is_not_taken_for_that_of_the_next(self):
         self.assertIsNone(DIALECTS["teenymush"].read_login(b"connect a b c"))
@@ -3285,11 +3292,13 @@ class TestProof(unittest.TestCase):
                 for chunks in splits(data):
                     proof = has.Proof(DIALECTS[family], True)
                     proof.script(GOOD)
+                    proof.telnet = True
                     for chunk in chunks:
                         self.assertFalse(proof.ended, (family, chunks))
                         self.assertEqual(proof.feed(chunk), b"")
                     if family == "teenymush":
-                        self.assertEqual((proof.to_send, proof.saw_command(b"\xff\xfc\x55")), (b"\xff\xfd\x56", False))
+                        self.assertTrue(proof.asked)
+                        self.assertEqual((proof.question(), proof.saw_command(b"\xff\xfc\x55")), (b"\xff\xfd\x56", False))
                         self.assertTrue(proof.saw_command(b"\xff\xfc\x56"))
                         self.assertFalse(proof.saw_command(b"\xff\xfc\x56"))     # the user's own, from now on
                     self.assertTrue(proof.ended, (family, chunks))
@@ -3299,7 +3308,26 @@ class TestProof(unittest.TestCase):
     def test_teenymush_is_not_asked_for_the_end_before_the_first_outcome(self):
         proof = has.Proof(DIALECTS["teenymush"], True)
         proof.script(GOOD)
-        self.assertEqual((proof.feed(b"banner\n"), proof.to_send, proof.saw_command(b"\xff\xfc\x56")), (b"", b"", False))
+        self.assertEqual((proof.feed(b"banner\n"), proof.asked, proof.saw_command(b"\xff\xfc\x56")), (b"", False, False))
+
+    def test_a_teenymush_without_telnet_ends_a_return_by_its_own_words(self):
+        arrival = b"MAIL: You have 0 messages.\r\nThe Void\r\nAlice has connected.\r\n"
+        for right, data in ((True, SHOWN["teenymush"][0] + arrival), (False, b"banner\n" + SHOWN["teenymush"][1])):
+            for chunks in splits(data):
+                proof = has.Proof(DIALECTS["teenymush"], True)
+                proof.script(GOOD)
+                for chunk in chunks:
+                    self.assertFalse(proof.ended, chunks)
+                    self.assertEqual(proof.feed(chunk), b"")
+                self.assertEqual((proof.ended, proof.refused, proof.login), (True, not right, GOOD if right else None))
+                self.assertEqual((proof.question(), proof.settles), (b"", False))       # IAC DO would stick to a line
+                self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
+
+    def test_lines_a_teenymush_may_not_know_as_logins_leave_others_to_choose_from(self):
+        unknown, other = has.Credentials(b"con", b"Alice", b"wrong"), has.Credentials(b"connect", b"Bob", b"b")
+        proof = self.typed("teenymush", unknown, GOOD, other)
+        proof.feed(SHOWN["teenymush"][0])
+        self.assertEqual((proof.login, proof.others), (unknown, [GOOD, other]))
 
     def test_a_refusal_that_is_none(self):
         for family, text in (("pennmush", b"Guest connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
@@ -4097,9 +4125,9 @@ class EveryOrder(unittest.TestCase):
                 rig.found({"same": "life 1", "new": "life 2", "unknown": "?2"}[life])
             rig.settle()
             if refused and "heartbeat" == event:
-                rig.post(rig.hub.on_unreachable, HOME, "refused")
+                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
             elif refused and not is_back and rig.hub._away_since is not None:
-                rig.post(rig.hub.on_unreachable, HOME, "refused")
+                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
             if is_back and rig.beat.asks:
                 rig.answer()
         try:
@@ -4190,7 +4218,7 @@ class HeartbeatAlone(RigCase):
                 client, link = rig.player()
                 rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
                 if refused:
-                    rig.post(rig.hub.on_unreachable, HOME, "refused")
+                    rig.post(rig.hub.on_unreachable, HOME, "refused", False)
                 rig.pass_time(2.5)
                 rig.found(life)
                 rig.pass_time(1, 10, 60)
@@ -4562,7 +4590,7 @@ class Waiting(RigCase):
         for family in ("auto", "tinymux"):
             with self.subTest(mush_type=family):
                 rig = self.rig(up=False, mush_type=family)
-                rig.post(rig.hub.on_unreachable, HOME, "refused")
+                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
                 client = rig.client()
                 self.assertEqual(client.lines(), ["# OFFLINE"])
                 client.send("connect Alice secret\r\n")
