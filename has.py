@@ -247,6 +247,9 @@ SETTINGS = {
 }
 
 
+PATHS = ("mush_ssl_ca", "ssl_cert", "ssl_key", "control_socket", "log_file")
+
+
 class Settings:
     """All settings: one attribute for each key of SETTINGS, and the TLS contexts. Never changed after it was made.
 
@@ -358,7 +361,7 @@ def read_conf(path):
             else:
                 problems.append(f"{where}: this indented line continues nothing: start keys in column 1")
             continue
-        key, equals, value = (part.strip() for part in line.partition("="))
+        key, equals, value = (part.strip() for part in line.partition("="))     # a value may go on, indented
         if not equals:
             shown = "(hidden)" if line.lower().startswith("hb_p") else repr(line.strip())
             problems.append(f"{where}: {shown} is not `key = value`")
@@ -381,15 +384,17 @@ def load_settings(script, conf):
     values, texts = {}, {}
     for key, (text, where) in list(constants.items()) + list(overrides.items()):
         if key not in SETTINGS:
-            near = difflib.get_close_matches(key, SETTINGS, 1)
+            near = difflib.get_close_matches(key.lower(), SETTINGS, 1)
             problems.append(f"{where}: {key}: no such setting" + (
                 f"; did you mean {near[0]}?" if near else "") + (
                 "; if the has.py on disk is newer than the one that runs: kill -USR2" if key in constants else ""))
             continue
+        if key in PATHS and text:               # beside the file that names it, wherever HAS was started
+            text = os.path.join(os.path.dirname(os.path.abspath(where.rpartition(":")[0])), text)
         try:
             values[key], texts[key] = SETTINGS[key](text), text
         except ValueError as error:
-            shown = "(hidden)" if key == "hb_pass" else text
+            shown = "(hidden)" if key == "hb_pass" else text.replace("\n", " (goes on, indented) ")
             problems.append(f"{where}: {key} = {shown}: {error}")
     if constants:
         problems += [f"{script}: {key.upper()} is missing from the constants: put it back"
@@ -402,7 +407,15 @@ def load_settings(script, conf):
         problems = [str(error)]
     if problems:
         raise SettingsError(problems)
-    return settings, _remarks(overrides, conf, settings)
+    return settings, _remarks(script, overrides, conf, settings)
+
+
+def control_path(script, conf):
+    """The path of the control socket, whatever else is wrong with the settings: a running HAS must be reachable."""
+    texts = {**read_constants(script)[0], **read_conf(conf)[0]}
+    text, where = texts.get("control_socket", ("", ""))
+    folder = os.path.dirname(os.path.abspath(where.rpartition(":")[0]))
+    return os.path.join(folder, text) if text else os.path.splitext(os.path.abspath(conf))[0] + ".sock"
 
 
 def settings_of(texts, script):
@@ -412,13 +425,13 @@ def settings_of(texts, script):
     return Settings({key: SETTINGS[key](texts[key]) for key in SETTINGS}, texts)
 
 
-def _remarks(overrides, conf, settings):
+def _remarks(script, overrides, conf, settings):
     """What an admin should know of settings that are right."""
-    remarks = []
-    if overrides:
-        remarks.append(f"{conf} overrides the constants {', '.join(key.upper() for key in overrides)}")
-    if "hb_pass" in overrides and os.stat(conf).st_mode & 0o077:
-        remarks.append(f"WARNING: {conf} holds hb_pass and others may read it: chmod 600 {conf}")
+    remarks = [f"{conf} overrides the constants {', '.join(key.upper() for key in overrides)}" if overrides else
+               f"{conf} sets nothing, or is not there: the constants in {script} count"]
+    holder = conf if "hb_pass" in overrides else script
+    if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
+        remarks.append(f"WARNING: {holder} holds hb_pass and others may read it: chmod 600 {holder}")
     if settings.hb_pass == "heartbeat":
         remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat another, and set it here")
     return remarks
@@ -2495,6 +2508,8 @@ class Session:
             return b""                          # settled: what the others of this character cause
         if self.change:
             self._watch_change(text)
+        elif self.state is State.LOGIN and self.unproven and self.dialect.refused_text.search(text):
+            log.info("%s: the world refused a login", self)
         for line in [line for line in self.expected if line in text]:
             text = text.replace(line, b"", 1)
             self.expected.remove(line)
@@ -2647,7 +2662,7 @@ class Session:
     def on_verdict(self, left):
         """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
         if left:
-            self.close("left the world")
+            self.close("the world ended the connection (booted, timed out, refused) and lives on")
         else:
             self.wait(self.hub.settings.offline_notice)
 
@@ -2745,6 +2760,7 @@ class Session:
             self.link.send(self.proof.ask_again())
 
     def _back_in_game(self, login):
+        lost_change = self.previous is not None and login == self.previous
         others = [c for c in (self.login, self.previous) if c and c != login]
         self.login, self.previous, self.pending = login, (others[0] if others else None), None
         self.failures, self.told, self.proven = 0, False, login.character
@@ -2759,7 +2775,8 @@ class Session:
         self._arrived()
         self.proof.retire()                     # all its marks came before the end marker
         self._enter(State.PLAYING)
-        log.info("%s: is back in the game", self)
+        log.info("%s: is back in the game%s", self, " with the name and password of before the last change of them, "
+                 "which the world has lost" if lost_change else "")
         if self.kept:
             self._send_kept()
 
@@ -2779,7 +2796,9 @@ class Session:
         self.hub.queue_link(self)
 
     def _forget_login(self):
-        log.warning("%s: the world refused the login on return; the user must log in again", self)
+        tried = self.login or self.pending
+        log.warning("%s: the world refused the login of %s on return; the user must log in again", self,
+                    printable(tried.name) if tried else "this user")
         self.trials = []
         self.login = self.previous = self.pending = None
         self.greeting = self.hub.settings.relogin_failed_notice
@@ -3778,6 +3797,11 @@ class Arrival:
         self.stream.drop()
 
 
+def users(count):
+    """A number of users in words."""
+    return f"{count} user{'' if count == 1 else 's'}"
+
+
 def unmapped(host):
     """An IPv4 address without the ::ffff: that a double-stack listener puts before it, no %scope either."""
     host = host.partition("%")[0]
@@ -3807,6 +3831,15 @@ def open_listeners(address, port):
             sock.close()
         raise failure
     return found
+
+
+def cannot_listen(error, address, port, tls):
+    """`error` of open_listeners with the place and the remedy in its text."""
+    remedy = {errno.EADDRINUSE: "another program has this port: see `ss -ltnp`",
+              errno.EACCES: "ports below 1024 are root's: take a higher one, or give python3 CAP_NET_BIND_SERVICE",
+              errno.EADDRNOTAVAIL: "this machine has no such address: mend local_address"}.get(error.errno)
+    return OSError(error.errno, error.strerror + (f": {remedy}" if remedy else ""),
+                   f"{address or 'all addresses'}, {'local_port_ssl' if tls else 'local_port'} {port}")
 
 
 def log_remarks(remarks):
@@ -4018,10 +4051,10 @@ class Hub:
         try:
             for address, port, tls in wanted:
                 opened += [(sock, tls, (address, port, tls)) for sock in open_listeners(address, port)]
-        except OSError:
+        except OSError as error:
             for sock, _, _ in opened:
                 sock.close()
-            raise
+            raise cannot_listen(error, address, port, tls) from None
         new = [Listener(self, *it) for it in opened]
         for listener in new:
             log.info("listening on %s", listener)
@@ -4220,7 +4253,7 @@ class Hub:
 
     def on_world_found(self, world):
         """The heartbeat confirmed a world: the one users are on, or another to which all move."""
-        old, was = self.world, self.health
+        old, was, since = self.world, self.health, self.health_since
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
         self._away_since, self._refused, self._last_reason, self._wish = None, False, None, None
@@ -4230,8 +4263,8 @@ class Hub:
                  world.life.partition(" ")[2] or "start time unknown")
         self.world = world
         if moved:
-            log.warning("the world moves from %s to %s: %d users are taken along", old.address, world.address,
-                        len(self.sessions))
+            log.warning("the world moves from %s to %s: %s taken along", old.address, world.address,
+                        users(len(self.sessions)))
             self._queue.clear()
             self._each("on_world_down", self.settings.moved_notice)
         elif reborn and was in (Health.UP, Health.SILENT):
@@ -4246,6 +4279,8 @@ class Hub:
         self.doubles = {name for name, count in names.items() if count > 1}
         if world.life.startswith("?"):
             self.later(ADOPT_SECONDS, self._adopt, world.life)
+        if was is Health.DOWN and old:
+            log.info("the outage lasted %s; bringing back %s", ago(time.time() - since), users(len(self.sessions)))
         for session in list(self.sessions.values()):
             if session.state is State.WAITING:
                 self._safely(session.begin_return)
@@ -4317,9 +4352,10 @@ class Hub:
             self._each("on_world_silent", False)
 
     def _down(self, reason):
-        log.warning("the world is down (%s): holding %d users", reason, len(self.sessions))
+        log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
+        if self.health is not Health.STARTING:
+            self.outages, self.last_outage = self.outages + 1, time.time()
         self._set_health(Health.DOWN)
-        self.outages, self.last_outage = self.outages + 1, time.time()
         self._away_since = None
         self._queue.clear()
         self._each("on_world_down", self.settings.offline_notice)
@@ -4452,7 +4488,7 @@ class Hub:
         if request.get("do") == "notice":
             log.info("notice to everybody: %s", printable(str(request["text"])))
             self._each("notify", printable(str(request["text"])))
-            return {"done": f"told {len(self.sessions)} users"}
+            return {"done": f"told {users(len(self.sessions))}"}
         if request.get("do") == "kick":
             session = self.sessions.get(request.get("id"))
             if not session:
@@ -4469,7 +4505,9 @@ class Hub:
     # ---- signals
 
     def reload(self):
-        """HUP: read the settings again; what is wrong changes nothing."""
+        """HUP: open the log anew, read the settings again; what is wrong with them changes nothing."""
+        if self.on_reload:
+            self.on_reload(self.settings)       # first of all: logrotate waits for nobody's typing error
         try:
             settings, remarks = self._load()
         except (SettingsError, OSError) as error:
@@ -4481,7 +4519,8 @@ class Hub:
         try:
             self.listen()
         except OSError as error:
-            log.error("cannot listen on the new local_address or local_port: %s; the old listeners stay", error)
+            log.error("HUP: cannot listen on %s: %s; the old listeners stay, the other settings are taken over",
+                      error.filename, error.strerror)
         log_remarks(remarks)
         if old.control_socket != settings.control_socket:
             log.warning("HUP: control_socket takes effect at the next start only")
@@ -4489,7 +4528,7 @@ class Hub:
             log.info("HUP: mush_address is now %s; users move when it is confirmed",
                      ", ".join(map(str, settings.mush_address)))
         self.heartbeat.mailbox.post(self.heartbeat.on_settings, settings)
-        if self.on_reload:
+        if self.on_reload and (old.log_file, old.log_level) != (settings.log_file, settings.log_level):
             self.on_reload(settings)
         log.info("HUP: settings read")
 
@@ -4497,7 +4536,7 @@ class Hub:
         """TERM, INT: say goodbye, flush, end."""
         if self.stopping:
             return
-        log.info("stopping: saying goodbye to %d users", len(self.sessions))
+        log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
         self.stopping = True
         for listener in self.listeners + [self.control] * bool(self.control):
             listener.close()
@@ -4805,8 +4844,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
                                      description="HAS - Higher Availability Service: keeps players connected while "
                                      "their MUSH is away.")
-    here = os.path.dirname(os.path.abspath(__file__))
-    parser.add_argument("--config", metavar="FILE", default=os.path.join(here, "has.conf"),
+    parser.add_argument("--config", metavar="FILE",
                         help="settings over the constants in has.py (default: has.conf beside has.py, if there is one)")
     asking = parser.add_mutually_exclusive_group()
     asking.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
@@ -4819,7 +4857,14 @@ def parse_arguments(arguments):
     parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.config and options.resume is None and not os.path.exists(options.config):
+        parser.error(f"--config {options.config}: there is no such file")
+    if options.notice is not None and not options.notice.strip():
+        parser.error("--notice: say something")
+    options.script = options.script or os.path.abspath(__file__)
+    options.config = options.config or os.path.join(os.path.dirname(options.script), "has.conf")
+    return options
 
 
 def take_signals(hub, upgrade):
@@ -4836,7 +4881,7 @@ def take_signals(hub, upgrade):
 def main(arguments=None):
     """Run HAS; return the exit status."""
     options = parse_arguments(arguments)
-    script = options.script or os.path.abspath(__file__)
+    script = options.script
     with open(__file__, "rb") as file:
         source = file.read()                    # what runs now, whatever happens to the file
 
@@ -4844,6 +4889,9 @@ def main(arguments=None):
         return load_settings(script, options.config)
     if options.resume is not None:
         return resume(options, script, source, load)
+    control = control_path(script, options.config)
+    if options.status or options.notice is not None or options.kick is not None:
+        return ask_running(options, control)
     try:
         settings, remarks = load()
     except SettingsError as error:
@@ -4851,12 +4899,25 @@ def main(arguments=None):
         print(f"has.py: {len(error.problems)} wrong in the settings: mend it and start again", file=sys.stderr)
         return 2
     if options.check:
-        print("\n".join([*remarks, *too_few_files(settings, files_allowed(1)), "has.py: the settings are right"]))
-        return probe(settings) if options.probe else 0
-    control = settings.control_socket or os.path.splitext(os.path.abspath(options.config))[0] + ".sock"
-    if options.status or options.notice is not None or options.kick is not None:
-        return ask_running(options, control)
+        print("\n".join([*remarks, *too_few_files(settings, files_allowed(1))]))
+        trouble = start_trouble(settings)
+        print("\n".join(trouble or ["has.py: the settings are right"]))
+        return 2 if trouble else probe(settings) if options.probe else 0
     return start_has(settings, remarks, load, control, (script, options.config, source))
+
+
+def start_trouble(settings):
+    """What in this machine would keep HAS from starting, a line each; a port that is taken may be the running HAS's."""
+    trouble = []
+    folder = os.path.dirname(settings.log_file)
+    if settings.log_file and not os.access(settings.log_file if os.path.exists(settings.log_file) else folder, os.W_OK):
+        trouble.append(f"log_file = {settings.log_file}: cannot be written: make the folder, or mend its rights")
+    try:
+        for sock in open_listeners(settings.local_address, 0):
+            sock.close()
+    except OSError as error:
+        trouble.append(f"local_address = {settings.local_address}: {error.strerror}")
+    return trouble
 
 
 def probe(settings):
@@ -4867,12 +4928,14 @@ def probe(settings):
         try:
             world = heartbeat.try_once(address)
         except Lost as lost:
-            print(f"{address}: cannot be used: {lost}: is the MUSH up, and is mush_address right?")
+            print(f"{address}: cannot be used: {lost}: " + (
+                "somebody answers there: is mush_address the MUSH, is mush_type right, does it take connections from here?"
+                if lost.accepted else "is the MUSH up, and is mush_address right?"))
             good = False
         else:
             print(f"{address}: reachable, and it answers")
             print("\n".join(f"  {name}: {text}" for name, text in findings(world, settings)))
-            good = good and not world.blind
+            good = good and not world.blind and world.rights
     return 0 if good else 1
 
 
@@ -4948,7 +5011,10 @@ def start_has(settings, remarks, load, control, program):
         open_control(hub, control)
         hub.listen()
     except OSError as error:
-        log.error("cannot start: %s: %s", error.filename or "local_address, local_port, local_port_ssl", error.strerror)
+        trouble = f"cannot start: {error.filename}: {error.strerror}"
+        log.error("%s", trouble)
+        if settings.log_file:                   # nobody looks there now, and it may be the log of another HAS
+            print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
     hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
@@ -4984,10 +5050,24 @@ def resume(options, script, source, load):
     os.close(state["kept"])
     log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
              len(hub.sessions))
+    warn_of_differences(settings, load)
     if "connection" not in (state["heartbeat"] or {}):
         hub.on_heartbeat_lost("it could not be handed over", False)
     hub.go_on()
     return serve(hub, handler, (script, options.config, source))
+
+
+def warn_of_differences(settings, load):
+    """After an upgrade the settings in force go on; a new has.py has brought its own constants."""
+    try:
+        on_disk, _ = load()
+    except SettingsError as error:
+        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: %s", error.problems[0])
+        return
+    differ = [key for key in SETTINGS if on_disk.texts[key] != settings.texts[key]]
+    if differ:
+        log.warning("the settings on disk are not those in force: %s; they count from the next HUP or start: if the new "
+                    "has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
 
 
 def serve(hub, handler, program):
@@ -5013,4 +5093,10 @@ def serve(hub, handler, program):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:                     # `has.py --status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)

@@ -221,7 +221,6 @@ class Has:
                 self.process.wait()
         self._reader.join(5)
         self.process.stderr.close()
-        if os.environ.get("SHOWLOG"): sys.stderr.write(self._log.decode())
         return self.process.returncode
 
 
@@ -2280,8 +2279,7 @@ class RealMux:
     def start(self):
         """Start the server (an @shutdown may still be going on); return when it serves."""
         self.wait()
-        if not self._port_is_free(self.port):
-            raise RuntimeError("port %d is taken" % self.port)
+        poll_until(lambda: self._port_is_free(self.port), lambda: "port %d is taken" % self.port)
         self._rotate_database()
         atexit.register(self.close)
         with open(self.game / "console.log", "ab") as console:
@@ -2489,7 +2487,7 @@ class TestSettings(SettingsCase):
                 ("local_port = 65536", "C:1: local_port = 65536: is not between 0 and 65535"),
                 ("local_port = 1.5", "C:1: local_port = 1.5: " + number),
                 ("local_prot = 1", "C:1: local_prot: no such setting; did you mean local_port?"),
-                ("LOCAL_PORT = 1", "C:1: LOCAL_PORT: no such setting"),
+                ("LOCAL_PORT = 1", "C:1: LOCAL_PORT: no such setting; did you mean local_port?"),
                 ("zzz = 1", "C:1: zzz: no such setting"),
                 ("= 1", "C:1: : no such setting"),
                 ("beat 10", "C:1: 'beat 10' is not `key = value`"),
@@ -2556,10 +2554,24 @@ class TestSettings(SettingsCase):
 
     def test_has_conf_wins_and_is_remarked_and_may_be_missing(self):
         settings, remarks = self.load()
-        self.assertEqual((settings.beat, remarks), (10, []))
+        self.assertEqual((settings.beat, remarks), (10, [
+            f"{self.conf} sets nothing, or is not there: the constants in {self.script} count",
+            f"WARNING: {self.script} holds hb_pass and others may read it: chmod 600 {self.script}"]))
         settings, remarks = self.load("beat = 3\nmush_type = PennMUSH")
         self.assertEqual((settings.beat, settings.mush_type), (3, "pennmush"))
-        self.assertEqual(remarks, [f"{self.conf} overrides the constants BEAT, MUSH_TYPE"])
+        self.assertEqual(remarks[0], f"{self.conf} overrides the constants BEAT, MUSH_TYPE")
+
+    def test_a_path_counts_from_the_file_that_names_it(self):
+        settings, _ = self.load("log_file = logs/has.log\ncontrol_socket = /run/has.sock")
+        self.assertEqual(settings.log_file, os.path.join(os.path.dirname(self.conf), "logs/has.log"))
+        self.assertEqual(settings.control_socket, "/run/has.sock")
+
+    def test_the_control_socket_is_found_whatever_else_is_wrong(self):
+        for text, path in (("beet = 5\n", self.conf[:-5] + ".sock"), ("nonsense\ncontrol_socket = x.sock\n",
+                           os.path.join(os.path.dirname(self.conf), "x.sock"))):
+            with open(self.conf, "w") as file:
+                file.write(text)
+            self.assertEqual(has.control_path(self.script, self.conf), path)
 
     def test_hb_pass_is_never_shown(self):
         settings, _ = self.load()
@@ -5112,7 +5124,7 @@ class TestWorldHealth(Case):
         alice.expect(re.escape(ONLINE))
         second.wait(lambda w: w.online("Alice"), what="Alice on the second")
         alice.barrier()
-        has.wait_log(rb"moves from .* to .*: 1 users")
+        has.wait_log(rb"moves from .* to .*: 1 user taken along")
         first.start()
         alice.expect(re.escape(MOVED))
         alice.expect(re.escape(ONLINE))
@@ -5813,9 +5825,36 @@ class TestProgram(Case):
             conf = os.path.join(folder, "has.conf")
             with open(conf, "w") as file:
                 file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\nlog_file =\n")
-            done = self.run_has("--config", conf)
+            done, port = self.run_has("--config", conf), taken.getsockname()[1]
         self.assertEqual(done.returncode, 1)
-        self.assertIn("cannot start: local_address, local_port", done.stderr)
+        self.assertIn("cannot start: 127.0.0.1, local_port %d: Address already in use: another program has this port"
+                      % port, done.stderr)
+
+    def test_what_cannot_start_says_so_where_it_was_started(self):
+        has = Has(self, mush_address="127.0.0.1:1")
+        log_file = os.path.join(has.folder, "has.log")
+        has.configure(log_file=log_file)
+        done = self.run_has("--config", has.conf)           # a second HAS on the same has.conf
+        self.assertEqual((done.returncode, done.stderr.splitlines()), (1, [
+            f"has.py: cannot start: {has.conf[:-5]}.sock: another HAS is running with this has.conf"]))
+
+    def test_check_tries_what_a_start_needs(self):
+        has = Has(self, mush_address="127.0.0.1:1")
+        for settings, text in ((dict(log_file="/nonexistent/has.log"), "log_file = /nonexistent/has.log: cannot be written"),
+                               (dict(log_file="", local_address="192.0.2.1"), "local_address = 192.0.2.1: ")):
+            has.configure(**settings)
+            done = self.run_has("--config", has.conf, "--check")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(text, done.stdout)
+        has.configure(local_address="127.0.0.1")
+        self.assertEqual(self.run_has("--config", has.conf, "--check").returncode, 0)
+
+    def test_wrong_arguments_end_it_with_status_2(self):
+        for arguments, text in ((("--config", "/nonexistent/has.conf"), "there is no such file"),
+                                (("--notice", " "), "say something"), (("--kick", "x"), "invalid int value")):
+            done = self.run_has(*arguments)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(text, done.stderr)
 
     def test_term_and_int_say_goodbye(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -5920,6 +5959,11 @@ class TestProgram(Case):
         os.rename(path, path + ".1")
         has.signal(signal.SIGHUP)
         world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path), what="a new log file")
+        os.rename(path, path + ".2")
+        has.configure(beat="often")             # logrotate waits for nobody's typing error
+        has.signal(signal.SIGHUP)
+        world.wait(lambda w: os.path.exists(path) and "the old settings stay" in read_text(path), what="another log file")
+        self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 0)
 
 
 def read_text(path):
@@ -6077,6 +6121,10 @@ class TestUpgrade(Case):
             client.barrier()
             numbers = [int(n) for n in re.findall(rb"\nnumber (\d+)\.", client.seen)]
             self.assertEqual(numbers, list(range(1, sent[which] + 1)))
+
+    def test_settings_that_a_new_file_brings_are_named(self):
+        self.edit('ADMINS = ""', 'ADMINS = "Alice"')
+        self.upgrade(rb"settings on disk are not those in force: admins;")
 
     def test_a_file_that_does_not_compile(self):
         alice = self.player("Alice", "alicepw")
