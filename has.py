@@ -1081,9 +1081,10 @@ class Proof:
     __slots__ = ("dialect", "returning", "held", "login", "others", "refused", "ended", "asked", "telnet",
                  "_secret", "_token", "_tries", "_count", "_tail", "_block", "_line")
 
-    def __init__(self, dialect, returning=False):
+    def __init__(self, dialect, returning=False, telnet=True):
         self.dialect = dialect
         self.returning = returning # everything is held until the end marker
+        self.telnet = telnet       # the server does not take telnet for text
         self.held = b""
         self.login = None          # the Credentials that took: the first mark decides
         self.refused = False       # the server said that a login was wrong
@@ -1091,7 +1092,6 @@ class Proof:
         # families without marks:
         self.others = []           # Credentials typed after `login`, which may be the right ones (see _read_outcomes)
         self.asked = False         # it is time for question(), whose answer is the end marker
-        self.telnet = False        # the server has spoken telnet on this link
         self._secret = b"=" + secrets.token_hex(4).encode()
         self._token = re.compile(self._secret + rb"([0-9a-f]{2})=([aze]?)\r?\n")
         self._tries = {} if dialect.mark_behind else collections.deque()
@@ -1243,7 +1243,7 @@ class Proof:
             self.asked = self.asked or self.returning
 
     def question(self):
-        """The bytes that ask for the end marker; none for a server that would take telnet as text (TeenyMUSH stable)."""
+        """The bytes that ask for the end marker; none where that cannot be done by telnet (TeenyMUSH "stable")."""
         return self.dialect.end_question if self.telnet else b""
 
     @property
@@ -1724,7 +1724,6 @@ class TLSStream(Stream):
 # to bring him back. Every rule that a user can see is in this part.
 # ======================================================================
 
-LINES_A_TURN = 200                 # typed lines of one client taken in one go
 KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
@@ -1933,7 +1932,8 @@ class Session:
         """Begin anew what was under way when the process was replaced: timers, questions, connects."""
         self._refresh()
         self._flush_notices()
-        self.hub.later(0, self._take_backlog)
+        if self.backlog:
+            self.hub.backlogs.append(self)
         if self.hidden:
             self._show_hidden()
         if self.state is State.CLOSING:
@@ -2016,28 +2016,32 @@ class Session:
             return
         if self.backlog:
             self.backlog += data
+        else:
+            self._read_in_turn(data)
+
+    def _read_in_turn(self, data):
+        """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
+        hub = self.hub
+        ends = len(data) - len(data.translate(None, b"\r\n"))
+        if hub.patience < ends or hub.patience <= 0:
+            stop = [end.end() for end in itertools.islice(re.finditer(rb"[\r\n]", data), max(0, hub.patience))]
+            data, self.backlog = data[:stop[-1] if stop else 0], data[stop[-1] if stop else 0:]
+            self.client.pause()
+            hub.backlogs.append(self)
+        hub.patience -= 1 + ends + len(data) // 1024
+        if not data or self.state is State.CLOSING:
             return
-        if len(data) > LINES_A_TURN and len(data.translate(None, b"\r\n")) < len(data) - LINES_A_TURN:
-            data = self._postpone(data)
         if self.state is State.WAITING or self._can_forward():
             self._read_client(data)
-        elif self.state is not State.CLOSING:
+        else:
             self._keep(data)
 
-    def _postpone(self, data):
-        """Of very many lines take the first, and the rest in later turns: others have their turn between."""
-        ends = itertools.islice(re.finditer(rb"[\r\n]", data), LINES_A_TURN, None)
-        stop = next(ends).end()
-        self.backlog = data[stop:]
-        self.client.pause()
-        self.hub.later(0, self._take_backlog)
-        return data[:stop]
-
-    def _take_backlog(self):
+    def take_backlog(self):
+        """Go on with what was left for later turns."""
         data, self.backlog = self.backlog, b""
         if not self.client.closed and data:
             self._resume_client()
-            self.on_client_data(data)
+            self._read_in_turn(data)
 
     def _resume_client(self):
         """Read the client again, unless something else still forbids it."""
@@ -2190,7 +2194,7 @@ class Session:
             log.info("%s: logged out to the login screen", self)
             self.login = self.previous = self.unproven = None
             self.settings, self.proven = NOTHING, b""
-            self.proof = Proof(dialect)
+            self.proof = Proof(dialect, False, self.hub.world.telnet)
             self._enter(State.LOGIN)
             return
         password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
@@ -2330,7 +2334,8 @@ class Session:
         self.serial += 1
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
-        self.proof, self.from_world, self.replay, self.settled = Proof(world.dialect, returning), None, None, False
+        self.proof = Proof(world.dialect, returning, world.telnet)
+        self.from_world, self.replay, self.settled = None, None, False
         self.watched, self.hidden, self.expected = b"", b"", []
         self.life = world.life
         self.failing_since = self.failing_since if self.failures else self.hub.now
@@ -2441,7 +2446,7 @@ class Session:
 
     def _read_link(self, data):
         """The careful way: telnet, marks, outcomes, arrivals."""
-        was_playing = self.state is State.PLAYING
+        before = self.state
         if self.from_world is None and IAC in data:
             self.from_world = Scanner()
         scanner = self.from_world
@@ -2455,12 +2460,12 @@ class Session:
                 self.client.send(piece)
             else:
                 self._show(self._link_text(piece))
-        self._after_link_data(was_playing)
+        self._after_link_data(before)
 
-    def _after_link_data(self, was_playing):
-        if self.state is State.LOGIN:
+    def _after_link_data(self, before):
+        if before is State.LOGIN:               # it may be in the game by now: clients log in by themselves
             self.hub.arrived(self)
-        if self.kept and was_playing and self.state is State.PLAYING:
+        if self.kept and before is self.state is State.PLAYING:
             self._send_kept()                   # the world has answered the one before
         if self.stuck:
             self._shorten()
@@ -2470,7 +2475,6 @@ class Session:
 
     def _link_command(self, piece):
         """A telnet command of the world; returns what the client gets of it."""
-        self.proof.telnet = True
         if self.proof.saw_command(piece):
             self._returned()
             return b""
@@ -2894,11 +2898,12 @@ class Session:
 # one world; the Heartbeat decides what is asked, when, and of which world.
 # ======================================================================
 
-World = collections.namedtuple("World", "address target dialect life blind checks told rights", defaults=(True, True))
+World = collections.namedtuple("World", "address target dialect life blind checks told rights telnet",
+                               defaults=(True, True, True))
 World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
 start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
-not log in (blind), whether it may check passwords, whether the world understands the address line (told), and
-whether the heartbeat has the flag it should have (rights)."""
+not log in (blind), whether it may check passwords, whether the world understands the address line (told), whether
+the heartbeat has the flag it should have (rights), and whether the world knows telnet from text (telnet)."""
 
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
 LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
@@ -2941,7 +2946,7 @@ class Connection:
     def __init__(self, sock, address, target, settings, wait):
         self.sock, self.address, self.target, self.settings, self.wait = sock, address, target, settings, wait
         self.dialect, self.life = PLAIN, None
-        self.blind, self.checks, self.told, self.rights = False, False, True, True
+        self.blind, self.checks, self.told, self.rights, self.telnet = False, False, True, True, True
         self.scanner = Scanner()
         self.text = b""            # received and not yet looked at
         self.heard = b""           # the end of all text received
@@ -2956,7 +2961,7 @@ class Connection:
     def world(self):
         """What the hub is told."""
         return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told,
-                     self.rights)
+                     self.rights, self.telnet)
 
     @property
     def lacks_something(self):
@@ -3060,6 +3065,7 @@ class Connection:
         if self.dialect.address_may_be_refused and self.settings.remotehostname_cmd != "none":
             self.told = try_address and self._understands_address()
         self.life = self._start_id() or f"?{secrets.token_hex(4)}"
+        self.telnet = not self.dialect.end_command or bool(self.commands) or self._knows_telnet()
 
     def _recognise(self):
         self._let_settle()
@@ -3127,13 +3133,17 @@ class Connection:
             raise self.lost("it took the connection but does not answer")
         return f"{self.address} since {printable(answer.group(1))}"
 
+    def _knows_telnet(self):
+        """Some TeenyMUSHes offer nothing and yet answer; others take telnet for text (worlds/teenymush.md a)."""
+        self.send(self.dialect.end_question + b"\r\n")          # the line end takes such text off the next line
+        return bool(self._expect_command(re.compile(re.escape(self.dialect.end_command)), 1))
+
     # ---- the login
 
     def log_in(self, login):
         """Log in and have a probe answered. False if the login did not take: see `refused`, and `ended`, for a world
         may hang up on it (logins disabled, full)."""
-        proof, until, asked_at = Proof(self.dialect, True), time.monotonic() + self.settings.hb_timeout, None
-        proof.telnet = bool(self.commands)
+        proof, until, asked_at = Proof(self.dialect, True, self.telnet), time.monotonic() + self.settings.hb_timeout, None
         self.commands.clear()
         self.send(proof.script(login))
         while not proof.ended and time.monotonic() < until:
@@ -3223,7 +3233,7 @@ class Connection:
 
     # ---- a new process in place of this one
 
-    _PARKED = ("life", "blind", "checks", "told", "rights", "renew_at", "text", "target")
+    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target")
 
     def park(self):
         """What a new process needs to go on with this connection, whose socket is left open; plain values."""
@@ -3682,6 +3692,8 @@ AWAY_SECONDS = 3                   # the heartbeat cannot come back for this lon
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
 GOODBYE_SECONDS = 3
+PATIENCE = 100                     # line ends, and as much again in kilobytes, read with care in one turn
+ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between them
 
 
 class Health(enum.Enum):
@@ -3709,8 +3721,8 @@ class Listener:
         return (f"[{host}]:{port}" if ":" in host else f"{host}:{port}") + (" (TLS)" if self.tls else "")
 
     def ready(self, events):
-        """Accept all that wait."""
-        while True:
+        """Accept some that wait; the others in the next turns."""
+        for _ in range(ACCEPTS_A_TURN):
             try:
                 sock, peer = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -3947,6 +3959,8 @@ class Hub:
         self._per_host = collections.Counter()
         self.logins_tried = collections.Counter()       # by address, since the last one that took
         self._timers, self._timer_numbers = [], itertools.count()
+        self.patience = PATIENCE                # what may still be read with care in this turn
+        self.backlogs = collections.deque()     # sessions with more to be read
         self.world, self.health = None, Health.STARTING
         self.started = self.health_since = self.last_outage = time.time()
         self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
@@ -3975,8 +3989,11 @@ class Hub:
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.turns += 1
+        self.patience = PATIENCE
         timers = self._timers
-        if timers:                              # counted from the last look at the clock: late by one turn's work
+        if self.backlogs:
+            longest = 0
+        elif timers:                              # counted from the last look at the clock: late by one turn's work
             due = max(0.0, timers[0][0] - self.now)
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
@@ -3990,6 +4007,8 @@ class Hub:
                 self._fault(stream.owner)
         if timers and timers[0][0] <= self.now:
             self._run_timers()
+        while self.backlogs and self.patience > 0:
+            self._safely(self.backlogs.popleft().take_backlog)
 
     def _fault(self, owner):
         """An exception in a handler ends the client it was for, nothing else; a fault of the hub itself goes on up."""
@@ -4164,12 +4183,12 @@ class Hub:
 
     def _pump(self):
         self._pumping = False
-        rate = self.settings.resume_rate
+        rate, opened = self.settings.resume_rate, 0
         while self._queue and self.is_up:
             at_once = len(self.sessions) if rate == 0 else self.world.dialect.at_once
             if len(self._arriving) >= max(1, at_once):
                 return                          # arrived() calls again
-            if rate and self.now < self._next_link_at:
+            if rate and self.now < self._next_link_at or opened == LINKS_A_TURN:
                 self._pump_soon()
                 return
             session = self._queue.popleft()
@@ -4177,6 +4196,7 @@ class Hub:
                 continue
             self._next_link_at = self.now + 1 / rate if rate else 0.0
             self._arriving.add(session)
+            opened += 1
             if session.state is State.WAITING and session.trials:
                 self._expect_noise(session.trials[0].character)
             self._safely(session.open_link)
@@ -4275,7 +4295,8 @@ class Hub:
         self._set_health(Health.UP)
         if was is Health.SILENT:
             self._each("on_world_silent", False)
-        names = collections.Counter(it.login.character for it in self.sessions.values() if it.login)
+        logins = [it.login or it.pending for it in self.sessions.values()]
+        names = collections.Counter(login.character for login in logins if login)
         self.doubles = {name for name, count in names.items() if count > 1}
         if world.life.startswith("?"):
             self.later(ADOPT_SECONDS, self._adopt, world.life)

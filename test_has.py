@@ -3304,7 +3304,6 @@ class TestProof(unittest.TestCase):
                 for chunks in splits(data):
                     proof = has.Proof(DIALECTS[family], True)
                     proof.script(GOOD)
-                    proof.telnet = True
                     for chunk in chunks:
                         self.assertFalse(proof.ended, (family, chunks))
                         self.assertEqual(proof.feed(chunk), b"")
@@ -3326,7 +3325,7 @@ class TestProof(unittest.TestCase):
         arrival = b"MAIL: You have 0 messages.\r\nThe Void\r\nAlice has connected.\r\n"
         for right, data in ((True, SHOWN["teenymush"][0] + arrival), (False, b"banner\n" + SHOWN["teenymush"][1])):
             for chunks in splits(data):
-                proof = has.Proof(DIALECTS["teenymush"], True)
+                proof = has.Proof(DIALECTS["teenymush"], True, telnet=False)
                 proof.script(GOOD)
                 for chunk in chunks:
                     self.assertFalse(proof.ended, chunks)
