@@ -880,7 +880,7 @@ class World:
 
     def _affordable(self, conn):
         """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
-        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA"):
+        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA") == "YES":
             return True
         seconds = int(time.monotonic() - conn.refilled)
         conn.refilled += seconds
@@ -1075,6 +1075,9 @@ class Softcode:
     def f_lwho(self, args):
         form = "#{0}:{1}" if args[0] else "#{0}"
         return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
+
+    def f_hasflag(self, args):
+        return str(int(self.wizard and args == ["me", "wizard"]))
 
     def f_version(self, args):
         return self.world.VERSION
@@ -1327,9 +1330,21 @@ class TeenyMUSH(Mush):
     KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
     MORE_GAME = {"quit": "atquit", "who": "who"}
     USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
+    stable = False              # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
+
+    def __init__(self, *args, **quirks):
+        super().__init__(*args, **quirks)
+        self.telnet = self.telnet and not self.stable
+
+    def clean(self, piece):
+        """Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
+        return bytes(byte for byte in piece if byte < 128) if self.stable else piece
 
     def decode(self, conn, line):
         return line.decode("utf-8", "replace")
+
+    def encode(self, conn, text):
+        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player else text)
 
     def arrived(self, conn, lines):
         """Login commands run at once; in the game the lines of one read run last first."""
@@ -1345,20 +1360,23 @@ class TeenyMUSH(Mush):
     def login_screen(self, conn, line):
         word, rest = first_word(line, " ")
         low = word.lower()
-        if not low or "who".startswith(low):
+        if not low or self.means(low, "who"):
             self.do_who(conn, rest)
         elif low == "quit":
             conn.finish("\n")
-        elif len(low) > 1 and "connect".startswith(low):
+        elif len(low) > 1 and self.means(low, "connect"):
             self.connect_line(conn, rest)
-        elif "create".startswith(low):                          # "c NAME PASS" is create
+        elif self.means(low, "create"):                         # "c NAME PASS" is create
             self.create_line(conn, rest)
-        elif len(low) > 1 and "@remotehostname".startswith(low):
+        elif len(low) > 1 and self.means(low, "@remotehostname"):
             self.remotehostname(conn, rest)
         elif low in ("screenwidth", "screenheight"):
             conn.settings[low.upper()] = rest
         else:
             conn.tell(self.BANNER)
+
+    def means(self, typed, word):
+        return typed == word if self.stable else word.startswith(typed)
 
     def connect_line(self, conn, rest):
         match = re.fullmatch('(?:"([^"]*)"|([^ ]+))(?: +([^ ]+))? *', rest)
@@ -1399,8 +1417,8 @@ class TeenyMUSH(Mush):
         return None
 
     def greet(self, conn, name, created, again):
-        conn.tell(self.MOTD)
-        conn.tell("Last connect was from %s on %s\n\n" % (conn.host, self.date()))      # this very connection
+        conn.write(self.MOTD.encode())                          # these two with LF in every build
+        conn.write(b"Last connect was from %s on %s\n\n" % (conn.host.encode(), self.date().encode()))  # this very one
         for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
             self._player(name, text)
 
@@ -1412,7 +1430,8 @@ class TeenyMUSH(Mush):
             self.play(conn, line)
 
     def do_atquit(self, conn, rest, switch):
-        conn.finish("\n")
+        conn.write(b"\n")
+        conn.finish()
 
     def do_who(self, conn, rest):
         wizard = conn.player and self.is_wizard(conn.player)
@@ -1541,11 +1560,10 @@ class CMush(Mush):
         elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
             getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
         else:
-            conn.settings[name] = rest.strip(" ")
-            self.setting(conn, name, rest)
+            self.setting(conn, name, rest.strip(" "))
 
     def setting(self, conn, name, rest):
-        pass
+        conn.settings[name] = rest
 
     def screen_quit(self, conn, rest):
         conn.finish((self.QUIT_TEXT + self.last_mail(conn)) if conn.player else "")
@@ -1725,6 +1743,8 @@ class PennMUSH(CMush):
              "taken": "You can't give a player that name or alias.\r\n", "bad name": "You can't give a player that name or alias.\r\n"}
     MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
     TAKEN = "There is already a player with that name.\r\n"
+    SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
+                       "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
 
     # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
 
@@ -1832,9 +1852,16 @@ class PennMUSH(CMush):
         conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
 
     def setting(self, conn, name, rest):
-        if name == "SOCKSET" and rest.strip().upper() == "NOQUOTA=YES" and conn.player and self.is_wizard(conn.player):
-            conn.settings["NOQUOTA"] = True
-            conn.tell("NOQUOTA turned on. Command quota is now ignored.\r\n")
+        """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
+        if name != "SOCKSET":
+            return super().setting(conn, name, rest)
+        option, equals, value = rest.upper().partition("=")
+        if not equals:
+            return conn.tell("\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
+        if option == "NOQUOTA" and not (conn.player and self.is_wizard(conn.player)):
+            return None
+        conn.settings[option] = value
+        return conn.tell(self.SOCKSET_ANSWERS.get(option, ""))
 
     def count(self, players):
         return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
@@ -1937,7 +1964,7 @@ class TinyMUSH(CMush):
     WRAPPED_GAME = CMush.SCREEN
     WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
     INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
-    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports"]
+    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
     MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
 
     def _sequence(self, conn, data, iac, text):
@@ -2016,7 +2043,7 @@ class TinyMUX(CMush):
     FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
     WHO_GAME = TinyMUSH.WHO_GAME
     INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
-    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports"]
+    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
     VERSION, MAX_LOGIN = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400
     MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
     NULL_PASSWORD = "Null passwords are not allowed.\r\n"
@@ -2044,6 +2071,12 @@ class TinyMUX(CMush):
 
     def login_name(self, text):
         return None if text.startswith("#") else self.find(text)
+
+    def game(self, conn, line):
+        super().game(conn, line.lstrip(" "))
+
+    def new_name(self, conn, new):
+        return super().new_name(conn, Softcode(self, conn).run(new))
 
     def try_connect(self, conn, name_text, password, dark=False):
         if name_text.lower() == "guest" and not self.guests:
