@@ -2925,7 +2925,7 @@ class Connection:
         self.blind, self.checks, self.told, self.rights = False, False, True, True
         self.scanner = Scanner()
         self.text = b""            # received and not yet looked at
-        self.heard = b""           # the end of all text received
+        self.heard = b""           # the end of the text received since send()
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
         self.refused = False       # the world said that the login was wrong
@@ -2966,6 +2966,7 @@ class Connection:
 
     def send(self, data):
         """Send a short line; Lost if the connection is gone."""
+        self.heard = b"" if self.ended is None else self.heard
         try:
             self.sock.setblocking(True)
             self.sock.settimeout(2)
@@ -2977,8 +2978,9 @@ class Connection:
 
     def lost(self, why=None):
         """A Lost that says why, with the world's last words: "not allowed from this host" explains much."""
-        words = printable(self.heard.strip().rpartition(b"\n")[2].strip())[:150]
-        shown = f'; its last words: "{words}"' if words and self.settings.hb_pass not in words else ""
+        lines = [line.strip() for line in self.heard.split(b"\n") if re.search(rb"[A-Za-z\x80-\xff]", line)]
+        words = printable(b" ".join(lines[-3:]))
+        shown = f'; its last words: "{words[:250]}"' if words and self.settings.hb_pass not in words else ""
         lost = Lost((why or self.ended) + shown)
         lost.accepted = True
         return lost
