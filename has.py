@@ -899,6 +899,7 @@ class TeenyMUSH(Dialect):
         login = super().read_login(line.replace(b"\t", b"\x00"))
         if not login or re.search(rb"(\S+)\s*\Z", line).group(1) != login.password:
             return None                         # exactly two words: `connect a b c` is malformed
+        login.verb = b"connect"                 # older builds know it by no other name
         # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
         return login if all(ord(c) < 256 for c in login.password.decode("utf-8", "replace")) else None
 
@@ -2504,7 +2505,8 @@ class Session:
 
     def _logged_in(self, login):
         """A typed login took."""
-        self.login, self.previous, self.pending, self.unproven = login, None, None, None
+        others = self.proof.others
+        self.login, self.previous, self.pending, self.unproven = login, others[-1] if others else None, None, None
         self.proven = login.character
         self.hub.logins_tried.pop(self.host, None)
         self._enter(State.PLAYING)
@@ -2513,7 +2515,7 @@ class Session:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
             self.checked = login                # without marks the text alone is half a proof
-            self.hub.check(self, [login, *self.proof.others])
+            self.hub.check(self, [login, *others])
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
@@ -2534,10 +2536,10 @@ class Session:
         """The heartbeat's second proof of a typed login, and of those typed right behind it."""
         right = [pair for pair, verdict in zip([self.login, *self.proof.others], verdicts) if verdict]
         if right:
-            self.login, self.proven = right[0], right[0].character
+            self.login, self.previous, self.proven = right[0], None, right[0].character
         elif verdicts[0] is False:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
-            self.login = None
+            self.login = self.previous = None
 
     def _watch_change(self, text):
         """Follow a change of password or name once the world confirms it (rule 7)."""

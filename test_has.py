@@ -2885,10 +2885,12 @@ class TestLogin(unittest.TestCase):
     T, P, Y, X, R = FAMILIES
     A = (b"Alice", b"alicepw")
     CASES = (  # typed line, families that take it as a login, (verb, name, password); the others do not
-        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)),
-        (b"con Alice alicepw", FAMILIES, (b"con", *A)), (b"co Alice alicepw", FAMILIES, (b"co", *A)),
+        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)), (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
+        (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)), (b"con Alice alicepw", (T,), (b"connect", *A)),
         (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"connect", *A)),          # create
-        (b"CONNECT Alice alicepw", (T, P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (T, P, R), (b"Connect", *A)),
+        (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
+        (b"co Alice alicepw", (T,), (b"connect", *A)), (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
+        (b"Connect Alice alicepw", (T,), (b"connect", *A)),
         (b"cox Alice alicepw", (Y, X), (b"cox", *A)), (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
         (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)), (b"ch Alice alicepw", (P, R), (b"ch", *A)),
         (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
