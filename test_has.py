@@ -200,6 +200,11 @@ class Has:
     def client(self, **more):
         return Client(self.port, **more)
 
+    def probe(self):
+        """What `--check --probe` prints with the same has.conf."""
+        return subprocess.run([sys.executable, HAS, "--config", self.conf, "--check", "--probe"], timeout=20,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+
     def memory(self):
         """Resident kilobytes."""
         with open(f"/proc/{self.process.pid}/status") as file:
@@ -5252,6 +5257,43 @@ class TestWorldHealth(Case):
                 world.start()
                 alice.expect(re.escape(ONLINE))
 
+    def test_heartbeat_without_the_flag_it_needs_while_logins_are_disabled(self):
+        for family in ("tinymux", "tinymush"):
+            with self.subTest(family):
+                world = self.world(family)
+                has = Has(self, mush_address=world.address).wait_up()
+                self.assertRegex(has.probe(), "heartbeat's flag: nothing is missing")
+                self.assertNotIn(b"WARNING 127", has.log)
+                world.wizards = {"Wizard"}
+                world.boot("heartbeat")
+                has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+                self.assertRegex(has.probe(), "heartbeat's flag: lacks WIZARD")
+
+    def test_a_heartbeat_shut_out_tries_seldom_and_gets_in_by_itself(self):
+        text = pathlib.Path(HAS).read_text().replace("LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(text)
+            script.flush()
+            world = self.world()
+            world.wizards = {"Wizard"}
+            has = Has(self, script=script.name, mush_address=world.address, beat=0.05).wait_up()
+            alice = self.client(has, "connect Alice alicepw", world, "Alice")
+            world.disable_logins()
+            started, before = time.monotonic(), len(world.lines)
+            world.boot("heartbeat")
+            world.wait(lambda w: len(self.tries(w.lines[before:])) == 2, what="two tries")
+            self.assertGreater(time.monotonic() - started, 1)
+            has.wait_count(b"does not take the heartbeat's login", 2)
+            self.assertEqual(len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
+            world.disable_logins(False)
+            world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is in")
+            alice.barrier()
+            self.assertNotIn(b"NOTICE", alice.seen)
+
+    @staticmethod
+    def tries(lines):
+        return [line for _, line in lines if line.startswith(b"connect heartbeat")]
+
     def test_families_are_recognised(self):
         for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
             with self.subTest(family):
@@ -5300,6 +5342,8 @@ class Scenarios:
 
     family = None
     quit, logout = "QUIT", "LOGOUT"
+    logouts = ("LOGOUT",)                       # all ways to type it
+    settles = True
     quirks = {}
 
     def setUp(self):
@@ -5462,7 +5506,7 @@ class Scenarios:
         self.world.kill()
         self.went_down(first, second)
         self.world.start()
-        if self.family == "tinymush":           # there the second's login text cannot be told from the game's
+        if not self.settles:                    # there the second's login text cannot be told from the game's
             for client in (first, second):
                 client.expect(re.escape(ONLINE))
         else:
@@ -5472,8 +5516,6 @@ class Scenarios:
         self.in_game(second)
 
     def test_logout(self):
-        if not self.logout:
-            self.skipTest("this family has no LOGOUT")
         alice = self.login()
         alice.send(self.logout + "\r\n").expect("(?i)welcome|connect")
         self.world.wait(lambda w: not w.online("Alice"), what="Alice is out")
@@ -5483,6 +5525,60 @@ class Scenarios:
         alice.expect(re.escape(ONLINE))
         alice.expect("(?i)welcome|connect")
         self.assertFalse(self.world.online("Alice"))
+
+    def next_login(self, client, logout, name="Bob", password="bobpw"):
+        """Somebody else logs in on a link that its user has logged out from."""
+        client.send(logout + "\r\n").expect("(?i)welcome|connect")
+        self.world.wait(lambda w: not w.online("Alice"), what="Alice is out")
+        client.send(f"connect {name} {password}\r\n")
+        self.world.wait(lambda w: w.online(name), what=f"{name} is in")
+
+    def test_who_logged_in_last_is_brought_back(self):
+        for logout in self.logouts:
+            with self.subTest(logout):
+                client = self.login()
+                self.next_login(client, logout)
+                client.barrier()
+                self.rides_through(client)
+                self.assertTrue(self.world.online("Bob"))
+                self.assertFalse(self.world.online("Alice"))
+                client.send(self.quit + "\r\n").expect_end()
+
+    def test_a_prefix_goes_with_its_owner(self):
+        client = self.login()
+        client.send("OUTPUTPREFIX <<\r\nthink mine\r\n").expect("<<\r\nmine\r\n")
+        self.next_login(client, self.logout)
+        client.barrier()
+        self.assertEqual(client.send("think yours\r\n").expect("yours\r\n"), b"yours\r\n")
+        self.rides_through(client)
+        self.assertEqual(client.send("think still yours\r\n").expect("yours\r\n"), b"still yours\r\n")
+
+    def test_logins_are_closed_to_the_heartbeat(self):
+        """A world that hangs up on the heartbeat's login lives: nobody notices, and the log says why, once."""
+        alice = self.login()
+        self.take_the_heartbeats_flag()
+        self.world.disable_logins()
+        self.world.boot("heartbeat")
+        self.has.wait_log(rb"heartbeat is back \(without heartbeat login\)")
+        alice.barrier()
+        warning = self.has.wait_log(rb"WARNING .*does not take the heartbeat's login.*").group()
+        self.assertRegex(warning, rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
+        newcomer = self.has.client()
+        self.addCleanup(newcomer.close)
+        newcomer.expect("(?i)connect")
+        alice.barrier()
+        self.assertNotIn(b"# NOTICE #", alice.seen + newcomer.seen)
+        self.assertEqual(self.has.log.count(b"does not take the heartbeat's login"), 1)
+        self.world.disable_logins(False)
+        after = len(self.has.log)
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"heartbeat is back: ", after=after)
+        self.world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is back")
+        alice.barrier()
+        self.assertNotIn(b"# NOTICE #", alice.seen)
+
+    def take_the_heartbeats_flag(self):
+        self.world.wizards = {"Wizard"}
 
     def test_logins_disabled_after_return(self):
         alice = self.login()
@@ -5510,8 +5606,8 @@ class Scenarios:
 class TestTeeny(Scenarios, unittest.TestCase):
     family = "teenymush"
     quirks = {"shutdown_delay": 0.5}
-    logout = None
-    test_logins_disabled_after_return = None
+    test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None    # has neither
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None
 
     def test_renamed_at_once(self):
         """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
@@ -5530,9 +5626,94 @@ class TestTeeny(Scenarios, unittest.TestCase):
         self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
 
 
+    def test_a_password_that_no_player_can_have(self):
+        """Text outside Latin-1 brings no outcome, and is shown to a whole room: once, as typed, and not by HAS."""
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.send("connect Carol \u65e5\u672c\r\n").expect("crashed the server")
+        client.send("connect Alice alicepw\r\n")
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        client.barrier()
+        self.rides_through(client)
+        self.assertTrue(self.world.online("Alice"))
+        self.assertEqual(sum("\u65e5".encode() in line for _, line in self.world.lines), 1)
+
+
+class TestTeenyStable(TestTeeny):
+    """Builds that speak no telnet and read it as text."""
+    quirks, settles = {**TestTeeny.quirks, "stable": True}, False
+    test_a_password_that_no_player_can_have = None          # it drops such text
+    # as in the other builds:
+    test_evil_passwords = test_heartbeat_booted_disturbs_nobody = test_shutdown = test_renamed_at_once = None
+    test_rename = test_password_change_is_followed_and_its_loss_survived = None
+
+    def test_heartbeat_gets_in(self):
+        self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+        self.assertNotRegex(self.has.log, rb"WARNING 127|without heartbeat")
+
+    def test_first_line_after_a_return_is_unspoiled(self):
+        alice = self.login()
+        self.rides_through(alice)
+        alice.send("think first\r\n").expect("first")
+        alice, = self.world.online("Alice")
+        self.assertRegex(b"\n".join(alice.lines),
+                         rb"\A@remotehostname 127.0.0.1=\d+\nconnect Alice alicepw\nsay barrier-\d+\nthink first\Z")
+
+    def test_abbreviated_login_that_it_does_not_know(self):
+        """`con` brings the login screen and no outcome: the next outcome is the next line's."""
+        for may_check in (True, False):
+            with self.subTest(may_check=may_check):
+                client = self.has.client()
+                self.addCleanup(client.close)
+                client.send("con Alice wrong\r\n").expect("(?s)Welcome.*Welcome")
+                client.send("connect Alice alicepw\r\n")
+                self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+                client.barrier()
+                self.rides_through(client)
+                self.assertTrue(self.world.online("Alice"))
+                client.send("QUIT\r\n").expect_end()
+                self.take_the_heartbeats_flag()
+                self.world.boot("heartbeat")
+                self.has.wait_log(rb"may not check passwords")
+
+
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
     quirks = {"silent_start": 0.1}
+
+    def test_pairs_known_to_be_wrong_are_not_sent(self):
+        """After ten failures nobody behind HAS's address could log in."""
+        alice = self.login()
+        others = [self.login(name, name.lower() + "pw") for name in ("Bob", "Carol")]
+        self.world.kill()
+        self.went_down(alice, *others)
+        alice.text = b""
+        self.world.players.update(Bob="changed", Carol="changed")
+        self.world.start()
+        self.came_back(alice)
+        for other in others:
+            other.expect(re.escape(REFUSED))
+            other.expect("(?i)connect")
+        self.assertEqual((self.world.ip_failures, self.world.failed), ({}, {}))
+        others[0].send("connect Bob changed\r\n")
+        self.world.wait(lambda w: w.online("Bob"), what="Bob is in")
+
+    def test_all_socket_settings_are_repeated(self):
+        wizard = self.login("Wizard", "wizpw")
+        wizard.send("SOCKSET NOQUOTA=yes\r\nSOCKSET PROMPT_NEWLINES=0\r\nSOCKSET\r\nOUTPUTPREFIX <<\r\n")
+        wizard.expect("NOQUOTA turned on(?s:.*)No newline will(?s:.*)NOQUOTA +:  YES")
+        wizard.barrier()
+        before, = self.world.online("Wizard")
+        wizard.text = b""
+        self.world.kill()
+        self.went_down(wizard)
+        wizard.text = b""
+        self.world.start()
+        self.assertEqual(wizard.expect(re.escape(ONLINE) + r"\r\n"), b"\x1b[0m" + ONLINE.encode() + b"\r\n")
+        self.assertEqual(wizard.barrier(), b"<<\r\n")
+        after, = self.world.online("Wizard")
+        self.assertEqual((after.settings, after.prefix), (before.settings, "<<"))
+        self.assertNotIn(b"SOCKSET", after.lines)
 
 
 class TestPennUnix(TestPenn):
@@ -5544,11 +5725,22 @@ class TestPennUnix(TestPenn):
 
 class TestTinyMUSH(Scenarios, unittest.TestCase):
     family = "tinymush"
-    test_logins_disabled_after_return = None
+    logouts, settles = ("LOGOUT", "logout"), False
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None      # it crashes instead
 
 
 class TestTinyMUX(Scenarios, unittest.TestCase):
     family = "tinymux"
+    logouts = ("LOGOUT", "LOGOUT ", "LOGOUT now", "logout x", "LogOut", " LOGOUT")
+
+    def test_a_name_made_by_softcode_is_not_the_typed_text(self):
+        alice = self.login()
+        alice.send("@name me=[strcat(Ze,d)]\r\n").expect("Name set")
+        self.world.wait(lambda w: w.online("Zed"), what="Alice is Zed")
+        self.has.wait_log(rb"uses softcode in @name")
+        alice.barrier()
+        self.rides_through(alice, self.world.crash_losing)
+        self.assertFalse([line for _, line in self.world.lines if line.startswith(b"connect [")])
 
 
 class TestRhost(Scenarios, unittest.TestCase):
@@ -5590,12 +5782,15 @@ class RealWorld:
     def boot(self, name):
         self.command(f"@boot *{name}")
 
+    def disable_logins(self, yes=True):
+        self.command("@disable logins" if yes else "@enable logins")
+
 
 @unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
 class TestRealTinyMUX(Scenarios, unittest.TestCase):
     """The same, in front of the real server."""
 
-    family = "tinymux"
+    family, logouts = "tinymux", TestTinyMUX.logouts
     test_logins_disabled_after_return = None    # @disable does not outlive a real start
 
     def make_world(self):
@@ -5603,6 +5798,16 @@ class TestRealTinyMUX(Scenarios, unittest.TestCase):
 
     def evil_players(self):
         return []
+
+    def take_the_heartbeats_flag(self):
+        self.world.command("@set *heartbeat=!wizard")
+
+    def test_heartbeat_without_its_flag(self):
+        self.assertRegex(self.has.probe(), "heartbeat's flag: nothing is missing")
+        self.take_the_heartbeats_flag()
+        self.world.boot("heartbeat")
+        self.has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+        self.assertRegex(self.has.probe(), "heartbeat's flag: lacks WIZARD")
 
     def change_password_while_down(self):
         self.world.command("@newpassword *Alice=changed")
@@ -5724,6 +5929,22 @@ class TestRelay(Case):
 
 
 class TestCrashes(Case):
+    def test_guests_without_a_password_are_held_and_told(self):
+        for family in ("tinymux", "pennmush"):
+            with self.subTest(family):
+                world = self.world(family, guests=True, silent_start=0.1)
+                has = Has(self, mush_address=world.address, login_hold=0.2).wait_up()
+                newcomer, guest = self.client(has), self.client(has, "connect guest", world, "Guest")
+                newcomer.expect("(?i)connect")
+                world.kill()
+                guest.expect(re.escape(OFFLINE))
+                self.assertIn(b"come back later", newcomer.expect_end())
+                guest.send("anybody?\r\n").expect(re.escape(UNSENT) + r" anybody\?")
+                world.start()
+                guest.expect(r"ONLINE again\. Guests have to log in again\.\r\n")
+                guest.expect("(?i)connect")
+                self.assertFalse(world.online("Guest"))
+
     def test_twenty_crashes_with_eight_users_and_resets(self):
         world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
         has = Has(self, mush_address=world.address, beat=0.5).wait_up()
@@ -5760,6 +5981,39 @@ class TestCrashes(Case):
 
 class TestAddress(Case):
     """The world learns who a user is, and nobody can lie about it (rule 9)."""
+
+    def test_rhostmush_that_greets_only_whose_address_it_knows(self):
+        world = self.world("rhostmush", silent_banner=True)
+        has = Has(self, mush_address=world.address).wait_up()
+        newcomer = self.client(has)
+        newcomer.expect("Welcome to RhostMUSH")
+        newcomer.send("connect Alice alicepw\r\n")
+        world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.assertEqual(world.online("Alice")[0].address_given, "127.0.0.1")
+        self.assertNotIn(b"WARNING 127", has.log)
+
+    def test_rhostmush_that_hangs_up_on_the_address_line(self):
+        for words, quirks, settings in (
+                (b"SSL Connections are not allowed from your site.", {"trusted_address": False}, {}),
+                (b"SSL attempt to negotiate without SSL enabled.", {"proxy_enabled": False, "sconnect_cmd": "SESAME"},
+                 {"remotehostname_cmd": "SESAME"})):
+            with self.subTest(words):
+                world = self.world("rhostmush", **quirks)
+                has = Has(self, mush_address=world.address, **settings).wait_up()
+                world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+                warning = rb"WARNING .*hangs up on the line that hands over addresses.*" + re.escape(words)
+                has.wait_log(warning)
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+                alice.barrier()
+                newcomer = self.client(has)
+                newcomer.expect("Welcome to RhostMUSH")
+                self.assertEqual(len(re.findall(warning, has.log)), 1)
+                told = [line for _, line in world.lines if line.startswith((b"PROXY", b"SESAME"))]
+                self.assertEqual(len(told), 1)
 
     def test_teenymush_keeps_address_and_time_over_a_return(self):
         world = self.world("teenymush")
@@ -6551,6 +6805,25 @@ class TestTelnetTeeny(TelnetFamily, TelnetCase):
 
 class TestTelnetPenn(TelnetFamily, TelnetCase):
     family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+
+    def test_a_password_with_an_accent(self):
+        """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
+        for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
+            with self.subTest(name):
+                self.world.players[name] = read_as
+                client = Terminal(self.has.port, agrees)
+                self.addCleanup(client.close)
+                client.expect("(?i)connect")
+                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees), what="CHARSET is settled")
+                client.send(f"connect {name} p\u00e9pin\r\n")
+                self.world.wait(lambda w: w.online(name), what=f"{name} is in")
+                client.barrier()
+                self.crash(client)
+                self.world.start()
+                conn = self.came_back(client, name=name)
+                self.assertEqual(conn.utf8, bool(agrees))
+                client.close()
+                self.world.wait(lambda w: not w.online(name), what=f"{name} has left")
 
 
 class TestTelnetPennUnix(TestTelnetPenn):
