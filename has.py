@@ -912,6 +912,7 @@ class TeenyMUSH(Dialect):
         login = super().read_login(line.replace(b"\t", b"\x00"))
         if not login or re.search(rb"(\S+)\s*\Z", line).group(1) != login.password:
             return None                         # exactly two words: `connect a b c` is malformed
+        login.verb = b"connect"                 # older builds know it by no other name
         # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
         return login if all(ord(c) < 256 for c in login.password.decode("utf-8", "replace")) else None
 
@@ -2523,7 +2524,8 @@ class Session:
 
     def _logged_in(self, login):
         """A typed login took."""
-        self.login, self.previous, self.pending, self.unproven = login, None, None, None
+        others = self.proof.others
+        self.login, self.previous, self.pending, self.unproven = login, others[-1] if others else None, None, None
         self.proven = login.character
         self.hub.logins_tried.pop(self.host, None)
         self._enter(State.PLAYING)
@@ -2532,7 +2534,7 @@ class Session:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
             self.checked = login                # without marks the text alone is half a proof
-            self.hub.check(self, [login, *self.proof.others])
+            self.hub.check(self, [login, *others])
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
@@ -2553,10 +2555,10 @@ class Session:
         """The heartbeat's second proof of a typed login, and of those typed right behind it."""
         right = [pair for pair, verdict in zip([self.login, *self.proof.others], verdicts) if verdict]
         if right:
-            self.login, self.proven = right[0], right[0].character
+            self.login, self.previous, self.proven = right[0], None, right[0].character
         elif verdicts[0] is False:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
-            self.login = None
+            self.login = self.previous = None
 
     def _watch_change(self, text):
         """Follow a change of password or name once the world confirms it (rule 7)."""
@@ -2949,7 +2951,7 @@ class Connection:
         self.blind, self.checks, self.told, self.rights, self.telnet = False, False, True, True, True
         self.scanner = Scanner()
         self.text = b""            # received and not yet looked at
-        self.heard = b""           # the end of all text received
+        self.heard = b""           # the end of the text received since send()
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
         self.refused = False       # the world said that the login was wrong
@@ -2990,6 +2992,7 @@ class Connection:
 
     def send(self, data):
         """Send a short line; Lost if the connection is gone."""
+        self.heard = b"" if self.ended is None else self.heard
         try:
             self.sock.setblocking(True)
             self.sock.settimeout(2)
@@ -3001,8 +3004,9 @@ class Connection:
 
     def lost(self, why=None):
         """A Lost that says why, with the world's last words: "not allowed from this host" explains much."""
-        words = printable(self.heard.strip().rpartition(b"\n")[2].strip())[:150]
-        shown = f'; its last words: "{words}"' if words and self.settings.hb_pass not in words else ""
+        lines = [line.strip() for line in self.heard.split(b"\n") if re.search(rb"[A-Za-z\x80-\xff]", line)]
+        words = printable(b" ".join(lines[-3:]))
+        shown = f'; its last words: "{words[:250]}"' if words and self.settings.hb_pass not in words else ""
         lost = Lost((why or self.ended) + shown)
         lost.accepted = True
         return lost

@@ -200,6 +200,11 @@ class Has:
     def client(self, **more):
         return Client(self.port, **more)
 
+    def probe(self):
+        """What `--check --probe` prints with the same has.conf."""
+        return subprocess.run([sys.executable, HAS, "--config", self.conf, "--check", "--probe"], timeout=20,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+
     def memory(self):
         """Resident kilobytes."""
         with open(f"/proc/{self.process.pid}/status") as file:
@@ -879,7 +884,7 @@ class World:
 
     def _affordable(self, conn):
         """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
-        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA"):
+        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA") == "YES":
             return True
         seconds = int(time.monotonic() - conn.refilled)
         conn.refilled += seconds
@@ -1074,6 +1079,9 @@ class Softcode:
     def f_lwho(self, args):
         form = "#{0}:{1}" if args[0] else "#{0}"
         return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
+
+    def f_hasflag(self, args):
+        return str(int(self.wizard and args == ["me", "wizard"]))
 
     def f_version(self, args):
         return self.world.VERSION
@@ -1326,9 +1334,21 @@ class TeenyMUSH(Mush):
     KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
     MORE_GAME = {"quit": "atquit", "who": "who"}
     USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
+    stable = False              # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
+
+    def __init__(self, *args, **quirks):
+        super().__init__(*args, **quirks)
+        self.telnet = self.telnet and not self.stable
+
+    def clean(self, piece):
+        """Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
+        return bytes(byte for byte in piece if byte < 128) if self.stable else piece
 
     def decode(self, conn, line):
         return line.decode("utf-8", "replace")
+
+    def encode(self, conn, text):
+        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player else text)
 
     def arrived(self, conn, lines):
         """Login commands run at once; in the game the lines of one read run last first."""
@@ -1344,20 +1364,23 @@ class TeenyMUSH(Mush):
     def login_screen(self, conn, line):
         word, rest = first_word(line, " ")
         low = word.lower()
-        if not low or "who".startswith(low):
+        if not low or self.means(low, "who"):
             self.do_who(conn, rest)
         elif low == "quit":
             conn.finish("\n")
-        elif len(low) > 1 and "connect".startswith(low):
+        elif len(low) > 1 and self.means(low, "connect"):
             self.connect_line(conn, rest)
-        elif "create".startswith(low):                          # "c NAME PASS" is create
+        elif self.means(low, "create"):                         # "c NAME PASS" is create
             self.create_line(conn, rest)
-        elif len(low) > 1 and "@remotehostname".startswith(low):
+        elif len(low) > 1 and self.means(low, "@remotehostname"):
             self.remotehostname(conn, rest)
         elif low in ("screenwidth", "screenheight"):
             conn.settings[low.upper()] = rest
         else:
             conn.tell(self.BANNER)
+
+    def means(self, typed, word):
+        return typed == word if self.stable else word.startswith(typed)
 
     def connect_line(self, conn, rest):
         match = re.fullmatch('(?:"([^"]*)"|([^ ]+))(?: +([^ ]+))? *', rest)
@@ -1398,8 +1421,8 @@ class TeenyMUSH(Mush):
         return None
 
     def greet(self, conn, name, created, again):
-        conn.tell(self.MOTD)
-        conn.tell("Last connect was from %s on %s\n\n" % (conn.host, self.date()))      # this very connection
+        conn.write(self.MOTD.encode())                          # these two with LF in every build
+        conn.write(b"Last connect was from %s on %s\n\n" % (conn.host.encode(), self.date().encode()))  # this very one
         for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
             self._player(name, text)
 
@@ -1411,7 +1434,8 @@ class TeenyMUSH(Mush):
             self.play(conn, line)
 
     def do_atquit(self, conn, rest, switch):
-        conn.finish("\n")
+        conn.write(b"\n")
+        conn.finish()
 
     def do_who(self, conn, rest):
         wizard = conn.player and self.is_wizard(conn.player)
@@ -1540,11 +1564,10 @@ class CMush(Mush):
         elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
             getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
         else:
-            conn.settings[name] = rest.strip(" ")
-            self.setting(conn, name, rest)
+            self.setting(conn, name, rest.strip(" "))
 
     def setting(self, conn, name, rest):
-        pass
+        conn.settings[name] = rest
 
     def screen_quit(self, conn, rest):
         conn.finish((self.QUIT_TEXT + self.last_mail(conn)) if conn.player else "")
@@ -1724,6 +1747,8 @@ class PennMUSH(CMush):
              "taken": "You can't give a player that name or alias.\r\n", "bad name": "You can't give a player that name or alias.\r\n"}
     MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
     TAKEN = "There is already a player with that name.\r\n"
+    SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
+                       "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
 
     # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
 
@@ -1831,9 +1856,16 @@ class PennMUSH(CMush):
         conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
 
     def setting(self, conn, name, rest):
-        if name == "SOCKSET" and rest.strip().upper() == "NOQUOTA=YES" and conn.player and self.is_wizard(conn.player):
-            conn.settings["NOQUOTA"] = True
-            conn.tell("NOQUOTA turned on. Command quota is now ignored.\r\n")
+        """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
+        if name != "SOCKSET":
+            return super().setting(conn, name, rest)
+        option, equals, value = rest.upper().partition("=")
+        if not equals:
+            return conn.tell("\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
+        if option == "NOQUOTA" and not (conn.player and self.is_wizard(conn.player)):
+            return None
+        conn.settings[option] = value
+        return conn.tell(self.SOCKSET_ANSWERS.get(option, ""))
 
     def count(self, players):
         return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
@@ -1936,7 +1968,7 @@ class TinyMUSH(CMush):
     WRAPPED_GAME = CMush.SCREEN
     WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
     INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
-    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports"]
+    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
     MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
 
     def _sequence(self, conn, data, iac, text):
@@ -2015,7 +2047,7 @@ class TinyMUX(CMush):
     FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
     WHO_GAME = TinyMUSH.WHO_GAME
     INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
-    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports"]
+    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
     VERSION, MAX_LOGIN = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400
     MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
     NULL_PASSWORD = "Null passwords are not allowed.\r\n"
@@ -2043,6 +2075,12 @@ class TinyMUX(CMush):
 
     def login_name(self, text):
         return None if text.startswith("#") else self.find(text)
+
+    def game(self, conn, line):
+        super().game(conn, line.lstrip(" "))
+
+    def new_name(self, conn, new):
+        return super().new_name(conn, Softcode(self, conn).run(new))
 
     def try_connect(self, conn, name_text, password, dark=False):
         if name_text.lower() == "guest" and not self.guests:
@@ -2864,10 +2902,12 @@ class TestLogin(unittest.TestCase):
     T, P, Y, X, R = FAMILIES
     A = (b"Alice", b"alicepw")
     CASES = (  # typed line, families that take it as a login, (verb, name, password); the others do not
-        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)),
-        (b"con Alice alicepw", FAMILIES, (b"con", *A)), (b"co Alice alicepw", FAMILIES, (b"co", *A)),
+        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)), (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
+        (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)), (b"con Alice alicepw", (T,), (b"connect", *A)),
         (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"connect", *A)),          # create
-        (b"CONNECT Alice alicepw", (T, P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (T, P, R), (b"Connect", *A)),
+        (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
+        (b"co Alice alicepw", (T,), (b"connect", *A)), (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
+        (b"Connect Alice alicepw", (T,), (b"connect", *A)),
         (b"cox Alice alicepw", (Y, X), (b"cox", *A)), (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
         (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)), (b"ch Alice alicepw", (P, R), (b"ch", *A)),
         (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
@@ -5228,6 +5268,43 @@ class TestWorldHealth(Case):
                 world.start()
                 alice.expect(re.escape(ONLINE))
 
+    def test_heartbeat_without_the_flag_it_needs_while_logins_are_disabled(self):
+        for family in ("tinymux", "tinymush"):
+            with self.subTest(family):
+                world = self.world(family)
+                has = Has(self, mush_address=world.address).wait_up()
+                self.assertRegex(has.probe(), "heartbeat's flag: nothing is missing")
+                self.assertNotIn(b"WARNING 127", has.log)
+                world.wizards = {"Wizard"}
+                world.boot("heartbeat")
+                has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+                self.assertRegex(has.probe(), "heartbeat's flag: lacks WIZARD")
+
+    def test_a_heartbeat_shut_out_tries_seldom_and_gets_in_by_itself(self):
+        text = pathlib.Path(HAS).read_text().replace("LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(text)
+            script.flush()
+            world = self.world()
+            world.wizards = {"Wizard"}
+            has = Has(self, script=script.name, mush_address=world.address, beat=0.05).wait_up()
+            alice = self.client(has, "connect Alice alicepw", world, "Alice")
+            world.disable_logins()
+            started, before = time.monotonic(), len(world.lines)
+            world.boot("heartbeat")
+            world.wait(lambda w: len(self.tries(w.lines[before:])) == 2, what="two tries")
+            self.assertGreater(time.monotonic() - started, 1)
+            has.wait_count(b"does not take the heartbeat's login", 2)
+            self.assertEqual(len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
+            world.disable_logins(False)
+            world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is in")
+            alice.barrier()
+            self.assertNotIn(b"NOTICE", alice.seen)
+
+    @staticmethod
+    def tries(lines):
+        return [line for _, line in lines if line.startswith(b"connect heartbeat")]
+
     def test_families_are_recognised(self):
         for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
             with self.subTest(family):
@@ -5276,6 +5353,8 @@ class Scenarios:
 
     family = None
     quit, logout = "QUIT", "LOGOUT"
+    logouts = ("LOGOUT",)                       # all ways to type it
+    settles = True
     quirks = {}
 
     def setUp(self):
@@ -5438,7 +5517,7 @@ class Scenarios:
         self.world.kill()
         self.went_down(first, second)
         self.world.start()
-        if self.family == "tinymush":           # there the second's login text cannot be told from the game's
+        if not self.settles:                    # there the second's login text cannot be told from the game's
             for client in (first, second):
                 client.expect(re.escape(ONLINE))
         else:
@@ -5448,8 +5527,6 @@ class Scenarios:
         self.in_game(second)
 
     def test_logout(self):
-        if not self.logout:
-            self.skipTest("this family has no LOGOUT")
         alice = self.login()
         alice.send(self.logout + "\r\n").expect("(?i)welcome|connect")
         self.world.wait(lambda w: not w.online("Alice"), what="Alice is out")
@@ -5459,6 +5536,60 @@ class Scenarios:
         alice.expect(re.escape(ONLINE))
         alice.expect("(?i)welcome|connect")
         self.assertFalse(self.world.online("Alice"))
+
+    def next_login(self, client, logout, name="Bob", password="bobpw"):
+        """Somebody else logs in on a link that its user has logged out from."""
+        client.send(logout + "\r\n").expect("(?i)welcome|connect")
+        self.world.wait(lambda w: not w.online("Alice"), what="Alice is out")
+        client.send(f"connect {name} {password}\r\n")
+        self.world.wait(lambda w: w.online(name), what=f"{name} is in")
+
+    def test_who_logged_in_last_is_brought_back(self):
+        for logout in self.logouts:
+            with self.subTest(logout):
+                client = self.login()
+                self.next_login(client, logout)
+                client.barrier()
+                self.rides_through(client)
+                self.assertTrue(self.world.online("Bob"))
+                self.assertFalse(self.world.online("Alice"))
+                client.send(self.quit + "\r\n").expect_end()
+
+    def test_a_prefix_goes_with_its_owner(self):
+        client = self.login()
+        client.send("OUTPUTPREFIX <<\r\nthink mine\r\n").expect("<<\r\nmine\r\n")
+        self.next_login(client, self.logout)
+        client.barrier()
+        self.assertEqual(client.send("think yours\r\n").expect("yours\r\n"), b"yours\r\n")
+        self.rides_through(client)
+        self.assertEqual(client.send("think still yours\r\n").expect("yours\r\n"), b"still yours\r\n")
+
+    def test_logins_are_closed_to_the_heartbeat(self):
+        """A world that hangs up on the heartbeat's login lives: nobody notices, and the log says why, once."""
+        alice = self.login()
+        self.take_the_heartbeats_flag()
+        self.world.disable_logins()
+        self.world.boot("heartbeat")
+        self.has.wait_log(rb"heartbeat is back \(without heartbeat login\)")
+        alice.barrier()
+        warning = self.has.wait_log(rb"WARNING .*does not take the heartbeat's login.*").group()
+        self.assertRegex(warning, rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
+        newcomer = self.has.client()
+        self.addCleanup(newcomer.close)
+        newcomer.expect("(?i)connect")
+        alice.barrier()
+        self.assertNotIn(b"# NOTICE #", alice.seen + newcomer.seen)
+        self.assertEqual(self.has.log.count(b"does not take the heartbeat's login"), 1)
+        self.world.disable_logins(False)
+        after = len(self.has.log)
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"heartbeat is back: ", after=after)
+        self.world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is back")
+        alice.barrier()
+        self.assertNotIn(b"# NOTICE #", alice.seen)
+
+    def take_the_heartbeats_flag(self):
+        self.world.wizards = {"Wizard"}
 
     def test_logins_disabled_after_return(self):
         alice = self.login()
@@ -5486,8 +5617,8 @@ class Scenarios:
 class TestTeeny(Scenarios, unittest.TestCase):
     family = "teenymush"
     quirks = {"shutdown_delay": 0.5}
-    logout = None
-    test_logins_disabled_after_return = None
+    test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None    # has neither
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None
 
     def test_renamed_at_once(self):
         """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
@@ -5506,9 +5637,94 @@ class TestTeeny(Scenarios, unittest.TestCase):
         self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
 
 
+    def test_a_password_that_no_player_can_have(self):
+        """Text outside Latin-1 brings no outcome, and is shown to a whole room: once, as typed, and not by HAS."""
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.send("connect Carol \u65e5\u672c\r\n").expect("crashed the server")
+        client.send("connect Alice alicepw\r\n")
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        client.barrier()
+        self.rides_through(client)
+        self.assertTrue(self.world.online("Alice"))
+        self.assertEqual(sum("\u65e5".encode() in line for _, line in self.world.lines), 1)
+
+
+class TestTeenyStable(TestTeeny):
+    """Builds that speak no telnet and read it as text."""
+    quirks, settles = {**TestTeeny.quirks, "stable": True}, False
+    test_a_password_that_no_player_can_have = None          # it drops such text
+    # as in the other builds:
+    test_evil_passwords = test_heartbeat_booted_disturbs_nobody = test_shutdown = test_renamed_at_once = None
+    test_rename = test_password_change_is_followed_and_its_loss_survived = None
+
+    def test_heartbeat_gets_in(self):
+        self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+        self.assertNotRegex(self.has.log, rb"WARNING 127|without heartbeat")
+
+    def test_first_line_after_a_return_is_unspoiled(self):
+        alice = self.login()
+        self.rides_through(alice)
+        alice.send("think first\r\n").expect("first")
+        alice, = self.world.online("Alice")
+        self.assertRegex(b"\n".join(alice.lines),
+                         rb"\A@remotehostname 127.0.0.1=\d+\nconnect Alice alicepw\nsay barrier-\d+\nthink first\Z")
+
+    def test_abbreviated_login_that_it_does_not_know(self):
+        """`con` brings the login screen and no outcome: the next outcome is the next line's."""
+        for may_check in (True, False):
+            with self.subTest(may_check=may_check):
+                client = self.has.client()
+                self.addCleanup(client.close)
+                client.send("con Alice wrong\r\n").expect("(?s)Welcome.*Welcome")
+                client.send("connect Alice alicepw\r\n")
+                self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+                client.barrier()
+                self.rides_through(client)
+                self.assertTrue(self.world.online("Alice"))
+                client.send("QUIT\r\n").expect_end()
+                self.take_the_heartbeats_flag()
+                self.world.boot("heartbeat")
+                self.has.wait_log(rb"may not check passwords")
+
+
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
     quirks = {"silent_start": 0.1}
+
+    def test_pairs_known_to_be_wrong_are_not_sent(self):
+        """After ten failures nobody behind HAS's address could log in."""
+        alice = self.login()
+        others = [self.login(name, name.lower() + "pw") for name in ("Bob", "Carol")]
+        self.world.kill()
+        self.went_down(alice, *others)
+        alice.text = b""
+        self.world.players.update(Bob="changed", Carol="changed")
+        self.world.start()
+        self.came_back(alice)
+        for other in others:
+            other.expect(re.escape(REFUSED))
+            other.expect("(?i)connect")
+        self.assertEqual((self.world.ip_failures, self.world.failed), ({}, {}))
+        others[0].send("connect Bob changed\r\n")
+        self.world.wait(lambda w: w.online("Bob"), what="Bob is in")
+
+    def test_all_socket_settings_are_repeated(self):
+        wizard = self.login("Wizard", "wizpw")
+        wizard.send("SOCKSET NOQUOTA=yes\r\nSOCKSET PROMPT_NEWLINES=0\r\nSOCKSET\r\nOUTPUTPREFIX <<\r\n")
+        wizard.expect("NOQUOTA turned on(?s:.*)No newline will(?s:.*)NOQUOTA +:  YES")
+        wizard.barrier()
+        before, = self.world.online("Wizard")
+        wizard.text = b""
+        self.world.kill()
+        self.went_down(wizard)
+        wizard.text = b""
+        self.world.start()
+        self.assertEqual(wizard.expect(re.escape(ONLINE) + r"\r\n"), b"\x1b[0m" + ONLINE.encode() + b"\r\n")
+        self.assertEqual(wizard.barrier(), b"<<\r\n")
+        after, = self.world.online("Wizard")
+        self.assertEqual((after.settings, after.prefix), (before.settings, "<<"))
+        self.assertNotIn(b"SOCKSET", after.lines)
 
 
 class TestPennUnix(TestPenn):
@@ -5520,11 +5736,22 @@ class TestPennUnix(TestPenn):
 
 class TestTinyMUSH(Scenarios, unittest.TestCase):
     family = "tinymush"
-    test_logins_disabled_after_return = None
+    logouts, settles = ("LOGOUT", "logout"), False
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None      # it crashes instead
 
 
 class TestTinyMUX(Scenarios, unittest.TestCase):
     family = "tinymux"
+    logouts = ("LOGOUT", "LOGOUT ", "LOGOUT now", "logout x", "LogOut", " LOGOUT")
+
+    def test_a_name_made_by_softcode_is_not_the_typed_text(self):
+        alice = self.login()
+        alice.send("@name me=[strcat(Ze,d)]\r\n").expect("Name set")
+        self.world.wait(lambda w: w.online("Zed"), what="Alice is Zed")
+        self.has.wait_log(rb"uses softcode in @name")
+        alice.barrier()
+        self.rides_through(alice, self.world.crash_losing)
+        self.assertFalse([line for _, line in self.world.lines if line.startswith(b"connect [")])
 
 
 class TestRhost(Scenarios, unittest.TestCase):
@@ -5566,12 +5793,15 @@ class RealWorld:
     def boot(self, name):
         self.command(f"@boot *{name}")
 
+    def disable_logins(self, yes=True):
+        self.command("@disable logins" if yes else "@enable logins")
+
 
 @unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
 class TestRealTinyMUX(Scenarios, unittest.TestCase):
     """The same, in front of the real server."""
 
-    family = "tinymux"
+    family, logouts = "tinymux", TestTinyMUX.logouts
     test_logins_disabled_after_return = None    # @disable does not outlive a real start
 
     def make_world(self):
@@ -5579,6 +5809,16 @@ class TestRealTinyMUX(Scenarios, unittest.TestCase):
 
     def evil_players(self):
         return []
+
+    def take_the_heartbeats_flag(self):
+        self.world.command("@set *heartbeat=!wizard")
+
+    def test_heartbeat_without_its_flag(self):
+        self.assertRegex(self.has.probe(), "heartbeat's flag: nothing is missing")
+        self.take_the_heartbeats_flag()
+        self.world.boot("heartbeat")
+        self.has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+        self.assertRegex(self.has.probe(), "heartbeat's flag: lacks WIZARD")
 
     def change_password_while_down(self):
         self.world.command("@newpassword *Alice=changed")
@@ -5700,6 +5940,22 @@ class TestRelay(Case):
 
 
 class TestCrashes(Case):
+    def test_guests_without_a_password_are_held_and_told(self):
+        for family in ("tinymux", "pennmush"):
+            with self.subTest(family):
+                world = self.world(family, guests=True, silent_start=0.1)
+                has = Has(self, mush_address=world.address, login_hold=0.2).wait_up()
+                newcomer, guest = self.client(has), self.client(has, "connect guest", world, "Guest")
+                newcomer.expect("(?i)connect")
+                world.kill()
+                guest.expect(re.escape(OFFLINE))
+                self.assertIn(b"come back later", newcomer.expect_end())
+                guest.send("anybody?\r\n").expect(re.escape(UNSENT) + r" anybody\?")
+                world.start()
+                guest.expect(r"ONLINE again\. Guests have to log in again\.\r\n")
+                guest.expect("(?i)connect")
+                self.assertFalse(world.online("Guest"))
+
     def test_twenty_crashes_with_eight_users_and_resets(self):
         world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
         has = Has(self, mush_address=world.address, beat=0.5).wait_up()
@@ -5736,6 +5992,39 @@ class TestCrashes(Case):
 
 class TestAddress(Case):
     """The world learns who a user is, and nobody can lie about it (rule 9)."""
+
+    def test_rhostmush_that_greets_only_whose_address_it_knows(self):
+        world = self.world("rhostmush", silent_banner=True)
+        has = Has(self, mush_address=world.address).wait_up()
+        newcomer = self.client(has)
+        newcomer.expect("Welcome to RhostMUSH")
+        newcomer.send("connect Alice alicepw\r\n")
+        world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.assertEqual(world.online("Alice")[0].address_given, "127.0.0.1")
+        self.assertNotIn(b"WARNING 127", has.log)
+
+    def test_rhostmush_that_hangs_up_on_the_address_line(self):
+        for words, quirks, settings in (
+                (b"SSL Connections are not allowed from your site.", {"trusted_address": False}, {}),
+                (b"SSL attempt to negotiate without SSL enabled.", {"proxy_enabled": False, "sconnect_cmd": "SESAME"},
+                 {"remotehostname_cmd": "SESAME"})):
+            with self.subTest(words):
+                world = self.world("rhostmush", **quirks)
+                has = Has(self, mush_address=world.address, **settings).wait_up()
+                world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+                warning = rb"WARNING .*hangs up on the line that hands over addresses.*" + re.escape(words)
+                has.wait_log(warning)
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+                alice.barrier()
+                newcomer = self.client(has)
+                newcomer.expect("Welcome to RhostMUSH")
+                self.assertEqual(len(re.findall(warning, has.log)), 1)
+                told = [line for _, line in world.lines if line.startswith((b"PROXY", b"SESAME"))]
+                self.assertEqual(len(told), 1)
 
     def test_teenymush_keeps_address_and_time_over_a_return(self):
         world = self.world("teenymush")
@@ -6563,6 +6852,25 @@ class TestTelnetTeeny(TelnetFamily, TelnetCase):
 
 class TestTelnetPenn(TelnetFamily, TelnetCase):
     family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+
+    def test_a_password_with_an_accent(self):
+        """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
+        for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
+            with self.subTest(name):
+                self.world.players[name] = read_as
+                client = Terminal(self.has.port, agrees)
+                self.addCleanup(client.close)
+                client.expect("(?i)connect")
+                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees), what="CHARSET is settled")
+                client.send(f"connect {name} p\u00e9pin\r\n")
+                self.world.wait(lambda w: w.online(name), what=f"{name} is in")
+                client.barrier()
+                self.crash(client)
+                self.world.start()
+                conn = self.came_back(client, name=name)
+                self.assertEqual(conn.utf8, bool(agrees))
+                client.close()
+                self.world.wait(lambda w: not w.online(name), what=f"{name} has left")
 
 
 class TestTelnetPennUnix(TestTelnetPenn):
