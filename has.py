@@ -755,7 +755,7 @@ class Credentials:
 
 def rub_out(line, erasers=b"\b\x7f"):
     """Apply BS and DEL as a line editor does: each deletes the byte before it."""
-    if not any(byte in line for byte in erasers):
+    if len(line.translate(None, erasers)) == len(line):
         return line
     kept = bytearray()
     for byte in line:
@@ -846,6 +846,8 @@ class Dialect:
     def is_handover(self, line, word):
         """Whether the server could read this typed line as the hand-over of a user's address (rule 9)."""
         words = [w.lower() for w in self.handover_words + ((word.encode(),) if word not in ("auto", "none") else ())]
+        if not any(w[0] in line or w[:1].upper()[0] in line for w in words):
+            return False                        # the usual case
         bare = re.sub(rb"[^ -~\b]", b"", line)
         for text in (rub_out(bare), bare.replace(b"\b", b"")):
             typed = re.match(rb"\s*([^\s=]*)", text).group(1).lower()
@@ -3160,9 +3162,9 @@ class Connection:
                     asked_at and time.monotonic() > asked_at + 1):
                 proof.end()
             if not proof.ended:
-                if self.ended is not None:
+                if self.ended is not None and not proof.login:
                     return False
-                self.wait(min(until, asked_at + 1.01) if asked_at else until)
+                self._goes_on(min(until, asked_at + 1.01) if asked_at else until)
         if not proof.ended:
             raise self.lost("it does not answer to the heartbeat's login")
         self.refused = proof.refused
@@ -3696,7 +3698,7 @@ AWAY_SECONDS = 3                   # the heartbeat cannot come back for this lon
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
 GOODBYE_SECONDS = 3
-PATIENCE = 100                     # line ends, and as much again in kilobytes, read with care in one turn
+PATIENCE = 40                      # line ends, and as much again in kilobytes, read with care in one turn
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between them
 
 
