@@ -4620,7 +4620,7 @@ class Upgrade:
     Main thread only.
     """
 
-    REHEARSAL_SECONDS, RESCUES, RESCUE_SECONDS = 20, 3, 600
+    REHEARSAL_SECONDS, ARRIVAL_SECONDS, RESCUES, RESCUE_SECONDS = 20, 3, 3, 600
 
     def __init__(self, hub, script, config, source):
         self.hub, self.script, self.config, self.source = hub, script, config, source
@@ -4682,12 +4682,19 @@ class Upgrade:
             return
         self._child = None
         if status == 0:
-            self.go(self.script)
+            self._go_soon(self.hub.now + self.ARRIVAL_SECONDS)
             return
         log.error("USR2: the new %s failed its rehearsal (status %s): HAS goes on as it is. It said:", self.script,
                   status)
         for line in self._said.decode("utf-8", "replace").splitlines()[-12:]:
             log.error("    %s", printable(line))
+
+    def _go_soon(self, until):
+        """Clients in the middle of a TLS handshake cannot be taken along: let them arrive, but not for ever."""
+        if self.hub.arrivals and self.hub.now < until:
+            self.hub.later(0.05, self._go_soon, until)
+        else:
+            self.go(self.script)
 
     def go(self, file):
         """Replace this program by `file` now; returns only if that failed, and then all goes on."""

@@ -5761,10 +5761,10 @@ class TestRhost(Scenarios, unittest.TestCase):
 class RealWorld:
     """A real TinyMUX with the manners of a scripted world."""
 
-    def __init__(self, case, players=()):
+    def __init__(self, case, players=(), conf=None):
         folder = tempfile.mkdtemp(prefix="has-mux-")
         case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        self.mux = RealMux(folder, players=dict(players))
+        self.mux = RealMux(folder, players=dict(players), conf=conf)
         case.addCleanup(self.mux.close)
         self.address, self.start, self.kill, self.stop = self.mux.address, self.mux.start, self.mux.kill, self.mux.close
         self.crash_losing, self.command = self.mux.kill, self.mux.command
@@ -6326,14 +6326,25 @@ class TestTLS(Case):
 class TestUpgrade(Case):
     """USR2: another program in the same process, and nobody notices."""
 
+    def make_world(self):
+        mush = self.world("tinymux")
+        mush.quota = None
+        return mush
+
+    def python(self):
+        return sys.executable
+
+    def logins(self):
+        return len(self.mush.logins)
+
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="has-upgrade-")
         self.addCleanup(shutil.rmtree, self.folder)
         self.script = shutil.copy(HAS, self.folder)
         self.cert, self.key = certificate(self.folder)
-        self.mush = self.world("tinymux")
-        self.has = Has(self, script=self.script, mush_address=self.mush.address, beat=0.3, local_port=free_port(), local_port_ssl=free_port(),
-                       ssl_cert=self.cert, ssl_key=self.key).wait_up()
+        self.mush = self.make_world()
+        self.has = Has(self, self.python(), self.script, mush_address=self.mush.address, beat=0.3, local_port=free_port(),
+                       local_port_ssl=free_port(), ssl_cert=self.cert, ssl_key=self.key).wait_up()
         self.tls_port = int(self.has.settings["local_port_ssl"])
         self.pid = self.has.process.pid
 
@@ -6368,7 +6379,7 @@ class TestUpgrade(Case):
             self.upgrade()
             plain.send(f"-line {number}\r\n").expect(f'You say, "half-line {number}"')
             plain.barrier(), tls.barrier()
-        self.assertEqual(len(self.mush.logins), 3)               # heartbeat, Alice, Bob: once each
+        self.assertEqual(self.logins(), 3)      # heartbeat, Alice, Bob: once each
         for client in (plain, tls, lurker):
             self.assertNotIn(b"NOTICE", client.seen)
         lurker.send("connect Carol carolpw\r\n")
@@ -6389,7 +6400,6 @@ class TestUpgrade(Case):
 
     def test_every_line_typed_during_upgrades_is_answered_once(self):
         clients = [self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)]
-        self.mush.quota = None
         stop, sent = threading.Event(), [0, 0]
 
         def type_on(which):
@@ -6445,6 +6455,47 @@ class TestUpgrade(Case):
         self.has.signal(signal.SIGUSR1)
         self.has.wait_log(rb"HAS stops", 10)
         self.assertEqual(self.has.process.wait(10), 1)
+
+
+@unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
+class TestUpgradeRealTinyMUX(TestUpgrade):
+    """The same, in front of the real server."""
+
+    def make_world(self):
+        mush = RealWorld(self, conf={"command_quota_max": 100000, "command_quota_increment": 100000})
+        mush.start()
+        return mush
+
+    def logins(self):
+        return len(re.findall(r"Connected to (?:heartbeat|Alice|Bob)\(", self.mush.mux.log_tail(10 ** 6)))
+
+
+def pythons():
+    """The oldest and the newest Python that HAS supports, if pyenv has both."""
+    root = pathlib.Path(os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))) / "versions"
+    found = [sorted(root.glob(version + ".*/bin/python3")) for version in ("3.8", "3.13")]
+    return [str(paths[-1]) for paths in found if paths]
+
+
+@unittest.skipIf(len(pythons()) < 2, "no Python 3.8 and 3.13 in pyenv")
+class TestUpgradeOfPython(TestUpgrade):
+    """python3 itself was replaced: the next upgrade goes on in the new one, and back."""
+
+    test_a_file_that_does_not_compile = test_a_file_that_fails_while_restoring = None
+    test_a_fault_in_the_main_loop_is_survived = test_settings_that_a_new_file_brings_are_named = None
+
+    def python(self):
+        self.link = os.path.join(self.folder, "python3")
+        self.turns = itertools.cycle(pythons())
+        os.symlink(next(self.turns), self.link)
+        return self.link
+
+    def upgrade(self, expect=rb"goes on where"):
+        os.unlink(self.link)
+        os.symlink(next(self.turns), self.link)
+        super().upgrade(expect)
+        with open(f"/proc/{self.pid}/maps") as file:
+            self.assertIn(os.path.dirname(os.path.dirname(os.readlink(self.link))), file.read())
 
 
 # ======================================================================
