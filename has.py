@@ -4956,7 +4956,8 @@ def start_trouble(settings):
 
 def probe(settings):
     """Try every address once and print what works, with the remedy for what does not; return the exit status."""
-    log.handlers[:], log.propagate = [logging.NullHandler()], False
+    log.handlers[:], log.propagate = [logging.StreamHandler(sys.stdout)], False
+    log.setLevel(logging.WARNING)               # what the heartbeat warns of says more than a yes or no
     heartbeat, good = Heartbeat(None, Mailbox(), settings), True
     for address in settings.mush_address:
         try:
@@ -4969,7 +4970,7 @@ def probe(settings):
         else:
             print(f"{address}: reachable, and it answers")
             print("\n".join(f"  {name}: {text}" for name, text in findings(world, settings)))
-            good = good and not world.blind and world.rights
+            good = good and not world.blind and world.rights and world.told
     return 0 if good else 1
 
 
@@ -4982,7 +4983,7 @@ def findings(world, settings):
             else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
     return [("family", dialect.name + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
             ("heartbeat login", "not possible with this family" if not dialect.logs_in else "works" if not world.blind else
-             f"refused: make the character {settings.hb_user} (README), or mend hb_user and hb_pass"),
+             f"not taken, as said above: is {settings.hb_user} made there (README), are hb_user and hb_pass right?"),
             ("password check", "none in this family, and none needed" if not dialect.check_function else
              "works" if world.checks else f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
             ("heartbeat's flag", f"lacks {dialect.needed_flag}: it is shut out while logins are disabled: set the flag"
