@@ -1449,7 +1449,9 @@ class Stream:
                 self._finish_connect()
                 return
             self._flush()
-        if events & READ and not self.closed:
+            if self.closed:
+                return
+        if events & READ:
             try:
                 data = self.sock.recv(CHUNK)
             except NOT_NOW:
@@ -1738,8 +1740,9 @@ NOTHING = {}
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
 _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
-# ... unless it holds one of these, which servers drop or edit lines with: only its line end may.
-_CONTROLS = bytes(range(32)) + b"\x7f\xff"
+# ... unless it holds a control byte, which servers drop or edit lines with: only its line end may be one. A table for
+# translate(): it changes text that holds one, and is twice as fast as a regular expression.
+_CONTROLS_MARKED = bytes(64 if n < 32 or n in (127, 255) else n for n in range(256))
 _ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
 
@@ -1894,7 +1897,8 @@ class Session:
         """Compute the two flags of the fast path from everything they depend on."""
         linked = self.link is not None and not self.link.connecting
         self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
-                       and not self.dialect.capped and not (self.from_client and self.from_client.held))
+                       and not self.typed.buffer and not self.dialect.capped
+                       and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or
                          self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
                          self.from_world and self.from_world.held)
@@ -2011,12 +2015,12 @@ class Session:
         """The client sent `data`."""
         self.typed_at = self.hub.now
         self.bytes_in += len(data)
-        if (self.direct and data[-1] == 10 and not self.typed.buffer
-                and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data))
-                and len(data) - len(data.translate(None, _CONTROLS)) == (2 if data[-2:] == b"\r\n" else 1)):
-            self.quit_at = 0
-            self.link.send(data)
-            return
+        if self.direct and data[-1] == 10 and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
+            line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
+            if line.translate(_CONTROLS_MARKED) == line:
+                self.quit_at = 0
+                self.link.send(data)
+                return
         if self.backlog:
             self.backlog += data
         else:
