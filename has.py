@@ -638,7 +638,7 @@ class Replay:
     the client's own affair, and so is every option the client has not met yet.
     """
 
-    __slots__ = ("agreement", "had", "met", "said", "typed", "late")
+    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late")
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -646,7 +646,8 @@ class Replay:
         self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
-        self.late = b""            # what waits until telnet may be sent (PennMUSH's unix socket)
+        self.waits = False         # no telnet may be sent before the server's first (PennMUSH's unix socket)
+        self.late = b""            # what waits for that
 
     def opening(self):
         """What may go in front of the login line: size, terminal and character set, if they were settled before.
@@ -2105,7 +2106,10 @@ class Session:
         if self.hub.world and not self.hub.world.dialect.telnet:
             self._answer_for_world(piece)
         elif wanted and self._can_forward():
-            self.link.send(piece)
+            if self.replay and self.replay.waits:
+                self.replay.late += piece
+            else:
+                self.link.send(piece)
 
     def _answer_for_world(self, piece):
         """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1)."""
@@ -2368,14 +2372,13 @@ class Session:
         epoch = self.since if hub.settings.add_epoch_time else 0
         opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(
             self.host, epoch, word, path)
-        if self.agreement:
+        if self.agreement or path:
             opening += self._begin_replay(bool(path))
         if self.state is State.RETURNING:
             script = self.proof.script(self.trials[0], self._setting_lines(True))
             if path and self.replay and self.replay.had:
                 self.replay.late = script       # goes out with the telnet, at the server's first telnet command
                 script = b"INFO\r\n"            # which this brings at once
-                self._later(2, self._send_late)
             opening += script
             self._later(RETURN_SECONDS, self._return_overdue)
         if opening:
@@ -2385,19 +2388,25 @@ class Session:
 
     def _begin_replay(self, late):
         """Speak telnet for the client on the new link; returns what goes in front of the login, nothing if `late`."""
+        self.agreement = self.agreement or Agreement()
         replay = Replay(self.agreement)
         if not self.dialect.telnet:
             replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}     # HAS itself takes these
             self.client.send(replay.leftovers())
             return b""
-        self.replay = replay
-        # PennMUSH: a NUL behind the address line on its unix socket cuts off the rest (choreography.md 2)
-        return b"" if late else replay.opening()
+        self.replay, replay.waits = replay, late
+        if not late:
+            return replay.opening()
+        # PennMUSH: telnet behind the address line on its unix socket would be text, and a NUL cut off the rest
+        # (choreography.md 2). Its own first telnet comes within a second, or at the first line.
+        self._later(2, self._send_late)
+        return b""
 
     def _send_late(self):
-        if self.replay and self.replay.late and self.link:
-            late, self.replay.late = self.replay.late, b""
-            self.link.send(self.replay.opening() + late)
+        replay = self.replay
+        if replay and replay.waits and self.link:
+            late, replay.late, replay.waits = replay.late, b"", False
+            self.link.send(replay.opening() + late)
 
     def _at_login_screen(self):
         if self.greeting:

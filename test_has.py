@@ -1770,7 +1770,7 @@ class PennMUSH(CMush):
     def received(self, conn, data):
         first = conn.local and not conn.proxied
         if first:
-            conn.proxied = True
+            conn.proxied = conn.spoken = True
             data = self._address_line(conn, data)
         if not data:
             return
@@ -6930,6 +6930,13 @@ class TestTelnetPennUnix(TestTelnetPenn):
         folder = tempfile.mkdtemp()
         owner.addCleanup(shutil.rmtree, folder)
         return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", **cls.quirks)
+
+    def test_a_client_that_negotiates_at_once_can_log_in(self):
+        """As PuTTY does; telnet in front of the server's first is text on the unix socket."""
+        client = self.login(first=command(WILL, NAWS) + naws(100, 40) + command(WILL, TTYPE))
+        conn = self.world.online("Alice")[0]
+        self.assertEqual((conn.host, conn.size), ("127.0.0.1", client.size))
+        client.barrier()
 
     test_unnegotiating_client_gets_the_bytes_of_a_direct_connection = None     # the twin is TCP
     test_size_changed_during_the_outage_and_during_the_return = test_silent_client_gets_no_telnet_on_return = None
