@@ -3379,7 +3379,11 @@ class Heartbeat(threading.Thread):
         self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
         if "connection" not in parked:
             return None
-        connection = Connection.unpark(parked["connection"], self._settings, self._wait)
+        try:
+            connection = Connection.unpark(parked["connection"], self._settings, self._wait)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:      # left by a version that did it otherwise
+            log.warning("the heartbeat's connection could not be taken over (%r); it makes another one", error)
+            return None
         self._selector.register(connection.sock, READ, connection)
         return connection
 

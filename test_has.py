@@ -6424,6 +6424,17 @@ class TestUpgrade(Case):
         self.edit('ADMINS = ""', 'ADMINS = "Alice"')
         self.upgrade(rb"settings on disk are not those in force: admins;")
 
+    def test_a_heartbeat_connection_that_another_version_left_otherwise(self):
+        self.has.stop()
+        self.edit('"values": {name: pack(getattr(self, name)) for name in self._PARKED}', '"other": 1')
+        self.has = Has(self, self.python(), self.script, mush_address=self.mush.address).wait_up()
+        self.pid = self.has.process.pid
+        alice = self.player("Alice", "alicepw")
+        shutil.copy(HAS, self.script)
+        self.upgrade(rb"(?s)could not be taken over.*lived on; the heartbeat is back")
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+
     def test_a_file_that_does_not_compile(self):
         alice = self.player("Alice", "alicepw")
         self.edit("class Hub:", "class Hub")
