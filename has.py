@@ -2563,6 +2563,7 @@ class Session:
             if right or not self.dialect.counts_failures:
                 self.trials = right or self.trials[:1]
             else:
+                self.hub.settle(self)           # others of this character need not wait for it
                 self._forget_login()
             self.hub.queue_link(self)
 
@@ -2809,8 +2810,8 @@ class Session:
 
     def _refused(self):
         """The world says that the name or the password is wrong: the other pair, or the user himself must log in."""
+        self._drop_link()                       # others of this character need not wait for it
         del self.trials[0]
-        self._drop_link()
         self._wait_again()
         if not self.trials:
             self._forget_login()
@@ -3994,6 +3995,7 @@ class Hub:
         self._last_reason = None
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
+        self._choosing = set()                  # numbers of sessions that return once the heartbeat has answered check()
         self.noise = {}                         # names of users being brought back -> until when
         self._queue, self._arriving = collections.deque(), set()
         self._next_link_at, self._pumping = 0.0, False
@@ -4225,12 +4227,13 @@ class Hub:
             self._safely(session.open_link)
 
     def siblings(self, session):
-        """The other sessions of its character that are being logged in, or are next."""
+        """The other sessions of its character that are being logged in, or will be at once."""
         name = session.trials[0].character
         if name not in self.doubles:            # the usual case, without a look at everybody
             return []
         return [it for it in self.sessions.values() if it is not session and it.trials
-                and it.trials[0].character == name and (it.state is State.RETURNING or it in self._queue)]
+                and it.trials[0].character == name
+                and (it.state is State.RETURNING or it in self._queue or it.number in self._choosing)]
 
     def settle(self, session):
         """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
@@ -4272,10 +4275,13 @@ class Hub:
 
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
+        if session.state is State.WAITING:
+            self._choosing.add(session.number)
         self.heartbeat.mailbox.post(self.heartbeat.on_check, session.number, session.serial, list(pairs))
 
     def on_checked(self, number, serial, verdicts):
         """The heartbeat's answer to check()."""
+        self._choosing.discard(number)
         session = self.sessions.get(number)
         if session:
             self._safely(session.on_checked, serial, verdicts)

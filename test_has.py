@@ -4811,6 +4811,30 @@ class Returning(RigCase):
             link = rig.game.accept()
         self.assertEqual((state_of(client), client.lines()), ("RETURNING", ["The game is full."]))
 
+    def test_a_session_waits_for_another_of_its_character_whose_pairs_are_being_checked(self):
+        """Else it would show the other's login text. Told at last that all its pairs are wrong, it keeps nobody waiting."""
+        for verdicts in ([True, False], [False, False]):
+            rig = self.rig()
+            rig.family = type("Choosy", (type(rig.family),), {"counts_failures": True})()
+            rig.found("life 1", checks=True)
+            first, second = rig.player("Alice")[0], rig.player("Alice")[0]
+            for client in (first, second):
+                client.session.previous = has.Credentials(b"connect", b"Alice", b"old")
+            rig.down()
+            rig.found("life 2", checks=True)
+            (number, serial, _), (other, other_serial, _) = rig.beat.checks
+            rig.post(rig.hub.on_checked, number, serial, [True, False])
+            link = rig.game.accept()
+            rig.let_in(link)
+            self.assertEqual([state_of(first), state_of(second)], ["RETURNING", "WAITING"])
+            rig.post(rig.hub.on_checked, other, other_serial, verdicts)
+            if verdicts[0]:
+                rig.let_in(rig.game.accept())
+            link.send("the login text of the other\r\n### Begin INFO\r\n### End INFO\r\n")
+            rig.settle()
+            self.assertEqual(state_of(first), "PLAYING")
+            self.assertNotIn(b"login text", first.read())
+
     def test_nobody_waits_for_one_who_ends(self):
         """TinyMUSH takes one at a time: a client that leaves in the middle of its return gives its turn away."""
         rig = self.rig()
