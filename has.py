@@ -1898,7 +1898,7 @@ class Session:
         """Compute the two flags of the fast path from everything they depend on."""
         linked = self.link is not None and not self.link.connecting
         self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
-                       and not self.typed.buffer and not self.dialect.capped
+                       and not self.backlog and not self.typed.buffer and not self.dialect.capped
                        and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or
                          self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
@@ -2036,6 +2036,7 @@ class Session:
             data, self.backlog = data[:stop[-1] if stop else 0], data[stop[-1] if stop else 0:]
             self.client.pause()
             hub.backlogs.append(self)
+            self._refresh()
         hub.patience -= 1 + ends + len(data) // 1024
         if not data or self.state is State.CLOSING:
             return

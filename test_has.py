@@ -5056,6 +5056,52 @@ class NoSpinning(RigCase):
 
 # ---- 7. limits
 
+class FairTurns(RigCase):
+    """Whoever sends much, or comes with many, has his turn, and the others theirs between."""
+
+    LINES = [f"line {n}" for n in range(20 * has.PATIENCE)]
+
+    def flood(self, rig):
+        client, link = rig.player("Alice")
+        client.send("".join(line + "\r\n" for line in self.LINES))
+        return client, link
+
+    def test_a_flood_of_lines_is_read_in_parts_and_in_order(self):
+        rig = self.rig()
+        bob, bobs_link = rig.player("Bob")
+        _, link = self.flood(rig)
+        read = []
+        while len(read) < len(self.LINES):
+            bob.send("say hello\r\n")
+            rig.hub.turn(5)
+            self.assertEqual(bobs_link.lines(), ["say hello"])
+            part = link.lines()
+            self.assertLessEqual(len(part), has.PATIENCE)
+            read += part
+        self.assertEqual(read, self.LINES)
+
+    def test_nothing_overtakes_what_is_left_for_later_turns(self):
+        """After an upgrade a client with such a rest is read at once."""
+        rig = self.rig()
+        client, link = self.flood(rig)
+        rig.hub.turn(5)
+        client.session.on_client_data(b"the end\r\n")
+        while client.session.backlog:
+            rig.hub.turn(5)
+        self.assertEqual(link.lines(), self.LINES + ["the end"])
+
+    def test_newcomers_come_in_by_and_by(self):
+        rig = self.rig()
+        rig.hub.listen()
+        port, clients = rig.hub.listeners[0].sock.getsockname()[1], []
+        for _ in range(3 * has.ACCEPTS_A_TURN):
+            clients.append(socket.create_connection(("127.0.0.1", port)))
+            self.addCleanup(clients[-1].close)
+        for turn in (1, 2, 3):
+            rig.hub.turn(5)
+            self.assertEqual(len(rig.hub.sessions), turn * has.ACCEPTS_A_TURN)
+
+
 class Limits(RigCase):
     def accepted(self, rig, hosts):
         """For each host in turn: was it taken? The refused get one line and are closed."""
