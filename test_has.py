@@ -6564,6 +6564,7 @@ class TestUpgradeOfPython(TestUpgrade):
 
     test_a_file_that_does_not_compile = test_a_file_that_fails_while_restoring = None
     test_a_fault_in_the_main_loop_is_survived = test_settings_that_a_new_file_brings_are_named = None
+    test_a_heartbeat_connection_that_another_version_left_otherwise = None
 
     def python(self):
         self.link = os.path.join(self.folder, "python3")
