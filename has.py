@@ -4306,11 +4306,14 @@ class Hub:
         old, was, since = self.world, self.health, self.health_since
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
+        renewed = world == old and self.is_up and self._away_since is None      # once a minute, where it is kept outside
         self._away_since, self._refused, self._last_reason, self._wish = None, False, None, None
-        log.info("the world at %s %s%s: %s, %s", world.address,
-                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
-                 " (without heartbeat login)" if world.blind else "", world.dialect.name,
-                 world.life.partition(" ")[2] or "start time unknown")
+        log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
+                "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
+                " (without heartbeat login)" if world.blind else "", world.dialect.name,
+                world.life.partition(" ")[2] or "start time unknown",
+                "" if world.blind or not world.dialect.logs_in else "; the heartbeat is logged in"
+                + (" and may check passwords" if world.checks else ""))
         self.world = world
         if moved:
             log.warning("the world moves from %s to %s: %s taken along", old.address, world.address,
