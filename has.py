@@ -656,7 +656,7 @@ class Replay:
         """
         out = b""
         for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws), (CHARSET, self.agreement.charset)):
-            # it is PennMUSH itself that offers CHARSET, and it reads a UTF-8 password differently without (pennmush.md a)
+            # PennMUSH offers CHARSET itself, and reads a UTF-8 password otherwise without it (worlds/pennmush.md a)
             verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
             out += b"".join(self._say(verb, option) for verb in verbs) + (detail or b"" if verbs else b"")
         return out
@@ -2804,7 +2804,7 @@ class Session:
             self._send_kept()
 
     def _setting_lines(self, held):
-        """The lines that repeat his settings: those whose answers can be held back, or the others, which wrap output."""
+        """The lines that repeat his settings: those whose answers can be held back, or the others, which do no harm."""
         lines = [word.split()[0] + (b" " + value if value else b"") + b"\r\n" for word, value in self.settings.items()
                  if held == (self.dialect.settings_held and not word.startswith(b"OUTPUT"))]
         return b"".join(lines)
@@ -3164,7 +3164,8 @@ class Connection:
     def log_in(self, login):
         """Log in and have a probe answered. False if the login did not take: see `refused`, and `ended`, for a world
         may hang up on it (logins disabled, full)."""
-        proof, until, asked_at = Proof(self.dialect, True, self.telnet), time.monotonic() + self.settings.hb_timeout, None
+        proof, asked_at = Proof(self.dialect, True, self.telnet), None
+        until = time.monotonic() + self.settings.hb_timeout
         self.commands.clear()
         self.send(proof.script(login))
         while not proof.ended and time.monotonic() < until:
@@ -3383,7 +3384,7 @@ class Heartbeat(threading.Thread):
             return None
         try:
             connection = Connection.unpark(parked["connection"], self._settings, self._wait)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:      # left by a version that did it otherwise
+        except (KeyError, ValueError, TypeError, AttributeError) as error:      # another version did it otherwise
             log.warning("the heartbeat's connection could not be taken over (%r); it makes another one", error)
             return None
         self._selector.register(connection.sock, READ, connection)
@@ -3696,8 +3697,8 @@ class Heartbeat(threading.Thread):
             return self._establish(address)
         except Lost as lost:
             if address == self._current:
-                self._log_change(logging.ERROR, address, f"HUP: the new settings do not work with {address}: {lost}; the "
-                                 "old connection is kept; mend mush_type, mush_ssl or hb_user, then kill -HUP again")
+                self._log_change(logging.ERROR, address, f"HUP: the new settings do not work with {address}: {lost}; "
+                                 "the old connection is kept; mend mush_type, mush_ssl or hb_user, then kill -HUP")
             else:
                 level = logging.ERROR if address == self._wanted else logging.INFO
                 self._log_change(level, address, f"{address} cannot take over: {lost}; users stay on {self._current}")
@@ -3996,7 +3997,7 @@ class Hub:
         self._last_reason = None
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
-        self._choosing = set()                  # numbers of sessions that return once the heartbeat has answered check()
+        self._choosing = set()                  # numbers of sessions whose return waits for the answer to check()
         self.noise = {}                         # names of users being brought back -> until when
         self._queue, self._arriving = collections.deque(), set()
         self._next_link_at, self._pumping = 0.0, False
@@ -4306,7 +4307,7 @@ class Hub:
         old, was, since = self.world, self.health, self.health_since
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
-        renewed = world == old and self.is_up and self._away_since is None      # once a minute, where it is kept outside
+        renewed = world == old and self.is_up and self._away_since is None      # a blind one: once a minute
         self._away_since, self._refused, self._last_reason, self._wish = None, False, None, None
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
@@ -4991,7 +4992,7 @@ def probe(settings):
             world = heartbeat.try_once(address)
         except Lost as lost:
             print(f"{address}: cannot be used: {lost}: " + (
-                "somebody answers there: is mush_address the MUSH, is mush_type right, does it take connections from here?"
+                "somebody answers there: is that the MUSH, is mush_type right, does it take connections from here?"
                 if lost.accepted else "is the MUSH up, and is mush_address right?"))
             good = False
         else:
@@ -5009,7 +5010,8 @@ def findings(world, settings):
             else "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", world.address.path)
             else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
     return [("family", dialect.name + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
-            ("heartbeat login", "not possible with this family" if not dialect.logs_in else "works" if not world.blind else
+            ("heartbeat login", "not possible with this family" if not dialect.logs_in else
+             "works" if not world.blind else
              f"not taken, as said above: is {settings.hb_user} made there (README), are hb_user and hb_pass right?"),
             ("password check", "none in this family, and none needed" if not dialect.check_function else
              "works" if world.checks else f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
@@ -5128,8 +5130,8 @@ def warn_of_differences(settings, load):
         return
     differ = [key for key in SETTINGS if on_disk.texts[key] != settings.texts[key]]
     if differ:
-        log.warning("the settings on disk are not those in force: %s; they count from the next HUP or start: if the new "
-                    "has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
+        log.warning("the settings on disk are not those in force: %s; they count from the next HUP or start: if the "
+                    "new has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
 
 
 def serve(hub, handler, program):

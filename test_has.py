@@ -1737,14 +1737,16 @@ class PennMUSH(CMush):
     SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET", "SCREENWIDTH",
                       "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
     WRAPPED_GAME = CMush.WRAPPED
-    WHO_LOGIN, WHO_GAME = "Player Name          On For   Idle  Doing\r\n", "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
+    WHO_LOGIN = "Player Name          On For   Idle  Doing\r\n"
+    WHO_GAME = "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
     SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
     INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: PennMUSH\r\nAddress: \r\n", "PennMUSH 1.8.8p0"
     FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
     NO_PLAYER, GOT_ARGUMENTS, VERSION = "#-1 NO SUCH PLAYER", "BUT GOT %d", "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
     TEXTS = {"password": "You have changed your password.\r\n", "wrong old": "The old password that you entered was incorrect.\r\n",
              "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n", "name": "Name set.\r\n",
-             "taken": "You can't give a player that name or alias.\r\n", "bad name": "You can't give a player that name or alias.\r\n"}
+             "taken": "You can't give a player that name or alias.\r\n",
+             "bad name": "You can't give a player that name or alias.\r\n"}
     MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
     TAKEN = "There is already a player with that name.\r\n"
     SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
@@ -2554,10 +2556,11 @@ class TestSettings(SettingsCase):
 
     def test_bad_lines_of_the_constants_have_exact_messages(self):
         literal = 'only lines like NAME = "text" or NAME = 123 may stand here'
+        newer = "if the has.py on disk is newer than the one that runs: kill -USR2"
         at = f"S:{len(self.values) + 3}"            # the two lines before the block, then this line
         for line, message in (
-                ("SPEED = 1", "speed: no such setting; if the has.py on disk is newer than the one that runs: kill -USR2"), ("x = 1", literal), ("BEATT = 1", "beatt: no such setting; "
-                                                                               "did you mean beat?; if the has.py on disk is newer than the one that runs: kill -USR2"),
+                ("SPEED = 1", "speed: no such setting; " + newer), ("x = 1", literal),
+                ("BEATT = 1", "beatt: no such setting; did you mean beat?; " + newer),
                 ("BEAT = 11", f"BEAT is set a second time (first at S:{list(self.values).index('beat') + 3}): delete one"),
                 ("A = B = 1", literal), ("A: int = 1", literal), ("print(1)", literal), ("A = [1]", literal),
                 ("A = f'{1}'", literal), ("A = None", literal), ("BEAT += 1", literal)):
@@ -5126,7 +5129,8 @@ class Limits(RigCase):
                 ("scope", {"max_per_host": 1}, ["fe80::1%eth0", "fe80::2%eth0"], [1, 0]),
                 ("loopback", {"max_per_host": 1}, ["127.0.0.1", "127.0.0.1", "::1", "::1"], [1] * 4),
                 ("mapped loopback", {"max_per_host": 1}, ["::ffff:127.0.0.1"] * 3, [1] * 3),
-                ("proxies", {"max_per_host": 1, "proxy_from": "10.0.0.1, 2001:db8:1::/48"}, ["10.0.0.1"] * 3 + [v6 % 1] * 2, [1] * 5)):
+                ("proxies", {"max_per_host": 1, "proxy_from": "10.0.0.1, 2001:db8:1::/48"},
+                 ["10.0.0.1"] * 3 + [v6 % 1] * 2, [1] * 5)):
             with self.subTest(name):
                 self.assertEqual(self.accepted(self.rig(**settings), hosts), [bool(n) for n in wanted])
 
@@ -6932,7 +6936,8 @@ class TelnetFamily:
         self.settled()
         conn = self.world.online("Alice")[0]
         if self.family != "tinymush":
-            everybody = lambda: [c.write(offer((WILL, 85), (WILL, 86), (WILL, 87), (DO, 86)) + b"x\r\n") for c in self.world.connections]
+            offers = offer((WILL, 85), (WILL, 86), (WILL, 87), (DO, 86)) + b"x\r\n"
+            everybody = lambda: [c.write(offers) for c in self.world.connections]
             self.world._do(everybody)
             for client in (alice, lurker):
                 client.expect("x\r\n")
