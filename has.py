@@ -2032,8 +2032,9 @@ class Session:
         hub = self.hub
         ends = len(data) - len(data.translate(None, b"\r\n"))
         if hub.patience < ends or hub.patience <= 0:
-            stop = [end.end() for end in itertools.islice(re.finditer(rb"[\r\n]", data), max(0, hub.patience))]
-            data, self.backlog = data[:stop[-1] if stop else 0], data[stop[-1] if stop else 0:]
+            lines = [end.end() for end in itertools.islice(re.finditer(rb"\r\n|\r|\n", data), max(0, hub.patience))]
+            stop = lines[-1] if lines else 0
+            data, self.backlog = data[:stop], data[stop:]
             self.client.pause()
             hub.backlogs.append(self)
             self._refresh()
@@ -3487,11 +3488,11 @@ class Heartbeat(threading.Thread):
         except Lost as lost:
             if not lost.at_address:
                 raise
-            self._untold.add(address)
-            log.warning("%s: the world hangs up on the line that hands over addresses (%s), so it is not sent; allow "
-                        "HAS there (README), then kill -HUP, or set remotehostname_cmd = none", address, lost)
             connection = self._open(address)
             self._or_close(connection, connection.identify, known, False)
+            self._untold.add(address)           # it lives, and does without the line
+            log.warning("%s: the world hangs up on the line that hands over addresses (%s), so it is not sent; allow "
+                        "HAS there (README), then kill -HUP, or set remotehostname_cmd = none", address, lost)
         if connection.dialect is not PLAIN:
             self._known[address] = connection.dialect
         return connection
@@ -3509,7 +3510,7 @@ class Heartbeat(threading.Thread):
         pause = LOGIN_AGAIN_SECONDS if connection.refused else LOGIN_CLOSED_SECONDS
         self._login_after = time.monotonic() + pause
         what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and hb_pass, or make the "
-                "character (README), then kill -HUP" if connection.refused else
+                "character (README), then kill -HUP." if connection.refused else
                 f"does not take the heartbeat's login ({connection.lost('it gives no reason')}): are logins disabled, "
                 "or is it full?")
         loss = ", but passwords cannot be checked" if dialect.check_function else ""
@@ -4020,7 +4021,7 @@ class Hub:
         timers = self._timers
         if self.backlogs:
             longest = 0
-        elif timers:                              # counted from the last look at the clock: late by one turn's work
+        elif timers:                            # counted from the last look at the clock: late by one turn's work
             due = max(0.0, timers[0][0] - self.now)
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
