@@ -1938,6 +1938,7 @@ class Session:
 
     def go_on(self):
         """Begin anew what was under way when the process was replaced: timers, questions, connects."""
+        self.stuck = self.client.full
         self._refresh()
         self._flush_notices()
         if self.backlog:
@@ -2368,6 +2369,7 @@ class Session:
     def on_stream_open(self, link):
         """The link is open: hand over the address first, then log in or let the user type."""
         hub, dialect = self.hub, self.dialect
+        self.stuck = self.client.full           # nobody waits for a client that did not read the last link either
         tune(link.sock, 15, 5, 3, hub.settings.dead_after + 10)
         word, target = hub.settings.remotehostname_cmd, hub.world.target
         path = target[1] if isinstance(target[1], str) else None

@@ -4565,6 +4565,25 @@ class StuckClient(RigCase):
         self.assertEqual(set(got.split(b"\r\n")) - {b"x" * 98, b""} - {b"the end"},
                          set(re.findall(rb"\x1b\[0m<output lost: \d+ lines>", got)))
 
+    def test_a_client_that_never_reads_is_bounded_over_returns(self):
+        rig, client, link = self.start(output_limit=400000)
+        rig.pass_time(1)                                        # the crash comes before its 2 s are over
+        for life in ("life 2", "life 3", "life 4"):
+            rig.down()
+            rig.found(life)
+            link = rig.game.accept()
+            rig.let_in(link)
+            self.assertEqual(state_of(client), "PLAYING")
+            self.assertTrue(self.is_read(rig, client))
+            self.fill(rig, client, link, 1000000)
+            self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
+        client.session.stuck = False                            # as in a new process
+        client.session.go_on()
+        self.fill(rig, client, link, 1000000)
+        self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
+        self.assertRegex(self.drain(rig, client), rb"output lost")
+        self.assertFalse(client.session.stuck)
+
     def test_two_short_pauses_are_no_long_one(self):
         rig, client, link = self.start()
         rig.pass_time(1)
