@@ -2036,6 +2036,7 @@ class Session:
             lines = [end.end() for end in itertools.islice(re.finditer(rb"\r\n|\r|\n", data), max(0, hub.patience))]
             stop = lines[-1] if lines else 0
             data, self.backlog = data[:stop], data[stop:]
+        if self.backlog:
             self.client.pause()
             hub.backlogs.append(self)
             self._refresh()
@@ -2050,7 +2051,7 @@ class Session:
     def take_backlog(self):
         """Go on with what was left for later turns."""
         data, self.backlog = self.backlog, b""
-        if not self.client.closed and data:
+        if not self.client.closed:
             self._resume_client()
             self._read_in_turn(data)
 

@@ -3850,7 +3850,7 @@ class Rig:
                 raise AssertionError("it does not settle")
             before = self.events
             self.hub.turn(0.01 if quiet >= 2 else 0)
-            quiet = quiet + 1 if self.events == before else 0
+            quiet = quiet + 1 if self.events == before and not self.hub.backlogs else 0
 
     def pass_time(self, *seconds):
         for step in seconds:
@@ -5101,6 +5101,16 @@ class FairTurns(RigCase):
             self.assertLessEqual(len(part), has.PATIENCE)
             read += part
         self.assertEqual(read, self.LINES)
+
+    def test_after_a_flood_of_any_length_the_client_is_read_again(self):
+        rig = self.rig()
+        client, link = rig.player("Alice")
+        for count in range(1, 3 * has.PATIENCE):
+            client.send("".join(f"line {n}\r\n" for n in range(count)) + "half a")
+            rig.settle()
+            client.send(" line\r\n")
+            rig.settle()
+            self.assertEqual(link.lines(), [f"line {n}" for n in range(count)] + ["half a line"])
 
     def test_nothing_overtakes_what_is_left_for_later_turns(self):
         """After an upgrade a client with such a rest is read at once."""
