@@ -361,7 +361,7 @@ def read_conf(path):
             else:
                 problems.append(f"{where}: this indented line continues nothing: start keys in column 1")
             continue
-        key, equals, value = (part.strip() for part in line.partition("="))     # a value may go on, indented
+        key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
             shown = "(hidden)" if line.lower().startswith("hb_p") else repr(line.strip())
             problems.append(f"{where}: {shown} is not `key = value`")
@@ -371,6 +371,11 @@ def read_conf(path):
         else:
             found[key] = (value, where)
     return found, problems
+
+
+def _beside(where, path):
+    """`path` as seen from the folder of the file in `where` ("file:line")."""
+    return os.path.join(os.path.dirname(os.path.abspath(where.rpartition(":")[0])), path)
 
 
 def load_settings(script, conf):
@@ -390,7 +395,7 @@ def load_settings(script, conf):
                 "; if the has.py on disk is newer than the one that runs: kill -USR2" if key in constants else ""))
             continue
         if key in PATHS and text:               # beside the file that names it, wherever HAS was started
-            text = os.path.join(os.path.dirname(os.path.abspath(where.rpartition(":")[0])), text)
+            text = _beside(where, text)
         try:
             values[key], texts[key] = SETTINGS[key](text), text
         except ValueError as error:
@@ -414,8 +419,7 @@ def control_path(script, conf):
     """The path of the control socket, whatever else is wrong with the settings: a running HAS must be reachable."""
     texts = {**read_constants(script)[0], **read_conf(conf)[0]}
     text, where = texts.get("control_socket", ("", ""))
-    folder = os.path.dirname(os.path.abspath(where.rpartition(":")[0]))
-    return os.path.join(folder, text) if text else os.path.splitext(os.path.abspath(conf))[0] + ".sock"
+    return _beside(where, text) if text else os.path.splitext(os.path.abspath(conf))[0] + ".sock"
 
 
 def settings_of(texts, script):
@@ -929,6 +933,7 @@ class _InfoFamily(Dialect):
 
     logs_in = guest_alone = settings_held = True
     quota = 100
+    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
     setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
@@ -993,7 +998,6 @@ class TinyMUSH(_InfoFamily):
     erasers = b"\x7f"
     login_words = re.compile(rb"\s*(c[od]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
     quit_playing, quit_login = re.compile(rb"(?:QUIT|quit)\Z"), re.compile(rb"(?:QUIT|LOGOUT)\Z")
-    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
@@ -1009,7 +1013,6 @@ class TinyMUX(_InfoFamily):
     login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
-    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
     mark_before = b"OUTPUTPREFIX %(n)s\r\n"
     mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
@@ -1028,7 +1031,6 @@ class RhostMUSH(_InfoFamily):
                              rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?i)(?:quit|logout)(?:\s.*)?\Z")
-    logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     handover_words = (b"proxy",)
     # SESSION prints its table only when logged in; both marks come in either state
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
@@ -3041,10 +3043,6 @@ class Connection:
         self._tokens, self._filled = min(self.dialect.quota, tokens), now
         return self._tokens
 
-    def set_spare(self, tokens):
-        """Another process knew how much of the quota was left."""
-        self._tokens = tokens
-
     def _spend(self):
         self._tokens = self.spare() - 1
 
@@ -3277,7 +3275,7 @@ class Connection:
             setattr(connection, name, unpack(left["values"][name]))
         connection.target = (socket.AddressFamily(connection.target[0]), connection.target[1])
         connection.dialect, connection.scanner.held = DIALECTS[left["dialect"]], unpack(left["held"])
-        connection.set_spare(left["spare"])
+        connection._tokens = left["spare"]
         return connection
 
 
