@@ -4856,7 +4856,8 @@ def start_log(settings):
 def raise_limits(settings):
     """Allow as many descriptors as the system does, and no core dump, which would hold passwords."""
     try:
-        import resource                         # not on every platform
+        import fcntl                            # neither is on every platform
+        import resource
     except ImportError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4867,11 +4868,21 @@ def raise_limits(settings):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for remark in too_few_files(settings, hard):
         log.warning("%s", remark)
+    # Linux doubles the table of descriptors when it is full, and where there are threads that stops all of us for 10
+    # to 20 ms (fs/file.c, expand_fdtable: it waits for RCU): once, now, for as many as there may be.
+    needed, allowed = files_needed(settings) or 20000, files_allowed()
+    with open(os.devnull) as file:
+        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, (min(needed, allowed) if allowed > 0 else needed) - 1))
+
+
+def files_needed(settings):
+    """How many descriptors max_clients takes; 0 if there is no limit."""
+    return settings.max_clients and 2 * settings.max_clients + 50
 
 
 def too_few_files(settings, hard):
     """A remark if the hard limit of open files cannot carry max_clients."""
-    needed = 2 * settings.max_clients + 50
+    needed = files_needed(settings)
     return [f"max_clients = {settings.max_clients} needs {needed} open files, the system allows {hard}: raise the hard "
             "limit (ulimit -Hn)"] if 0 < hard < needed else []
 

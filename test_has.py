@@ -6245,6 +6245,15 @@ class TestProgram(Case):
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stderr)
 
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "only Linux says how large the table is")
+    def test_the_table_of_descriptors_has_room_from_the_start(self):
+        for most, room in ((300, 650), (10, 64), (0, min(20000, has.files_allowed(1)))):
+            running = Has(self, mush_address="127.0.0.1:1", max_clients=most)
+            with open(f"/proc/{running.process.pid}/status") as status:
+                size = int(re.search(r"FDSize:\s*(\d+)", status.read()).group(1))
+            self.assertGreaterEqual(size, room)
+            self.assertLess(len(os.listdir(f"/proc/{running.process.pid}/fd")), 20)
+
     def test_term_and_int_say_goodbye(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             world = self.world("tinymux")
