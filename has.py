@@ -728,7 +728,8 @@ class Replay:
 #
 # One class for each server family: data and small pure functions. Nothing
 # outside this part knows which family it talks to. The facts were recorded
-# from the real servers. A Proof follows the logins of one link.
+# from the real servers. A Proof follows the logins of one
+# link, a Change what becomes of the character after them.
 # ======================================================================
 
 class Credentials:
@@ -1273,8 +1274,36 @@ class Proof:
         return True
 
 
+class Change:
+    """A change of a character's password or name that was typed, and is followed until the world answers (rule 7)."""
+
+    __slots__ = ("kind", "new", "until", "_line")
+
+    def __init__(self, kind, new, until):
+        self.kind, self.new = kind, new         # "password" or "name"
+        self.until = until         # no answer comes after this time
+        self._line = b""           # an unfinished line of the world
+
+    def outcome(self, dialect, text):
+        """Take text of the world; return True (changed), False (refused) or None (not answered yet)."""
+        *lines, self._line = (self._line + text).split(b"\n")
+        self._line = self._line[-300:]
+        changed, kept = ((dialect.password_changed, dialect.password_kept) if self.kind == "password" else
+                         (dialect.name_changed, dialect.name_kept))
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if changed.match(line) or kept.match(line):
+                return bool(changed.match(line))
+        return None
+
+    def of(self, login):
+        """The Credentials that `login` has become."""
+        name, password = (login.name, self.new) if self.kind == "password" else (self.new, login.password)
+        return Credentials(login.verb, name, password)
+
+
 PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
-          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN)}
+          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN), "Change": lambda: Change("", b"", 0)}
 
 
 def pack(value):
@@ -1747,7 +1776,6 @@ _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
 # ... unless it holds a control byte, which servers drop or edit lines with: only its line end may be one. A table for
 # translate(): it changes text that holds one, and is twice as fast as a regular expression.
 _CONTROLS_MARKED = bytes(64 if n < 32 or n in (127, 255) else n for n in range(256))
-_ARRIVAL = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
 
 class State(enum.Enum):
@@ -1830,6 +1858,38 @@ def status_lines(status):
     return lines
 
 
+class Noise:
+    """Lines that tell everybody of the comings and goings of users HAS itself brings back, hidden for a while."""
+
+    _LINE = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
+
+    def __init__(self):
+        self._names = {}           # in lower case -> until when
+
+    def __bool__(self):
+        return bool(self._names)
+
+    def expect(self, name, until):
+        """Hide such lines about `name` until then."""
+        self._names[name] = until
+
+    def forget(self, now):
+        """Forget whose time is over; return when that will be so of the next, or None."""
+        self._names = {name: until for name, until in self._names.items() if until > now}
+        return min(self._names.values(), default=None)
+
+    def may_begin(self, tail):
+        """Whether an unfinished line could become one that is hidden."""
+        name, has, _ = tail.lower().partition(b" has ")
+        if not self._names or not tail or len(tail) >= 80:
+            return False
+        return name in self._names if has else any((known + b" has ").startswith(name) for known in self._names)
+
+    def removed(self, text):
+        """`text`, which starts a line, without the lines that are hidden."""
+        return self._LINE.sub(lambda m: b"" if m.group(1).lower() in self._names else m.group(), text)
+
+
 class Session:
     """One user. Main thread only.
 
@@ -1847,7 +1907,7 @@ class Session:
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since", "login", "previous",
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
-                 "from_client", "from_world", "settings", "change", "watched", "direct", "scan", "silent", "tail",
+                 "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
                  "backlog", "proven", "expected", "watching",
@@ -1870,8 +1930,7 @@ class Session:
         self.kept = b""                         # typed while no link could take it
         self.typed = Typed()
         self.settings = NOTHING                 # what the user set for his connection (rule 8)
-        self.change = None                      # (kind, new, until) typed, not yet confirmed by the world
-        self.watched = b""                      # an unfinished line of the world, read along
+        self.changing = None                    # a Change typed and not yet answered by the world
         self.direct = self.scan = self.silent = False
         self.tail = b""                         # the unfinished line the client was sent last
         self.notices = []                       # waiting for the end of that line
@@ -1903,7 +1962,7 @@ class Session:
         self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
                        and not self.backlog and not self.typed.buffer and not self.dialect.capped
                        and not (self.from_client and self.from_client.held))
-        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.change or
+        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.changing or
                          self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
                          self.from_world and self.from_world.held)
 
@@ -2217,11 +2276,11 @@ class Session:
             return
         password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
         if password:
-            self.change = "password", password.group(1), self.hub.now + 30
+            self.changing = Change("password", password.group(1), self.hub.now + 30)
         elif name and re.search(rb"[\[%\\{]", name.group(2)):
             log.info("%s: uses softcode in @name; a new name that comes of it is not known to HAS", self)
         elif name and name.group(1).lower() in (b"me", self.login.character if self.login else b"me"):
-            self.change = "name", name.group(2), self.hub.now + 30
+            self.changing = Change("name", name.group(2), self.hub.now + 30)
 
     def _note_setting(self, word, value):
         """Remember a setting, to be repeated after a return; SOCKSET holds several, told apart by their names."""
@@ -2354,7 +2413,7 @@ class Session:
         world = self.hub.world
         self.proof = Proof(world.dialect, returning, world.telnet)
         self.from_world, self.replay, self.settled = None, None, False
-        self.watched, self.hidden, self.expected = b"", b"", []
+        self.changing, self.hidden, self.expected = None, b"", []
         self.life = world.life
         self.failing_since = self.failing_since if self.failures else self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
@@ -2429,13 +2488,13 @@ class Session:
         self._refresh()
 
     def _arrived(self):
-        self.hub.arrived(self)
+        self.hub.links.arrived(self)
 
     def _drop_link(self):
         if self.link:
             self.link.drop()
         self.link = None
-        self.hub.arrived(self)
+        self.hub.links.arrived(self)
         if self.state is State.RETURNING:
             self.hub.settle(self)
 
@@ -2488,13 +2547,13 @@ class Session:
 
     def _after_link_data(self, before):
         if before is State.LOGIN:               # it may be in the game by now: clients log in by themselves
-            self.hub.arrived(self)
+            self.hub.links.arrived(self)
         if self.kept and before is self.state is State.PLAYING:
             self._send_kept()                   # the world has answered the one before
         if self.stuck:
             self._shorten()
-        if self.change and self.hub.now > self.change[2]:
-            self.change = None
+        if self.changing and self.hub.now > self.changing.until:
+            self.changing = None
         self._refresh()
 
     def _link_command(self, piece):
@@ -2534,8 +2593,8 @@ class Session:
                 self._returned()
         if self.state is State.RETURNING:
             return b""                          # settled: what the others of this character cause
-        if self.change:
-            self._watch_change(text)
+        if self.changing:
+            self._follow_change(text)
         elif self.state is State.LOGIN and self.unproven and self.dialect.refused_text.search(text):
             log.info("%s: the world refused a login", self)
         for line in [line for line in self.expected if line in text]:
@@ -2564,7 +2623,7 @@ class Session:
         if serial != self.serial:
             return
         if self.state is State.PLAYING:
-            if not self.change and self.login is self.checked:      # not changed while the heartbeat asked
+            if not self.changing and self.login is self.checked:      # not changed while the heartbeat asked
                 self._confirm(verdicts)
         elif self.state is State.WAITING and len(verdicts) == len(self.trials):
             right = [pair for pair, verdict in zip(self.trials, verdicts) if verdict is not False]
@@ -2573,7 +2632,7 @@ class Session:
             else:
                 self.hub.settle(self)           # others of this character need not wait for it
                 self._forget_login()
-            self.hub.queue_link(self)
+            self.hub.links.add(self)
 
     def _confirm(self, verdicts):
         """The heartbeat's second proof of a typed login, and of those typed right behind it."""
@@ -2584,44 +2643,25 @@ class Session:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
             self.login = self.previous = None
 
-    def _watch_change(self, text):
-        """Follow a change of password or name once the world confirms it (rule 7)."""
-        *lines, self.watched = (self.watched + text).split(b"\n")
-        self.watched = self.watched[-300:]
-        kind, new, _ = self.change
-        dialect = self.dialect
-        changed, kept = ((dialect.password_changed, dialect.password_kept) if kind == "password"
-                         else (dialect.name_changed, dialect.name_kept))
-        for line in (line.rstrip(b"\r") for line in lines):
-            if changed.match(line) or kept.match(line):
-                self.change, self.watched = None, b""
-                if changed.match(line) and self.login:
-                    old = self.login
-                    self.previous = old         # kill -9 reverts the world to its last dump
-                    self.login = Credentials(old.verb, new if kind == "name" else old.name,
-                                             new if kind == "password" else old.password)
-                    log.info("%s: changed the %s", self, kind)
-                return
+    def _follow_change(self, text):
+        changed = self.changing.outcome(self.dialect, text)
+        if changed and self.login:
+            self.previous = self.login          # kill -9 reverts the world to its last dump
+            self.login = self.changing.of(self.login)
+            log.info("%s: changed the %s", self, self.changing.kind)
+        if changed is not None:
+            self.changing = None
 
     def _hide_arrivals(self, text):
         """Hide arrival lines about users that HAS itself is bringing back (rule 6)."""
         noise = self.hub.noise
         text, self.hidden = self.hidden + text, b""
-        start = text.find(b"\n") + 1 if self.tail else 0
-        cut = text.rfind(b"\n") + 1
-        tail = text[cut:]
-        if tail and len(tail) < 80 and noise and self._may_be_arrival(tail, noise):
+        start = text.find(b"\n") + 1 or len(text) if self.tail else 0
+        cut = max(start, text.rfind(b"\n") + 1)
+        if noise.may_begin(text[cut:]):
             self._later(0.3, self._show_hidden)
-            text, self.hidden = text[:cut], tail
-        if not noise:
-            return text
-        shown = _ARRIVAL.sub(lambda m: b"" if m.group(1).lower() in noise else m.group(), text[start:])
-        return text[:start] + shown
-
-    @staticmethod
-    def _may_be_arrival(tail, noise):
-        name, has, _ = tail.lower().partition(b" has ")
-        return name in noise if has else any((known + b" has ").startswith(name) for known in noise)
+            text, self.hidden = text[:cut], text[cut:]
+        return text[:start] + noise.removed(text[start:])
 
     def _show_hidden(self):
         hidden, self.hidden = self.hidden, b""
@@ -2685,7 +2725,7 @@ class Session:
         if self.link is None and self.state is State.WAITING:
             self.begin_return()
         elif self.link is None and self.state is State.LOGIN:
-            self.hub.queue_link(self)
+            self.hub.links.add(self)
 
     # ---- the world
 
@@ -2768,7 +2808,7 @@ class Session:
         if self.hub.world.checks and (len(self.trials) > 1 or self.trials and self.dialect.counts_failures):
             self.hub.check(self, self.trials)
         else:
-            self.hub.queue_link(self)
+            self.hub.links.add(self)
 
     def _returned(self):
         """The end marker of a return came: all is known."""
@@ -2823,7 +2863,7 @@ class Session:
         self._wait_again()
         if not self.trials:
             self._forget_login()
-        self.hub.queue_link(self)
+        self.hub.links.add(self)
 
     def _forget_login(self):
         tried = self.login or self.pending
@@ -3970,6 +4010,63 @@ class ControlListener(Listener):
             pass                                # its folder may be gone
 
 
+class LinkQueue:
+    """Who may connect to the world next: all links are opened here, paced for the world's family (rule 4)."""
+
+    def __init__(self, hub):
+        self.hub = hub
+        self._waiting = collections.OrderedDict()           # the sessions as its keys: a set in order
+        self._arriving = set()                  # sessions whose links were opened and are not through yet
+        self._next_at, self._woken = 0.0, False
+
+    def __contains__(self, session):
+        return session in self._waiting
+
+    def add(self, session):
+        """Open the session's link when it is its turn."""
+        self._waiting.setdefault(session)
+        self.go_on()
+
+    def arrived(self, session):
+        """The session's link is through, or has failed: the next may come."""
+        if session in self._arriving:
+            self._arriving.discard(session)
+            self.go_on()
+
+    def forget(self, session):
+        """The session has ended."""
+        self._waiting.pop(session, None)
+        self._arriving.discard(session)
+
+    def clear(self):
+        """There is no world to connect to; every session will be added again when there is."""
+        self._waiting.clear()
+
+    def go_on(self):
+        """Open links soon, if any are wanted."""
+        if self._waiting and not self._woken:
+            self._woken = True
+            self.hub.later(max(0.0, self._next_at - self.hub.now), self._open_some)
+
+    def _open_some(self):
+        self._woken = False
+        hub, rate, opened = self.hub, self.hub.settings.resume_rate, 0
+        while self._waiting and hub.is_up:
+            at_once = len(hub.sessions) if rate == 0 else hub.world.dialect.at_once
+            if len(self._arriving) >= max(1, at_once):
+                return                          # arrived() calls again
+            if rate and hub.now < self._next_at or opened == LINKS_A_TURN:
+                self.go_on()
+                return
+            session, _ = self._waiting.popitem(last=False)
+            if session.state not in (State.LOGIN, State.WAITING):
+                continue
+            self._next_at = hub.now + 1 / rate if rate else 0.0
+            self._arriving.add(session)
+            opened += 1
+            hub.open_link(session)
+
+
 class Hub:
     """The main loop and all it owns. Main thread only, but for `mailbox`."""
 
@@ -4001,9 +4098,8 @@ class Hub:
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
         self._choosing = set()                  # numbers of sessions whose return waits for the answer to check()
-        self.noise = {}                         # names of users being brought back -> until when
-        self._queue, self._arriving = collections.deque(), set()
-        self._next_link_at, self._pumping = 0.0, False
+        self.noise = Noise()
+        self.links = LinkQueue(self)
         self.heartbeat = None
         self.stopping = False
         self.on_reload = None                   # told after new settings were taken
@@ -4143,7 +4239,7 @@ class Hub:
             session.wait(self.settings.offline_notice)
         elif self.health is not Health.STARTING:
             session.silent = self.health is Health.SILENT
-            self.queue_link(session)
+            self.links.add(session)
 
     @staticmethod
     def _host_group(host):
@@ -4177,9 +4273,9 @@ class Hub:
             self._per_host[group] -= 1
             if not self._per_host[group]:
                 del self._per_host[group]
-        self._arriving.discard(session)
+        self.links.forget(session)
 
-    # ---- who may connect to the world next
+    # ---- links to the world
 
     @property
     def is_up(self):
@@ -4194,42 +4290,11 @@ class Hub:
         return TLSStream.connect(self.selector, world.target, owner, on_data, context=context,
                                  server_name=world.address.host)
 
-    def queue_link(self, session):
-        """Open the session's link when it is its turn; all links are opened here, paced for the world's family."""
-        if session not in self._queue:
-            self._queue.append(session)
-        self._pump_soon()
-
-    def arrived(self, session):
-        """The session's link is through, or has failed: the next may come."""
-        if session in self._arriving:
-            self._arriving.discard(session)
-            self._pump_soon()
-
-    def _pump_soon(self):
-        if self._queue and not self._pumping:
-            self._pumping = True
-            self.later(max(0.0, self._next_link_at - self.now), self._pump)
-
-    def _pump(self):
-        self._pumping = False
-        rate, opened = self.settings.resume_rate, 0
-        while self._queue and self.is_up:
-            at_once = len(self.sessions) if rate == 0 else self.world.dialect.at_once
-            if len(self._arriving) >= max(1, at_once):
-                return                          # arrived() calls again
-            if rate and self.now < self._next_link_at or opened == LINKS_A_TURN:
-                self._pump_soon()
-                return
-            session = self._queue.popleft()
-            if session.number not in self.sessions or session.state not in (State.LOGIN, State.WAITING):
-                continue
-            self._next_link_at = self.now + 1 / rate if rate else 0.0
-            self._arriving.add(session)
-            opened += 1
-            if session.state is State.WAITING and session.trials:
-                self._expect_noise(session.trials[0].character)
-            self._safely(session.open_link)
+    def open_link(self, session):
+        """It is the session's turn. The lines that tell others of its arrival will be hidden."""
+        if session.state is State.WAITING and session.trials:
+            self._expect_noise(session.trials[0].character)
+        self._safely(session.open_link)
 
     def siblings(self, session):
         """The other sessions of its character that are being logged in, or will be at once."""
@@ -4238,7 +4303,7 @@ class Hub:
             return []
         return [it for it in self.sessions.values() if it is not session and it.trials
                 and it.trials[0].character == name
-                and (it.state is State.RETURNING or it in self._queue or it.number in self._choosing)]
+                and (it.state is State.RETURNING or it in self.links or it.number in self._choosing)]
 
     def settle(self, session):
         """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
@@ -4249,16 +4314,16 @@ class Hub:
 
     def _expect_noise(self, name):
         quiet = not self.noise
-        self.noise[name] = self.now + NOISE_SECONDS
+        self.noise.expect(name, self.now + NOISE_SECONDS)
         if quiet:
             self.later(NOISE_SECONDS, self._prune_noise)
             for session in self.sessions.values():
                 session.on_noise()
 
     def _prune_noise(self):
-        self.noise = {name: until for name, until in self.noise.items() if until > self.now}
-        if self.noise:
-            self.later(max(0.1, min(self.noise.values()) - self.now), self._prune_noise)
+        ends = self.noise.forget(self.now)
+        if ends is not None:
+            self.later(max(0.1, ends - self.now), self._prune_noise)
 
     # ---- the health of the world; on_* are posted by the heartbeat
 
@@ -4322,7 +4387,7 @@ class Hub:
         if moved:
             log.warning("the world moves from %s to %s: %s taken along", old.address, world.address,
                         users(len(self.sessions)))
-            self._queue.clear()
+            self.links.clear()
             self._each("on_world_down", self.settings.moved_notice)
         elif reborn and was in (Health.UP, Health.SILENT):
             log.warning("the world has been started anew: its users are brought back")
@@ -4343,8 +4408,8 @@ class Hub:
             if session.state is State.WAITING:
                 self._safely(session.begin_return)
             elif session.state is State.LOGIN and not session.link:
-                self.queue_link(session)
-        self._pump_soon()
+                self.links.add(session)
+        self.links.go_on()
 
     def _adopt(self, life):
         """Links that are still open long after the heartbeat's are in the same life of the world as it."""
@@ -4415,7 +4480,7 @@ class Hub:
             self.outages, self.last_outage = self.outages + 1, time.time()
         self._set_health(Health.DOWN)
         self._away_since = None
-        self._queue.clear()
+        self.links.clear()
         self._each("on_world_down", self.settings.offline_notice)
 
     def take_along(self, session):
@@ -4423,7 +4488,7 @@ class Hub:
         if session.state is State.WAITING and self.is_up:
             session.begin_return()
         elif session.state is State.LOGIN and self.is_up:
-            self.queue_link(session)
+            self.links.add(session)
 
     # ---- a new process in place of this one
 

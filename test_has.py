@@ -3190,6 +3190,54 @@ class TestChanges(unittest.TestCase):
         self.assertIsNone(has.TeenyMUSH.setting_words.match(b"OUTPUTPREFIX x"))
 
 
+class TestChange(unittest.TestCase):
+    def test_the_answer_is_a_whole_line_however_it_comes(self):
+        penn = DIALECTS["pennmush"]
+        for kind, answers in (("password", ((b"You have changed your password.\r\n", True), (b"Bad new password.\r\n", False))),
+                              ("name", ((b"Name set.\r\n", True), (b"You can't give a player that name or alias.\r\n", False)))):
+            for text, expected in answers:
+                for cut in range(len(text)):
+                    change = has.Change(kind, b"new", 0)
+                    self.assertIsNone(change.outcome(penn, b"Bob says, \"" + text + b"\r\n" + text[:cut]))
+                    self.assertIs(change.outcome(penn, text[cut:]), expected)
+
+    def test_what_becomes_of_the_login(self):
+        old = has.Credentials(b"cd", b"Alice", b"one")
+        for change, name, password in ((has.Change("password", b"two", 0), b"Alice", b"two"),
+                                       (has.Change("name", b"Alicia", 0), b"Alicia", b"one")):
+            new = change.of(old)
+            self.assertEqual((new.verb, new.name, new.password), (b"cd", name, password))
+        self.assertEqual((old.name, old.password), (b"Alice", b"one"))
+
+
+class TestNoise(unittest.TestCase):
+    def test_lines_about_the_expected_are_removed_and_no_others(self):
+        noise = has.Noise()
+        self.assertFalse(noise)
+        noise.expect(b"alice", 5)
+        noise.expect(b"bob b", 7)
+        text = (b"Alice has connected.\r\nCarol has connected.\r\nBob B has reconnected.\n"
+                b"He says Alice has connected.\r\nALICE has partially disconnected.\r\nAlice has left.\r\n")
+        self.assertEqual(noise.removed(text), b"Carol has connected.\r\nHe says Alice has connected.\r\nAlice has left.\r\n")
+
+    def test_beginnings_of_such_lines(self):
+        noise = has.Noise()
+        self.assertFalse(noise.may_begin(b"Al"))
+        noise.expect(b"alice", 5)
+        for tail, possible in ((b"", False), (b"A", True), (b"Alice", True), (b"alice has conn", True), (b"Alicia", False),
+                               (b"Carol has conn", False), (b"Alice has " + b"x" * 80, False)):
+            self.assertEqual(noise.may_begin(tail), possible, tail)
+
+    def test_expectations_end(self):
+        noise = has.Noise()
+        noise.expect(b"alice", 5)
+        noise.expect(b"bob", 7)
+        self.assertEqual(noise.forget(5), 7)
+        self.assertEqual(noise.removed(b"Alice has connected.\n"), b"Alice has connected.\n")
+        self.assertIsNone(noise.forget(7))
+        self.assertFalse(noise)
+
+
 NO = b"Either that player does not exist, or has a different password.\r\n"
 TABLE = b"Characters Input----\r\nPlayer Name  On For Idle Port Pend  Lost     Total\r\nAlice  0  1 2\r\n"
 INFO = b"### Begin INFO 1\r\nUptime: x\r\n### End INFO\r\n"
