@@ -61,6 +61,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -228,7 +229,14 @@ def _networks(text):
 
 
 def _rate(text):
-    return None if text == "auto" else _number(0, 100000, float)(text)
+    try:
+        return None if text.lower() == "auto" else _number(0, 100000, float)(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor auto") from None
+
+
+def _command_word(text):
+    return text.lower() if text.lower() in ("auto", "none") else _word(text)
 
 
 _seconds = _number(0, 10 ** 8, float)
@@ -240,7 +248,7 @@ SETTINGS = {
     "ssl_cert": _file, "ssl_key": _file, "proxy_from": _networks, "admins": _names, "control_socket": str,
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval, "hb_timeout": _interval,
     "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
-    "remotehostname_cmd": _word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
+    "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
     "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice, "silent_notice": _notice,
     "unsent_notice": _notice, "relogin_failed_notice": _notice, "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
@@ -279,7 +287,7 @@ def server_context(cert, key):
         raise ValueError(f"ssl_key {key or cert}: is encrypted, and HAS must start without being asked: decrypt it")
     try:
         context.load_cert_chain(cert, key or None, no_prompt)
-    except (ssl.SSLError, OSError) as error:
+    except OSError as error:                    # ssl.SSLError is one
         raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: "
                          f"{getattr(error, 'reason', None) or error}") from None
     return context
@@ -291,8 +299,9 @@ def world_context(verify, ca_file):
         raise ValueError("mush_ssl: this Python has no ssl module")
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
-    except ssl.SSLError as error:
-        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: {error.reason}") from None
+    except OSError as error:
+        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: "
+                         f"{getattr(error, 'reason', None) or error.strerror}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -385,9 +394,12 @@ def load_settings(script, conf):
     Returns (Settings, remarks): remarks are lines for the log. Raises SettingsError with every problem found.
     """
     constants, problems = read_constants(script)
+    if not problems:
+        problems = [f"{script}: {key.upper()} is missing from the constants: put it back"
+                    for key in SETTINGS if key not in constants]
     overrides, more = read_conf(conf)
     problems += more
-    values, texts = {}, {}
+    values, texts, places = {}, {}, {}
     for key, (text, where) in list(constants.items()) + list(overrides.items()):
         if key not in SETTINGS:
             near = difflib.get_close_matches(key.lower(), SETTINGS, 1)
@@ -398,21 +410,19 @@ def load_settings(script, conf):
         if key in PATHS and text:               # beside the file that names it, wherever HAS was started
             text = _beside(where, text)
         try:
-            values[key], texts[key] = SETTINGS[key](text), text
+            values[key], texts[key], places[key] = SETTINGS[key](text), text, where
         except ValueError as error:
             shown = "(hidden)" if key == "hb_pass" else text.replace("\n", " (goes on, indented) ")
             problems.append(f"{where}: {key} = {shown}: {error}")
-    if constants:
-        problems += [f"{script}: {key.upper()} is missing from the constants: put it back"
-                     for key in SETTINGS if key not in constants]
-    if not problems:
-        problems = _loops(values)
-    try:
-        settings = None if problems else Settings(values, texts)
-    except ValueError as error:
-        problems = [str(error)]
     if problems:
         raise SettingsError(problems)
+    problems = _conflicts(values)
+    try:
+        settings = Settings(values, texts)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:                                # each begins with the key it is about
+        raise SettingsError([f"{places[re.match('[a-z_]+', problem).group()]}: {problem}" for problem in problems])
     return settings, _remarks(script, overrides, conf, settings)
 
 
@@ -420,7 +430,12 @@ def control_path(script, conf):
     """The path of the control socket, whatever else is wrong with the settings: a running HAS must be reachable."""
     texts = {**read_constants(script)[0], **read_conf(conf)[0]}
     text, where = texts.get("control_socket", ("", ""))
-    return _beside(where, text) if text else os.path.splitext(os.path.abspath(conf))[0] + ".sock"
+    return _beside(where, text) if text else default_control_path(conf)
+
+
+def default_control_path(conf):
+    """The path of the control socket where the settings name none."""
+    return os.path.splitext(os.path.abspath(conf))[0] + ".sock"
 
 
 def settings_of(texts, script):
@@ -434,6 +449,8 @@ def _remarks(script, overrides, conf, settings):
     """What an admin should know of settings that are right."""
     remarks = [f"{conf} overrides the constants {', '.join(key.upper() for key in overrides)}" if overrides else
                f"{conf} sets nothing, or is not there: the constants in {script} count"]
+    remarks += [f"WARNING: {where}: the quotes around {key} count as a part of it: take them away"
+                for key, (text, where) in overrides.items() if re.fullmatch(r"(['\"]).*\1", text, re.S)]
     holder = conf if "hb_pass" in overrides else script
     if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
         remarks.append(f"WARNING: {holder} holds hb_pass and others may read it: chmod 600 {holder}")
@@ -442,14 +459,18 @@ def _remarks(script, overrides, conf, settings):
     return remarks
 
 
-def _loops(values):
-    """One of our own listeners as the world would be a loop; and two listeners cannot share a port."""
+def _conflicts(values):
+    """What settings that are right each for itself have against each other."""
+    problems = []
     if values["local_port"] and values["local_port"] == values["local_port_ssl"]:
-        return [f"local_port = {values['local_port']}: local_port_ssl is the same port"]
-    return [f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): give the port of the MUSH"
-            for address in values["mush_address"]
-            if address.host and address.port in (values["local_port"], values["local_port_ssl"])
-            and _is_ours(address.host, values)]
+        problems.append(f"local_port = {values['local_port']}: local_port_ssl is the same port")
+    if values["mush_ssl"] and any(address.path for address in values["mush_address"]):
+        problems.append("mush_ssl = yes: there is no TLS over the unix: address in mush_address: mend one of the two")
+    return problems + [
+        f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): give the port of the MUSH"
+        for address in values["mush_address"]
+        if address.host and address.port in (values["local_port"], values["local_port_ssl"])
+        and _is_ours(address.host, values)]
 
 
 def _is_ours(host, values):
@@ -585,8 +606,8 @@ class Agreement:
     __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore")
 
     def __init__(self):
-        self.client = {}           # option -> the client's last word on it: its own side WILL/WONT ...
-        self.world = {}            # ... keyed (verb in DO WILL, option) -> True or False, and the same for the world
+        self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
+        self.world = {}            # the same for the world; and (SB, option) -> True: it has asked for details
         self.naws = None           # the last whole NAWS command
         self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
         self.charset = None        # the client's CHARSET ACCEPTED
@@ -647,7 +668,7 @@ class Replay:
 
     def __init__(self, agreement):
         self.agreement = agreement
-        self.had = {(verb, option) for verb in (WILL, DO) for option in range(256) if agreement.settled(verb, option)}
+        self.had = {key for key in agreement.client if agreement.settled(*key)}
         self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
@@ -774,10 +795,9 @@ def rub_out(line, erasers=b"\b\x7f"):
 
 
 def escape_softcode(text, blank=b"%b"):
-    """Make `text` literal for softcode: backslash before every ASCII byte that is no letter or digit, `blank` for one.
-
-    None if it holds what cannot be passed: control bytes, or text outside Latin-1 (kills TeenyMUSH's evaluation).
-    """
+    """Make `text` literal for softcode: a backslash before every ASCII byte that is no letter or digit, `blank` for
+    each blank. None if it cannot be passed: control bytes, bytes that are no UTF-8, characters above U+00FF (they
+    kill TeenyMUSH's evaluation)."""
     try:
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", text) or not all(ord(c) < 256 for c in text.decode("utf-8")):
             return None
@@ -1057,7 +1077,7 @@ class Unknown(Dialect):
     """Before the world was ever seen: a login is to be kept, never echoed, whatever the family will be."""
 
     name = "unknown"
-    login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
+    login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*|c)(?=\s)")
     handover_words = (b"@remotehostname", b"proxy")
 
 
@@ -1079,6 +1099,10 @@ def recognise(banner, info):
     return None
 
 
+_MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2})=([aze]?)\r?\n")            # a Proof's secret, a number, a letter
+_MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,2}|[0-9a-f]{2}=[aze]?\r?)\Z")      # ... what may have come of it behind that
+
+
 class Proof:
     """Which login of a link took, told by marks (rule 5) or, without marks, by the server's first words.
 
@@ -1087,7 +1111,7 @@ class Proof:
     """
 
     __slots__ = ("dialect", "returning", "held", "login", "others", "refused", "ended", "asked", "telnet",
-                 "_secret", "_token", "_tries", "_count", "_tail", "_block", "_line")
+                 "_secret", "_tries", "_count", "_tail", "_block", "_line")
 
     def __init__(self, dialect, returning=False, telnet=True):
         self.dialect = dialect
@@ -1101,7 +1125,6 @@ class Proof:
         self.others = []           # Credentials typed after `login`, which may be the right ones (see _read_outcomes)
         self.asked = False         # it is time for question(), whose answer is the end marker
         self._secret = b"=" + secrets.token_hex(4).encode()
-        self._token = re.compile(self._secret + rb"([0-9a-f]{2})=([aze]?)\r?\n")
         self._tries = {} if dialect.mark_behind else collections.deque()
         self._count = 0
         self._tail = b""           # a held-back tail that could begin a mark
@@ -1176,10 +1199,11 @@ class Proof:
             return self._let_through(text)
         text, self._tail = self._tail + text, b""
         shown, at = [], 0
-        for match in self._token.finditer(text):
-            shown.append(self._let_through(text[at:match.start()]))
-            self._mark(match.group(1), match.group(2))
-            at = match.end()
+        for match in _MARK.finditer(text):
+            if match.group(1) == self._secret:
+                shown.append(self._let_through(text[at:match.start()]))
+                self._mark(match.group(2), match.group(3))
+                at = match.end()
         cut = self._beginning_of_a_mark(text, at)
         self._tail = text[cut:]
         shown.append(self._let_through(text[at:cut]))
@@ -1191,8 +1215,8 @@ class Proof:
         start = text.find(b"=", max(at, len(text) - whole + 1))
         while start >= 0:
             tail = text[start:]
-            if self._secret.startswith(tail) or re.match(
-                    re.escape(self._secret) + rb"(?:[0-9a-f]{0,2}|[0-9a-f]{2}=[aze]?\r?)\Z", tail):
+            if self._secret.startswith(tail) or tail.startswith(self._secret) and _MARK_BEGUN.match(
+                    tail, len(self._secret)):
                 return start
             start = text.find(b"=", start + 1)
         return len(text)
@@ -1318,8 +1342,6 @@ def pack(value):
         return {type(value).__name__: [pack(item) for item in value]}
     if isinstance(value, Dialect):
         return {"dialect": value.name}
-    if isinstance(value, re.Pattern):
-        return {"pattern": pack(value.pattern)}
     return {"object": type(value).__name__, "slots": {name: pack(getattr(value, name)) for name in value.__slots__}}
 
 
@@ -1335,7 +1357,7 @@ def unpack(value):
         return made
     makers = {"bytes": lambda: content.encode("latin-1"), "dialect": lambda: DIALECTS[content],
               "dict": lambda: {unpack(key): unpack(item) for key, item in content},
-              "pattern": lambda: re.compile(unpack(content)), "list": lambda: [unpack(item) for item in content],
+              "list": lambda: [unpack(item) for item in content],
               "tuple": lambda: tuple(unpack(item) for item in content),
               "set": lambda: {unpack(item) for item in content},
               "deque": lambda: collections.deque(unpack(item) for item in content)}
@@ -1507,8 +1529,6 @@ class Stream:
             reset(self.sock)                    # so that the MUSH can bind its port
             self._end("connected to itself: nothing listens there")
         else:
-            if self._finishing and not self.out and not self.closed:
-                self._shut()
             self._opened()
 
     def _opened(self):
@@ -1580,16 +1600,16 @@ class Stream:
         self._update()
 
     def finish(self):
-        """Flush, then end the writing side. Reading goes on until the other side ends too; then drop()."""
+        """Flush, then end the writing side of an open stream. Reading goes on until the other ends too; then drop()."""
         self._finishing = True
         self._paused = False
-        if not self.out and not self.connecting:
+        if not self.out:
             self._shut()
         self._update()
 
     def _shut(self):
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
+        try:                                    # not the method of an SSLSocket: that would read on without TLS
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
         except OSError:
             self._broken = True                 # gone already; reading says so too
 
@@ -1675,21 +1695,16 @@ class Splice:
 class TLSStream(Stream):
     """A Stream inside TLS; on_stream_open comes when the handshake is done. Owners see no other difference."""
 
-    __slots__ = ("_context", "_server_name", "_handshake", "_committed")
+    __slots__ = ("_context", "_server_name", "_handshake", "committed")
     RECORD = 16384                 # a write is retried with no less than was offered: never offer more than a record
 
     def __init__(self, selector, sock, owner, on_data, context, connecting=False, server_name=None):
         self._context, self._server_name, self._handshake = context, server_name, 0
-        self._committed = 0        # bytes of `out` that OpenSSL has begun to send
+        self.committed = 0         # what OpenSSL has begun to send
         if not connecting:                      # an accepted client: HAS is the server
             sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             self._handshake = READ
         super().__init__(selector, sock, owner, on_data, connecting=True)
-
-    @property
-    def committed(self):
-        """Bytes at the start of `out` that must stay as they are."""
-        return self._committed
 
     def ready(self, events):
         """The selector says that reading or writing would not block."""
@@ -1736,9 +1751,9 @@ class TLSStream(Stream):
     def _flush(self):
         try:
             while self.out:
-                self._committed = self._committed or min(len(self.out), self.RECORD)
-                sent = self.sock.send(bytes(self.out[:self._committed]))
-                self._committed = 0
+                self.committed = self.committed or min(len(self.out), self.RECORD)
+                sent = self.sock.send(bytes(self.out[:self.committed]))
+                self.committed = 0
                 self.sent_bytes += sent
                 del self.out[:sent]
         except NOT_NOW:
@@ -1899,7 +1914,8 @@ class Session:
                 |
     WAITING <---+--- world down         the client is held and told
       |  world up: its turn
-      +-----> RETURNING ---> PLAYING    logged in again; LOGIN where there is no login to repeat
+      +-----> RETURNING ---> PLAYING    logged in again
+      +-----> LOGIN                     where there is no login to repeat
     CLOSING                             what is held goes out, then the client is closed
 
     Timers, verdicts and connects carry `serial`, the number of the link they are about; another one is ignored.
@@ -1910,8 +1926,7 @@ class Session:
                  "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail",
                  "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
-                 "backlog", "proven", "expected", "watching",
-                 "checked")
+                 "backlog", "proven", "expected", "reading_timer", "checked", "slow_until")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1921,7 +1936,7 @@ class Session:
         self.link = self.life = self.proof = self.agreement = self.replay = None
         self.from_client = self.from_world = None
         self.proven = b""                       # the character as it logged in, whatever names were typed later
-        self.checked = None                     # the Credentials the heartbeat was asked about
+        self.checked = None                     # the Credentials the heartbeat was asked about, or a list of them
         self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
         self.pending = None                     # a login typed while the world was away
         self.unproven = None                    # (login, time) typed and not yet confirmed
@@ -1936,12 +1951,13 @@ class Session:
         self.notices = []                       # waiting for the end of that line
         self.hidden = b""                       # a tail that could begin an arrival line
         self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
-        self.watching = False                   # a timer looks whether the client reads at all
+        self.reading_timer = False                   # a timer looks whether the client reads at all
         self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
         self.typed_at = hub.now
         self.kept_due = self.stuck_due = self.held_since = 0
         self.words = b""                        # the world's last words that were shown
         self.backlog = b""                      # typed, and left for later turns
+        self.slow_until = 0                     # nothing he types is read before: he tries many passwords
         self.expected = []                      # lines: what the world says to settings HAS repeats: not for the user
 
     def __str__(self):
@@ -1958,9 +1974,8 @@ class Session:
 
     def _refresh(self):
         """Compute the two flags of the fast path from everything they depend on."""
-        linked = self.link is not None and not self.link.connecting
-        self.direct = (self.state is State.PLAYING and linked and not self.kept and not self.silent
-                       and not self.backlog and not self.typed.buffer and not self.dialect.capped
+        self.direct = (self.state is State.PLAYING and self.linked and not self.dialect.capped
+                       and not (self.kept or self.silent or self.backlog or self.typed.buffer or self.typed.overlong)
                        and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.changing or
                          self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
@@ -1975,11 +1990,11 @@ class Session:
                 "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
                 "size": f"{width}x{height}" if width else ""}
 
-    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "watching"}
+    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer"}
 
     def pack(self):
         """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
-        linked = self.link is not None and not self.link.connecting and self.state is not State.RETURNING
+        linked = self.linked and self.state is not State.RETURNING
         state = State.WAITING if self.state is State.RETURNING else self.state
         values = {name: pack(getattr(self, name)) for name in self.__slots__ if name not in self._NOT_PACKED}
         streams = [self.client] + [self.link] * linked
@@ -2015,13 +2030,14 @@ class Session:
             self.hub.ask(self)
         elif self.state is State.WAITING:
             self._hold_for_now()
-        elif self.state is State.PLAYING and self.kept:
+        elif self.kept and self._is_linked():
             self._later(0.1, self._send_kept)
         if self.proof and self.state is State.PLAYING:
             self._later(MARK_SECONDS, self.proof.retire)
         if self.state is State.LOGIN and not self.link or self.state is State.WAITING:
             self.serial += 1
-            self.hub.take_along(self)
+            if self.hub.is_up:
+                self.connect_again()
 
     def on_noise(self):
         """Arrivals begin to be hidden."""
@@ -2037,7 +2053,7 @@ class Session:
         new.take_up(packed)
         if packed["finishing"]:
             new.finish()
-        self.stuck = False
+        self.on_stream_room(new)                # what the old one held is not held here
         self._refresh()
 
     def _due(self, serial, action):
@@ -2051,6 +2067,7 @@ class Session:
 
     def end(self):
         """Forget this session and close what is open."""
+        self.state = State.CLOSING              # whatever fails below, on_error() finds nothing more to do
         self.client.drop()
         self._drop_link()
         self.hub.forget(self)
@@ -2094,8 +2111,9 @@ class Session:
         """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
         hub = self.hub
         ends = len(data) - len(data.translate(None, b"\r\n"))
-        if hub.patience < ends or hub.patience <= 0:
-            lines = [end.end() for end in itertools.islice(re.finditer(rb"\r\n|\r|\n", data), max(0, hub.patience))]
+        most = min(hub.patience, max(1, hub.logins_left(self.host))) if self.state is State.LOGIN else hub.patience
+        if most < ends or most <= 0:
+            lines = [end.end() for end in itertools.islice(re.finditer(rb"\r\n|\r|\n", data), max(0, most))]
             stop = lines[-1] if lines else 0
             data, self.backlog = data[:stop], data[stop:]
         if self.backlog:
@@ -2112,6 +2130,9 @@ class Session:
 
     def take_backlog(self):
         """Go on with what was left for later turns."""
+        if self.slow_until > self.hub.now:
+            self.hub.later(self.slow_until - self.hub.now, self.hub.backlogs.append, self)
+            return
         data, self.backlog = self.backlog, b""
         if not self.client.closed:
             self._resume_client()
@@ -2119,12 +2140,18 @@ class Session:
 
     def _resume_client(self):
         """Read the client again, unless something else still forbids it."""
-        if not (self.backlog or self.link and self.link.full or len(self.kept) > KEEP_BYTES or self.client.full):
+        if not (self.backlog or self.link and self.link.full or len(self.kept) > KEEP_BYTES or self.client.full
+                or self.slow_until > self.hub.now):
             self.client.resume()
+
+    @property
+    def linked(self):
+        """Whether there is an open link."""
+        return self.link is not None and not self.link.connecting
 
     def _is_linked(self):
         """Whether the user and the world can talk."""
-        return self.state in (State.LOGIN, State.PLAYING) and self.link is not None and not self.link.connecting
+        return self.linked and self.state in (State.LOGIN, State.PLAYING)
 
     def _can_forward(self):
         """Whether what he types goes on at once: nothing kept is before it."""
@@ -2159,12 +2186,9 @@ class Session:
         self._refresh()
 
     def _client_command(self, piece):
-        if self.client.full:                    # it does not read: nothing that asks for an answer
-            self.client.pause()
-            return
         if len(piece) == 3 and piece[2] in COMPRESSION:
             if piece[1] in (DO, WILL):
-                self.client.send(command(WONT if piece[1] == DO else DONT, piece[2]))
+                self._answer_client(command(WONT if piece[1] == DO else DONT, piece[2]))
             return
         if self.agreement is None:
             self.agreement = Agreement()
@@ -2177,15 +2201,21 @@ class Session:
             else:
                 self.link.send(piece)
 
+    def _answer_client(self, data):
+        if self.client.full:                    # it asks and does not read: nothing that asks more
+            self.client.pause()
+        else:
+            self.client.send(data)
+
     def _answer_for_world(self, piece):
         """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1)."""
         if piece == AYT:
-            self.client.send(b"\r\n[Yes]\r\n")
+            self._answer_client(b"\r\n[Yes]\r\n")
         elif len(piece) == 3 and piece[1] == DO:
-            self.client.send(command(WONT, piece[2]))
+            self._answer_client(command(WONT, piece[2]))
         elif len(piece) == 3 and piece[1] == WILL:
             wanted = piece[2] in (NAWS, TTYPE, CHARSET)
-            self.client.send(command(DO if wanted else DONT, piece[2]))
+            self._answer_client(command(DO if wanted else DONT, piece[2]))
             if wanted:
                 self.agreement.from_world(command(DO, piece[2]))
 
@@ -2269,8 +2299,8 @@ class Session:
             return
         if dialect.logout.match(line):
             log.info("%s: logged out to the login screen", self)
-            self.login = self.previous = self.unproven = None
-            self.settings, self.proven = NOTHING, b""
+            self.login = self.previous = self.unproven = self.checked = None
+            self.trials, self.settings, self.proven = [], NOTHING, b""
             self.proof = Proof(dialect, False, self.hub.world.telnet)
             self._enter(State.LOGIN)
             return
@@ -2321,9 +2351,11 @@ class Session:
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
         if login:
             self.unproven = login, self.hub.now
-            if self.hub.count_login(self.host) > SLOW_AFTER:
+            self.hub.count_login(self.host)
+            if self.hub.logins_left(self.host) < 0:
+                self.slow_until = self.hub.now + SLOW_SECONDS
                 self.client.pause()             # after this line; nothing he types is lost
-                self._later(SLOW_SECONDS, self._resume_client)
+                self.hub.later(SLOW_SECONDS, self._resume_client)
             return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
         self._note_line(line)
         self.proof.no_login(line)
@@ -2343,7 +2375,8 @@ class Session:
         elif self._asks_for_list(line):
             pass
         elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
-            if login and not self.login:
+            if login and (not self.login or self.is_guest):
+                self.login = None
                 self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
             self._write_notice("# NOTICE # You will be logged in when the world returns.")
         elif self.unsent < 10 and not self.client.full:
@@ -2366,7 +2399,8 @@ class Session:
             return
         log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
         if self._is_linked() and not reason:
-            self.link.finish()                  # what he typed last is still carried out and answered
+            self._read_client(self._release())  # what he typed last is still carried out and answered
+            self.link.finish()
             self._enter(State.CLOSING)
             self._later(10, self.end)
         else:
@@ -2378,7 +2412,7 @@ class Session:
         """Write a notice between lines: at once, or after the line the world is sending now, at most 1 s later."""
         if not text or self.state is State.CLOSING:
             return
-        if self.tail and self.link and not self.link.connecting and self.state is not State.RETURNING:
+        if self.tail and self.linked and self.state is not State.RETURNING:
             if not self.notices:
                 self._later(1, self._flush_notices)
             self.notices.append(text)
@@ -2415,7 +2449,8 @@ class Session:
         self.from_world, self.replay, self.settled = None, None, False
         self.changing, self.hidden, self.expected = None, b"", []
         self.life = world.life
-        self.failing_since = self.failing_since if self.failures else self.hub.now
+        if not self.failures:
+            self.failing_since = self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
         try:
             self.link = self.hub.connect(world, self, self.on_link_data)
@@ -2426,7 +2461,6 @@ class Session:
 
     def _connect_overdue(self):
         if self.link and self.link.connecting:
-            self._drop_link()
             self._link_failed("no answer to the connect")
 
     def on_stream_open(self, link):
@@ -2597,6 +2631,7 @@ class Session:
             self._follow_change(text)
         elif self.state is State.LOGIN and self.unproven and self.dialect.refused_text.search(text):
             log.info("%s: the world refused a login", self)
+            self.unproven = None
         for line in [line for line in self.expected if line in text]:
             text = text.replace(line, b"", 1)
             self.expected.remove(line)
@@ -2609,7 +2644,7 @@ class Session:
         others = self.proof.others
         self.login, self.previous, self.pending, self.unproven = login, others[-1] if others else None, None, None
         self.proven = login.character
-        self.hub.logins_tried.pop(self.host, None)
+        self.hub.login_took(self.host)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
         if self.dialect.mark_behind:
@@ -2625,7 +2660,9 @@ class Session:
         if self.state is State.PLAYING:
             if not self.changing and self.login is self.checked:      # not changed while the heartbeat asked
                 self._confirm(verdicts)
-        elif self.state is State.WAITING and len(verdicts) == len(self.trials):
+        elif self.state is State.WAITING and self.checked != self.trials:
+            self.begin_return()                 # he typed another login meanwhile
+        elif self.state is State.WAITING:
             right = [pair for pair, verdict in zip(self.trials, verdicts) if verdict is not False]
             if right or not self.dialect.counts_failures:
                 self.trials = right or self.trials[:1]
@@ -2693,8 +2730,7 @@ class Session:
         elif self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
             self.close("quit")
         else:
-            self._show(self.hidden)
-            self.hidden = b""
+            self._show_hidden()
             self._enter(State.ASKING)
             self._tell_silence()
             self.hub.ask(self)
@@ -2712,7 +2748,7 @@ class Session:
             self.told = True
             self._write_notice(self.hub.settings.offline_notice)
         self._refresh()
-        self._later(delay, self._try_again)
+        self._later(delay, self.connect_again)
 
     def _wait_again(self):
         """A return has failed: what was typed meanwhile is answered like anything typed while waiting."""
@@ -2721,7 +2757,8 @@ class Session:
         if kept:
             self._read_client(kept)
 
-    def _try_again(self):
+    def connect_again(self):
+        """Without a link, and the world may be up: get one."""
         if self.link is None and self.state is State.WAITING:
             self.begin_return()
         elif self.link is None and self.state is State.LOGIN:
@@ -2738,22 +2775,20 @@ class Session:
 
     def on_world_down(self, notice):
         """The world is down or has moved: hold the client, whatever it was doing."""
-        if self.state in (State.LOGIN, State.PLAYING, State.RETURNING):
-            if self.link and self.state is not State.RETURNING:
-                self.link.last_words()          # may end the session
-            if self.state in (State.LOGIN, State.PLAYING) and self.quit_at and (
-                    self.hub.now - self.quit_at < QUIT_SECONDS):
+        if self.state in (State.LOGIN, State.PLAYING):
+            if self.link:
+                self.link.last_words()
+            if self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
                 self.close("quit")
         if self.state not in (State.WAITING, State.CLOSING):
-            self.wait("" if self.state is State.RETURNING and self.told else notice)
+            self.wait("" if self.state is State.RETURNING else notice)          # he was told already
 
     def wait(self, notice):
         """Hold the client until the world is back."""
         if self.proof and self.state in (State.LOGIN, State.ASKING) and self.unproven and not self.login and (
                 self.hub.now - self.unproven[1] < 30):
             self.pending = self.unproven[0]     # typed, and never answered
-        self._show(self.hidden)
-        self.hidden = b""
+        self._show_hidden()
         self._drop_link()
         self.serial += 1
         self.silent = False
@@ -2773,12 +2808,17 @@ class Session:
     def _hold_for_now(self):
         """Hold this client, but not for ever if the settings say so."""
         self.held_since = self.hub.now
-        for seconds in {self.hub.settings.hold, self.hub.settings.login_hold} - {0}:
-            self.hub.later(seconds, self._hold_over, self.held_since, seconds)
+        self._look_at_hold(self.held_since)
 
-    def _hold_over(self, since, seconds):
+    def _look_at_hold(self, since):
+        """Close the client if it was held long enough; else look again later, for a HUP may bring another limit."""
+        if self.client.closed or self.held_since != since or self.state not in (State.WAITING, State.RETURNING):
+            return
         hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
-        if self.state is State.WAITING and self.held_since == since and hold == seconds and not self.client.closed:
+        left = since + hold - self.hub.now if hold else 60
+        if left > 0 or self.state is State.RETURNING:
+            self.hub.later(min(60, max(0.1, left)), self._look_at_hold, since)
+        else:
             self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
 
     def on_world_silent(self, silent):
@@ -2795,18 +2835,25 @@ class Session:
             self.told = True
             self.notify(self.hub.settings.silent_notice)
 
+    @property
+    def is_guest(self):
+        """Whether he is logged in as a guest: another one may have that name the next time."""
+        return self.login is not None and self.login.character == b"guest"
+
     def begin_return(self):
         """The world is up: get back into it, or to its login screen."""
         if self.state is not State.WAITING:
             return
-        guest = self.login and self.login.character == b"guest"
-        self.trials = [] if guest else [c for c in (self.login or self.pending, self.previous) if c]
-        self.greeting = (self.hub.settings.online_notice if not guest else
-                         "# NOTICE # This world is ONLINE again. Guests have to log in again.")
+        self.greeting = self.hub.settings.online_notice
+        if self.is_guest:
+            self.greeting = "# NOTICE # This world is ONLINE again. Guests have to log in again."
+            self.login = self.previous = None
+        self.trials = [c for c in (self.login or self.pending, self.previous) if c]
         if not self.dialect.logs_in:
             self.trials = []
         if self.hub.world.checks and (len(self.trials) > 1 or self.trials and self.dialect.counts_failures):
-            self.hub.check(self, self.trials)
+            self.checked = list(self.trials)
+            self.hub.check(self, self.checked)
         else:
             self.hub.links.add(self)
 
@@ -2818,7 +2865,10 @@ class Session:
             self._arrived()
             self.hub.settle(self)
         elif proof.login:
+            proof.retire()                      # all its marks came before the end marker
             self._back_in_game(proof.login)
+            if self.kept:
+                self._send_kept()
         elif proof.refused:
             self._refused()
         else:
@@ -2826,7 +2876,7 @@ class Session:
 
     def settle(self):
         """The last session of this character is in: what came here of its login is dropped with one more end marker."""
-        if self.state is State.RETURNING and self.settled and self.proof.ended:
+        if self.link and self.state is State.RETURNING and self.settled and self.proof.ended:
             self.link.send(self.proof.ask_again())
 
     def _back_in_game(self, login):
@@ -2843,12 +2893,9 @@ class Session:
             prefix = self.settings.get(b"OUTPUTPREFIX")
             self.expected = [line + b"\r\n" for line in (prefix, suffix) if line]
         self._arrived()
-        self.proof.retire()                     # all its marks came before the end marker
         self._enter(State.PLAYING)
         log.info("%s: is back in the game%s", self, " with the name and password of before the last change of them, "
                  "which the world has lost" if lost_change else "")
-        if self.kept:
-            self._send_kept()
 
     def _setting_lines(self, held):
         """The lines that repeat his settings: those whose answers can be held back, or the others, which do no harm."""
@@ -2880,16 +2927,21 @@ class Session:
             self._returned()
 
     def _return_overdue(self):
-        """Last resort: no end marker came; show what was held and carry on."""
+        """Last resort: no end marker came, or others of this character take too long. Carry on."""
         if self.state is not State.RETURNING:
             return
-        log.warning("%s: no end of the login seen in %d s; showing what came", self, RETURN_SECONDS)
-        held = self.proof.held
-        self.proof.end()
-        self._enter(State.PLAYING if self.proof.login else State.LOGIN)
-        self._write_notice(self.hub.settings.online_notice)
+        held, proof = b"" if self.settled else self.proof.held, self.proof
+        proof.end()
+        self._later(MARK_SECONDS, proof.retire)
+        if not self.settled:
+            log.warning("%s: no end of the login seen in %d s; showing what came", self, RETURN_SECONDS)
+        if proof.login:
+            self._back_in_game(proof.login)
+        else:
+            self._enter(State.LOGIN)
+            self._write_notice(self.hub.settings.online_notice)
+            self._arrived()
         self._show(held)
-        self._arrived()
         if self.kept:
             self._send_kept()
 
@@ -2918,8 +2970,8 @@ class Session:
         if stream is self.link:
             self.client.pause()
         elif stream is self.client:
-            if not self.watching:
-                self.watching = True
+            if not self.reading_timer:
+                self.reading_timer = True
                 self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
             if self.link:
                 self.link.pause()
@@ -2934,11 +2986,11 @@ class Session:
             self._refresh()
 
     def _on_hopeless(self, sent_bytes):
-        self.watching = self.client.full and not self.client.closed
-        if self.watching and self.client.sent_bytes == sent_bytes:
+        self.reading_timer = self.client.full and not self.client.closed
+        if self.reading_timer and self.client.sent_bytes == sent_bytes:
             log.info("%s: the client has not read for %d s: closed", self, GIVE_UP_SECONDS)
             self.end()
-        elif self.watching:
+        elif self.reading_timer:
             self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, self.client.sent_bytes)
 
     def _shorten(self):
@@ -3364,7 +3416,8 @@ class Heartbeat(threading.Thread):
             self._known.clear()
         self._untold.clear()
         self._said.clear()
-        self._renew = any(getattr(settings, key) != getattr(self._settings, key) for key in own) or self._lacks
+        self._renew = self._renew or self._lacks or any(
+            getattr(settings, key) != getattr(self._settings, key) for key in own)
         self._settings = settings
         self._login_after = self._try_at = 0.0
         if changed:
@@ -3429,6 +3482,7 @@ class Heartbeat(threading.Thread):
             connection = Connection.unpark(parked["connection"], self._settings, self._wait)
         except (KeyError, ValueError, TypeError, AttributeError) as error:      # another version did it otherwise
             log.warning("the heartbeat's connection could not be taken over (%r); it makes another one", error)
+            self._tell(self._hub.on_heartbeat_lost, "it could not be taken over", False)
             return None
         self._selector.register(connection.sock, READ, connection)
         return connection
@@ -3696,9 +3750,13 @@ class Heartbeat(threading.Thread):
         batch, pairs = [], []
         while self._checks and (not batch or len(pairs) < 20):
             number, serial, asked = self._checks.popleft()
-            if not connection.checks or connection.dialect.check(asked, b"") is None:
+            dialect = connection.dialect
+            if not connection.checks or dialect.check(asked, b"") is None:
                 self._tell(self._hub.on_checked, number, serial, [None] * len(asked))
                 continue
+            if batch and len(dialect.check(pairs + asked, _new_nonce())) > dialect.longest_line:
+                self._checks.appendleft((number, serial, asked))        # for the next line
+                break
             batch.append((number, serial, len(asked)))
             pairs += asked
         verdicts = connection.verdicts(pairs) if pairs else []
@@ -3805,6 +3863,9 @@ class Listener:
                 self.on_accepted(sock, peer)
             except (OSError, ValueError) as error:
                 log.info("a client was gone before it was let in: %s", error)
+                sock.close()
+            except Exception:
+                log.exception("a fault of HAS in letting a client in; it is closed")
                 sock.close()
 
     def on_accepted(self, sock, peer):
@@ -3992,7 +4053,9 @@ class ControlListener(Listener):
                 trial.settimeout(1)
                 trial.connect(path)
             raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path)
-        except ConnectionRefusedError:
+        except ConnectionRefusedError:          # a file that is no socket refuses, too
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError(errno.EEXIST, "there is a file that is no socket", path) from None
             os.unlink(path)
         except FileNotFoundError:
             pass
@@ -4092,9 +4155,9 @@ class Hub:
         self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
         self.pumps, self.rescues = [], []       # process ids; times of rescues
         self._away_since = None                 # the heartbeat lost its connection then
-        self._refused = False                   # ... and could not make a new one
+        self._unreachable = False               # ... and could not make a new one
         self._accepted = False                  # ... though the world, or its host, took the connection
-        self._last_reason = None
+        self._reasons = {}                      # Address -> why it could not be reached, since the world was found
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
         self._choosing = set()                  # numbers of sessions whose return waits for the answer to check()
@@ -4103,7 +4166,6 @@ class Hub:
         self.heartbeat = None
         self.stopping = False
         self.on_reload = None                   # told after new settings were taken
-        self.turns = 0
 
     # ---- the loop
 
@@ -4114,7 +4176,6 @@ class Hub:
 
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
-        self.turns += 1
         self.patience = PATIENCE
         timers = self._timers
         if self.backlogs:
@@ -4148,7 +4209,8 @@ class Hub:
         heapq.heappush(self._timers, (self.now + seconds, next(self._timer_numbers), call, arguments))
 
     def _run_timers(self):
-        while self._timers and self._timers[0][0] <= self.now:
+        newest = next(self._timer_numbers)      # what is set from now on is for the next turn
+        while self._timers and self._timers[0][0] <= self.now and self._timers[0][1] < newest:
             _, _, call, arguments = heapq.heappop(self._timers)
             self._safely(call, *arguments)
 
@@ -4183,7 +4245,7 @@ class Hub:
             try:
                 new = self._open(missing)
             except OSError:
-                self.listeners += self._open([it.wanted for it in old if it not in kept])
+                self.listeners += self._open(list(dict.fromkeys(it.wanted for it in old if it not in kept)))
                 raise
         for it in old:
             if it not in kept and not it.closed:
@@ -4213,6 +4275,10 @@ class Hub:
             sock.close()
         elif len(self.arrivals) > max(100, self.settings.max_clients):
             sock.close()                        # they last 10 s at most
+        elif tls and not self.settings.server_tls:
+            log.info("client from %s refused: TLS is off; its listener is only left because another could not be had",
+                     host)
+            sock.close()
         elif tls or any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from):
             self.arrivals.add(Arrival(self, sock, host, tls))
         else:
@@ -4257,14 +4323,22 @@ class Hub:
             return "Too many connections from your address."
         return None
 
-    def count_login(self, host):
-        """Count a login typed; return how many this address has tried since the last that took."""
+    def logins_left(self, host):
+        """How many logins may still be typed from this address before they are slowed down."""
         if ipaddress.ip_address(host).is_loopback:
-            return 0                            # many people, or our own machine
-        self.logins_tried[host] += 1
-        if self.logins_tried[host] == 1:
-            self.later(600, self.logins_tried.pop, host, None)
-        return self.logins_tried[host]
+            return 1 << 30                      # many people, or our own machine
+        return SLOW_AFTER - self.logins_tried[self._host_group(host)]
+
+    def count_login(self, host):
+        """Count a login typed."""
+        group = self._host_group(host)
+        self.logins_tried[group] += 1
+        if self.logins_tried[group] == 1:
+            self.later(600, self.logins_tried.pop, group, None)
+
+    def login_took(self, host):
+        """A login from this address took: it is not guessing."""
+        self.logins_tried.pop(self._host_group(host), None)
 
     def forget(self, session):
         """A session has ended."""
@@ -4273,7 +4347,8 @@ class Hub:
             self._per_host[group] -= 1
             if not self._per_host[group]:
                 del self._per_host[group]
-        self.links.forget(session)
+            self.links.forget(session)
+            self.settle(session)                # others of its character may have waited for it
 
     # ---- links to the world
 
@@ -4328,7 +4403,7 @@ class Hub:
     # ---- the health of the world; on_* are posted by the heartbeat
 
     def _set_health(self, health):
-        if self.health is Health.DOWN:
+        if self.health is Health.DOWN and self.outages:         # before the first world was found it was none
             self.outage_seconds += time.time() - self.health_since
         if health is not self.health:
             self.health, self.health_since = health, time.time()
@@ -4361,14 +4436,10 @@ class Hub:
         self.round_trip = seconds
         for number, serial in asks:
             session = self.sessions.get(number)
-            if session:
-                self._verdict(session, serial, session.life == life)
-
-    def _verdict(self, session, serial, left):
-        if session.state is State.ASKING and session.serial == serial:
-            self._safely(session.on_verdict, left)
-            if session.state is State.WAITING and self.is_up:
-                self._safely(session.begin_return)
+            if session and session.state is State.ASKING and session.serial == serial:
+                self._safely(session.on_verdict, session.life == life)
+                if session.state is State.WAITING and self.is_up:
+                    self._safely(session.begin_return)
 
     def on_world_found(self, world):
         """The heartbeat confirmed a world: the one users are on, or another to which all move."""
@@ -4376,7 +4447,7 @@ class Hub:
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
         renewed = world == old and self.is_up and self._away_since is None      # a blind one: once a minute
-        self._away_since, self._refused, self._last_reason, self._wish = None, False, None, None
+        self._away_since, self._unreachable, self._reasons, self._wish = None, False, {}, None
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
                 " (without heartbeat login)" if world.blind else "", world.dialect.name,
@@ -4404,11 +4475,7 @@ class Hub:
             self.later(ADOPT_SECONDS, self._adopt, world.life)
         if was is Health.DOWN and old:
             log.info("the outage lasted %s; bringing back %s", ago(time.time() - since), users(len(self.sessions)))
-        for session in list(self.sessions.values()):
-            if session.state is State.WAITING:
-                self._safely(session.begin_return)
-            elif session.state is State.LOGIN and not session.link:
-                self.links.add(session)
+        self._each("connect_again")
         self.links.go_on()
 
     def _adopt(self, life):
@@ -4430,19 +4497,20 @@ class Hub:
         if dead:
             self._down(reason)
             return
-        self._away_since, self._refused, self._accepted = self.now, False, False
+        self._away_since, self._unreachable, self._accepted = self.now, False, False
         self.later(AWAY_SECONDS, self._judge_loss)
         self._judge_loss()
 
     def on_unreachable(self, address, reason, accepted):
         """The heartbeat could not get (back) to a world, which took the connection (`accepted`) or not even that."""
-        if reason != self._last_reason:
+        if reason != self._reasons.get(address):
             log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason,
                      self.settings.retry)
-        self._last_reason, self._refused, self._accepted = reason, True, accepted
+        self._reasons[address] = reason
         if self.health is Health.STARTING:
             self._down(reason)
-        elif self._away_since is not None:
+        elif self._away_since is not None and address == self.world.address:
+            self._unreachable, self._accepted = True, accepted
             self._judge_loss()
 
     def _judge_loss(self):
@@ -4451,12 +4519,12 @@ class Hub:
             return
         away = self.now - self._away_since + 0.01
         asking = any(s.state is State.ASKING for s in self.sessions.values())
-        linked = any(s.link and not s.link.connecting for s in self.sessions.values())
+        linked = any(s.linked for s in self.sessions.values())
         alone = asking and not linked           # every link has ended too
         # a world that takes connections and keeps its links lives, whatever it has against the heartbeat
         longest = self.settings.dead_after if linked and self._accepted else AWAY_SECONDS
-        if away >= longest or self._refused and (asking or not linked) or alone and away >= 0.3:
-            self._down("the heartbeat cannot get back" if self._last_reason is None else self._last_reason)
+        if away >= longest or self._unreachable and (asking or not linked) or alone and away >= 0.3:
+            self._down(self._reasons.get(self.world.address, "the heartbeat cannot get back"))
         elif alone:
             self.later(0.3, self._judge_loss)
 
@@ -4483,17 +4551,10 @@ class Hub:
         self.links.clear()
         self._each("on_world_down", self.settings.offline_notice)
 
-    def take_along(self, session):
-        """A session that has no link after the process was replaced: it gets one if the world is up."""
-        if session.state is State.WAITING and self.is_up:
-            session.begin_return()
-        elif session.state is State.LOGIN and self.is_up:
-            self.links.add(session)
-
     # ---- a new process in place of this one
 
     def pack(self):
-        """Everything a new process needs: (plain values, the descriptors to keep). Changes nothing here."""
+        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing here."""
         sessions, fds = [], []
         for session in self.sessions.values():
             packed, kept = session.pack()
@@ -4538,7 +4599,7 @@ class Hub:
             try:
                 session.unpack(packed)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
-                log.exception("%s could not be taken over: it ends", session)
+                log.exception("%s could not be taken over", session)
                 raise RuntimeError("a session could not be taken over") from error
 
     def go_on(self):
@@ -4582,7 +4643,7 @@ class Hub:
     def status(self):
         """All that is told to admins: a dictionary of plain values, without secrets."""
         world = self.world
-        lasting = time.time() - self.health_since if self.health is Health.DOWN else 0
+        lasting = time.time() - self.health_since if self.health is Health.DOWN and self.outages else 0
         address = world.address if world else self.settings.mush_address[0]
         return {"version": VERSION, "pid": os.getpid(), "age": int(time.time() - self.started), "world": {
                     "address": str(address), "family": world.dialect.name if world else None,
@@ -4820,6 +4881,8 @@ class Upgrade:
                 os.close(fd)
         hub.heartbeat = Heartbeat(hub, hub.mailbox, hub.settings, parked)
         hub.heartbeat.start()
+        if "connection" not in (parked or {}):
+            hub.on_heartbeat_lost("it could not be handed over", False)
         hub.go_on()
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -4881,8 +4944,7 @@ class LogHandler(logging.Handler):
             try:
                 fd = self._open()
             except OSError as error:
-                self._dropped += 1
-                self._waiting += f"cannot reopen {self._path}: {error}\n".encode()
+                log.error("cannot open log_file %s: %s; the log goes on where it was", self._path, error.strerror)
                 return
             if self._fd != 2:
                 os.close(self._fd)
@@ -4937,8 +4999,11 @@ def raise_limits(settings):
     # Linux doubles the table of descriptors when it is full, and where there are threads that stops all of us for 10
     # to 20 ms (fs/file.c, expand_fdtable: it waits for RCU): once, now, for as many as there may be.
     needed, allowed = files_needed(settings) or 20000, files_allowed()
-    with open(os.devnull) as file:
-        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, (min(needed, allowed) if allowed > 0 else needed) - 1))
+    try:
+        with open(os.devnull) as file:
+            os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, (min(needed, allowed) if allowed > 0 else needed) - 1))
+    except OSError:
+        pass                                    # an upgrade: the last one is in use, so the table is that large
 
 
 def files_needed(settings):
@@ -4969,9 +5034,9 @@ HELP = """signals:
   TERM, INT  say goodbye and stop
 
 exit status:
-  0  stopped; --check: nothing is wrong; --status: the world is up
-  1  could not start; --status: the world is silent or down; --probe: the world lacks something
-  2  wrong settings or arguments
+  0  stopped; --check: nothing is wrong; --status: the world is up; --notice, --kick: done
+  1  could not start, or stopped by a fault; --status: the world is silent or down; --probe: it lacks something
+  2  wrong settings or arguments; --kick: there is no such session
   3  --status, --notice, --kick: HAS is not running
 
 files:
@@ -5001,6 +5066,10 @@ def parse_arguments(arguments):
     options = parser.parse_args(arguments)
     if options.config and options.resume is None and not os.path.exists(options.config):
         parser.error(f"--config {options.config}: there is no such file")
+    if options.probe and not options.check:
+        parser.error("--probe goes with --check")
+    if options.json and not options.status:
+        parser.error("--json goes with --status")
     if options.notice is not None and not options.notice.strip():
         parser.error("--notice: say something")
     options.script = options.script or os.path.abspath(__file__)
@@ -5030,9 +5099,8 @@ def main(arguments=None):
         return load_settings(script, options.config)
     if options.resume is not None:
         return resume(options, script, source, load)
-    control = control_path(script, options.config)
     if options.status or options.notice is not None or options.kick is not None:
-        return ask_running(options, control)
+        return ask_running(options, control_path(script, options.config))
     try:
         settings, remarks = load()
     except SettingsError as error:
@@ -5044,6 +5112,7 @@ def main(arguments=None):
         trouble = start_trouble(settings)
         print("\n".join(trouble or ["has.py: the settings are right"]))
         return 2 if trouble else probe(settings) if options.probe else 0
+    control = settings.control_socket or default_control_path(options.config)
     return start_has(settings, remarks, load, control, (script, options.config, source))
 
 
@@ -5113,8 +5182,11 @@ def ask_running(options, path):
         print(f"has.py: no HAS answers at {path}: {error}", file=sys.stderr)
         return 3
     if request["do"] != "status":
-        print(answer.get("done") or f"has.py: {answer['error']}")
-        return 0 if "done" in answer else 2
+        if "error" in answer:
+            print(f"has.py: {answer['error']}", file=sys.stderr)
+            return 2
+        print(answer["done"])
+        return 0
     print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
     return 0 if answer["world"]["health"] in ("up", "blind") else 1
 
@@ -5154,8 +5226,9 @@ def start_has(settings, remarks, load, control, program):
         open_control(hub, control)
         hub.listen()
     except OSError as error:
-        trouble = f"cannot start: {error.filename}: {error.strerror}"
-        log.error("%s", trouble)
+        trouble = f"cannot start: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+        if log.handlers:
+            log.error("%s", trouble)
         if settings.log_file:                   # nobody looks there now, and it may be the log of another HAS
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
@@ -5224,15 +5297,13 @@ def serve(hub, handler, program):
     # sessions for garbage several times a second (a tenth of the CPU at 9,000 users). Its default is 700.
     gc.set_threshold(30000)
     tell_systemd("READY=1")
-    while True:
-        try:
-            hub.run()
-            break
-        except Exception:
-            log.exception("a fault in the main loop of HAS")
-            upgrade.rescue()
-            log.error("HAS stops: see the fault above, and report it")
-            return 1
+    try:
+        hub.run()
+    except Exception:
+        log.exception("a fault in the main loop of HAS")
+        upgrade.rescue()
+        log.error("HAS stops: see the fault above, and report it")
+        return 1
     hub.heartbeat.join(1)
     log.info("stopped")
     return 0

@@ -2550,9 +2550,15 @@ class TestSettings(SettingsCase):
                 ("offline_notice = a\tb", "C:1: offline_notice = a\tb: holds control characters"),
                 ("local_address = here", "C:1: local_address = here: 'here' does not appear to be an IPv4 or IPv6 address"),
                 ("proxy_from = 1.2.3", "C:1: proxy_from = 1.2.3: '1.2.3' does not appear to be an IPv4 or IPv6 network"),
-                ("resume_rate = fast", "C:1: resume_rate = fast: " + number)):
+                ("resume_rate = fast", "C:1: resume_rate = fast: " + number + ", nor auto"),
+                ("resume_rate = -1", "C:1: resume_rate = -1: is not between 0 and 100000, nor auto"),
+                ("mush_address = unix:/x\nmush_ssl = yes",
+                 "C:2: mush_ssl = yes: there is no TLS over the unix: address in mush_address: mend one of the two"),
+                ("local_port_ssl = 4300", "C:1: local_port_ssl needs ssl_cert")):
             with self.subTest(line):
                 self.assertEqual(self.wrong(line), [message])
+        self.assertEqual(self.wrong("local_port = 4000\nlocal_port_ssl = 4000"), [
+            "C:1: local_port = 4000: local_port_ssl is the same port", "C:2: local_port_ssl needs ssl_cert"])
 
     def test_bad_lines_of_the_constants_have_exact_messages(self):
         literal = 'only lines like NAME = "text" or NAME = 123 may stand here'
@@ -2584,10 +2590,12 @@ class TestSettings(SettingsCase):
 
     def test_all_problems_are_reported_at_once(self):
         self.assertEqual(self.wrong("nothing\nbeat = x\n", retry="y", hold=None, max_clients=-1), [
-            "C:1: 'nothing' is not `key = value`",
+            "S: HOLD is missing from the constants: put it back", "C:1: 'nothing' is not `key = value`",
             f"S:{list(self.values).index('retry') + 3}: retry = y: is not a number",
             f"S:{list(self.values).index('max_clients') + 2}: max_clients = -1: is not between 0 and 1000000",
-            "C:2: beat = x: is not a number", "S: HOLD is missing from the constants: put it back"])
+            "C:2: beat = x: is not a number"])
+        only, = self.wrong("", extra="HOLD = 2 + f()", hold=None)               # not that HOLD is missing, too
+        self.assertIn("only lines like NAME", only)
 
     def test_an_indented_line_continues_a_value_also_one_that_begins_with_a_hash(self):
         settings, _ = self.load("# comment\noffline_notice = # one\n  # two\n\n# comment\n\tthree = 3\nbeat = 5\r\n")
@@ -2601,6 +2609,22 @@ class TestSettings(SettingsCase):
         settings, remarks = self.load("beat = 3\nmush_type = PennMUSH")
         self.assertEqual((settings.beat, settings.mush_type), (3, "pennmush"))
         self.assertEqual(remarks[0], f"{self.conf} overrides the constants BEAT, MUSH_TYPE")
+
+    def test_quotes_in_has_conf_are_remarked(self):
+        settings, remarks = self.load("hb_pass = \"secret\"\nhb_user = O'Neill\noffline_notice = 'down' or 'up'\nadmins = 'a'")
+        self.assertEqual(settings.hb_pass, '"secret"')
+        self.assertEqual([line for line in remarks if "quotes" in line], [
+            f"WARNING: {self.conf}:{line}: the quotes around {key} count as a part of it: take them away"
+            for line, key in ((1, "hb_pass"), (3, "offline_notice"), (4, "admins"))])
+
+    def test_words_with_a_meaning_in_any_case(self):
+        settings, _ = self.load("remotehostname_cmd = None\nresume_rate = AUTO")
+        self.assertEqual((settings.remotehostname_cmd, settings.resume_rate), ("none", None))
+        self.assertEqual(self.load("remotehostname_cmd = Hand")[0].remotehostname_cmd, "Hand")
+
+    def test_a_ca_file_that_is_no_certificate(self):
+        self.assertEqual(self.wrong(f"mush_ssl = yes\nmush_ssl_ca = {self.script}"), [
+            "C:2: mush_ssl_ca S: holds no usable certificate: NO_CERTIFICATE_OR_CRL_FOUND"])
 
     def test_a_path_counts_from_the_file_that_names_it(self):
         settings, _ = self.load("log_file = logs/has.log\ncontrol_socket = /run/has.sock")
@@ -2640,7 +2664,7 @@ class TestSettings(SettingsCase):
                 conf = f"mush_address = {world}\nlocal_address = {local}"
                 if refused:
                     own = world.split(", ")[-1]
-                    self.assertEqual(self.wrong(conf), [f"mush_address = {own}: that is HAS itself (local_port, local_port_ssl): "
+                    self.assertEqual(self.wrong(conf), [f"C:1: mush_address = {own}: that is HAS itself (local_port, local_port_ssl): "
                                                         "give the port of the MUSH"])
                 else:
                     self.load(conf)
@@ -3898,7 +3922,9 @@ class Rig:
                 raise AssertionError("it does not settle")
             before = self.events
             self.hub.turn(0.01 if quiet >= 2 else 0)
-            quiet = quiet + 1 if self.events == before and not self.hub.backlogs else 0
+            timers = self.hub._timers
+            due = timers and timers[0][0] <= self.clock()
+            quiet = quiet + 1 if self.events == before and not self.hub.backlogs and not due else 0
 
     def pass_time(self, *seconds):
         for step in seconds:
@@ -6287,7 +6313,8 @@ class TestProgram(Case):
         self.assertEqual(self.run_has("--config", has.conf, "--check").returncode, 0)
 
     def test_wrong_arguments_end_it_with_status_2(self):
-        for arguments, text in ((("--config", "/nonexistent/has.conf"), "there is no such file"),
+        for arguments, text in ((("--probe",), "--probe goes with --check"), (("--json",), "--json goes with --status"),
+                                (("--config", "/nonexistent/has.conf"), "there is no such file"),
                                 (("--notice", " "), "say something"), (("--kick", "x"), "invalid int value")):
             done = self.run_has(*arguments)
             self.assertEqual(done.returncode, 2)
@@ -6477,6 +6504,11 @@ class TestTLS(Case):
         self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
         client.barrier()
         client.send("QUIT\r\n").expect_end()
+        client = outer.client()
+        self.addCleanup(client.close)
+        client.send("connect Bob bobpw\r\nsay last words\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        self.assertIn(b'"last words"', client.expect_end())        # nothing comes as ciphertext, nothing is lost
         distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_type="tinymux")
         distrustful.wait_log(rb"cannot be reached: TLS: CERTIFICATE_VERIFY_FAILED")
 
