@@ -5208,6 +5208,256 @@ class FairTurns(RigCase):
             self.assertEqual(len(rig.hub.sessions), turn * has.ACCEPTS_A_TURN)
 
 
+class OneCharacterTwice(RigCase):
+    """Two sessions of one character come back one by one; the first waits for the second (settled)."""
+
+    INFO = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n"
+
+    def first_is_in(self, **settings):
+        """(rig, first client, its link, second client): the second one's turn comes later."""
+        rig = self.rig(resume_rate=0.01, **settings)
+        rig.pass_time(101)
+        first, _ = rig.player()
+        rig.pass_time(101)
+        second = rig.client()
+        rig.pass_time(101)
+        link = rig.game.accept()
+        second.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.let_in(link)
+        rig.down()
+        rig.pass_time(101)
+        rig.found("life 2")
+        link = rig.game.accept()
+        rig.let_in(link)
+        self.assertEqual((state_of(first), state_of(second), first.session.settled), ("RETURNING", "WAITING", True))
+        first.read(), second.read(), link.read()
+        return rig, first, link, second
+
+    def test_the_world_goes_again_meanwhile(self):
+        for name in ("down", "moved"):
+            with self.subTest(name):
+                rig, first, _, second = self.first_is_in()
+                rig.down() if name == "down" else rig.found("life 3", rig.other, AWAY)
+                self.assertEqual((state_of(second), second.session.link), ("WAITING", None))
+                self.assertIn(state_of(first), ("WAITING", "RETURNING"))
+
+    def test_the_second_leaves_meanwhile(self):
+        rig, first, link, second = self.first_is_in()
+        second.sock.close()
+        rig.settle()
+        link.send(self.INFO)
+        rig.settle()
+        self.assertEqual((state_of(first), first.lines()), ("PLAYING", ["# ONLINE"]))
+
+    def test_the_second_takes_too_long(self):
+        rig, first, link, _ = self.first_is_in()
+        first.session.settings = {b"SCREENWIDTH": b"90", b"OUTPUTPREFIX": b">"}
+        rig.pass_time(10.1)
+        link.send("after it\r\n")
+        rig.settle()
+        self.assertEqual((state_of(first), first.lines()), ("PLAYING", ["# ONLINE", "after it"]))
+        self.assertIn("OUTPUTPREFIX >", link.lines())
+
+
+class Guests(RigCase):
+    def test_a_login_typed_by_a_waiting_guest_is_tried(self):
+        rig = self.rig()
+        client, _ = rig.player("guest")
+        rig.down()
+        client.send("connect Bob bobpw\r\n")
+        rig.settle()
+        self.assertIn("You will be logged in", client.lines()[-1])
+        rig.found("life 2")
+        self.assertIn("connect Bob bobpw", rig.game.accept().lines())
+
+    def test_a_guest_is_nobody_at_the_new_login_screen(self):
+        rig = self.rig()
+        client, _ = rig.player("guest")
+        rig.down()
+        rig.found("life 2")
+        self.assertEqual((state_of(client), client.session.login), ("LOGIN", None))
+
+
+class WhatWasTyped(RigCase):
+    """What a line was is not forgotten, and not taken for another one."""
+
+    def test_a_login_that_was_refused_is_not_tried_again(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Alice wrong\r\n")
+        rig.settle()
+        rig.let_in(link, None)
+        rig.down()
+        self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+
+    def test_logout_behind_an_endless_line_is_seen(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        for text in ("x" * 20000, "y\r\n", "LOGOUT\r\n"):
+            client.send(text)
+            rig.settle()
+        self.assertEqual((state_of(client), client.session.login), ("LOGIN", None))
+
+    def test_logout_forgets_every_pair(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        rig.let_in(link)
+        client.send("LOGOUT\r\n")
+        rig.settle()
+        session = client.session
+        self.assertEqual((session.login, session.trials, session.checked), (None, [], None))
+
+    def test_a_client_that_half_closes_right_after_its_return_has_said_all(self):
+        rig = self.rig()
+        client, link = rig.returning()
+        client.send("one\r\ntwo\r\nthree\r\n")
+        rig.settle()
+        rig.let_in(link)
+        client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        self.assertEqual(link.lines()[-3:], ["one", "two", "three"])
+        self.assertTrue(link.ended)
+
+    def test_another_login_typed_while_the_first_is_being_checked(self):
+        rig = self.rig("pennmush", up=False)
+        client = rig.client()
+        rig.down()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.found("life 1", checks=True)
+        (number, serial, pairs), = rig.beat.checks
+        client.send("connect Bob bobpw\r\n")
+        rig.settle()
+        rig.post(rig.hub.on_checked, number, serial, [False])
+        self.assertEqual([pair.name for pair in rig.beat.checks[-1][2]], [b"Bob"])
+        rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [True])
+        self.assertIn("connect Bob bobpw", rig.game.accept().lines())
+
+    def test_telnet_of_a_client_that_does_not_read_reaches_the_world(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.session.client.full = True
+        size = b"\xff\xfa\x1f\x00\x50\x00\x18\xff\xf0"
+        client.send(b"\xff\xfb\x1f" + size)
+        rig.settle()
+        self.assertEqual(link.read(), b"\xff\xfb\x1f" + size)
+
+
+class LoginBrake(RigCase):
+    def test_many_logins_in_one_packet_go_on_one_by_one(self):
+        rig = self.rig()
+        for host in ("203.0.113.9", "2001:db8:1:2::1"):
+            client = rig.client(host=host)
+            link = rig.game.accept()
+            client.send("connect bob x\r\n" * 50)
+            rig.settle()
+            tried = link.lines().count("connect bob x")
+            self.assertEqual(tried, has.SLOW_AFTER + 1)
+            for _ in range(5):
+                rig.pass_time(has.SLOW_SECONDS - 0.1)
+                self.assertNotIn("connect bob x", link.lines())
+                rig.pass_time(0.2)
+                self.assertEqual(link.lines().count("connect bob x"), 1)
+
+    def test_another_address_of_the_same_64_is_the_same_guesser(self):
+        rig = self.rig()
+        rig.client(host="2001:db8:1:2::1").send("connect bob x\r\n" * 4)
+        rig.settle()
+        self.assertLess(rig.hub.logins_left("2001:db8:1:2::2"), 0)
+        self.assertEqual(rig.hub.logins_left("2001:db8:1:3::2"), has.SLOW_AFTER)
+
+
+class Listeners(RigCase):
+    def test_the_old_ones_stay_where_a_new_port_is_taken(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = free_port()
+            rig = self.rig(local_address="", local_port=port)
+            rig.hub.listen()
+            before = [listener.sock.getsockname() for listener in rig.hub.listeners]
+            rig.hub.settings = settings_of((("local_address", "127.0.0.1"), ("local_port", taken.getsockname()[1])))
+            with self.assertRaises(OSError):
+                rig.hub.listen()
+            self.assertEqual([listener.sock.getsockname() for listener in rig.hub.listeners], before)
+            socket.create_connection(("127.0.0.1", port), 5).close()
+
+    def test_a_tls_client_of_a_listener_that_should_be_gone_disturbs_nobody(self):
+        rig = self.rig()
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        rig.hub.on_accept(theirs, "203.0.113.9", True)
+        self.assertEqual((ours.recv(1), rig.hub.arrivals), (b"", set()))
+
+    def test_a_fault_in_letting_a_client_in_ends_that_client(self):
+        rig = self.rig(local_address="127.0.0.1", local_port=0)
+        rig.hub.listen()
+        rig.hub.on_accept = lambda *_: 1 / 0
+        with socket.create_connection(rig.hub.listeners[0].sock.getsockname(), 5) as client:
+            rig.settle(lambda: select.select([client], [], [], 0)[0])
+            self.assertEqual(client.recv(1), b"")
+
+
+class OtherAddresses(RigCase):
+    def test_why_another_address_does_not_answer_says_nothing_of_this_world(self):
+        rig = self.rig()
+        first, link = rig.player()
+        second, _ = rig.player("Bob")
+        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        link.sock.close()
+        rig.settle()
+        rig.post(rig.hub.on_unreachable, AWAY, "refused", False)
+        self.assertEqual((state_of(first), state_of(second)), ("ASKING", "PLAYING"))
+        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        self.assertEqual((state_of(first), state_of(second)), ("WAITING", "WAITING"))
+
+
+class Turns(RigCase):
+    def test_a_timer_set_by_a_timer_runs_in_the_next_turn(self):
+        rig, ran = self.rig(), []
+
+        def again():
+            ran.append(1)
+            rig.hub.later(0, again)
+        rig.hub.later(0, again)
+        for count in range(1, 4):
+            rig.hub.turn(0)
+            self.assertEqual(len(ran), count)
+        rig.hub._timers.clear()
+
+    def test_a_few_links_a_turn(self):
+        rig = self.rig(up=False)
+        clients = [rig.client() for _ in range(20)]
+        rig.hub.mailbox.post(rig.hub.on_world_found, has.World(HOME, rig.game.target, rig.family, "life 1", False, False))
+        opened = []
+        while len(opened) < 9 and (not opened or opened[-1] < 20):
+            rig.hub.turn(0)
+            opened.append(sum(client.session.link is not None for client in clients))
+        self.assertEqual([n for n in opened if n], [8, 16, 20])
+
+    def test_a_hold_that_hup_brings_counts_for_those_who_wait(self):
+        rig = self.rig(hold=0, login_hold=0)
+        client, _ = rig.player()
+        rig.down()
+        rig.pass_time(50)
+        rig.hub.settings = settings_of((("hold", 100),))
+        rig.pass_time(49)
+        self.assertEqual(state_of(client), "WAITING")
+        rig.pass_time(12)
+        self.assertIn(state_of(client), ("CLOSING", "gone"))
+
+    def test_a_stream_taken_over_is_read_again(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        session = client.session
+        session.client.full = True
+        session.on_stream_full(session.client)
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        session.replace_stream("client", theirs)
+        self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
+
+
 class Limits(RigCase):
     def accepted(self, rig, hosts):
         """For each host in turn: was it taken? The refused get one line and are closed."""
