@@ -1923,10 +1923,10 @@ class Session:
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since", "login", "previous",
                  "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
-                 "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail",
-                 "notices", "hidden", "quit_at", "failures", "failing_since", "told", "unsent", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled",
-                 "backlog", "proven", "expected", "reading_timer", "checked", "slow_until")
+                 "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail", "notices",
+                 "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
+                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
+                 "proven", "expected", "reading_timer", "checked", "slow_until")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1950,7 +1950,7 @@ class Session:
         self.tail = b""                         # the unfinished line the client was sent last
         self.notices = []                       # waiting for the end of that line
         self.hidden = b""                       # a tail that could begin an arrival line
-        self.quit_at = self.failures = self.failing_since = self.unsent = self.bytes_in = self.bytes_out = 0
+        self.quit_at = self.failures = self.failing_since = self.unsent_lines = self.bytes_in = self.bytes_out = 0
         self.reading_timer = False                   # a timer looks whether the client reads at all
         self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
         self.typed_at = hub.now
@@ -2379,17 +2379,17 @@ class Session:
                 self.login = None
                 self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
             self._write_notice("# NOTICE # You will be logged in when the world returns.")
-        elif self.unsent < 10 and not self.client.full:
-            if not self.unsent:
+        elif self.unsent_lines < 10 and not self.client.full:
+            if not self.unsent_lines:
                 self.hub.later(1, self._tell_unsent)           # of this second, whatever becomes of the link
-            self.unsent += 1
+            self.unsent_lines += 1
             self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500]))
         else:
-            self.unsent += 1
+            self.unsent_lines += 1
         return b""
 
     def _tell_unsent(self):
-        more, self.unsent = self.unsent - 10, 0
+        more, self.unsent_lines = self.unsent_lines - 10, 0
         if more > 0 and self.state is State.WAITING and not self.client.closed:
             self._write_notice(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
 

@@ -3040,6 +3040,15 @@ class TestLogin(unittest.TestCase):
             self.assertEqual(DIALECTS[family].address_line(*arguments), line)
 
 
+    def test_a_login_at_a_world_never_seen_is_kept_whatever_its_family_will_be(self):
+        for line in (b"connect Alice pw", b"co Alice pw", b"c Alice pw", b"CD Alice pw", b"ch Alice pw", b"cv Alice pw",
+                     b"create Alice pw", b" c Alice pw"):
+            login = has.UNKNOWN.read_login(line)
+            self.assertEqual((login.name, login.password), (b"Alice", b"pw"), line)
+        for line in (b"c", b"look Alice pw", b"call Alice pw"):
+            self.assertIsNone(has.UNKNOWN.read_login(line), line)
+
+
 class TestHostileLines(unittest.TestCase):
     """No line a user can type may hold up the main thread (one chunk is 64 KiB; the limit is generous)."""
 
@@ -6561,6 +6570,18 @@ class TestProgram(Case):
             self.assertIn(text, done.stdout)
         has.configure(local_address="127.0.0.1")
         self.assertEqual(self.run_has("--config", has.conf, "--check").returncode, 0)
+
+    def test_a_file_at_the_control_socket_s_path_is_left_alone(self):
+        running = Has(self, mush_address="127.0.0.1:1")
+        path = os.path.join(running.folder, "players.log")
+        with open(path, "w") as file:
+            file.write("precious\n")
+        hub = types.SimpleNamespace(control=None)
+        with self.assertLogs(has.log, "WARNING") as said:
+            has.open_control(hub, path)
+        self.assertIn(f"no control socket at {path} (there is a file that is no socket)", said.output[0])
+        with open(path) as file:
+            self.assertEqual((file.read(), hub.control), ("precious\n", None))
 
     def test_wrong_arguments_end_it_with_status_2(self):
         for arguments, text in ((("--probe",), "--probe goes with --check"), (("--json",), "--json goes with --status"),
