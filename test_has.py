@@ -4769,6 +4769,20 @@ class Waiting(RigCase):
         rig.down()
         self.assertEqual(state_of(client), "CLOSING")
 
+    def test_a_line_typed_while_a_verdict_was_awaited_comes_back_unsent(self):
+        for verdict in ("world down", "verdict: other life", "world reborn"):
+            with self.subTest(verdict):
+                rig = self.rig()
+                client, link = rig.player()
+                link.sock.close()
+                rig.settle()
+                client.send("hello\r\n")
+                rig.settle()
+                self.assertEqual((state_of(client), client.lines()), ("ASKING", []))
+                cause(rig, verdict, client, None)
+                rig.settle()
+                self.assertEqual(client.lines(), ["# OFFLINE", "# UNSENT hello"])
+
     def test_over_long_line(self):
         rig, client = self.waiting()
         for _ in range(20):
@@ -4785,6 +4799,27 @@ class Waiting(RigCase):
         self.assertNotIn(b"1.2.3.4", client.read())
         rig.found("life 2")
         self.assertNotIn(b"1.2.3.4", rig.game.accept().read())
+
+
+class Leaving(RigCase):
+    """Rule 2: his last complete line was QUIT, and the link ended within 10 s; else a verdict is asked for."""
+
+    def test_table(self):
+        for typed, seconds, wanted in (
+                (["QUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n"], 9.9, "CLOSING"), (["QUIT\r\n"], 10.1, "ASKING"),
+                (["QUIT\r\nsay x\r\n"], 0, "ASKING"), (["QUIT\r\n", "say x\r\n"], 0, "ASKING"),
+                (["say x\r\nQUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n", "say"], 0, "CLOSING"), (["QUIT"], 0, "ASKING"),
+                (["QUIT\r\n", "say x\r\n", "QUIT\r\n"], 9.9, "CLOSING")):
+            with self.subTest(typed=typed, seconds=seconds):
+                rig = self.rig()
+                client, link = rig.player()
+                for text in typed:
+                    client.send(text)
+                    rig.settle()
+                rig.pass_time(seconds)
+                link.sock.close()
+                rig.settle(lambda: client.session.link is None)
+                self.assertEqual(state_of(client), wanted)
 
 
 class Silence(RigCase):
@@ -4916,6 +4951,51 @@ class Returning(RigCase):
         clients[0].sock.close()
         rig.settle()
         self.assertEqual([state_of(c) for c in clients], ["gone", "RETURNING", "WAITING"])
+
+
+class Pace(RigCase):
+    """How fast users are brought back: resume_rate, or as the family takes it."""
+
+    def test_resume_rate(self):
+        """How many of 12 are on their way after each quarter of a second, while none of them is through."""
+        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]), ("auto", 1, [1, 1, 1, 1]), (0, 1, [12, 12, 12, 12]),
+                                      (4, 64, [1, 2, 3, 4]), (2, 64, [1, 1, 2, 2]), (4, 2, [1, 2, 2, 2])):
+            with self.subTest(resume_rate=rate, at_once=at_once):
+                rig = self.rig(resume_rate=rate)
+                clients = [rig.pass_time(1) or rig.player(f"u{number}")[0] for number in range(12)]
+                rig.down()
+                rig.pass_time(1)                # newcomers are paced, too
+                rig.family = type("Paced", (type(rig.family),), {"at_once": at_once})()
+                rig.found("life 2")
+                for count in wanted:            # the oldest first
+                    self.assertEqual([state_of(c) for c in clients], ["RETURNING"] * count + ["WAITING"] * (12 - count))
+                    rig.pass_time(0.25)
+
+
+class NewConnections(RigCase):
+    """What the world and the kernel are told of them."""
+
+    def test_the_time_of_the_connect_is_told_if_wanted(self):
+        for wanted, line in (("yes", r"@remotehostname 203\.0\.113\.9=\d{10}"), ("no", r"@remotehostname 203\.0\.113\.9")):
+            rig = self.rig("teenymush", add_epoch_time=wanted)
+            rig.client()
+            self.assertRegex(rig.game.accept().lines()[0], line + r"\Z")
+
+    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform names these options otherwise")
+    def test_vanished_peers_are_noticed(self):
+        rig = self.rig(dead_after=33)
+        rig.hub.listen()
+        with socket.create_connection(rig.hub.listeners[0].sock.getsockname()):
+            rig.settle(lambda: rig.hub.sessions)
+            (session,) = rig.hub.sessions.values()
+            rig.game.accept()
+            rig.settle(lambda: not session.link.connecting)
+            for stream, wanted in ((session.client, (60, 15, 5)), (session.link, (15, 5, 3))):
+                self.assertTrue(stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                self.assertEqual(tuple(stream.sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)), wanted)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
 
 
 class ArrivalNoise(RigCase):
