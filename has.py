@@ -3286,6 +3286,11 @@ class Connection:
         answer = self._expect(re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
         return answer and answer.group(1)
 
+    def can_ask(self, pairs):
+        """Whether one line can ask about all these pairs."""
+        line = self.dialect.check(pairs, _new_nonce()) if self.checks else None
+        return line is not None and len(line) <= self.dialect.longest_line
+
     def verdicts(self, pairs):
         """Ask about all pairs in one line; a list as long as `pairs` of True, False or None (unknown)."""
         unknown, nonce = [None] * len(pairs), _new_nonce()
@@ -3695,8 +3700,12 @@ class Heartbeat(threading.Thread):
         """Ask about as many waiting pairs as fit into one line."""
         batch, pairs = [], []
         while self._checks and (not batch or len(pairs) < 20):
-            number, serial, asked = self._checks.popleft()
-            if not connection.checks or connection.dialect.check(asked, b"") is None:
+            number, serial, asked = self._checks[0]
+            can_ask = connection.can_ask(asked)
+            if can_ask and not connection.can_ask(pairs + asked):
+                break                           # it begins the next line
+            self._checks.popleft()
+            if not can_ask:
                 self._tell(self._hub.on_checked, number, serial, [None] * len(asked))
                 continue
             batch.append((number, serial, len(asked)))
