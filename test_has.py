@@ -5569,6 +5569,104 @@ class TestWorldHealth(Case):
         two.expect("Welcome")
 
 
+class Witness:
+    """Stands for the hub and its mailbox: what a heartbeat tells is kept, and can be waited for."""
+
+    def __init__(self):
+        self.told, self._change = [], threading.Condition()
+
+    def __getattr__(self, name):
+        return name                                     # a method of the hub, for post()
+
+    def post(self, call, *arguments):
+        with self._change:
+            self.told.append((call, *arguments))
+            self._change.notify_all()
+
+    def wait(self, call, count=1):
+        """Wait until this was told `count` times; return what came with it, a tuple each time."""
+        with self._change:
+            if not self._change.wait_for(lambda: len(self._of(call)) >= count, 10):
+                raise AssertionError(f"{len(self._of(call))} of {count} times {call}: {self.told}")
+            return self._of(call)
+
+    def _of(self, call):
+        return [arguments for name, *arguments in self.told if name == call]
+
+
+class TestHeartbeat(Case):
+    """The heartbeat alone, in this process: what it asks a world, and what it tells the hub."""
+
+    def start(self, family="pennmush", **quirks):
+        """A world that runs, a heartbeat that got in and probes no more by itself."""
+        world = self.world(family, **quirks)
+        hub = Witness()
+        settings = settings_of((("beat", 1000), ("mush_address", world.address), ("mush_type", family)))
+        heartbeat = has.Heartbeat(hub, hub, settings)
+        self.addCleanup(heartbeat.join, 5)
+        self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
+        heartbeat.start()
+        (world_found,), = hub.wait("on_world_found")
+        self.assertTrue(world_found.checks)
+        return world, hub, heartbeat
+
+    def check(self, heartbeat, *questions):
+        """Ask about several lists of (name, password) at the same moment; they are numbered from 0."""
+        def ask():
+            for number, pairs in enumerate(questions):
+                heartbeat.on_check(number, 7, [has.Credentials(b"connect", *pair) for pair in pairs])
+        heartbeat.mailbox.post(ask)
+
+    def questions(self, world, word=b"checkpass"):
+        """How many pairs each line asked about, without the heartbeat's question about itself."""
+        return [line.count(word + b"(") for _, line in list(world.lines) if word in line][1:]
+
+    RIGHT, WRONG = (b"Alice", b"alicepw"), (b"Alice", b"guess")
+
+    def test_many_checks_share_a_line(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        pairs = [[self.RIGHT], [self.WRONG], [self.WRONG, self.RIGHT]] * 14
+        self.check(heartbeat, *pairs)
+        self.assertEqual(hub.wait("on_checked", len(pairs)), [
+            [number, 7, [pair == self.RIGHT for pair in asked]] for number, asked in enumerate(pairs)])
+        self.assertEqual(self.questions(world), [20, 20, 16])
+
+    def test_a_line_is_not_longer_than_the_world_reads(self):
+        """A password that cannot be asked about is unknown, and alone in that."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        long, too_long, foreign = ((b"Alice", password) for password in (b"x" * 1500, b"x" * 4000, b"caf\xe9"))
+        pairs = [[self.RIGHT], [long], [long], [self.WRONG], [self.RIGHT, too_long], [self.RIGHT], [foreign], [self.WRONG]]
+        self.check(heartbeat, *pairs)
+        self.assertEqual([verdicts for *_, verdicts in sorted(hub.wait("on_checked", len(pairs)))],
+                         [[True], [False], [False], [False], [None, None], [True], [None], [False]])
+        self.assertLess(max(len(line) for _, line in world.lines), has.DIALECTS["pennmush"].longest_line)
+
+    def test_checks_leave_some_of_the_quota_to_probes(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        self.check(heartbeat, *[[self.RIGHT] * 20] * 120)
+        most = 100 - 2 - 20                     # two went at the login: a probe, and the question about itself
+        world.wait(lambda w: len(self.questions(w)) >= most, what="all checks that the quota allows")
+        started = time.monotonic()
+        for number in range(1, 11):
+            heartbeat.mailbox.post(heartbeat.on_ask, number, 1)
+            hub.wait("on_answers", number)
+        self.assertLessEqual(len(self.questions(world)), most + 2 + time.monotonic() - started)
+
+    def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        with mock.patch.object(has.Connection, "verdicts", side_effect=[RuntimeError("planted"), [True]]):
+            with self.assertLogs(has.log, "ERROR") as logged:
+                self.check(heartbeat, [self.RIGHT], *[[self.WRONG]] * 30)
+                hub.wait("on_heartbeat_lost")
+                heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)          # somebody wants to know at once
+                hub.wait("on_world_found", 2)
+        self.assertRegex(logged.output[0], "a fault of HAS; the heartbeat starts anew(?s:.*)RuntimeError: planted")
+        self.assertEqual(hub.wait("on_heartbeat_lost"), [["fault", False]])
+        self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
+        self.assertEqual({str(verdicts) for *_, verdicts in hub.wait("on_checked", 11)}, {"[None]"})
+        world.wait(lambda w: len(w.online("heartbeat")) == 1 and len(w.logins) == 2, what="the heartbeat is back")
+
+
 # ======================================================================
 # The main job, family by family
 #
