@@ -4890,7 +4890,6 @@ class LogHandler(logging.Handler):
             try:
                 fd = self._open()
             except OSError as error:
-                self._dropped += 1
                 self._waiting += f"cannot reopen {self._path}: {error}\n".encode()
                 return
             if self._fd != 2:
@@ -4912,7 +4911,8 @@ class LogHandler(logging.Handler):
                 written = os.write(self._fd, self._waiting[:select.PIPE_BUF])
                 self._waiting = self._waiting[written:]
         except OSError:
-            self._dropped += self._waiting.count(b"\n")
+            told = re.findall(rb"(?m)^\((\d+) log lines were dropped\)\n", self._waiting)
+            self._dropped += self._waiting.count(b"\n") - len(told) + sum(map(int, told))
             self._waiting = b""
 
     def _writable(self):
