@@ -2663,6 +2663,16 @@ class TestSettings(SettingsCase):
         settings, _ = self.load("mush_address = unix:/x, [::2]:1 ,b:2")
         self.assertEqual([str(a) for a in settings.mush_address], ["unix:/x", "[::2]:1", "b:2"])
 
+    def test_an_encrypted_ssl_key_is_an_error_and_no_question(self):
+        folder = os.path.dirname(self.conf)
+        cert, key = certificate(folder)
+        subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-in", key, "-out", key + ".aes"], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        tls = f"local_port_ssl = 4242\nssl_cert = {cert}\nssl_key = {key}"
+        self.load(tls)
+        self.assertEqual(self.wrong(tls + ".aes"), [
+            f"ssl_key {key}.aes: is encrypted, and HAS must start without being asked: decrypt it"])
+
 
 # ---- 2. Telnet
 
@@ -5542,6 +5552,19 @@ class TestWorldHealth(Case):
                 has = Has(self, mush_address=self.world(family).address)
                 self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
 
+    def test_failover_after_0_waits_for_a_hup(self):
+        other = self.world()
+        with socket.create_server(("127.0.0.1", 0)) as dud:
+            dud.settimeout(5)
+            address = f"127.0.0.1:{dud.getsockname()[1]}"
+            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0, retry=0.05)
+            for _ in range(10):
+                dud.accept()[0].close()
+        self.assertEqual(other.accepted, 0)
+        has.configure(mush_address=f"{other.address}, {address}")
+        has.signal(signal.SIGHUP)
+        has.wait_up()
+
     def test_backlog_of_one_and_many_users(self):
         world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
         has = Has(self, mush_address=world.address).wait_up()
@@ -6490,6 +6513,29 @@ class TestProgram(Case):
             self.assertEqual(has.process.wait(5), 0)
             has.wait_log(rb"INFO stopped\n")
 
+    def test_systemd_is_told_when_it_serves(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        for path in (folder + "/notify", "@" + folder)[:2 if sys.platform == "linux" else 1]:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(path.replace("@", "\0"))
+                systemd.settimeout(5)
+                with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
+                    has = Has(self, mush_address="127.0.0.1:1")
+                self.assertEqual(systemd.recv(100), b"READY=1")
+                has.client().close()
+
+    def test_the_control_socket_of_a_has_that_died_is_replaced(self):
+        dead = Has(self, mush_address="127.0.0.1:1")
+        dead.process.kill()
+        dead.process.wait(5)
+        path = dead.conf[:-5] + ".sock"
+        self.assertTrue(os.path.exists(path))
+        has = Has(self, mush_address="127.0.0.1:1", control_socket=path)
+        has.wait_log(rb"is down")
+        self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 1)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+
     def test_control_socket(self):
         world = self.world("tinymux")
         has = Has(self, mush_address=world.address, beat=0.1, admins="alice").wait_up()
@@ -6590,6 +6636,69 @@ class TestProgram(Case):
         self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 0)
 
 
+class TestPartsOfTheProgram(unittest.TestCase):
+    """What can be had of part 9 without a process of its own."""
+
+    def handler(self, path):
+        """A LogHandler, and how to log one line by it."""
+        handler = has.LogHandler(path)
+        self.addCleanup(lambda: os.close(handler._fd))
+
+        def say(text):
+            handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
+        return handler, say
+
+    def test_usr2_without_memfd_is_refused(self):
+        with mock.patch.object(has, "os", types.SimpleNamespace()), self.assertLogs(has.log, "ERROR") as logged:
+            has.Upgrade(None, "has.py", "has.conf", b"").begin()
+        self.assertIn("no memfd_create", logged.output[0])
+
+    def test_lines_that_nobody_reads_are_dropped_and_counted(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pipe")
+            os.mkfifo(path)
+            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self.addCleanup(os.close, reader)
+            _, say = self.handler(path)
+            for number in range(5000):
+                say(f"{number:0100}")
+            read, last = os.read(reader, 1 << 20), 5000
+            while b"dropped" not in read and last < 5100:
+                say(f"{last:0100}")
+                read, last = read + os.read(reader, 1 << 20), last + 1
+        numbers = [int(number) for number in re.findall(rb"INFO (\d+)\n", read)]
+        (dropped,) = re.findall(rb"^\((\d+) log lines were dropped\)$", read, re.M)
+        self.assertEqual((int(dropped) + len(numbers), numbers[-1]), (last, last - 1))
+        self.assertEqual(numbers, sorted(set(numbers)))
+        self.assertEqual(numbers[:600], list(range(600)))           # more than the pipe holds
+
+    def test_a_log_file_that_cannot_be_opened_anew_costs_no_line(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler, say = self.handler(path)
+            say("one")
+            handler.reload(settings_of((("log_file", "/nonexistent/has.log"),)))
+            say("two")
+            say("three")
+            self.assertRegex(read_text(path), r"\A.* one\ncannot reopen /nonexistent/has\.log: .*\n.* two\n.* three\n\Z")
+
+    def test_a_dead_terminal_stops_nobody(self):
+        master, slave = pty.openpty()
+        with mock.patch.object(os, "ttyname", return_value=os.ttyname(slave)):
+            handler, say = self.handler("")
+        os.close(slave)
+        say("alive")
+        self.assertIn(b"INFO alive", os.read(master, 1000))
+        os.close(master)                        # every write is an error (EIO) from here on
+        for _ in range(3):
+            say("dead")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler.reload(settings_of((("log_file", path),)))
+            say("on file")
+            self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
+
+
 def read_text(path):
     with open(path) as file:
         return file.read()
@@ -6657,6 +6766,17 @@ class TestTLS(Case):
         client.send("QUIT\r\n").expect_end()
         distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_type="tinymux")
         distrustful.wait_log(rb"cannot be reached: TLS: CERTIFICATE_VERIFY_FAILED")
+
+
+class TestTLSUnverified(Case):
+    def test_a_world_whose_certificate_nobody_knows(self):
+        """Another HAS with a TLS port is that world."""
+        with tempfile.TemporaryDirectory() as folder:
+            cert, key = certificate(folder)
+            world, port = self.world(), free_port()
+            Has(self, mush_address=world.address, local_port_ssl=port, ssl_cert=cert, ssl_key=key).wait_up()
+            has = Has(self, mush_address=f"127.0.0.1:{port}", mush_type="tinymux", mush_ssl="yes", mush_ssl_verify="no")
+            self.client(has.wait_up(), "connect Alice alicepw", world, "Alice")
 
 
 class TestUpgrade(Case):
