@@ -5955,6 +5955,20 @@ class Scenarios:
         alice.expect(re.escape(ONLINE))
         self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
 
+    def test_full_is_no_refusal(self):
+        """A login that finds the world full is kept, and tried until there is room."""
+        alice = self.login()
+        self.world.kill()
+        self.went_down(alice)
+        self.world.max_players, tried = 1, len(self.world.lines)            # the heartbeat takes that place
+        self.world.start()
+        self.world.wait(lambda w: any(b"connect Alice" in line for _, line in w.lines[tried:]), what="Alice is refused")
+        self.world.max_players = None
+        self.assertRegex(alice.expect(re.escape(ONLINE)), rb"(?i)full|too many|maximum number")     # its last words
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.in_game(alice)
+        self.assertNotIn(REFUSED.encode(), alice.seen)
+
     def test_heartbeat_booted_disturbs_nobody(self):
         alice = self.login()
         for _ in range(3):
@@ -5970,7 +5984,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
     family = "teenymush"
     quirks = {"shutdown_delay": 0.5}
     test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None    # has neither
-    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = test_full_is_no_refusal = None
 
     def test_renamed_at_once(self):
         """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
@@ -6040,7 +6054,7 @@ class TestTeenyStable(TestTeeny):
 
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
-    quirks = {"silent_start": 0.1}
+    quirks = {"silent_start": 0.1, "accept_bug": True}
 
     def test_pairs_known_to_be_wrong_are_not_sent(self):
         """After ten failures nobody behind HAS's address could log in."""
@@ -6078,6 +6092,8 @@ class TestPenn(Scenarios, unittest.TestCase):
 
 
 class TestPennUnix(TestPenn):
+    test_full_is_no_refusal = None              # as over TCP
+
     def make_world(self, **quirks):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
@@ -6088,6 +6104,7 @@ class TestTinyMUSH(Scenarios, unittest.TestCase):
     family = "tinymush"
     logouts, settles = ("LOGOUT", "logout"), False
     test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None      # it crashes instead
+    test_full_is_no_refusal = None
 
 
 class TestTinyMUX(Scenarios, unittest.TestCase):
@@ -6106,6 +6123,7 @@ class TestTinyMUX(Scenarios, unittest.TestCase):
 
 class TestRhost(Scenarios, unittest.TestCase):
     family = "rhostmush"
+    test_full_is_no_refusal = None              # as on TinyMUX
 
 
 class RealWorld:
@@ -6153,6 +6171,7 @@ class TestRealTinyMUX(Scenarios, unittest.TestCase):
 
     family, logouts = "tinymux", TestTinyMUX.logouts
     test_logins_disabled_after_return = None    # @disable does not outlive a real start
+    test_full_is_no_refusal = None              # nor does a limit of players
 
     def make_world(self):
         return RealWorld(self, {f"Evil{n}": password for n, password in enumerate(EVIL)})
