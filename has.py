@@ -2480,7 +2480,8 @@ class Session:
             self._write_notice(self.greeting)
         self.greeting, self.told = None, False
         self.failures = 0
-        # the first output says so sooner; PennMUSH is silent, and forgets connects less than 1 ms apart (choreography.md 2)
+        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less than 1 ms apart
+        # (choreography.md 2).
         self._later(1 if self.dialect.greets else 0.005, self._arrived)
         self._read_client(self._release())
         self._refresh()
