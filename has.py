@@ -2514,10 +2514,9 @@ class Session:
             self._write_notice(self.greeting)
         self.greeting, self.told = None, False
         self.failures = 0
-        if self.dialect.greets:
-            self._later(1, self._arrived)       # the first output says so sooner
-        else:
-            self._arrived()
+        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less than 1 ms apart
+        # (choreography.md 2).
+        self._later(1 if self.dialect.greets else 0.005, self._arrived)
         self._read_client(self._release())
         self._refresh()
 
@@ -3338,6 +3337,11 @@ class Connection:
         answer = self._expect(re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
         return answer and answer.group(1)
 
+    def can_ask(self, pairs):
+        """Whether one line can ask about all these pairs."""
+        line = self.dialect.check(pairs, _new_nonce()) if self.checks else None
+        return line is not None and len(line) <= self.dialect.longest_line
+
     def verdicts(self, pairs):
         """Ask about all pairs in one line; a list as long as `pairs` of True, False or None (unknown)."""
         unknown, nonce = [None] * len(pairs), _new_nonce()
@@ -3749,14 +3753,14 @@ class Heartbeat(threading.Thread):
         """Ask about as many waiting pairs as fit into one line."""
         batch, pairs = [], []
         while self._checks and (not batch or len(pairs) < 20):
-            number, serial, asked = self._checks.popleft()
-            dialect = connection.dialect
-            if not connection.checks or dialect.check(asked, b"") is None:
+            number, serial, asked = self._checks[0]
+            can_ask = connection.can_ask(asked)
+            if can_ask and not connection.can_ask(pairs + asked):
+                break                           # it begins the next line
+            self._checks.popleft()
+            if not can_ask:
                 self._tell(self._hub.on_checked, number, serial, [None] * len(asked))
                 continue
-            if batch and len(dialect.check(pairs + asked, _new_nonce())) > dialect.longest_line:
-                self._checks.appendleft((number, serial, asked))        # for the next line
-                break
             batch.append((number, serial, len(asked)))
             pairs += asked
         verdicts = connection.verdicts(pairs) if pairs else []
@@ -4965,7 +4969,8 @@ class LogHandler(logging.Handler):
                 written = os.write(self._fd, self._waiting[:select.PIPE_BUF])
                 self._waiting = self._waiting[written:]
         except OSError:
-            self._dropped += self._waiting.count(b"\n")
+            told = re.findall(rb"(?m)^\((\d+) log lines were dropped\)\n", self._waiting)
+            self._dropped += self._waiting.count(b"\n") - len(told) + sum(map(int, told))
             self._waiting = b""
 
     def _writable(self):

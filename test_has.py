@@ -672,6 +672,8 @@ class World:
 
     def _accept(self, listener, _events):
         fresh, self._stranded = self._stranded, []
+        if self.accept_bug:
+            time.sleep(0.001)                   # as long as that is one instant (choreography.md 2)
         with contextlib.suppress(BlockingIOError):
             while True:
                 fresh.append(listener.accept()[0])
@@ -2686,6 +2688,16 @@ class TestSettings(SettingsCase):
             self.assertEqual(str(has.parse_address(text)), shown)
         settings, _ = self.load("mush_address = unix:/x, [::2]:1 ,b:2")
         self.assertEqual([str(a) for a in settings.mush_address], ["unix:/x", "[::2]:1", "b:2"])
+
+    def test_an_encrypted_ssl_key_is_an_error_and_no_question(self):
+        folder = os.path.dirname(self.conf)
+        cert, key = certificate(folder)
+        subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-in", key, "-out", key + ".aes"], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        tls = f"local_port_ssl = 4242\nssl_cert = {cert}\nssl_key = {key}"
+        self.load(tls)
+        self.assertEqual(self.wrong(tls + ".aes"), [
+            f"ssl_key {key}.aes: is encrypted, and HAS must start without being asked: decrypt it"])
 
 
 # ---- 2. Telnet
@@ -4804,6 +4816,20 @@ class Waiting(RigCase):
         rig.down()
         self.assertEqual(state_of(client), "CLOSING")
 
+    def test_a_line_typed_while_a_verdict_was_awaited_comes_back_unsent(self):
+        for verdict in ("world down", "verdict: other life", "world reborn"):
+            with self.subTest(verdict):
+                rig = self.rig()
+                client, link = rig.player()
+                link.sock.close()
+                rig.settle()
+                client.send("hello\r\n")
+                rig.settle()
+                self.assertEqual((state_of(client), client.lines()), ("ASKING", []))
+                cause(rig, verdict, client, None)
+                rig.settle()
+                self.assertEqual(client.lines(), ["# OFFLINE", "# UNSENT hello"])
+
     def test_over_long_line(self):
         rig, client = self.waiting()
         for _ in range(20):
@@ -4820,6 +4846,27 @@ class Waiting(RigCase):
         self.assertNotIn(b"1.2.3.4", client.read())
         rig.found("life 2")
         self.assertNotIn(b"1.2.3.4", rig.game.accept().read())
+
+
+class Leaving(RigCase):
+    """Rule 2: his last complete line was QUIT, and the link ended within 10 s; else a verdict is asked for."""
+
+    def test_table(self):
+        for typed, seconds, wanted in (
+                (["QUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n"], 9.9, "CLOSING"), (["QUIT\r\n"], 10.1, "ASKING"),
+                (["QUIT\r\nsay x\r\n"], 0, "ASKING"), (["QUIT\r\n", "say x\r\n"], 0, "ASKING"),
+                (["say x\r\nQUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n", "say"], 0, "CLOSING"), (["QUIT"], 0, "ASKING"),
+                (["QUIT\r\n", "say x\r\n", "QUIT\r\n"], 9.9, "CLOSING")):
+            with self.subTest(typed=typed, seconds=seconds):
+                rig = self.rig()
+                client, link = rig.player()
+                for text in typed:
+                    client.send(text)
+                    rig.settle()
+                rig.pass_time(seconds)
+                link.sock.close()
+                rig.settle(lambda: client.session.link is None)
+                self.assertEqual(state_of(client), wanted)
 
 
 class Silence(RigCase):
@@ -4951,6 +4998,51 @@ class Returning(RigCase):
         clients[0].sock.close()
         rig.settle()
         self.assertEqual([state_of(c) for c in clients], ["gone", "RETURNING", "WAITING"])
+
+
+class Pace(RigCase):
+    """How fast users are brought back: resume_rate, or as the family takes it."""
+
+    def test_resume_rate(self):
+        """How many of 12 are on their way after each quarter of a second, while none of them is through."""
+        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]), ("auto", 1, [1, 1, 1, 1]), (0, 1, [12, 12, 12, 12]),
+                                      (4, 64, [1, 2, 3, 4]), (2, 64, [1, 1, 2, 2]), (4, 2, [1, 2, 2, 2])):
+            with self.subTest(resume_rate=rate, at_once=at_once):
+                rig = self.rig(resume_rate=rate)
+                clients = [rig.pass_time(1) or rig.player(f"u{number}")[0] for number in range(12)]
+                rig.down()
+                rig.pass_time(1)                # newcomers are paced, too
+                rig.family = type("Paced", (type(rig.family),), {"at_once": at_once})()
+                rig.found("life 2")
+                for count in wanted:            # the oldest first
+                    self.assertEqual([state_of(c) for c in clients], ["RETURNING"] * count + ["WAITING"] * (12 - count))
+                    rig.pass_time(0.25)
+
+
+class NewConnections(RigCase):
+    """What the world and the kernel are told of them."""
+
+    def test_the_time_of_the_connect_is_told_if_wanted(self):
+        for wanted, line in (("yes", r"@remotehostname 203\.0\.113\.9=\d{10}"), ("no", r"@remotehostname 203\.0\.113\.9")):
+            rig = self.rig("teenymush", add_epoch_time=wanted)
+            rig.client()
+            self.assertRegex(rig.game.accept().lines()[0], line + r"\Z")
+
+    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform names these options otherwise")
+    def test_vanished_peers_are_noticed(self):
+        rig = self.rig(dead_after=33)
+        rig.hub.listen()
+        with socket.create_connection(rig.hub.listeners[0].sock.getsockname()):
+            rig.settle(lambda: rig.hub.sessions)
+            (session,) = rig.hub.sessions.values()
+            rig.game.accept()
+            rig.settle(lambda: not session.link.connecting)
+            for stream, wanted in ((session.client, (60, 15, 5)), (session.link, (15, 5, 3))):
+                self.assertTrue(stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                self.assertEqual(tuple(stream.sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)), wanted)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
 
 
 class ArrivalNoise(RigCase):
@@ -5747,6 +5839,19 @@ class TestWorldHealth(Case):
                 has = Has(self, mush_address=self.world(family).address)
                 self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
 
+    def test_failover_after_0_waits_for_a_hup(self):
+        other = self.world()
+        with socket.create_server(("127.0.0.1", 0)) as dud:
+            dud.settimeout(5)
+            address = f"127.0.0.1:{dud.getsockname()[1]}"
+            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0, retry=0.05)
+            for _ in range(10):
+                dud.accept()[0].close()
+        self.assertEqual(other.accepted, 0)
+        has.configure(mush_address=f"{other.address}, {address}")
+        has.signal(signal.SIGHUP)
+        has.wait_up()
+
     def test_backlog_of_one_and_many_users(self):
         world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
         has = Has(self, mush_address=world.address).wait_up()
@@ -5772,6 +5877,104 @@ class TestWorldHealth(Case):
         world.start()
         two.expect(re.escape(ONLINE))
         two.expect("Welcome")
+
+
+class Witness:
+    """Stands for the hub and its mailbox: what a heartbeat tells is kept, and can be waited for."""
+
+    def __init__(self):
+        self.told, self._change = [], threading.Condition()
+
+    def __getattr__(self, name):
+        return name                                     # a method of the hub, for post()
+
+    def post(self, call, *arguments):
+        with self._change:
+            self.told.append((call, *arguments))
+            self._change.notify_all()
+
+    def wait(self, call, count=1):
+        """Wait until this was told `count` times; return what came with it, a tuple each time."""
+        with self._change:
+            if not self._change.wait_for(lambda: len(self._of(call)) >= count, 10):
+                raise AssertionError(f"{len(self._of(call))} of {count} times {call}: {self.told}")
+            return self._of(call)
+
+    def _of(self, call):
+        return [arguments for name, *arguments in self.told if name == call]
+
+
+class TestHeartbeat(Case):
+    """The heartbeat alone, in this process: what it asks a world, and what it tells the hub."""
+
+    def start(self, family="pennmush", **quirks):
+        """A world that runs, a heartbeat that got in and probes no more by itself."""
+        world = self.world(family, **quirks)
+        hub = Witness()
+        settings = settings_of((("beat", 1000), ("mush_address", world.address), ("mush_type", family)))
+        heartbeat = has.Heartbeat(hub, hub, settings)
+        self.addCleanup(heartbeat.join, 5)
+        self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
+        heartbeat.start()
+        (world_found,), = hub.wait("on_world_found")
+        self.assertTrue(world_found.checks)
+        return world, hub, heartbeat
+
+    def check(self, heartbeat, *questions):
+        """Ask about several lists of (name, password) at the same moment; they are numbered from 0."""
+        def ask():
+            for number, pairs in enumerate(questions):
+                heartbeat.on_check(number, 7, [has.Credentials(b"connect", *pair) for pair in pairs])
+        heartbeat.mailbox.post(ask)
+
+    def questions(self, world, word=b"checkpass"):
+        """How many pairs each line asked about, without the heartbeat's question about itself."""
+        return [line.count(word + b"(") for _, line in list(world.lines) if word in line][1:]
+
+    RIGHT, WRONG = (b"Alice", b"alicepw"), (b"Alice", b"guess")
+
+    def test_many_checks_share_a_line(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        pairs = [[self.RIGHT], [self.WRONG], [self.WRONG, self.RIGHT]] * 14
+        self.check(heartbeat, *pairs)
+        self.assertEqual(hub.wait("on_checked", len(pairs)), [
+            [number, 7, [pair == self.RIGHT for pair in asked]] for number, asked in enumerate(pairs)])
+        self.assertEqual(self.questions(world), [20, 20, 16])
+
+    def test_a_line_is_not_longer_than_the_world_reads(self):
+        """A password that cannot be asked about is unknown, and alone in that."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        long, too_long, foreign = ((b"Alice", password) for password in (b"x" * 1500, b"x" * 4000, b"caf\xe9"))
+        pairs = [[self.RIGHT], [long], [long], [self.WRONG], [self.RIGHT, too_long], [self.RIGHT], [foreign], [self.WRONG]]
+        self.check(heartbeat, *pairs)
+        self.assertEqual([verdicts for *_, verdicts in sorted(hub.wait("on_checked", len(pairs)))],
+                         [[True], [False], [False], [False], [None, None], [True], [None], [False]])
+        self.assertLess(max(len(line) for _, line in world.lines), has.DIALECTS["pennmush"].longest_line)
+
+    def test_checks_leave_some_of_the_quota_to_probes(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        self.check(heartbeat, *[[self.RIGHT] * 20] * 120)
+        most = 100 - 2 - 20                     # two went at the login: a probe, and the question about itself
+        world.wait(lambda w: len(self.questions(w)) >= most, what="all checks that the quota allows")
+        started = time.monotonic()
+        for number in range(1, 11):
+            heartbeat.mailbox.post(heartbeat.on_ask, number, 1)
+            hub.wait("on_answers", number)
+        self.assertLessEqual(len(self.questions(world)), most + 2 + time.monotonic() - started)
+
+    def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        with mock.patch.object(has.Connection, "verdicts", side_effect=[RuntimeError("planted"), [True]]):
+            with self.assertLogs(has.log, "ERROR") as logged:
+                self.check(heartbeat, [self.RIGHT], *[[self.WRONG]] * 30)
+                hub.wait("on_heartbeat_lost")
+                heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)          # somebody wants to know at once
+                hub.wait("on_world_found", 2)
+        self.assertRegex(logged.output[0], "a fault of HAS; the heartbeat starts anew(?s:.*)RuntimeError: planted")
+        self.assertEqual(hub.wait("on_heartbeat_lost"), [["fault", False]])
+        self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
+        self.assertEqual({str(verdicts) for *_, verdicts in hub.wait("on_checked", 11)}, {"[None]"})
+        world.wait(lambda w: len(w.online("heartbeat")) == 1 and len(w.logins) == 2, what="the heartbeat is back")
 
 
 # ======================================================================
@@ -6039,6 +6242,20 @@ class Scenarios:
         alice.expect(re.escape(ONLINE))
         self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
 
+    def test_full_is_no_refusal(self):
+        """A login that finds the world full is kept, and tried until there is room."""
+        alice = self.login()
+        self.world.kill()
+        self.went_down(alice)
+        self.world.max_players, tried = 1, len(self.world.lines)            # the heartbeat takes that place
+        self.world.start()
+        self.world.wait(lambda w: any(b"connect Alice" in line for _, line in w.lines[tried:]), what="Alice is refused")
+        self.world.max_players = None
+        self.assertRegex(alice.expect(re.escape(ONLINE)), rb"(?i)full|too many|maximum number")     # its last words
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.in_game(alice)
+        self.assertNotIn(REFUSED.encode(), alice.seen)
+
     def test_heartbeat_booted_disturbs_nobody(self):
         alice = self.login()
         for _ in range(3):
@@ -6054,7 +6271,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
     family = "teenymush"
     quirks = {"shutdown_delay": 0.5}
     test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None    # has neither
-    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = test_full_is_no_refusal = None
 
     def test_renamed_at_once(self):
         """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
@@ -6124,7 +6341,7 @@ class TestTeenyStable(TestTeeny):
 
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
-    quirks = {"silent_start": 0.1}
+    quirks = {"silent_start": 0.1, "accept_bug": True}
 
     def test_pairs_known_to_be_wrong_are_not_sent(self):
         """After ten failures nobody behind HAS's address could log in."""
@@ -6142,6 +6359,19 @@ class TestPenn(Scenarios, unittest.TestCase):
         self.assertEqual((self.world.ip_failures, self.world.failed), ({}, {}))
         others[0].send("connect Bob changed\r\n")
         self.world.wait(lambda w: w.online("Bob"), what="Bob is in")
+
+    def test_users_without_a_login_come_one_after_another(self):
+        """Newcomers, and those at the login screen when the world returns: of three at once it would forget one."""
+        clients = [self.has.client() for _ in range(8)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.expect("(?i)connect(?s:.*)personalize this file!", 5)
+        self.world.kill()
+        self.went_down(*clients)
+        self.world.start()
+        for client in clients:
+            client.expect(re.escape(ONLINE))
+            client.expect("(?i)connect", 5)
 
     def test_all_socket_settings_are_repeated(self):
         wizard = self.login("Wizard", "wizpw")
@@ -6162,6 +6392,8 @@ class TestPenn(Scenarios, unittest.TestCase):
 
 
 class TestPennUnix(TestPenn):
+    test_full_is_no_refusal = test_users_without_a_login_come_one_after_another = None      # as over TCP
+
     def make_world(self, **quirks):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
@@ -6172,6 +6404,7 @@ class TestTinyMUSH(Scenarios, unittest.TestCase):
     family = "tinymush"
     logouts, settles = ("LOGOUT", "logout"), False
     test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None      # it crashes instead
+    test_full_is_no_refusal = None
 
 
 class TestTinyMUX(Scenarios, unittest.TestCase):
@@ -6190,6 +6423,7 @@ class TestTinyMUX(Scenarios, unittest.TestCase):
 
 class TestRhost(Scenarios, unittest.TestCase):
     family = "rhostmush"
+    test_full_is_no_refusal = None              # as on TinyMUX
 
 
 class RealWorld:
@@ -6237,6 +6471,7 @@ class TestRealTinyMUX(Scenarios, unittest.TestCase):
 
     family, logouts = "tinymux", TestTinyMUX.logouts
     test_logins_disabled_after_return = None    # @disable does not outlive a real start
+    test_full_is_no_refusal = None              # nor does a limit of players
 
     def make_world(self):
         return RealWorld(self, {f"Evil{n}": password for n, password in enumerate(EVIL)})
@@ -6610,6 +6845,29 @@ class TestProgram(Case):
             self.assertEqual(has.process.wait(5), 0)
             has.wait_log(rb"INFO stopped\n")
 
+    def test_systemd_is_told_when_it_serves(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        for path in (folder + "/notify", "@" + folder)[:2 if sys.platform == "linux" else 1]:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(path.replace("@", "\0"))
+                systemd.settimeout(5)
+                with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
+                    has = Has(self, mush_address="127.0.0.1:1")
+                self.assertEqual(systemd.recv(100), b"READY=1")
+                has.client().close()
+
+    def test_the_control_socket_of_a_has_that_died_is_replaced(self):
+        dead = Has(self, mush_address="127.0.0.1:1")
+        dead.process.kill()
+        dead.process.wait(5)
+        path = dead.conf[:-5] + ".sock"
+        self.assertTrue(os.path.exists(path))
+        has = Has(self, mush_address="127.0.0.1:1", control_socket=path)
+        has.wait_log(rb"is down")
+        self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 1)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+
     def test_control_socket(self):
         world = self.world("tinymux")
         has = Has(self, mush_address=world.address, beat=0.1, admins="alice").wait_up()
@@ -6710,6 +6968,69 @@ class TestProgram(Case):
         self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 0)
 
 
+class TestPartsOfTheProgram(unittest.TestCase):
+    """What can be had of part 9 without a process of its own."""
+
+    def handler(self, path):
+        """A LogHandler, and how to log one line by it."""
+        handler = has.LogHandler(path)
+        self.addCleanup(lambda: os.close(handler._fd))
+
+        def say(text):
+            handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
+        return handler, say
+
+    def test_usr2_without_memfd_is_refused(self):
+        with mock.patch.object(has, "os", types.SimpleNamespace()), self.assertLogs(has.log, "ERROR") as logged:
+            has.Upgrade(None, "has.py", "has.conf", b"").begin()
+        self.assertIn("no memfd_create", logged.output[0])
+
+    def test_lines_that_nobody_reads_are_dropped_and_counted(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pipe")
+            os.mkfifo(path)
+            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self.addCleanup(os.close, reader)
+            _, say = self.handler(path)
+            for number in range(5000):
+                say(f"{number:0100}")
+            read, last = os.read(reader, 1 << 20), 5000
+            while b"dropped" not in read and last < 5100:
+                say(f"{last:0100}")
+                read, last = read + os.read(reader, 1 << 20), last + 1
+        numbers = [int(number) for number in re.findall(rb"INFO (\d+)\n", read)]
+        (dropped,) = re.findall(rb"^\((\d+) log lines were dropped\)$", read, re.M)
+        self.assertEqual((int(dropped) + len(numbers), numbers[-1]), (last, last - 1))
+        self.assertEqual(numbers, sorted(set(numbers)))
+        self.assertEqual(numbers[:600], list(range(600)))           # more than the pipe holds
+
+    def test_a_log_file_that_cannot_be_opened_anew_costs_no_line(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler, say = self.handler(path)
+            say("one")
+            handler.reload(settings_of((("log_file", "/nonexistent/has.log"),)))
+            say("two")
+            say("three")
+            self.assertRegex(read_text(path), r"\A.* one\ncannot reopen /nonexistent/has\.log: .*\n.* two\n.* three\n\Z")
+
+    def test_a_dead_terminal_stops_nobody(self):
+        master, slave = pty.openpty()
+        with mock.patch.object(os, "ttyname", return_value=os.ttyname(slave)):
+            handler, say = self.handler("")
+        os.close(slave)
+        say("alive")
+        self.assertIn(b"INFO alive", os.read(master, 1000))
+        os.close(master)                        # every write is an error (EIO) from here on
+        for _ in range(3):
+            say("dead")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler.reload(settings_of((("log_file", path),)))
+            say("on file")
+            self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
+
+
 def read_text(path):
     with open(path) as file:
         return file.read()
@@ -6782,6 +7103,17 @@ class TestTLS(Case):
         self.assertIn(b'"last words"', client.expect_end())        # nothing comes as ciphertext, nothing is lost
         distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_type="tinymux")
         distrustful.wait_log(rb"cannot be reached: TLS: CERTIFICATE_VERIFY_FAILED")
+
+
+class TestTLSUnverified(Case):
+    def test_a_world_whose_certificate_nobody_knows(self):
+        """Another HAS with a TLS port is that world."""
+        with tempfile.TemporaryDirectory() as folder:
+            cert, key = certificate(folder)
+            world, port = self.world(), free_port()
+            Has(self, mush_address=world.address, local_port_ssl=port, ssl_cert=cert, ssl_key=key).wait_up()
+            has = Has(self, mush_address=f"127.0.0.1:{port}", mush_type="tinymux", mush_ssl="yes", mush_ssl_verify="no")
+            self.client(has.wait_up(), "connect Alice alicepw", world, "Alice")
 
 
 class TestUpgrade(Case):
