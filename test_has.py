@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
+import faulthandler
 import functools
 import heapq
 import itertools
@@ -5164,7 +5165,7 @@ class FairTurns(RigCase):
         bob, bobs_link = rig.player("Bob")
         _, link = self.flood(rig)
         read = []
-        while len(read) < len(self.LINES):
+        for _ in range(2 * len(self.LINES) // has.PATIENCE):
             bob.send("say hello\r\n")
             rig.hub.turn(5)
             self.assertEqual(bobs_link.lines(), ["say hello"])
@@ -5189,8 +5190,7 @@ class FairTurns(RigCase):
         client, link = self.flood(rig)
         rig.hub.turn(5)
         client.session.on_client_data(b"the end\r\n")
-        while client.session.backlog:
-            rig.hub.turn(5)
+        rig.settle(lambda: not client.session.backlog)
         self.assertEqual(link.lines(), self.LINES + ["the end"])
 
     def test_newcomers_come_in_by_and_by(self):
@@ -6011,6 +6011,7 @@ class TestRelay(Case):
         """A world that is a bare socket: the test plays it."""
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
+        listener.settimeout(10)
         has = Has(self, mush_address=f"127.0.0.1:{listener.getsockname()[1]}", mush_type="plain")
         self.addCleanup(listener.accept()[0].close)     # the heartbeat's idle connection
         has.wait_up()
@@ -8373,7 +8374,18 @@ def run_here(names):
     logging.getLogger("has").addHandler(logging.NullHandler())
     result = unittest.TextTestRunner(resultclass=Result, verbosity=1).run(suite)
     failed = {test.id().split(" ")[0] for test, _ in result.failures + result.errors}
+    for line in skip_lines(result.skipped):
+        print(line)
     return result.passed, len(failed) + len(result.unexpectedSuccesses), len(result.skipped)
+
+
+def skip_lines(skipped):
+    """What was skipped and why, a line for each reason."""
+    tests = {}
+    for test, reason in skipped:
+        tests.setdefault(reason, []).append(test.id().partition(".")[2])
+    return [f"SKIP {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+            for reason, names in tests.items()]
 
 
 def run_apart(names):
@@ -8395,8 +8407,8 @@ def run_all():
         for names, (output, counts) in zip(jobs, pool.map(run_apart, jobs)):
             if counts[1]:
                 print(output)
-            for reason in sorted(set(re.findall(r"skipped=\d+|SKIP.*", output))) if counts[2] else []:
-                print(f"{' '.join(names)[:70]}: {reason}")
+            for line in re.findall(r"(?m)^SKIP .*", output):
+                print(line)
             print(f"{' '.join(names)[:70]:<70} {counts[0]:>4} passed {counts[1]:>3} failed {counts[2]:>3} skipped", flush=True)
             total = [a + b for a, b in zip(total, counts)]
     return total
@@ -8404,6 +8416,7 @@ def run_all():
 
 APART = (Case, Scenarios, TelnetCase)            # these start programs
 HAS_TESTS = os.path.abspath(__file__)
+LONGEST_RUN = 600                                # seconds for a class; then it fails and shows where it hangs
 
 
 def main():
@@ -8416,6 +8429,8 @@ def main():
     parser.add_argument("--here", action="store_true", help="in this process, one after another")
     parser.add_argument("names", nargs="*", help="classes, or CLASS.TEST")
     options = parser.parse_args()
+    if options.here:                            # the main process waits: one lost event must not hang it for ever
+        faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)
     counts = run_here(options.names) if options.here or options.names else run_all()
     print("%d passed, %d failed, %d skipped" % tuple(counts))
     return 1 if counts[1] else 0
