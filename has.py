@@ -274,14 +274,20 @@ class Settings:
         return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
 
 
+def _tuned(context):
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # an end of file without close_notify is an end of file: OpenSSL 3 would cut off the other direction, too
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    return context
+
+
 def server_context(cert, key):
     """The TLS context of the local_port_ssl listener; ValueError says what is wrong with the files."""
     if ssl is None:
         raise ValueError("local_port_ssl: this Python has no ssl module")
     if not cert:
         raise ValueError("local_port_ssl needs ssl_cert")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = _tuned(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def no_prompt():
         raise ValueError(f"ssl_key {key or cert}: is encrypted, and HAS must start without being asked: decrypt it")
@@ -298,11 +304,10 @@ def world_context(verify, ca_file):
     if ssl is None:
         raise ValueError("mush_ssl: this Python has no ssl module")
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        context = _tuned(ssl.create_default_context(cafile=ca_file or None))
     except OSError as error:
         raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: "
                          f"{getattr(error, 'reason', None) or error.strerror}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -1763,10 +1768,13 @@ class TLSStream(Stream):
         self._flushed()
 
     def _shut(self):
-        try:
-            self.sock.unwrap()                  # sends close_notify, then would wait for the other's
-        except (OSError, ValueError):
-            pass                                # sent or not, the end of file follows
+        # unwrap() sends close_notify and reads: what comes then is lost. From a client nothing more is wanted; a world
+        # still answers what was sent to it, so it gets the end of file alone.
+        if self.sock.server_side:
+            try:
+                self.sock.unwrap()
+            except (OSError, ValueError):
+                pass                            # sent or not, the end of file follows
         super()._shut()
 
 
