@@ -1930,7 +1930,7 @@ class Session:
     """
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since", "login", "previous",
-                 "pending", "unproven", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
+                 "pending", "unanswered", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
                  "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail", "notices",
                  "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
@@ -1947,7 +1947,7 @@ class Session:
         self.checked = None                     # the Credentials the heartbeat was asked about, or a list of them
         self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
         self.pending = None                     # a login typed while the world was away
-        self.unproven = None                    # (login, time) typed and not yet confirmed
+        self.unanswered = []                    # (login, time), typed and neither confirmed nor refused yet
         self.trials = []                        # Credentials to try on return, best first
         self.greeting = None                    # the notice for the next login screen
         self.kept = b""                         # typed while no link could take it
@@ -2026,8 +2026,10 @@ class Session:
         self.stuck = self.client.full
         self._refresh()
         self._flush_notices()
-        if self.backlog:
-            self.hub.backlogs.append(self)
+        if self.backlog or len(self.kept) > KEEP_BYTES or self.slow_until > self.hub.now:
+            self.client.pause()
+            self._queue_backlog()
+            self.hub.later(max(0.0, self.slow_until - self.hub.now), self._resume_client)
         if self.hidden:
             self._show_hidden()
         if self.state is State.CLOSING:
@@ -2126,7 +2128,7 @@ class Session:
             data, self.backlog = data[:stop], data[stop:]
         if self.backlog:
             self.client.pause()
-            hub.backlogs.append(self)
+            self._queue_backlog()
             self._refresh()
         hub.patience -= 1 + ends + len(data) // 1024
         if not data or self.state is State.CLOSING:
@@ -2136,10 +2138,14 @@ class Session:
         else:
             self._keep(data)
 
+    def _queue_backlog(self):
+        if self.backlog and self not in self.hub.backlogs:
+            self.hub.backlogs.append(self)
+
     def take_backlog(self):
         """Go on with what was left for later turns."""
         if self.slow_until > self.hub.now:
-            self.hub.later(self.slow_until - self.hub.now, self.hub.backlogs.append, self)
+            self.hub.later(self.slow_until - self.hub.now, self._queue_backlog)
             return
         data, self.backlog = self.backlog, b""
         if not self.client.closed:
@@ -2179,6 +2185,11 @@ class Session:
         self._resume_client()
         self._refresh()
         return kept
+
+    def _read_kept(self):
+        """Read what was kept, in turn; it was typed before what was left for later turns."""
+        data, self.backlog = self._release() + self.backlog, b""
+        self._read_in_turn(data)
 
     def _read_client(self, data):
         """The careful way: telnet, lines."""
@@ -2307,8 +2318,8 @@ class Session:
             return
         if dialect.logout.match(line):
             log.info("%s: logged out to the login screen", self)
-            self.login = self.previous = self.unproven = self.checked = None
-            self.trials, self.settings, self.proven = [], NOTHING, b""
+            self.login = self.previous = self.checked = None
+            self.trials, self.unanswered, self.settings, self.proven = [], [], NOTHING, b""
             self.proof = Proof(dialect, False, self.hub.world.telnet)
             self._enter(State.LOGIN)
             return
@@ -2358,7 +2369,7 @@ class Session:
             return b""
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
         if login:
-            self.unproven = login, self.hub.now
+            self.unanswered = self.unanswered[-7:] + [(login, self.hub.now)]
             self.hub.count_login(self.host)
             if self.hub.logins_left(self.host) < 0:
                 self.slow_until = self.hub.now + SLOW_SECONDS
@@ -2522,10 +2533,12 @@ class Session:
             self._write_notice(self.greeting)
         self.greeting, self.told = None, False
         self.failures = 0
+        if self.is_guest:
+            self.login = self.previous = None
         # The first output says so sooner. PennMUSH is silent at first, and forgets connects less than 1 ms apart
         # (choreography.md 2).
         self._later(1 if self.dialect.greets else 0.005, self._arrived)
-        self._read_client(self._release())
+        self._read_kept()
         self._refresh()
 
     def _arrived(self):
@@ -2636,9 +2649,9 @@ class Session:
             return b""                          # settled: what the others of this character cause
         if self.changing:
             self._follow_change(text)
-        elif self.state is State.LOGIN and self.unproven and self.dialect.refused_text.search(text):
+        elif self.state is State.LOGIN and self.unanswered and self.dialect.refused_text.search(text):
             log.info("%s: the world refused a login", self)
-            self.unproven = None
+            del self.unanswered[:len(self.dialect.refused_text.findall(text))]
         for line in [line for line in self.expected if line in text]:
             text = text.replace(line, b"", 1)
             self.expected.remove(line)
@@ -2649,7 +2662,7 @@ class Session:
     def _logged_in(self, login):
         """A typed login took."""
         others = self.proof.others
-        self.login, self.previous, self.pending, self.unproven = login, others[-1] if others else None, None, None
+        self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
         self.proven = login.character
         self.hub.login_took(self.host)
         self._enter(State.PLAYING)
@@ -2667,10 +2680,10 @@ class Session:
         if self.state is State.PLAYING:
             if not self.changing and self.login is self.checked:      # not changed while the heartbeat asked
                 self._confirm(verdicts)
-        elif self.state is State.WAITING and self.checked != self.trials:
+        elif self.state is State.WAITING and any(pair not in self.checked for pair in self.trials):
             self.begin_return()                 # he typed another login meanwhile
         elif self.state is State.WAITING:
-            right = [pair for pair, verdict in zip(self.trials, verdicts) if verdict is not False]
+            right = [pair for pair, verdict in zip(self.checked, verdicts) if verdict is not False]
             if right or not self.dialect.counts_failures:
                 self.trials = right or self.trials[:1]
             else:
@@ -2792,14 +2805,14 @@ class Session:
 
     def wait(self, notice):
         """Hold the client until the world is back."""
-        if self.proof and self.state in (State.LOGIN, State.ASKING) and self.unproven and not self.login and (
-                self.hub.now - self.unproven[1] < 30):
-            self.pending = self.unproven[0]     # typed, and never answered
+        if self.state in (State.LOGIN, State.ASKING) and self.unanswered and not self.login:
+            login, typed_at = self.unanswered[-1]
+            self.pending = login if self.hub.now - typed_at < 30 else self.pending
         self._show_hidden()
         self._drop_link()
         self.serial += 1
         self.silent = False
-        self.failures, self.unproven, self.words = 0, None, b""
+        self.failures, self.unanswered, self.words, self.greeting = 0, [], b"", None
         self.typed.sent, self.typed.nonce = 0, None             # a line begun for the dead world is for the next
         self._enter(State.WAITING)
         self._flush_notices()
@@ -2823,8 +2836,10 @@ class Session:
             return
         hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
         left = since + hold - self.hub.now if hold else 60
-        if left > 0 or self.state is State.RETURNING:
-            self.hub.later(min(60, max(0.1, left)), self._look_at_hold, since)
+        if left > 0:
+            self.hub.later(min(60, left), self._look_at_hold, since)
+        elif self.state is State.RETURNING or self.hub.is_up:
+            self.hub.later(1, self._look_at_hold, since)        # his return is under way, or soon will be
         else:
             self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
 
@@ -2851,12 +2866,11 @@ class Session:
         """The world is up: get back into it, or to its login screen."""
         if self.state is not State.WAITING:
             return
-        self.greeting = self.hub.settings.online_notice
-        if self.is_guest:
-            self.greeting = "# NOTICE # This world is ONLINE again. Guests have to log in again."
-            self.login = self.previous = None
+        self.greeting = self.greeting or (
+            "# NOTICE # This world is ONLINE again. Guests have to log in again." if self.is_guest else
+            self.hub.settings.online_notice)
         self.trials = [c for c in (self.login or self.pending, self.previous) if c]
-        if not self.dialect.logs_in:
+        if self.is_guest or not self.dialect.logs_in:
             self.trials = []
         if self.hub.world.checks and (len(self.trials) > 1 or self.trials and self.dialect.counts_failures):
             self.checked = list(self.trials)
@@ -2957,6 +2971,9 @@ class Session:
 
         TeenyMUSH runs lines that arrive together last first.
         """
+        if self.state is State.LOGIN:
+            self._read_kept()
+            return
         kept = self._release()
         end = self.dialect.line_end.search(kept)
         stop = end.end() if end else len(kept)

@@ -5399,11 +5399,26 @@ class Guests(RigCase):
         self.assertIn("connect Bob bobpw", rig.game.accept().lines())
 
     def test_a_guest_is_nobody_at_the_new_login_screen(self):
-        rig = self.rig()
+        rig = self.rig(resume_rate=0.01)
+        rig.pass_time(101)
         client, _ = rig.player("guest")
         rig.down()
-        rig.found("life 2")
+        for _ in range(2):                      # also if the world is found again before his turn
+            rig.found("life 2")
+        rig.pass_time(101)
         self.assertEqual((state_of(client), client.session.login), ("LOGIN", None))
+        self.assertEqual(client.lines()[-1], "# NOTICE # This world is ONLINE again. Guests have to log in again.")
+
+    def test_a_guest_keeps_his_hold_when_the_world_goes_before_his_turn(self):
+        rig = self.rig(resume_rate=0.001, hold=0, login_hold=50)
+        rig.pass_time(1001)
+        client, _ = rig.player("guest")
+        rig.down()
+        rig.pass_time(60)
+        rig.found("life 2")
+        rig.down()
+        rig.pass_time(61)
+        self.assertEqual(state_of(client), "WAITING")
 
 
 class WhatWasTyped(RigCase):
@@ -5418,6 +5433,16 @@ class WhatWasTyped(RigCase):
         rig.let_in(link, None)
         rig.down()
         self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+
+    def test_the_login_typed_behind_a_refused_one_is(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Alice wrong\r\nconnect Alice pw\r\n")
+        rig.settle()
+        rig.let_in(link, None)
+        rig.down()
+        self.assertEqual((state_of(client), client.session.pending.password), ("WAITING", b"pw"))
 
     def test_logout_behind_an_endless_line_is_seen(self):
         rig = self.rig()
@@ -5462,6 +5487,20 @@ class WhatWasTyped(RigCase):
         rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [True])
         self.assertIn("connect Bob bobpw", rig.game.accept().lines())
 
+    def test_a_second_answer_about_the_same_pairs_changes_nothing(self):
+        rig = self.rig("pennmush", resume_rate=0.01, up=False)
+        client = rig.client()
+        rig.down()
+        session = client.session
+        session.login, session.previous = (has.Credentials(b"connect", b"Alice", word) for word in (b"new", b"old"))
+        for _ in range(2):
+            rig.found("life 1", checks=True)
+        asked = list(rig.beat.checks)
+        self.assertEqual(len(asked), 2)
+        for number, serial, _ in asked:
+            rig.post(rig.hub.on_checked, number, serial, [False, True])
+        self.assertEqual((session.trials, len(rig.beat.checks)), ([session.previous], 2))
+
     def test_telnet_of_a_client_that_does_not_read_reaches_the_world(self):
         rig = self.rig()
         client, link = rig.player()
@@ -5487,6 +5526,30 @@ class LoginBrake(RigCase):
                 self.assertNotIn("connect bob x", link.lines())
                 rig.pass_time(0.2)
                 self.assertEqual(link.lines().count("connect bob x"), 1)
+
+    def test_logins_typed_before_the_link_is_open_are_braked_too(self):
+        rig = self.rig(up=False)
+        client = rig.client()
+        client.send("connect bob x\r\n" * 50)
+        rig.settle()
+        rig.found("life 1")
+        self.assertEqual(rig.game.accept().lines().count("connect bob x"), has.SLOW_AFTER + 1)
+
+    def test_the_brake_holds_over_an_upgrade(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect bob x\r\n" * 7)
+        rig.settle()
+        session = client.session
+        session.client.resume()                 # as a stream that was taken over is
+        rig.hub.backlogs.clear()
+        session.go_on()
+        client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        self.assertEqual((state_of(client), link.lines().count("connect bob x")), ("LOGIN", 4))
+        rig.pass_time(3.1, 3.1, 3.1, 3.1)
+        self.assertEqual((link.lines().count("connect bob x"), link.ended), (3, True))
 
     def test_another_address_of_the_same_64_is_the_same_guesser(self):
         rig = self.rig()
@@ -5572,6 +5635,16 @@ class Turns(RigCase):
         self.assertEqual(state_of(client), "WAITING")
         rig.pass_time(12)
         self.assertIn(state_of(client), ("CLOSING", "gone"))
+
+    def test_nobody_is_told_that_the_world_is_offline_while_it_is_up(self):
+        rig = self.rig(resume_rate=0.001, hold=100)
+        rig.pass_time(1001)
+        client, _ = rig.player()
+        rig.down()
+        rig.pass_time(90)
+        rig.found("life 2")
+        rig.pass_time(20)
+        self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
 
     def test_a_stream_taken_over_is_read_again(self):
         rig = self.rig()
