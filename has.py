@@ -2040,7 +2040,7 @@ class Session:
             self.hub.ask(self)
         elif self.state is State.WAITING:
             self._hold_for_now()
-        elif self.kept and self._is_linked():
+        elif self.kept and self._can_talk():
             self._later(0.1, self._send_kept)
         if self.proof and self.state is State.PLAYING:
             self._later(MARK_SECONDS, self.proof.retire)
@@ -2163,13 +2163,13 @@ class Session:
         """Whether there is an open link."""
         return self.link is not None and not self.link.connecting
 
-    def _is_linked(self):
+    def _can_talk(self):
         """Whether the user and the world can talk."""
         return self.linked and self.state in (State.LOGIN, State.PLAYING)
 
     def _can_forward(self):
         """Whether what he types goes on at once: nothing kept is before it."""
-        return self._is_linked() and not self.kept
+        return self._can_talk() and not self.kept
 
     def _keep(self, data):
         if self.state is State.LOGIN:
@@ -2417,7 +2417,7 @@ class Session:
             self.end()
             return
         log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
-        if self._is_linked() and not reason:
+        if self._can_talk() and not reason:
             self._read_client(self._release())  # what he typed last is still carried out and answered
             self.link.finish()
             self._enter(State.CLOSING)
@@ -2678,7 +2678,7 @@ class Session:
         if serial != self.serial:
             return
         if self.state is State.PLAYING:
-            if not self.changing and self.login is self.checked:      # not changed while the heartbeat asked
+            if not self.changing and self.login is self.checked:    # not changed while the heartbeat asked
                 self._confirm(verdicts)
         elif self.state is State.WAITING and any(pair not in self.checked for pair in self.trials):
             self.begin_return()                 # he typed another login meanwhile
@@ -2984,7 +2984,7 @@ class Session:
             self._later(0.1, self._send_more)
 
     def _send_more(self):
-        if self.kept and self.hub.now >= self.kept_due and self._is_linked():
+        if self.kept and self.hub.now >= self.kept_due and self._can_talk():
             self._send_kept()
 
     # ---- streams that do not take what they are sent
