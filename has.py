@@ -506,7 +506,7 @@ IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          #
 ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
 AYT = b"\xff\xf6"
 COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
-LONGEST_SB = 65536
+LONGEST_SB, LONGEST_KEPT = 65536, 1024          # of a sub-negotiation, read whole; remembered for a new world
 _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
 
 
@@ -644,6 +644,8 @@ class Agreement:
         return True
 
     def _note_sub(self, piece, option, first):
+        if len(piece) > LONGEST_KEPT:
+            return
         if option == NAWS:
             self.naws = piece
         elif option == TTYPE and first == 0 and piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
@@ -761,10 +763,11 @@ class Replay:
 class Credentials:
     """A character's name and password with the verb it was typed with. Shows neither in repr, log or traceback."""
 
-    __slots__ = ("verb", "name", "password")
+    __slots__ = ("verb", "name", "password", "creates")
 
-    def __init__(self, verb, name, password):
+    def __init__(self, verb, name, password, creates=False):
         self.verb, self.name, self.password = verb, name, password
+        self.creates = creates     # the verb makes a new character: it is sent once, as typed
 
     def __repr__(self):
         return "Credentials(***)"
@@ -780,10 +783,15 @@ class Credentials:
         """The bare name, lower case, as announcements spell it but for case."""
         return self.name.lstrip(b"*").lower()
 
+    @property
+    def made(self):
+        """These Credentials once they took: whoever was created connects from then on."""
+        return Credentials(b"connect", self.name, self.password) if self.creates else self
+
     def line(self):
         """The login line a world is sent, without its end."""
         name = b'"%s"' % self.name if b" " in self.name else self.name
-        return b" ".join((self.verb, name, self.password))
+        return b" ".join((self.verb, name, self.password) if self.password else (self.verb, name))
 
 
 def rub_out(line, erasers=b"\b\x7f"):
@@ -832,7 +840,7 @@ class Dialect:
     logout = re.compile(rb"(?!)")
     handover_words = ()            # words only HAS may say before a login
     setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
-    refused_text = re.compile(rb"(?!)")         # the server's words for "wrong name or password"
+    refused_text = re.compile(rb"(?!)")         # its words for a login refused: wrong, taken, closed to guests
     password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
     name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="         # group 1 who, group 2 the new name
                             rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")
@@ -873,7 +881,7 @@ class Dialect:
         if not words:
             return None
         name = b" ".join((words.group(1) or words.group(2)).split())
-        return Credentials(b"connect" if match.group(2) else match.group(1), name, words.group(3))
+        return Credentials(match.group(2) or match.group(1), name, words.group(3), bool(match.group(2)))
 
     def is_handover(self, line, word):
         """Whether the server could read this typed line as the hand-over of a user's address (rule 9)."""
@@ -927,7 +935,8 @@ class TeenyMUSH(Dialect):
     outcome = re.compile(rb"(Last connect was from[ :])|"
                          rb"Either that player does not exist, or has a different password\.|"
                          rb"That name is already in use\.")
-    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
+    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.|"
+                              rb"That name is already in use\.")
     end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
     end_text = re.compile(rb"(?m)^[^\n]{1,60} has (?:re-)?connected\.\r?\n")      # from builds that speak no telnet
     password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
@@ -946,7 +955,7 @@ class TeenyMUSH(Dialect):
         login = super().read_login(line.replace(b"\t", b"\x00"))
         if not login or re.search(rb"(\S+)\s*\Z", line).group(1) != login.password:
             return None                         # exactly two words: `connect a b c` is malformed
-        login.verb = b"connect"                 # older builds know it by no other name
+        login.verb = b"create" if login.creates else b"connect"     # older builds know full words only
         # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
         return login if all(ord(c) < 256 for c in login.password.decode("utf-8", "replace")) else None
 
@@ -965,7 +974,10 @@ class _InfoFamily(Dialect):
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
     setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
                                rb"PROMPT_NEWLINES)(?:\s+(\S+(?:\s+\S+)*))?\s*\Z")
-    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.")
+    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.|"
+                              rb"Either there is already a player with that name, or that name is ill|"
+                              rb"Null passwords are not allowed\.|Guest logins are disabled\.|"
+                              rb"Online character creation is not allowed\.")
     password_typed = re.compile(rb"(?i)@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     password_changed = re.compile(rb"Password changed\.")
     password_kept = re.compile(rb"Sorry\.|Null passwords|Illegal character|Bad new password|Huh\?|Permission denied")
@@ -991,7 +1003,9 @@ class PennMUSH(_InfoFamily):
     end_question = b"IDLE %(n)se\r\n"
     end_mark = b"e"
     refused_text = re.compile(rb"That is not the correct password\.|There is no player with that name\.|"
-                              rb"Either that player does not exist|There is already a player with that name\.")
+                              rb"Either that player does not exist|There is already a player with that name\.|"
+                              rb"That name is not allowed\.|The password is invalid \(or missing\)\.|"
+                              rb"Guest connections not allowed\.|Too many guests are connected")
     password_changed = re.compile(rb"You have changed your password\.")
     password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|"
                                rb"Permission denied")
@@ -1261,6 +1275,12 @@ class Proof:
         """The end marker was seen: all that came of the login is in `held`."""
         self.ended = True
         self.refused = bool(self.dialect.refused_text.search(self.held))
+
+    def words(self):
+        """What the world said up to the end marker: without its answer to HAS's own question for that."""
+        if self.dialect.end_question != b"INFO\r\n":
+            return self.held
+        return re.sub(rb"### Begin INFO\r?\n(?s:.*?)### End INFO\r?\n", b"", self.held)
 
     def _read_outcomes(self, text):
         """Families without marks answer login lines in order, one outcome each, at the start of a line.
@@ -1793,6 +1813,9 @@ STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: li
 SLOW_AFTER, SLOW_SECONDS = 3, 3    # logins from one address without success; pause after each further one
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
+STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
+# What clients send by timer, to be connected still: an empty line, IDLE, @@ (worlds/pennmush.md b).
+_BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
 _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
@@ -1886,6 +1909,8 @@ class Noise:
 
     _LINE = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
+    __slots__ = ("_names",)
+
     def __init__(self):
         self._names = {}           # in lower case -> until when
 
@@ -1913,6 +1938,9 @@ class Noise:
         return self._LINE.sub(lambda m: b"" if m.group(1).lower() in self._names else m.group(), text)
 
 
+PACKED["Noise"] = Noise
+
+
 class Session:
     """One user. Main thread only.
 
@@ -1934,7 +1962,7 @@ class Session:
                  "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail", "notices",
                  "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
-                 "proven", "expected", "reading_timer", "checked", "slow_until")
+                 "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -1963,7 +1991,11 @@ class Session:
         self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
         self.typed_at = hub.now
         self.kept_due = self.stuck_due = self.held_since = 0
-        self.words = b""                        # the world's last words that were shown
+        self.words = b""                        # the world's last words to a return that failed
+        self.words_due = False                  # ... are still to be shown, if it lives on
+        self.iced = b""                         # lines passed on since the world has fallen silent
+        self.spoke_at = 0                       # when the world last said something at the login screen of this link
+        self.told_at = 0                        # when the waiting user was last told how long it has lasted
         self.backlog = b""                      # typed, and left for later turns
         self.slow_until = 0                     # nothing he types is read before: he tries many passwords
         self.expected = []                      # lines: what the world says to settings HAS repeats: not for the user
@@ -1998,7 +2030,8 @@ class Session:
                 "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
                 "size": f"{width}x{height}" if width else ""}
 
-    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer"}
+    # unsent_lines counts the lines of one second, and a timer that is not packed ends that
+    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer", "unsent_lines"}
 
     def pack(self):
         """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
@@ -2011,7 +2044,7 @@ class Session:
 
     def unpack(self, packed):
         """Take up what pack() gave; nothing is sent yet (see go_on)."""
-        for name in set(self.__slots__) & set(packed["values"]):
+        for name in (set(self.__slots__) - self._NOT_PACKED) & set(packed["values"]):
             setattr(self, name, unpack(packed["values"][name]))
         if self.replay:
             self.replay.agreement = self.agreement
@@ -2039,9 +2072,13 @@ class Session:
         elif self.state is State.ASKING:
             self.hub.ask(self)
         elif self.state is State.WAITING:
-            self._hold_for_now()
+            self._look_at_hold(self.held_since)
         elif self.kept and self._can_talk():
             self._later(0.1, self._send_kept)
+        if self.replay and self.replay.waits:
+            self._later(2, self._send_late)
+        if self.checked and self.state is State.PLAYING:        # the heartbeat of before took the question along
+            self.hub.check(self, [self.checked, *self.proof.others])
         if self.proof and self.state is State.PLAYING:
             self._later(MARK_SECONDS, self.proof.retire)
         if self.state is State.LOGIN and not self.link or self.state is State.WAITING:
@@ -2280,13 +2317,22 @@ class Session:
         if self._asks_for_list(line):
             return b""
         self._note_line(line)
+        self._note_iced()
         return self._take_unsent()
+
+    def _note_iced(self):
+        """A line passed on to a silent world may never be carried out. Who quits need not wait for it to answer."""
+        if not self.silent:
+            return
+        if self.quit_at:
+            self.hub.later(0, self.close, "quit")               # after this line has gone on
+        self.iced = (self.iced + self.typed.buffer)[-KEEP_BYTES:]
 
     def _asks_for_list(self, line):
         """Answer an admin's #?; False if it is nothing of the kind."""
         if line != b"#?" or self.proven.decode("utf-8", "replace") not in self.hub.settings.admins:
             return False
-        self.notify("\n".join(status_lines(self.hub.status())))
+        self._answer("\n".join(status_lines(self.hub.status())))
         return True
 
     def _playing_part(self):
@@ -2362,14 +2408,15 @@ class Session:
     def _login_line(self, line):
         typed = self.typed
         if typed.overlong and self._whole_lines():
-            self.notify("# NOTICE # That line is too long.")
+            self._answer("# NOTICE # That line is too long.")
             return b""
         if self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
             log.warning("%s: typed the word that hands over addresses; the line was not passed on", self)
             return b""
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
         if login:
-            self.unanswered = self.unanswered[-7:] + [(login, self.hub.now)]
+            self._note_iced()
+            self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
             self.hub.count_login(self.host)
             if self.hub.logins_left(self.host) < 0:
                 self.slow_until = self.hub.now + SLOW_SECONDS
@@ -2377,6 +2424,7 @@ class Session:
                 self.hub.later(SLOW_SECONDS, self._resume_client)
             return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
         self._note_line(line)
+        self._note_iced()
         self.proof.no_login(line)
         out = self._take_unsent()
         return out + self.proof.disarm(typed.nonce, self.settings) if typed.nonce else out
@@ -2391,18 +2439,18 @@ class Session:
         login = self.dialect.read_login(line)
         if re.match(rb"(?i)\s*quit\s*\Z", line):
             self.close("quit while the world is down")
-        elif self._asks_for_list(line):
+        elif self._asks_for_list(line) or _BY_TIMER.match(line):
             pass
         elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
             if login and (not self.login or self.is_guest):
                 self.login = None
                 self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
-            self._write_notice("# NOTICE # You will be logged in when the world returns.")
-        elif self.unsent_lines < 10 and not self.client.full:
+            self._answer("# NOTICE # You will be logged in when the world returns.")
+        elif self.unsent_lines < 10:
             if not self.unsent_lines:
                 self.hub.later(1, self._tell_unsent)           # of this second, whatever becomes of the link
             self.unsent_lines += 1
-            self._write_notice(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500]))
+            self._answer(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500]))
         else:
             self.unsent_lines += 1
         return b""
@@ -2410,7 +2458,7 @@ class Session:
     def _tell_unsent(self):
         more, self.unsent_lines = self.unsent_lines - 10, 0
         if more > 0 and self.state is State.WAITING and not self.client.closed:
-            self._write_notice(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
+            self._answer(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
 
     def _on_client_end(self, reason):
         if self.state is State.CLOSING:
@@ -2427,21 +2475,27 @@ class Session:
 
     # ---- notices
 
-    def notify(self, text):
-        """Write a notice between lines: at once, or after the line the world is sending now, at most 1 s later."""
+    def notify(self, text, more=b""):
+        """Write a notice between lines: at once, or after the line the world is sending now, at most 1 s later. `more`
+        are bytes for its last line."""
         if not text or self.state is State.CLOSING:
             return
         if self.tail and self.linked and self.state is not State.RETURNING:
             if not self.notices:
                 self._later(1, self._flush_notices)
-            self.notices.append(text)
+            self.notices.append((text, more))
         else:
-            self._write_notice(text)
+            self._write_notice(text, more)
+
+    def _answer(self, text, more=b""):
+        """Answer a line he typed; not one who types and does not read: what is held for him has a bound."""
+        if not self.client.full:
+            self.notify(text, more)
 
     def _flush_notices(self):
         notices, self.notices = self.notices, []
-        for text in notices:
-            self._write_notice(text)
+        for notice in notices:
+            self._write_notice(*((notice,) if isinstance(notice, str) else notice))    # str: an older HAS's
 
     def _write_notice(self, text, more=b""):
         """Write a notice on a fresh line, colour reset, whatever the world left unfinished (rule 10)."""
@@ -2466,7 +2520,8 @@ class Session:
         world = self.hub.world
         self.proof = Proof(world.dialect, returning, world.telnet)
         self.from_world, self.replay, self.settled = None, None, False
-        self.changing, self.hidden, self.expected = None, b"", []
+        self.changing, self.hidden, self.expected, self.spoke_at = None, b"", [], 0
+        self._show_last_words()
         self.life = world.life
         if not self.failures:
             self.failing_since = self.hub.now
@@ -2528,10 +2583,12 @@ class Session:
             late, replay.late, replay.waits = replay.late, b"", False
             self.link.send(replay.opening() + late)
 
-    def _at_login_screen(self):
+    def _at_login_screen(self, words=b""):
+        """The link is open, and there is no login to send; `words`: what the world has said already."""
         if self.greeting:
             self._write_notice(self.greeting)
-        self.greeting, self.told = None, False
+        self.greeting, self.told = None, self.told and self.silent and not self.greeting
+        self._show(words)
         self.failures = 0
         if self.is_guest:
             self.login = self.previous = None
@@ -2649,9 +2706,8 @@ class Session:
             return b""                          # settled: what the others of this character cause
         if self.changing:
             self._follow_change(text)
-        elif self.state is State.LOGIN and self.unanswered and self.dialect.refused_text.search(text):
-            log.info("%s: the world refused a login", self)
-            del self.unanswered[:len(self.dialect.refused_text.findall(text))]
+        elif self.state is State.LOGIN:
+            self._look_for_refusals(text)
         for line in [line for line in self.expected if line in text]:
             text = text.replace(line, b"", 1)
             self.expected.remove(line)
@@ -2659,9 +2715,21 @@ class Session:
             text = self._hide_arrivals(text)
         return text
 
+    def _look_for_refusals(self, text):
+        """Text at the login screen: a login that was refused is not sent again."""
+        if text.strip():
+            self.spoke_at = self.hub.now
+        begun = len(self.tail)                  # a text may come in two pieces
+        refusals = [it for it in self.dialect.refused_text.finditer(self.tail + text) if it.end() > begun]
+        if refusals and self.unanswered:
+            log.info("%s: the world refused a login", self)
+            del self.unanswered[:len(refusals)]
+        if refusals and not self.hub.world.shut:
+            self.pending = None
+
     def _logged_in(self, login):
         """A typed login took."""
-        others = self.proof.others
+        login, others = login.made, [other.made for other in self.proof.others]
         self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
         self.proven = login.character
         self.hub.login_took(self.host)
@@ -2678,8 +2746,9 @@ class Session:
         if serial != self.serial:
             return
         if self.state is State.PLAYING:
-            if not self.changing and self.login is self.checked:    # not changed while the heartbeat asked
+            if self.login and not self.changing and self.login == self.checked:     # no change meanwhile
                 self._confirm(verdicts)
+            self.checked = None
         elif self.state is State.WAITING and any(pair not in self.checked for pair in self.trials):
             self.begin_return()                 # he typed another login meanwhile
         elif self.state is State.WAITING:
@@ -2743,17 +2812,30 @@ class Session:
         elif not connected:
             self._link_failed(reason)
         elif self.state is State.RETURNING:
-            if self.proof.held != self.words:   # the world's last words: full, disabled, forbidden; not at each try
-                self.words = self.proof.held
-                self._show(self.words)
+            self._note_last_words()
             self._link_failed(reason or "closed by the world")
-        elif self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
+        elif self._has_quit():
             self.close("quit")
         else:
             self._show_hidden()
             self._enter(State.ASKING)
             self._tell_silence()
             self.hub.ask(self)
+
+    def _note_last_words(self):
+        """The world ended a link that was to bring the user back. Full, disabled, forbidden: that is for the user, but
+        only if the world lives on, not at each try, and never once the login took. Known when the next link opens."""
+        if self.proof.login:
+            return
+        if self.proof.words() != self.words:
+            self.words, self.words_due = self.proof.words(), True
+        if self.trials[0].creates and self.words:
+            self.trials, self.pending = [], None                # it was answered, and is sent but once
+
+    def _show_last_words(self):
+        if self.words_due and self.life == self.hub.world.life:
+            self._show(self.words)
+        self.words_due = False
 
     def _link_failed(self, reason):
         """The world did not take a link, or ended one that was to bring the user back: try again, ever more slowly."""
@@ -2798,21 +2880,24 @@ class Session:
         if self.state in (State.LOGIN, State.PLAYING):
             if self.link:
                 self.link.last_words()
-            if self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS:
+            if self._has_quit():
                 self.close("quit")
         if self.state not in (State.WAITING, State.CLOSING):
-            self.wait("" if self.state is State.RETURNING else notice)          # he was told already
+            # who is on his way back, to the game or to the login screen, was told already
+            self.wait("" if self.state is State.RETURNING or self.greeting else notice)
 
     def wait(self, notice):
         """Hold the client until the world is back."""
         if self.state in (State.LOGIN, State.ASKING) and self.unanswered and not self.login:
-            login, typed_at = self.unanswered[-1]
-            self.pending = login if self.hub.now - typed_at < 30 else self.pending
+            login, typed_at = self.unanswered[-1][:2]
+            if self.hub.now - typed_at < 30 and not self._was_answered(*self.unanswered[-1]):
+                self.pending = login
         self._show_hidden()
         self._drop_link()
         self.serial += 1
         self.silent = False
-        self.failures, self.unanswered, self.words, self.greeting = 0, [], b"", None
+        self.failures, self.unanswered, self.greeting = 0, [], None
+        self.words, self.words_due, self.told_at = b"", False, self.hub.now
         self.typed.sent, self.typed.nonce = 0, None             # a line begun for the dead world is for the next
         self._enter(State.WAITING)
         self._flush_notices()
@@ -2821,9 +2906,14 @@ class Session:
             self.client.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
         self._write_notice(notice)
         self._hold_for_now()
-        kept = self._release()
+        kept, self.iced = self.iced + self._release(), b""
         if kept:
             self._read_client(kept)
+
+    def _was_answered(self, login, typed_at, greeted=False):
+        """Whether the world has answered that typed login, in words of its own: sites edit these texts. Whom it has
+        greeted it tells nothing unasked at the login screen. A second: time for the mark behind a success."""
+        return greeted and typed_at < self.spoke_at < self.hub.now - 1
 
     def _hold_for_now(self):
         """Hold this client, but not for ever if the settings say so."""
@@ -2837,20 +2927,36 @@ class Session:
         hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
         left = since + hold - self.hub.now if hold else 60
         if left > 0:
+            self._tell_how_long()
             self.hub.later(min(60, left), self._look_at_hold, since)
         elif self.state is State.RETURNING or self.hub.is_up:
             self.hub.later(1, self._look_at_hold, since)        # his return is under way, or soon will be
         else:
             self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
 
+    def _tell_how_long(self):
+        """Once a while: he has heard nothing since the notice that the world is down."""
+        if self.hub.is_up or self.hub.now - self.told_at < STILL_DOWN_SECONDS:
+            return
+        self.told_at = self.hub.now
+        lasted = ago(time.time() - self.hub.health_since)
+        self._answer(f"# NOTICE # This world has been OFFLINE for {lasted}. Still waiting.")
+
     def on_world_silent(self, silent):
         """The world has stopped answering, or answers again."""
         self.silent = silent
+        self.iced = b""
+        if silent and self._has_quit(self.hub.settings.hb_timeout + self.hub.settings.beat):
+            self.close("quit")
         if not silent and self.state in (State.LOGIN, State.PLAYING, State.ASKING):
             self.told = False
-        if self.state is State.ASKING:
-            self._tell_silence()
+        if self.state is State.ASKING or self.state is State.LOGIN and not self.spoke_at:
+            self._tell_silence()                # he sees nothing, and may type nothing
         self._refresh()
+
+    def _has_quit(self, lately=0):
+        """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
+        return self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS + lately
 
     def _tell_silence(self):
         if self.silent and not self.told:
@@ -2890,10 +2996,8 @@ class Session:
             self._back_in_game(proof.login)
             if self.kept:
                 self._send_kept()
-        elif proof.refused:
-            self._refused()
         else:
-            self._link_failed("the world did not log the user in, and did not say why")
+            self._refused()
 
     def settle(self):
         """The last session of this character is in: what came here of its login is dropped with one more end marker."""
@@ -2901,13 +3005,16 @@ class Session:
             self.link.send(self.proof.ask_again())
 
     def _back_in_game(self, login):
+        login, first = login.made, self.login is None
         lost_change = self.previous is not None and login == self.previous
         others = [c for c in (self.login, self.previous) if c and c != login]
         self.login, self.previous, self.pending = login, (others[0] if others else None), None
-        self.failures, self.told, self.proven = 0, False, login.character
+        self.failures, self.told, self.proven, self.greeting = 0, False, login.character, None
         self._write_notice(self.hub.settings.online_notice)
         if self.replay:
             self.client.send(self.replay.leftovers())
+        if first:
+            self._show(self.proof.words())      # he has not seen room and news yet: only returns are silent
         self.link.send(self._setting_lines(False))
         suffix = self.settings.get(b"OUTPUTSUFFIX")
         if suffix and self.dialect.wraps_settings:
@@ -2925,20 +3032,31 @@ class Session:
         return b"".join(lines)
 
     def _refused(self):
-        """The world says that the name or the password is wrong: the other pair, or the user himself must log in."""
-        self._drop_link()                       # others of this character need not wait for it
-        del self.trials[0]
-        self._wait_again()
-        if not self.trials:
-            self._forget_login()
-        self.hub.links.add(self)
+        """The world took the line and not the login: the other pair, or the user himself must log in."""
+        self.hub.settle(self)                   # others of this character need not wait for it
+        if len(self.trials) > 1:
+            self._drop_link()                   # another link: some worlds end one after three wrong logins
+            del self.trials[0]
+            self._wait_again()
+            self.hub.links.add(self)
+            return
+        self._forget_login(not self.proof.refused)
+        self.proof.returning = False            # this link stands at the login screen, and so does the user now
+        self._enter(State.LOGIN)
+        if self.replay:
+            self.client.send(self.replay.leftovers())
+        self._arrived()
+        self._at_login_screen(self.proof.words())
 
-    def _forget_login(self):
-        tried = self.login or self.pending
-        log.warning("%s: the world refused the login of %s on return; the user must log in again", self,
-                    printable(tried.name) if tried else "this user")
-        self.trials = []
-        self.login = self.previous = self.pending = None
+    def _forget_login(self, unexplained=False):
+        """The world refused it. It is tried once more, in the world's next life, where the refusal says little: of a
+        login that took before, in words HAS does not know, or while the heartbeat is refused as well."""
+        tried, again = self.login or self.pending, self.hub.world.shut or unexplained and self.login
+        log.warning("%s: the world refused the login of %s on return; the user must log in%s", self,
+                    printable(tried.name) if tried else "this user",
+                    ", and the login is kept for the world's next life" if again else " again")
+        self.trials, self.pending = [], tried if again else None
+        self.login = self.previous = None
         self.greeting = self.hub.settings.relogin_failed_notice
 
     def _end_marker_overdue(self):
@@ -3040,12 +3158,13 @@ class Session:
 # one world; the Heartbeat decides what is asked, when, and of which world.
 # ======================================================================
 
-World = collections.namedtuple("World", "address target dialect life blind checks told rights telnet",
-                               defaults=(True, True, True))
+World = collections.namedtuple("World", "address target dialect life blind checks told rights telnet shut",
+                               defaults=(True, True, True, False))
 World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
 start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
 not log in (blind), whether it may check passwords, whether the world understands the address line (told), whether
-the heartbeat has the flag it should have (rights), and whether the world knows telnet from text (telnet)."""
+the heartbeat has the flag it should have (rights), whether the world knows telnet from text (telnet), and whether it
+refused the heartbeat's login (shut): its database may be broken."""
 
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
 LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
@@ -3103,7 +3222,7 @@ class Connection:
     def world(self):
         """What the hub is told."""
         return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told,
-                     self.rights, self.telnet)
+                     self.rights, self.telnet, self.refused)
 
     @property
     def lacks_something(self):
@@ -3379,7 +3498,7 @@ class Connection:
 
     # ---- a new process in place of this one
 
-    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target")
+    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target", "refused")
 
     def park(self):
         """What a new process needs to go on with this connection, whose socket is left open; plain values."""
@@ -3417,7 +3536,8 @@ class Heartbeat(threading.Thread):
         self._try_at = 0.0         # when the next other address may be tried
         self._answering_since = None            # how long the preferred address has answered
         self._down_since = None
-        self._login_after = 0.0
+        self._login_after = 0.0    # no login is tried before, in the life of the world in which one was not taken:
+        self._login_life, self._login_refused = None, False
         self._known = {}           # Address -> Dialect as recognised
         self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
         self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
@@ -3493,7 +3613,8 @@ class Heartbeat(threading.Thread):
     def _park(self, connection):
         """Leave the connection open for a new process; plain values."""
         parked = {"current": str(self._current or ""), "wanted": str(self._wanted or ""),
-                  "login_after": self._login_after, "down_since": self._down_since,
+                  "login_after": self._login_after, "login_life": self._login_life,
+                  "login_refused": self._login_refused, "down_since": self._down_since,
                   "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
         if connection and connection.ended is None and type(connection.sock) is socket.socket:
             parked["connection"] = connection.park()
@@ -3504,6 +3625,7 @@ class Heartbeat(threading.Thread):
         self._current = parse_address(parked["current"]) if parked["current"] else None
         self._wanted = parse_address(parked["wanted"]) if parked["wanted"] else None
         self._login_after, self._down_since = parked["login_after"], parked["down_since"]
+        self._login_life, self._login_refused = parked.get("login_life"), parked.get("login_refused", False)
         self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
         if "connection" not in parked:
             return None
@@ -3624,7 +3746,9 @@ class Heartbeat(threading.Thread):
 
     def _log_in(self, connection):
         """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
-        if time.monotonic() < self._login_after:
+        new_life = not connection.life.startswith("?") and connection.life != self._login_life
+        if time.monotonic() < self._login_after and not new_life:
+            connection.refused = self._login_refused
             return False
         settings, dialect = self._settings, connection.dialect
         login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
@@ -3634,6 +3758,7 @@ class Heartbeat(threading.Thread):
             return True
         pause = LOGIN_AGAIN_SECONDS if connection.refused else LOGIN_CLOSED_SECONDS
         self._login_after = time.monotonic() + pause
+        self._login_life, self._login_refused = connection.life, connection.refused
         what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and hb_pass, or make the "
                 "character (README), then kill -HUP." if connection.refused else
                 f"does not take the heartbeat's login ({connection.lost('it gives no reason')}): are logins disabled, "
@@ -4333,8 +4458,8 @@ class Hub:
         if self.health is Health.DOWN:
             session.wait(self.settings.offline_notice)
         elif self.health is not Health.STARTING:
-            session.silent = self.health is Health.SILENT
             self.links.add(session)
+            session.on_world_silent(self.health is Health.SILENT)
 
     @staticmethod
     def _host_group(host):
@@ -4597,15 +4722,17 @@ class Hub:
         return {"format": 1, "version": VERSION, "settings": self.settings.texts, "sessions": sessions,
                 "listeners": listeners, "control": control, "world": world, "health": self.health.name,
                 "next_number": next(self._numbers),
-                "values": {name: getattr(self, name) for name in self._VALUES}}, fds
+                "values": {**{name: getattr(self, name) for name in self._VALUES},
+                           **{name: pack(getattr(self, name)) for name in self._PACKED}}}, fds
 
     _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
+    _PACKED = ("noise", "doubles")              # the same for what JSON does not know
 
     def unpack(self, state):
         """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on)."""
         for name, value in state["values"].items():
-            if name in self._VALUES:
-                setattr(self, name, value)
+            if name in self._VALUES + self._PACKED:
+                setattr(self, name, unpack(value) if name in self._PACKED else value)
         self._numbers = itertools.count(state["next_number"])
         self.health = Health[state["health"]]
         if state["world"]:
@@ -4635,6 +4762,8 @@ class Hub:
         """After unpack(): begin anew what was under way."""
         if self.health is Health.SILENT:
             self._each("on_world_silent", True)
+        if self.noise:
+            self._prune_noise()
         self._each("go_on")
 
     def move_tls_out(self):

@@ -2859,6 +2859,13 @@ def agreed(world=(), client=(), subs=()):
 
 
 class TestReplay(unittest.TestCase):
+    def test_what_is_remembered_is_bounded(self):
+        agreement = has.Agreement()
+        for option, body in ((NAWS, b"x" * 2000), (TTYPE, b"\0" + b"x" * 2000), (CHARSET, b"\x02" + b"x" * 2000),
+                             (GMCP, b"Core.Hello " + b"x" * 2000)):
+            agreement.from_client(b"\xff\xfa" + bytes((option,)) + body + b"\xff\xf0")
+        self.assertEqual((agreement.naws, agreement.ttypes, agreement.charset, agreement.gmcp), (None, [], None, []))
+
     def full(self):
         return agreed([(DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, CHARSET), (WILL, GMCP), (WILL, ECHO), (WILL, 3)],
                       [(WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, CHARSET), (DO, GMCP), (DO, ECHO), (DO, 3)],
@@ -2969,14 +2976,15 @@ class TestLogin(unittest.TestCase):
     CASES = (  # typed line, families that take it as a login, (verb, name, password); the others do not
         (b"connect Alice alicepw", FAMILIES, (b"connect", *A)), (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
         (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)), (b"con Alice alicepw", (T,), (b"connect", *A)),
-        (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"connect", *A)),          # create
+        (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"create", *A)),
         (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
         (b"co Alice alicepw", (T,), (b"connect", *A)), (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
         (b"Connect Alice alicepw", (T,), (b"connect", *A)),
         (b"cox Alice alicepw", (Y, X), (b"cox", *A)), (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
         (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)), (b"ch Alice alicepw", (P, R), (b"ch", *A)),
         (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
-        (b"create Alice alicepw", FAMILIES, (b"connect", *A)), (b"cr Alice alicepw", FAMILIES, (b"connect", *A)),
+        (b"create Alice alicepw", FAMILIES, (b"create", *A)), (b"cr Alice alicepw", (P, Y, X, R), (b"cr", *A)),
+        (b"cr Alice alicepw", (T,), (b"create", *A)),
         (b"  connect   Alice   alicepw  ", FAMILIES, (b"connect", *A)),
         (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
         (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (Y, X, R), (b"connect", *A)),
@@ -3504,7 +3512,7 @@ class TestProof(unittest.TestCase):
         self.assertEqual((proof.login, proof.others), (unknown, [GOOD, other]))
 
     def test_a_refusal_that_is_none(self):
-        for family, text in (("pennmush", b"Guest connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
+        for family, text in (("pennmush", b"Player connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
                              ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
             proof = has.Proof(DIALECTS[family], True)
             proof.script(GOOD)
@@ -3889,6 +3897,8 @@ class Peer:
     def __init__(self, sock):
         self.sock, self.ended, self.session = sock, False, None
         sock.setblocking(False)
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data):
         self.sock.sendall(data.encode() if isinstance(data, str) else data)
@@ -3918,12 +3928,12 @@ class Peer:
 class Game:
     """The world: a listening socket. `full` never completes a connect."""
 
-    def __init__(self, full=False):
-        self.sock, self.peers = socket.socket(), []
-        self.sock.bind(("127.0.0.1", 0))
+    def __init__(self, full=False, path=None):
+        self.sock, self.peers = socket.socket(socket.AF_UNIX if path else socket.AF_INET), []
+        self.sock.bind(path or ("127.0.0.1", 0))
         self.sock.listen(0 if full else 64)
         self.sock.settimeout(5)
-        self.target = socket.AF_INET, self.sock.getsockname()
+        self.target = self.sock.family, self.sock.getsockname()
         for _ in range(3 if full else 0):
             sock = socket.socket()
             sock.setblocking(False)
@@ -3949,13 +3959,32 @@ class Rig:
         has.log.handlers[:], has.log.propagate = [logging.NullHandler()], False
         self.clock, self.events, self.peers = Clock(), 0, []
         self.settings = settings_of(tuple(sorted(settings.items())))
-        self.hub = has.Hub(self.settings, lambda: (self.settings, []), self.clock)
-        self.beat = self.hub.heartbeat = Beat()
-        self.family = has.DIALECTS[family]
+        self.beat, self.family = Beat(), has.DIALECTS[family]
+        self.hub = self._new_hub()
         self.game, self.other, self.full = Game(), Game(), Game(full=True)
-        self._select, self.hub.selector.select = self.hub.selector.select, self._counting_select
         if up:
             self.found("life 1")
+
+    def _new_hub(self):
+        hub = has.Hub(self.settings, lambda: (self.settings, []), self.clock)
+        hub.heartbeat = self.beat
+        self._select, hub.selector.select = hub.selector.select, self._counting_select
+        return hub
+
+    def upgrade(self):
+        """USR2 without the exec: another hub takes over what this one packed."""
+        old, (state, fds) = self.hub, self.hub.pack()
+        for session in old.sessions.values():
+            for stream in filter(None, (session.client, session.link)):
+                (stream.sock.detach if stream.sock.fileno() in fds else stream.sock.close)()
+        for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
+            sock.close()
+        self.hub = self._new_hub()
+        self.hub.unpack(json.loads(json.dumps(state)))
+        self.hub.go_on()
+        for peer in self.peers:
+            peer.session = self.hub.sessions.get(peer.session.number, peer.session)
+        self.settle()
 
     def _counting_select(self, timeout):
         ready = self._select(timeout)
@@ -3984,9 +4013,9 @@ class Rig:
         self.hub.mailbox.post(call, *arguments)
         self.settle()
 
-    def found(self, life, game=None, address=HOME, checks=False):
+    def found(self, life, game=None, address=HOME, checks=False, shut=False):
         self.life = life
-        world = has.World(address, (game or self.game).target, self.family, life, False, checks)
+        world = has.World(address, (game or self.game).target, self.family, life, shut, checks, shut=shut)
         self.post(self.hub.on_world_found, world)
 
     def down(self):
@@ -4050,6 +4079,12 @@ class Rig:
             thing.close()
 
 
+def nonce_of(rig, client):
+    """The mark (of a TinyMUX) that the login being tried would bring."""
+    proof = client.session.proof
+    return proof._secret + b"%02x=" % (proof._count - 1)
+
+
 def is_gone(client):
     return client.session.number not in client.session.hub.sessions
 
@@ -4098,7 +4133,7 @@ TABLE = {
     "client reset": {" ".join(COLUMNS): ("gone", "none", [])},
     "world text": {"LOGIN PLAYING": (SAME, SAME, ["text"]), "RETURNING": (SAME, SAME, []), REST: ONLY},
     "link closes": {
-        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("WAITING", "none", ["last words"]), REST: ONLY},
+        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("WAITING", "none", []), REST: ONLY},
     "ten seconds": {
         "LOGIN PLAYING ASKING WAITING": (SAME, SAME, []), "OPENING": ("LOGIN", "none", ["# OFFLINE"]),
         "REOPENING": ("WAITING", "none", []), "BACKOFF": ("RETURNING", "new", []),
@@ -4109,8 +4144,8 @@ TABLE = {
     "verdict: other life": {
         "ASKING": ("RETURNING", "new", ["# OFFLINE"]),
         "OPENING LOGIN PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, [])},
-    "silent": {" ".join(COLUMNS[:3]) + " WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, []),
-               "ASKING": (SAME, SAME, ["# SILENT"])},
+    "silent": {"PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, []),
+               "OPENING LOGIN ASKING": (SAME, SAME, ["# SILENT"])},        # at LOGIN: nobody has greeted him yet
     "silent, two lines": {
         "OPENING ASKING": (SAME, SAME, ["# SILENT"]), "LOGIN PLAYING": (SAME, SAME, ["# SILENT"], ["one", "two"]),
         "WAITING BACKOFF": (SAME, SAME, ["# UNSENT one", "# UNSENT two"]), "RETURNING REOPENING CLOSING": (SAME, SAME, [])},
@@ -4347,6 +4382,8 @@ class EveryOrder(unittest.TestCase):
             healthy = event in ("answers", "fail-over") or healthy and event == "link"
             if event == "link" and user == "PLAYING":
                 user = "CLOSING" if has_quit else "ASKING"
+            elif event == "silent" and user == "PLAYING" and has_quit:
+                user = "CLOSING"                                # he need not wait for it to answer
             elif event in ("dead", "fail-over") and user in ("PLAYING", "ASKING"):
                 user = held
             elif event == "dead" and user == "RETURNING":
@@ -4549,7 +4586,8 @@ class Timers(RigCase):
                 client.read()
                 steps = [step for step in range(100, 1500, 100) if rig.pass_time(100) or state_of(client) == "CLOSING"]
                 self.assertEqual(steps[:1], [wanted] if wanted else [])
-                self.assertEqual(len(client.lines()), 1 if wanted else 0)
+                said = [line for line in client.lines() if "OFFLINE for" not in line]
+                self.assertEqual(len(said), 1 if wanted else 0)
 
     def test_a_hold_ends_with_the_wait_it_was_for(self):
         """The next wait begins anew, also where the world was started anew and never seen down."""
@@ -4812,8 +4850,131 @@ class Waiting(RigCase):
         link = rig.game.accept()
         client.read()
         rig.let_in(link, None)
-        fresh = rig.game.accept()
-        self.assertEqual((state_of(client), client.lines(), fresh.read()), ("LOGIN", ["# REFUSED"], b""))
+        self.assertEqual((state_of(client), client.lines()), ("LOGIN", [
+            "# REFUSED", "Either that player does not exist, or has a different password."]))
+        rig.down()
+        self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+
+    def test_whatever_the_world_says_a_return_without_a_login_ends_at_the_login_screen(self):
+        """Guests are off, names taken, texts edited: the world's words are shown at the first try, on the same link."""
+        for family, typed, words in (
+                ("tinymux", "connect guest", "Guest logins are disabled."), ("tinymux", "connect Alice pw", "Go away."),
+                ("tinymux", "create Alice pw", "Either there is already a player with that name, or that name is illegal."),
+                ("tinymush", "create Alice pw", "Online character creation is not allowed.")):
+            for typed_at in ("before", "during"):
+                with self.subTest(typed, family=family, typed_at=typed_at):
+                    rig = self.rig(family)
+                    client = rig.client()
+                    link = rig.game.accept()
+                    if typed_at == "before":
+                        client.send(typed + "\r\n")
+                        rig.settle()
+                    rig.down()
+                    if typed_at == "during":
+                        client.send(typed + "\r\n")
+                        rig.settle()
+                    rig.found("life 2")
+                    link = rig.game.accept()
+                    client.read()
+                    self.assertIn(typed, link.lines())
+                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO\r\nUptime: x\r\n### End INFO\r\n")
+                    rig.settle()
+                    self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# REFUSED", "Welcome", words]))
+                    client.send("WHO\r\n")
+                    rig.settle()
+                    self.assertEqual(link.lines(), ["WHO"])
+                    rig.down()
+                    rig.found("life 3")
+                    self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
+
+    def test_a_first_login_shows_what_the_world_says_to_it(self):
+        """Only returns are silent: who logs in for the first time has seen neither room nor news."""
+        rig, client = self.waiting()
+        client.send("connect Alice secret\r\n")
+        rig.settle()
+        rig.found("life 2")
+        link = rig.game.accept()
+        client.read()
+        rig.let_in(link, "The Hall\r\nA room.")
+        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE", "The Hall", "A room."]))
+        rig.down()
+        rig.found("life 3")
+        client.read()
+        rig.let_in(rig.game.accept(), "The Hall\r\nA room.")
+        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
+
+    def test_who_was_created_connects_the_next_time(self):
+        for family, typed, sent in (("tinymux", "cr Alice secret", "cr"), ("teenymush", "c Alice secret", "create")):
+            with self.subTest(family):
+                rig, client = self.waiting(self.rig(family))
+                client.send(typed + "\r\n")
+                rig.settle()
+                self.assertNotIn(b"secret", client.read())
+                rig.found("life 2")
+                link = rig.game.accept()
+                self.assertIn(f"{sent} Alice secret", link.lines())
+                if family == "tinymux":
+                    link.send(nonce_of(rig, client) + b"\r\n### End INFO\r\n")
+                else:
+                    link.send("Last connect was from here\r\n")
+                    rig.settle()
+                    link.send(b"\xff\xfc\x56")
+                rig.settle()
+                self.assertEqual(state_of(client), "PLAYING")
+                rig.down()
+                rig.found("life 3")
+                self.assertIn("connect Alice secret", rig.game.accept().lines())
+
+    def test_a_create_that_the_world_hung_up_on_is_not_sent_again(self):
+        """PennMUSH shows register.txt and closes; a full world is no refusal of a connect."""
+        for typed, again in (("create Alice pw", False), ("connect Alice pw", True)):
+            with self.subTest(typed):
+                rig, client = self.waiting()
+                client.send(typed + "\r\n")
+                rig.settle()
+                rig.found("life 2")
+                link = rig.game.accept()
+                link.send("Please register by mail.\r\n")
+                link.sock.close()
+                rig.settle()
+                rig.pass_time(1.1)
+                self.assertEqual(any("Alice" in line for line in rig.game.accept().lines()), again)
+                self.assertIn("Please register by mail.", client.lines())
+
+    def test_what_clients_send_by_timer_is_swallowed(self):
+        rig, client = self.waiting()
+        for line in ("IDLE", "idle", "IDLE x", "@@", "@@ still here", "", "  ", "\0", "\0\0"):
+            client.send(line + "\r\n")
+        rig.settle()
+        self.assertEqual(client.lines(), [])
+        for line in ("IDLEx", "@", "idler"):
+            client.send(line + "\r\n")
+        rig.settle()
+        self.assertEqual(client.lines(), ["# UNSENT IDLEx", "# UNSENT @", "# UNSENT idler"])
+
+    def test_who_waits_is_told_once_a_while_how_long_it_has_lasted(self):
+        rig, client = self.waiting()
+        for _ in range(20):
+            client.send("\r\n")
+            rig.pass_time(60)
+        told = client.lines()
+        self.assertEqual(len(told), 4)
+        self.assertRegex(told[0], r"\A# NOTICE # This world has been OFFLINE for \w+\. Still waiting\.\Z")
+        rig.found("life 2")
+        rig.pass_time(1200)
+        self.assertFalse([line for line in client.lines() if "OFFLINE" in line])
+
+    def test_answers_to_one_who_does_not_read_are_bounded(self):
+        rig, client = self.waiting()
+        for typed in ("connect Alice pw\r\n", "hello\r\n", "@remotehostname x\r\n", "x" * 100 + "\r\n"):
+            for _ in range(400):
+                try:
+                    client.sock.send(typed.encode() * 1000)
+                except BlockingIOError:
+                    pass
+                rig.settle()
+                rig.clock.advance(0.1)
+        self.assertLess(len(client.session.client.out), 2 * has.HIGH_WATER)
 
     def test_lines(self):
         for typed, wanted in (("hello", "# UNSENT hello"), ("a\x1b[31mb", "# UNSENT a?[31mb"),
@@ -4905,6 +5066,71 @@ class Silence(RigCase):
         rig.settle()
         self.assertEqual(client.lines(), ["# SILENT"])
 
+    def test_who_sees_nothing_is_told_at_once(self):
+        """A newcomer to a silent world, and one whose login screen had not come when it fell silent."""
+        rig = self.rig()
+        early, greeted = rig.client(), rig.client()
+        for client in (early, greeted):
+            link = rig.game.accept()
+        link.send("Welcome\r\n")
+        rig.settle()
+        rig.post(rig.hub.on_silent)
+        late = rig.client()
+        rig.pass_time(1)
+        self.assertEqual([client.lines() for client in (early, greeted, late)], [["# SILENT"], ["Welcome"], ["# SILENT"]])
+
+    def test_lines_typed_at_a_silent_world_come_back_unsent_when_it_is_given_up(self):
+        rig = self.rig()
+        (client, link), (other, _) = rig.player(), rig.player("Bob")
+        rig.post(rig.hub.on_silent)
+        for line in ("one", "@@", "two"):
+            client.send(line + "\r\n")
+            rig.settle()
+        self.assertEqual((client.lines(), link.lines()), (["# SILENT"], ["one", "@@", "two"]))
+        rig.down()
+        self.assertEqual(client.lines(), ["# OFFLINE", "# UNSENT one", "# UNSENT two"])
+        self.assertEqual(other.lines(), ["# OFFLINE"])
+
+    def test_lines_typed_at_a_silent_world_that_answers_again_were_carried_out(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.post(rig.hub.on_silent)
+        client.send("one\r\n")
+        rig.settle()
+        rig.post(rig.hub.on_answering)
+        rig.down()
+        self.assertEqual(client.lines(), ["# SILENT", "# OFFLINE"])
+
+    def test_a_login_typed_at_a_silent_world_is_never_shown(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        rig.post(rig.hub.on_silent)
+        client.send("connect Alice secret\r\n")
+        rig.settle()
+        rig.down()
+        self.assertNotIn(b"secret", client.read())
+        rig.found("life 2")
+        self.assertIn("connect Alice secret", rig.game.accept().lines())
+
+    def test_quit_typed_at_a_silent_world_leaves(self):
+        for when in ("before", "after"):
+            for login in (False, True):
+                with self.subTest(when=when, login=login):
+                    rig = self.rig()
+                    client = rig.player()[0] if login else rig.client()
+                    link = rig.game.peers[-1] if login else rig.game.accept()
+                    if when == "after":
+                        rig.post(rig.hub.on_silent)
+                    client.send("QUIT\r\n")
+                    rig.settle()
+                    if when == "before":
+                        rig.pass_time(15)
+                        rig.post(rig.hub.on_silent)
+                    self.assertIn("QUIT", link.lines())
+                    client.read()
+                    self.assertEqual((state_of(client), client.ended), ("CLOSING", True))
+
     def test_each_silence_is_told_once(self):
         rig = self.rig()
         client, _ = rig.player()
@@ -4978,6 +5204,50 @@ class Returning(RigCase):
         client.send("four\r\n")
         rig.pass_time(*[0.06] * 20)                             # the world says nothing
         self.assertEqual(sent + link.lines(), ["one", "two", "three", "four"])
+
+    def test_last_words_are_shown_of_a_world_that_lives_on_only(self):
+        """One that dies in the middle of a return has sent banner, news and room: nobody's last words."""
+        for lives_on, took in itertools.product((True, False), repeat=2):
+            with self.subTest(lives_on=lives_on, took=took):
+                rig = self.rig()
+                client, link = rig.returning()
+                mark = nonce_of(rig, client) + b"\r\n" if took else b""
+                link.send(b"The game is full.\r\n" + mark)
+                rig.settle()
+                link.sock.close()
+                rig.settle()
+                self.assertEqual(client.lines(), [])
+                if lives_on:
+                    rig.pass_time(1.1)
+                else:
+                    rig.down()
+                    rig.found("life 3")
+                rig.game.accept()
+                self.assertEqual(client.lines(), ["The game is full."] if lives_on and not took else [])
+
+    def test_offline_is_said_once(self):
+        """Also to one at the login screen whose new link was not open yet when the world died again."""
+        rig = self.rig()
+        client = rig.client()
+        rig.game.accept()
+        rig.down()
+        rig.found("life 2", rig.full)
+        self.assertEqual(state_of(client), "LOGIN")
+        rig.down()
+        self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
+        rig.found("life 3")
+        self.assertEqual(client.lines(), ["# ONLINE"])
+        rig.down()
+        self.assertEqual(client.lines(), ["# OFFLINE"])
+
+    def test_each_outage_is_told(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        for life in ("life 2", "life 3"):
+            rig.down()
+            rig.found(life)
+            rig.let_in(rig.game.accept())
+            self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# OFFLINE", "# ONLINE"]))
 
     def test_last_words_are_shown_once(self):
         rig = self.rig()
@@ -5176,6 +5446,97 @@ class Notices(RigCase):
 
 
 # ---- 6. isolation
+
+class TakenOver(RigCase):
+    """What waits for a timer, or was asked, when the process is replaced, gets its timer and its answer again."""
+
+    def test_lines_are_answered_as_unsent(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.down()
+        for count in range(12):
+            client.send(f"{count}\r\n")
+        rig.settle()
+        rig.upgrade()
+        rig.pass_time(1.1)
+        client.read()
+        client.send("hello\r\n")
+        rig.pass_time(1.1)
+        self.assertEqual(client.lines(), ["# UNSENT hello"])
+
+    def test_arrivals_stay_hidden(self):
+        rig = self.rig()
+        (alice, _), (_, link) = rig.player("Alice"), rig.player("Bob")
+        rig.down()
+        rig.found("life 2")
+        bob = rig.peers[1]
+        for link in (rig.game.accept(), rig.game.accept()):
+            rig.let_in(link)
+        bob.read()
+        rig.upgrade()
+        link.send("Alice has connected.\r\nCarol has connected.\r\n")
+        rig.settle()
+        self.assertEqual(bob.lines(), ["Carol has connected."])
+        rig.pass_time(6)
+        link.send("Alice has connected.\r\n")
+        rig.settle()
+        self.assertEqual(bob.lines(), ["Alice has connected."])
+
+    def test_sessions_of_one_character_still_wait_for_each_other(self):
+        rig = self.rig()
+        (first, _), (second, _) = rig.player(), rig.player()
+        rig.down()
+        rig.found("life 2")
+        rig.game.accept(), rig.game.accept()
+        rig.upgrade()
+        links = rig.game.accept(), rig.game.accept()
+        rig.let_in(links[0])
+        self.assertEqual([state_of(first), state_of(second)], ["RETURNING"] * 2)
+
+    def test_a_hold_goes_on(self):
+        rig = self.rig(hold=300)
+        client, _ = rig.player()
+        rig.down()
+        for _ in range(3):
+            rig.pass_time(99)
+            rig.upgrade()
+        rig.pass_time(4)
+        self.assertEqual(state_of(client), "CLOSING")
+
+    def test_a_login_being_checked_is_asked_about_again(self):
+        rig = self.rig("teenymush")
+        rig.found("life 1", checks=True)
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        link.send("Last connect was from here\r\n")
+        rig.settle()
+        self.assertEqual((state_of(client), len(rig.beat.checks)), ("PLAYING", 1))
+        rig.upgrade()
+        (number, serial, pairs) = rig.beat.checks[1]
+        rig.post(rig.hub.on_checked, number, serial, [False])
+        self.assertIsNone(client.session.login)
+        rig.upgrade()
+        self.assertEqual(len(rig.beat.checks), 2)
+
+    def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        game = Game(path=folder + "/game.sock")
+        self.addCleanup(game.close)
+        rig = self.rig("pennmush", up=False)
+        rig.found("life 1", game, has.Address(None, 0, folder + "/game.sock"))
+        client = rig.client()
+        rig.settle()
+        client.send(b"\xff\xfb\x18")
+        rig.settle()
+        rig.upgrade()
+        link = game.accept()
+        self.assertEqual(link.read(), b"203.0.113.9^203.0.113.9\r\n")
+        rig.pass_time(2.1)
+        self.assertEqual(link.read(), b"\xff\xfb\x18")
+
 
 class Isolation(RigCase):
     def plant(self, method, victim):
@@ -5433,6 +5794,68 @@ class WhatWasTyped(RigCase):
         rig.let_in(link, None)
         rig.down()
         self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+
+    def test_a_refusal_in_other_words_or_in_two_pieces(self):
+        for words in (["Either there is already a pla", "yer with that name, or that name is illegal.\r\n"],
+                      ["Guest logins are disabled.\r\n"], ["Pay your bill first.\r\n"]):
+            with self.subTest(words):
+                rig = self.rig()
+                client = rig.client()
+                link = rig.game.accept()
+                link.send("Welcome\r\n")
+                rig.settle()
+                client.send("create Alice pw\r\n")
+                rig.settle()
+                rig.pass_time(0.1)
+                for piece in words:
+                    link.send(piece)
+                    rig.settle()
+                rig.pass_time(1.1)
+                rig.down()
+                self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+
+    def test_a_late_login_screen_is_no_answer(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.pass_time(0.1)
+        link.send("Welcome\r\n")
+        rig.pass_time(1.1)
+        rig.down()
+        self.assertEqual(client.session.pending.password, b"pw")
+
+    def test_a_refusal_by_a_world_that_refuses_the_heartbeat_too_says_nothing(self):
+        """Its database may be broken: the login is tried again in its next life, and forgotten if that refuses it."""
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.down()
+        rig.found("life 2", shut=True)
+        client.read()
+        link = rig.game.accept()
+        rig.let_in(link, None)
+        self.assertEqual((state_of(client), client.lines()[0]), ("LOGIN", "# REFUSED"))
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.let_in(link, None)
+        rig.down()
+        rig.found("life 3")
+        link = rig.game.accept()
+        self.assertIn("connect Alice pw", link.lines())
+        client.session.trials and link.send(nonce_of(rig, client) + b"\r\n### Begin INFO\r\n### End INFO\r\n")
+        rig.settle()
+        self.assertEqual((state_of(client), client.session.login.password), ("PLAYING", b"pw"))
+
+    def test_a_login_refused_by_a_sound_world_is_forgotten(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        for life, shut, wanted in (("life 2", True, b"pw"), ("life 3", False, None)):
+            rig.down()
+            rig.found(life, shut=shut)
+            rig.let_in(rig.game.accept(), None)
+            pending = client.session.pending
+            self.assertEqual((state_of(client), pending and pending.password), ("LOGIN", wanted))
 
     def test_the_login_typed_behind_a_refused_one_is(self):
         rig = self.rig()
