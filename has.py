@@ -2964,6 +2964,13 @@ class Session:
             self.notify(self.hub.settings.silent_notice)
 
     @property
+    def who(self):
+        """Who this is for the world: a character, or his own number where no name tells him from others."""
+        returns = self.trials and self.state in (State.WAITING, State.RETURNING)
+        login = self.trials[0] if returns else self.login
+        return login.character if login and login.character != b"guest" else self.number
+
+    @property
     def is_guest(self):
         """Whether he is logged in as a guest: another one may have that name the next time."""
         return self.login is not None and self.login.character == b"guest"
@@ -3972,6 +3979,7 @@ class Heartbeat(threading.Thread):
 AWAY_SECONDS = 3                   # the heartbeat cannot come back for this long: the world is down
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
+ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5     # links that end this close together; until the second probe for them
 GOODBYE_SECONDS = 3
 PATIENCE = 40                      # line ends, and as much again in kilobytes, read with care in one turn
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between them
@@ -4227,6 +4235,39 @@ class ControlListener(Listener):
             pass                                # its folder may be gone
 
 
+class Endings:
+    """Which ended links need a second probe before it is said that their users left (rule 2).
+
+    Links of several characters that end within a second are no ordinary leaving: a world that dies may close its
+    users one by one, and answer probes meanwhile. Pure: the clock is the caller's.
+    """
+
+    def __init__(self):
+        self._lately = collections.deque()      # (when, session number, who)
+        self._doubted = {}                      # session number -> the heartbeat connection that answered, or None
+
+    def ended(self, number, who, now):
+        """The world has ended a link of `who`."""
+        while self._lately and now - self._lately[0][0] > ENDINGS_SECONDS:
+            self._lately.popleft()
+        others = [other for _, other, name in self._lately if name != who]
+        self._lately.append((now, number, who))
+        self._doubted.pop(number, None)
+        for doubted in others + [number] * bool(others):
+            self._doubted.setdefault(doubted)
+
+    def needs_another(self, number, connection):
+        """Whether the answer that came over this heartbeat connection is not yet enough."""
+        if number not in self._doubted or self._doubted[number] == connection:
+            return False
+        self._doubted[number] = connection
+        return True
+
+    def forget(self, number):
+        """That session has ended."""
+        self._doubted.pop(number, None)
+
+
 class LinkQueue:
     """Who may connect to the world next: all links are opened here, paced for the world's family (rule 4)."""
 
@@ -4317,6 +4358,8 @@ class Hub:
         self._choosing = set()                  # numbers of sessions whose return waits for the answer to check()
         self.noise = Noise()
         self.links = LinkQueue(self)
+        self.endings = Endings()
+        self._connections = 0                   # heartbeat connections that were confirmed
         self.heartbeat = None
         self.stopping = False
         self.on_reload = None                   # told after new settings were taken
@@ -4502,6 +4545,7 @@ class Hub:
             if not self._per_host[group]:
                 del self._per_host[group]
             self.links.forget(session)
+            self.endings.forget(session.number)
             self.settle(session)                # others of its character may have waited for it
 
     # ---- links to the world
@@ -4569,8 +4613,13 @@ class Hub:
 
     def ask(self, session):
         """Why has this session's link ended? Answered by session.on_verdict."""
+        self.endings.ended(session.number, session.who, self.now)
         self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, session.serial)
         self._judge_loss()
+
+    def _ask_again(self, session, serial):
+        if session.state is State.ASKING and session.serial == serial:
+            self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, serial)
 
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
@@ -4591,6 +4640,9 @@ class Hub:
         for number, serial in asks:
             session = self.sessions.get(number)
             if session and session.state is State.ASKING and session.serial == serial:
+                if session.life == life and self.endings.needs_another(number, self._connections):
+                    self.later(ASK_AGAIN_SECONDS, self._ask_again, session, serial)
+                    continue
                 self._safely(session.on_verdict, session.life == life)
                 if session.state is State.WAITING and self.is_up:
                     self._safely(session.begin_return)
@@ -4602,6 +4654,7 @@ class Hub:
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
         renewed = world == old and self.is_up and self._away_since is None      # a blind one: once a minute
         self._away_since, self._unreachable, self._reasons, self._wish = None, False, {}, None
+        self._connections += 1
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
                 " (without heartbeat login)" if world.blind else "", world.dialect.name,

@@ -4464,7 +4464,7 @@ class HeartbeatAlone(RigCase):
 
     def test_one_probe_serves_only_who_asked_before_it(self):
         rig = self.rig()
-        (one, link), (two, other) = rig.player("Alice"), rig.player("Bob")
+        (one, link), (two, other) = rig.player("Alice"), rig.player("Alice")
         link.sock.close()
         rig.settle()
         asks, rig.beat.asks = rig.beat.asks, []
@@ -4472,6 +4472,97 @@ class HeartbeatAlone(RigCase):
         rig.settle()
         rig.answer(asks)
         self.assertEqual((state_of(one), state_of(two)), ("CLOSING", "ASKING"))
+
+
+class ManyEnd(RigCase):
+    """Links of several characters that end within a second: no ordinary leaving (rule 2)."""
+
+    def ended(self, names, gap=0.0, **how):
+        """(rig, clients) whose links the world has ended, `gap` seconds apart; nothing is answered yet."""
+        rig = self.rig()
+        clients = [rig.player(name, **how) if name else self.newcomer(rig) for name in names]
+        for _, link in clients:
+            link.sock.close()
+            rig.settle()
+            rig.pass_time(gap)
+        return rig, [client for client, _ in clients]
+
+    def newcomer(self, rig):
+        return rig.client(), rig.game.accept()
+
+    def states(self, clients):
+        return [state_of(client) for client in clients]
+
+    def test_one_answer_is_not_enough(self):
+        for names in (["Alice", "Bob"], ["Alice", "Bob", "Carol"], [None, None], ["guest", "guest"], ["Alice", None]):
+            with self.subTest(names=names):
+                rig, clients = self.ended(names)
+                rig.answer()
+                self.assertEqual(set(self.states(clients)), {"ASKING"})
+                rig.pass_time(0.49)
+                self.assertEqual(rig.beat.asks, [])             # the second probe is sent no sooner
+                rig.pass_time(0.02)
+                rig.answer()
+                self.assertEqual(set(self.states(clients)), {"CLOSING"})
+
+    def test_one_user_leaves_as_quickly_as_ever(self):
+        """However many links he has; and others who leave more than a second before or after are others."""
+        for names, gap in ((["Alice"], 0), (["Alice", "alice", "ALICE"], 0), ([None], 0), (["Alice", "Bob"], 1.01)):
+            with self.subTest(names=names, gap=gap):
+                rig, clients = self.ended(names, gap)
+                rig.answer()
+                self.assertEqual(set(self.states(clients)), {"CLOSING"})
+
+    def test_those_who_end_one_by_one(self):
+        rig, clients = self.ended(["Alice", "Bob", "Carol"], 0.9)
+        rig.answer()
+        self.assertEqual(set(self.states(clients)), {"ASKING"})
+
+    def test_the_world_dies_before_the_second_answer(self):
+        rig, clients = self.ended(["Alice", "Bob"])
+        rig.answer()
+        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.pass_time(0.4, 0.4)
+        self.assertEqual(self.states(clients), ["WAITING", "WAITING"])
+
+    def test_it_dies_and_is_back_before_the_second_probe(self):
+        rig, clients = self.ended(["Alice", "Bob"])
+        rig.answer()
+        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.found("life 2")
+        self.assertEqual(self.states(clients), ["RETURNING", "RETURNING"])
+
+    def test_two_heartbeat_connections_do_not_add_up(self):
+        """The first answer came over a connection that has ended since: two answers of the new one are needed."""
+        rig, clients = self.ended(["Alice", "Bob"])
+        rig.answer()
+        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        rig.found("life 1")
+        for state in ("ASKING", "CLOSING"):
+            rig.pass_time(0.51)
+            rig.answer()
+            self.assertEqual(set(self.states(clients)), {state})
+
+    def test_a_probe_answered_late(self):
+        """A frozen world answers half a minute later: that is still the first answer."""
+        rig, clients = self.ended(["Alice", "Bob"])
+        rig.pass_time(30)
+        rig.answer()
+        self.assertEqual(set(self.states(clients)), {"ASKING"})
+
+    def test_a_later_leaving_is_judged_by_itself(self):
+        rig, clients = self.ended(["Alice", "Bob"])
+        rig.post(rig.hub.on_heartbeat_lost, "died", False)
+        rig.found("life 2")
+        links = [rig.game.accept(), rig.game.accept()]
+        for link in links:
+            rig.let_in(link)
+        rig.pass_time(5)
+        links[0].sock.close()
+        rig.settle()
+        rig.beat.asks = rig.beat.asks[-1:]
+        rig.answer()
+        self.assertEqual(self.states(clients), ["CLOSING", "PLAYING"])
 
 
 # ---- 3. serials
