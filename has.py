@@ -45,6 +45,7 @@ import argparse
 import ast
 import base64
 import collections
+import contextlib
 import difflib
 import enum
 import errno
@@ -256,19 +257,22 @@ SETTINGS = {
 }
 
 
-PATHS = ("mush_ssl_ca", "ssl_cert", "ssl_key", "control_socket", "log_file")
+CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
+PATHS = CERTIFICATES + ("control_socket", "log_file")
 
 
 class Settings:
     """All settings: one attribute for each key of SETTINGS, and the TLS contexts. Never changed after it was made.
 
-    `texts` holds {key: text} as it was read; ValueError where TLS is asked for and cannot be had.
+    `texts` holds {key: text} as it was read, `files` {key: content} of the certificates in use: these settings can
+    be made again from both, whatever has become of the files. ValueError where TLS is asked for and cannot be had.
     """
 
-    def __init__(self, values, texts):
-        self.__dict__.update(values, texts=texts)
-        self.server_tls = server_context(self.ssl_cert, self.ssl_key) if self.local_port_ssl else None
-        self.world_tls = world_context(self.mush_ssl_verify, self.mush_ssl_ca) if self.mush_ssl else None
+    def __init__(self, values, texts, files=None):
+        self.__dict__.update(values, texts=texts, files={} if files is None else files)
+        self.server_tls = server_context(self.ssl_cert, self.ssl_key, self.files) if self.local_port_ssl else None
+        self.world_tls = (world_context(self.mush_ssl_verify, self.mush_ssl_ca, self.files)
+                          if self.mush_ssl else None)
 
     def __repr__(self):
         return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
@@ -281,7 +285,45 @@ def _tuned(context):
     return context
 
 
-def server_context(cert, key):
+MEMORY_FILES = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+def memory_file(content):
+    """A descriptor of a new file in memory, for what must not touch the disk."""
+    fd = os.memfd_create("has")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    return fd
+
+
+def read_memory_file(fd):
+    """All of a memory file, wherever its position is."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def memory_path(fd):
+    """A path by which this process, and one that inherits `fd`, can open the memory file anew."""
+    return f"/proc/self/fd/{fd}"
+
+
+@contextlib.contextmanager
+def _path_of_certificate(key, path, files):
+    """A path at which OpenSSL, which takes paths only, reads what `files` holds under `key`: what stands at `path`
+    now, or stood there when the settings were read in the first place."""
+    if key not in files:
+        with open(path, "rb") as file:
+            files[key] = file.read()
+    if not MEMORY_FILES:
+        yield path
+        return
+    fd = memory_file(files[key])
+    try:
+        yield memory_path(fd)
+    finally:
+        os.close(fd)
+
+
+def server_context(cert, key, files):
     """The TLS context of the local_port_ssl listener; ValueError says what is wrong with the files."""
     if ssl is None:
         raise ValueError("local_port_ssl: this Python has no ssl module")
@@ -292,19 +334,25 @@ def server_context(cert, key):
     def no_prompt():
         raise ValueError(f"ssl_key {key or cert}: is encrypted, and HAS must start without being asked: decrypt it")
     try:
-        context.load_cert_chain(cert, key or None, no_prompt)
+        with _path_of_certificate("ssl_cert", cert, files) as cert_path, \
+                _path_of_certificate("ssl_key", key or cert, files) as key_path:
+            context.load_cert_chain(cert_path, key_path, no_prompt)
     except OSError as error:                    # ssl.SSLError is one
         raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: "
                          f"{getattr(error, 'reason', None) or error}") from None
     return context
 
 
-def world_context(verify, ca_file):
+def world_context(verify, ca_file, files):
     """The TLS context of links to the world."""
     if ssl is None:
         raise ValueError("mush_ssl: this Python has no ssl module")
     try:
-        context = _tuned(ssl.create_default_context(cafile=ca_file or None))
+        if ca_file:
+            with _path_of_certificate("mush_ssl_ca", ca_file, files) as path:
+                context = _tuned(ssl.create_default_context(cafile=path))
+        else:
+            context = _tuned(ssl.create_default_context())
     except OSError as error:
         raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: "
                          f"{getattr(error, 'reason', None) or error.strerror}") from None
@@ -443,11 +491,13 @@ def default_control_path(conf):
     return os.path.splitext(os.path.abspath(conf))[0] + ".sock"
 
 
-def settings_of(texts, script):
-    """Settings from {key: text} that were good once; keys they lack are taken from the constants in `script`."""
-    constants, _ = read_constants(script)
+def settings_of(texts, files):
+    """Settings that were good once, from what Settings holds of them: nothing is asked of the disk. Keys they lack,
+    for an older program wrote them, are taken from the constants of the program that runs."""
+    constants, _ = read_constants(__file__)
     texts = {**{key: text for key, (text, _) in constants.items()}, **texts}
-    return Settings({key: SETTINGS[key](texts[key]) for key in SETTINGS}, texts)
+    values = {key: texts[key] if key in CERTIFICATES else SETTINGS[key](texts[key]) for key in SETTINGS}
+    return Settings(values, texts, files)
 
 
 def _remarks(script, overrides, conf, settings):
@@ -1672,12 +1722,15 @@ class Stream:
 
 
 class Splice:
-    """Two streams, each sent what the other receives. Used by the pump of an upgrade."""
+    """Two streams, each sent what the other receives. Used by a Pump."""
+
+    CLOSE_SECONDS = 12             # the program at the plain side closes what has ended within 10 s; after that we do
 
     def __init__(self, selector, inside, sock):
         self.inside = inside                    # the TLS stream, whose selector was another process's
         inside.selector, inside.owner, inside.on_data, inside._interest = selector, self, self._from_inside, 0
         self.plain = Stream(selector, sock, self, self._from_plain)
+        self._ending_since = None
 
     def start(self):
         """Serve what waits inside TLS, which no selector shows; what was held was for the other side."""
@@ -1711,10 +1764,64 @@ class Splice:
         """Read again."""
         self._other(stream).resume()
 
+    @property
+    def is_to_be_watched(self):
+        """Whether it could last longer than it should: one side has ended, or could end without being read."""
+        return not self.inside.closed and (self.inside.ended or self.plain.ended or self.inside.full)
+
+    def look(self, now):
+        """Close both when one side has ended long enough: the other may ignore that, and not even read."""
+        if self._ending_since is None and (self.inside.ended or self.plain.ended or self._is_left()):
+            self._ending_since = now
+        if self._ending_since is not None and now >= self._ending_since + self.CLOSE_SECONDS:
+            self.on_error()
+
+    def _is_left(self):
+        """Whether the plain side was closed, though what it had sent before waits to be read."""
+        poll = select.poll()
+        poll.register(self.plain.sock, 0)
+        return bool(poll.poll(0))               # POLLHUP comes unasked
+
     def on_error(self):
         """Close both."""
         self.plain.drop()
         self.inside.drop()
+
+
+class Pump:
+    """Serves Splices until the last has ended; a process of its own (run_pump)."""
+
+    def __init__(self, pairs, clock=time.monotonic):
+        self._clock, self._selector = clock, selectors.DefaultSelector()
+        self._splices = [Splice(self._selector, stream, plain) for stream, plain in pairs]
+        self._watched, self._look_at = set(), 0.0
+
+    def run(self):
+        """Turn until the last client has gone."""
+        for splice in self._splices:
+            self._safely(splice, splice.start)
+        while self._selector.get_map():
+            self.turn()
+
+    def turn(self):
+        """Serve what is ready; once a second look at those that are ending."""
+        for key, events in self._selector.select(1 if self._watched else None):
+            if not key.data.closed:
+                self._safely(key.data.owner, key.data.ready, events)
+        now = self._clock()
+        if self._watched and now >= self._look_at:
+            self._look_at = now + 1
+            for splice in self._watched:
+                self._safely(splice, splice.look, now)
+            self._watched = {splice for splice in self._watched if splice.is_to_be_watched}
+
+    def _safely(self, splice, call, *arguments):
+        try:
+            call(*arguments)
+        except Exception:                       # nobody to tell: end this pair, keep the others
+            splice.on_error()
+        if splice.is_to_be_watched:
+            self._watched.add(splice)
 
 
 class TLSStream(Stream):
@@ -4025,10 +4132,17 @@ class Listener:
                 self.on_accepted(sock, peer)
             except (OSError, ValueError) as error:
                 log.info("a client was gone before it was let in: %s", error)
-                sock.close()
+                self._put_out(sock)
             except Exception:
                 log.exception("a fault of HAS in letting a client in; it is closed")
-                sock.close()
+                self._put_out(sock)
+
+    def _put_out(self, sock):
+        """Close a socket that was not let in, wherever that ended."""
+        try:
+            self.hub.put_out(self.hub.selector.get_key(sock).data)
+        except (KeyError, ValueError):
+            sock.close()                        # no stream was made of it yet
 
     def on_accepted(self, sock, peer):
         """A client."""
@@ -4096,9 +4210,9 @@ class Arrival:
             self._let_in(self.head)
 
     def on_error(self):
-        """End this client, and only this."""
+        """End this client, and only this; it may be a session already."""
         self.hub.arrivals.discard(self)
-        self.stream.drop()
+        self.hub.put_out(self.stream)
 
 
 def users(count):
@@ -4489,12 +4603,23 @@ class Hub:
             stream.send(b"# NOTICE # " + refusal.encode() + b"\r\n")
             stream.drop()
             return None
-        session = Session(self, next(self._numbers), stream, host, tls)
-        self.sessions[session.number] = session
-        self._per_host[self._host_group(host)] += 1
-        log.info("%s: connected%s", session, " (TLS)" if tls else "")
-        self.greet(session)
+        try:
+            session = Session(self, next(self._numbers), stream, host, tls)
+            self.sessions[session.number] = session
+            self._per_host[self._host_group(host)] += 1
+            log.info("%s: connected%s", session, " (TLS)" if tls else "")
+            self.greet(session)
+        except Exception:
+            log.exception("a fault of HAS in letting a client in; it is closed")
+            self.put_out(stream)
+            return None
         return session
+
+    def put_out(self, stream):
+        """A client could not be let in: end what there is of it, a session or a stream alone."""
+        for session in [it for it in self.sessions.values() if it.client is stream]:
+            session.end()
+        stream.drop()
 
     def greet(self, session):
         """A new session: to the world's login screen, or told that there is none now."""
@@ -4760,11 +4885,18 @@ class Hub:
 
     # ---- a new process in place of this one
 
-    def pack(self):
-        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing here."""
+    def pack(self, going=False):
+        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing here; when we are
+        `going`, a session that cannot be packed ends, rather than all."""
         sessions, fds = [], []
-        for session in self.sessions.values():
-            packed, kept = session.pack()
+        for session in list(self.sessions.values()):
+            try:
+                packed, kept = session.pack()
+            except Exception:
+                if not going:
+                    raise
+                self._fault(session)
+                continue
             sessions.append(packed)
             fds += kept
         listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)} for it in self.listeners]
@@ -4772,7 +4904,8 @@ class Hub:
         fds += [it["fd"] for it in listeners + [control] * bool(control)]
         world = self.world and {**self.world._asdict(), "address": str(self.world.address),
                                 "target": pack(self.world.target), "dialect": self.world.dialect.name}
-        return {"format": 1, "version": VERSION, "settings": self.settings.texts, "sessions": sessions,
+        return {"format": 1, "version": VERSION, "settings": self.settings.texts,
+                "files": pack(self.settings.files), "sessions": sessions,
                 "listeners": listeners, "control": control, "world": world, "health": self.health.name,
                 "next_number": next(self._numbers),
                 "values": {**{name: getattr(self, name) for name in self._VALUES},
@@ -4781,8 +4914,9 @@ class Hub:
     _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
     _PACKED = ("noise", "doubles")              # the same for what JSON does not know
 
-    def unpack(self, state):
-        """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on)."""
+    def unpack(self, state, whole=True):
+        """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on). `whole`: a session
+        that cannot be taken up is an exception; else, for no other program could do better, it ends."""
         for name, value in state["values"].items():
             if name in self._VALUES + self._PACKED:
                 setattr(self, name, unpack(value) if name in self._PACKED else value)
@@ -4800,16 +4934,32 @@ class Hub:
             sock = socket.socket(fileno=state["control"]["fd"])
             self.control = ControlListener(self, state["control"]["path"], sock)
         for packed in state["sessions"]:
-            values = packed["values"]
-            stream = Stream(self.selector, socket.socket(fileno=packed["client"]["fd"]), None, None)
-            session = Session(self, values["number"], stream, values["host"], values["tls"])
-            self.sessions[session.number] = session
-            self._per_host[self._host_group(session.host)] += 1
             try:
-                session.unpack(packed)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                log.exception("%s could not be taken over", session)
-                raise RuntimeError("a session could not be taken over") from error
+                self._unpack_session(packed)
+            except Exception as error:
+                log.exception("session %s could not be taken over", packed["values"].get("number"))
+                if whole:
+                    raise RuntimeError("a session could not be taken over") from error
+                self._close_packed(packed)
+
+    def _unpack_session(self, packed):
+        values = packed["values"]
+        stream = Stream(self.selector, socket.socket(fileno=packed["client"]["fd"]), None, None)
+        session = Session(self, values["number"], stream, values["host"], values["tls"])
+        self.sessions[session.number] = session
+        self._per_host[self._host_group(session.host)] += 1
+        session.unpack(packed)
+
+    def _close_packed(self, packed):
+        """Forget the session that was packed so, however far it was unpacked, and close what it had open."""
+        session = self.sessions.get(packed["values"].get("number"))
+        if session:
+            session.end()
+        for stream in filter(None, (packed["client"], packed["link"])):
+            try:
+                os.close(stream["fd"])
+            except OSError:
+                pass                            # closed with its session
 
     def go_on(self):
         """After unpack(): begin anew what was under way."""
@@ -4837,17 +4987,23 @@ class Hub:
         self.pumps.append(pid)
         for (session, name), (ours, theirs) in zip(inside, pairs):
             theirs.close()
-            session.replace_stream(name, ours)
+            try:
+                session.replace_stream(name, ours)
+            except Exception:                   # it would be read by two processes now
+                self._fault(session)
+                ours.close()
 
     def reap(self):
         """CHLD: collect pumps that have ended."""
         for pid in list(self.pumps):
             try:
-                done, _ = os.waitpid(pid, os.WNOHANG)
+                done, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
-                done = pid
+                done, status = pid, 0
             if done:
                 self.pumps.remove(pid)
+            if status:
+                log.error("the process that held the TLS of some clients ended by a fault (wait status %d)", status)
 
     # ---- what admins ask
 
@@ -4953,10 +5109,12 @@ def run_pump(pairs):
 
     It never logs, prints or resolves: another thread may have held a lock when it was forked.
     """
+    status = 1
     try:
         signal.set_wakeup_fd(-1)
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in Upgrade.HELD_BACK:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+        ignore_terminal()
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         keep = sorted(sock.fileno() for stream, plain in pairs for sock in (stream.sock, plain))
         null = os.open(os.devnull, os.O_RDWR)
@@ -4964,161 +5122,210 @@ def run_pump(pairs):
             os.dup2(null, fd)
         for low, high in zip([2] + keep, keep + [65536]):
             os.closerange(low + 1, high)        # or plain clients would see no end, and ports stay held
-        selector = selectors.DefaultSelector()
-        splices = [Splice(selector, stream, plain) for stream, plain in pairs]
-        for splice in splices:
-            splice.start()
-        while selector.get_map():
-            for key, events in selector.select():
-                if not key.data.closed:
-                    try:
-                        key.data.ready(events)
-                    except Exception:           # nobody to tell: end this pair, keep the others
-                        key.data.owner.on_error()
+        Pump(pairs).run()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
-class Upgrade:
-    """Replaces the running program by the has.py on disk, in the same process, with every connection kept.
+def proof_of_rehearsal(nonce, sessions):
+    """What a program says that has taken over this many sessions from a state that holds this nonce."""
+    return f"HAS took over {sessions} sessions: {nonce}\n".encode()
 
-    USR2 -> rehearsal: a child restores a copy of the real state with the new file; nobody waits for it
-         -> the heartbeat parks, TLS moves to a pump, the state goes to a memory file -> exec.
-    A new file that fails while restoring executes the old one again, which was kept in a second memory file.
-    Main thread only.
+
+class Rehearsal:
+    """A child that restores a copy of the real state with a new program, while nobody waits for it.
+
+    The program may be any file: only one that says the nonce in the state, and how many sessions it has restored from
+    it, has proved that it can take over. `done(trouble)` is called at its end, with why it has failed or "".
     """
 
-    REHEARSAL_SECONDS, ARRIVAL_SECONDS, RESCUES, RESCUE_SECONDS = 20, 3, 3, 600
+    SECONDS = 20
 
-    def __init__(self, hub, script, config, source):
-        self.hub, self.script, self.config, self.source = hub, script, config, source
-        self._child = self._output = None
-
-    def begin(self):
-        """USR2: rehearse; go() follows if that went well."""
-        if not hasattr(os, "memfd_create"):
-            log.error("USR2: this platform has no memfd_create, and passwords must not go to disk: no upgrade; "
-                      "stop HAS and start it anew")
-        elif self._child:
-            log.warning("USR2: an upgrade is being rehearsed already")
-        else:
-            log.info("USR2: rehearsing the upgrade to %s", self.script)
+    def __init__(self, hub, program, command, done):
+        self.hub, self._done, self._said, self._over = hub, done, b"", False
+        nonce = secrets.token_hex(16)
+        state, fds = hub.pack()
+        self._proof = proof_of_rehearsal(nonce, len(state["sessions"]))
+        with contextlib.ExitStack() as passed:
+            memory = memory_file(json.dumps({**state, "nonce": nonce}).encode())
+            passed.callback(os.close, memory)
+            ours, theirs = socket.socketpair()
+            passed.callback(theirs.close)
+            self._output = Stream(hub.selector, ours, self, self._on_output)
             try:
-                self._rehearse()
-            except OSError as error:
-                log.error("USR2: the rehearsal could not be started: %s; HAS goes on as it is", error)
-
-    def _rehearse(self):
-        state, fds = self.hub.pack()
-        memory = memory_file(json.dumps(state).encode())
-        ours, theirs = socket.socketpair()
-        try:
-            self._child = subprocess.Popen(self._command(self.script, memory) + ["--rehearse"], pass_fds=[memory, *fds],
-                                           stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(memory)
-        self._output, self._said = Stream(self.hub.selector, ours, self, self._on_output), b""
-        self.hub.later(self.REHEARSAL_SECONDS, self._overdue, self._child)
-
-    def _command(self, file, memory):
-        return [sys.executable, file, "--script", self.script, "--config", self.config, "--resume", str(memory)]
+                self._child = subprocess.Popen(command(program, memory) + ["--rehearse"],
+                                               pass_fds=[program, memory, *fds], stdin=subprocess.DEVNULL,
+                                               stdout=theirs, stderr=theirs)
+            except BaseException:
+                self._output.drop()
+                raise
+        hub.later(self.SECONDS, self.end)
 
     def _on_output(self, data):
         self._said = (self._said + data)[-4000:]
 
-    def _overdue(self, child):
-        if self._child is child:
-            child.kill()
+    def end(self):
+        """Its time is over."""
+        if not self._over:
+            self._child.kill()
+            self._output.drop()
+            self._judge()
+
+    on_error = end                              # a fault of HAS while listening to it (it was logged)
 
     def on_stream_end(self, stream, reason):
-        """The rehearsal's output has ended."""
+        """Its output has ended."""
         stream.drop()
         self._judge()
-
-    def on_error(self):
-        """A fault of HAS while listening to the rehearsal (it was logged)."""
-        self._output.drop()
 
     def _judge(self):
         status = self._child.poll()
         if status is None:
             self.hub.later(0.02, self._judge)
-            return
-        self._child = None
-        if status == 0:
+        elif not self._over:
+            self._over = True
+            self._done(self._trouble(status))
+
+    def _trouble(self, status):
+        if status == 0 and self._proof in self._said:
+            return ""
+        why = f"status {status}" if status else (
+            "it ended without a proof that it had taken over the sessions: it is empty, cut off, older than the one "
+            "that runs, or another program")
+        said = self._said.decode("utf-8", "replace").splitlines()[-12:]
+        return "\n".join([why + (". It said:" if said else ""), *(f"    {printable(line)}" for line in said)])
+
+
+class Upgrade:
+    """Replaces the running program by the has.py on disk, in the same process, with every connection kept.
+
+    USR2 -> has.py is read, once, into a memory file: what is rehearsed is what will run
+         -> Rehearsal
+         -> the heartbeat parks, TLS moves to a pump, the state goes to a memory file -> exec.
+    A new program that fails while restoring executes the old one again, which was kept in one more memory file.
+    Main thread only.
+    """
+
+    ARRIVAL_SECONDS, RESCUES, RESCUE_SECONDS = 3, 3, 600
+    HELD_BACK = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD",
+                                                    "SIGTSTP") if hasattr(signal, name)}
+
+    def __init__(self, hub, script, config, source):
+        self.hub, self.script, self.config, self.source = hub, script, config, source
+        self._program = None                    # the memory file with the new program, from USR2 to its end
+
+    def begin(self):
+        """USR2: rehearse; go() follows if that went well."""
+        if not MEMORY_FILES:
+            log.error("USR2: this platform has no memory files (memfd_create, /proc), and passwords must not go to "
+                      "disk: no upgrade; stop HAS and start it anew")
+        elif self._program is not None:
+            log.warning("USR2: an upgrade is being rehearsed already")
+        else:
+            try:
+                self._rehearse()
+            except Exception as error:          # whatever it is: everybody is still here
+                self._log_failure("USR2: the rehearsal could not be started", error)
+                self._forget_program()
+            else:
+                log.info("USR2: rehearsing the upgrade to %s", self.script)
+
+    def _rehearse(self):
+        with open(self.script, "rb") as file:
+            self._program = memory_file(file.read())
+        Rehearsal(self.hub, self._program, self._command, self._on_rehearsed)
+
+    def _command(self, program, memory):
+        return [sys.executable, memory_path(program), "--script", self.script, "--config", self.config,
+                "--resume", str(memory)]
+
+    def _on_rehearsed(self, trouble):
+        if not trouble:
             self._go_soon(self.hub.now + self.ARRIVAL_SECONDS)
             return
-        log.error("USR2: the new %s failed its rehearsal (status %s): HAS goes on as it is. It said:", self.script,
-                  status)
-        for line in self._said.decode("utf-8", "replace").splitlines()[-12:]:
-            log.error("    %s", printable(line))
+        self._forget_program()
+        first, *more = trouble.split("\n")
+        log.error("USR2: the new %s failed its rehearsal (%s): HAS goes on as it is", self.script, first)
+        for line in more:
+            log.error("%s", line)
+
+    def _forget_program(self):
+        if self._program is not None:
+            os.close(self._program)
+            self._program = None
+
+    @staticmethod
+    def _log_failure(what, error):
+        """Say why HAS goes on as it is; an exception that no system call made is a fault of ours."""
+        if isinstance(error, OSError):
+            log.error("%s: %s; HAS goes on as it is", what, error)
+        else:
+            log.error("%s: a fault of HAS, which goes on as it is", what, exc_info=error)
 
     def _go_soon(self, until):
         """Clients in the middle of a TLS handshake cannot be taken along: let them arrive, but not for ever."""
         if self.hub.arrivals and self.hub.now < until:
             self.hub.later(0.05, self._go_soon, until)
         else:
-            self.go(self.script)
+            self.go()
 
-    def go(self, file):
-        """Replace this program by `file` now; returns only if that failed, and then all goes on."""
-        hub = self.hub
+    def go(self):
+        """Replace this program now, by the new one or by itself; returns only if that failed, and then all goes on."""
+        hub, opened = self.hub, []
         hub.heartbeat.mailbox.post(hub.heartbeat.on_stop)
         hub.heartbeat.join(1)                   # stuck in DNS: exec ends it
         parked = hub.heartbeat.parked
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-                                                            signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
-        memory = kept = None
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, self.HELD_BACK)
         try:
-            hub.move_tls_out()
-            state, fds = hub.pack()
-            kept = memory_file(self.source)
-            state.update(heartbeat=parked, kept=kept)
-            memory = memory_file(json.dumps(state).encode())
-            fds += [memory, kept]
-            if parked and "connection" in parked:
-                fds.append(parked["connection"]["fd"])
+            self._execute(parked, opened)
+        except Exception as error:              # whatever it is: everybody is still here
+            self._log_failure("the new program could not be started", error)
+        finally:
+            for fd in opened:
+                os.close(fd)
+            self._forget_program()
+            self._carry_on(parked)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _execute(self, parked, opened):
+        """exec, with all that the new program needs; the memory files made for it are added to `opened`."""
+        hub, program = self.hub, self._program
+        hub.move_tls_out()
+        state, fds = hub.pack(going=True)
+        opened.append(memory_file(self.source))
+        state.update(heartbeat=parked, kept=opened[0], program=program)
+        opened.append(memory_file(json.dumps(state).encode()))
+        fds += opened + [program] * (program is not None)
+        if parked and "connection" in parked:
+            fds.append(parked["connection"]["fd"])
+        try:
             for fd in fds:
                 os.set_inheritable(fd, True)
-            os.execv(sys.executable, self._command(file or f"/proc/self/fd/{kept}", memory))
-        except OSError as error:
-            log.error("the new program could not be started: %s; HAS goes on as it is", error)
-        for fd in (memory, kept):
-            if fd is not None:
-                os.close(fd)
+            os.execv(sys.executable, self._command(opened[0] if program is None else program, opened[1]))
+        finally:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+
+    def _carry_on(self, parked):
+        """We are still here: make good what was stopped or parked for the new program."""
+        hub = self.hub
         hub.heartbeat = Heartbeat(hub, hub.mailbox, hub.settings, parked)
         hub.heartbeat.start()
         if "connection" not in (parked or {}):
             hub.on_heartbeat_lost("it could not be handed over", False)
         hub.go_on()
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def rescue(self):
         """An exception would end the main loop: go on with a fresh copy of the program; returns if that cannot be."""
         hub = self.hub
         hub.rescues = [at for at in hub.rescues if time.time() - at < self.RESCUE_SECONDS] + [time.time()]
-        if not hasattr(os, "memfd_create") or len(hub.rescues) > self.RESCUES:
+        if not MEMORY_FILES or len(hub.rescues) > self.RESCUES:
             return
         log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)", len(hub.rescues),
                   self.RESCUES, self.RESCUE_SECONDS)
-        self.go(None)
-
-
-def memory_file(content):
-    """A descriptor of a new file in memory, for what must not touch the disk."""
-    fd = os.memfd_create("has")
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
-    return fd
-
-
-def read_memory_file(fd):
-    """All of a memory file, wherever its position is."""
-    return os.pread(fd, os.fstat(fd).st_size, 0)
+        self._forget_program()                  # one that was being rehearsed
+        self.go()
 
 
 # ======================================================================
@@ -5186,11 +5393,26 @@ class LogHandler(logging.Handler):
 
 def start_log(settings):
     """Begin to log as the settings say; OSError if the file cannot be opened."""
-    handler = LogHandler(settings.log_file)
+    return install_log(LogHandler(settings.log_file), settings.log_level)
+
+
+def install_log(handler, level):
+    """Log by this handler alone, from this level on; return it."""
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(settings.log_level.upper())
+    log.setLevel(level.upper())
     return handler
+
+
+def restart_log(settings):
+    """Go on with the log of another process; where its file cannot be opened any more, on standard error."""
+    try:
+        return start_log(settings)
+    except OSError as error:
+        handler = install_log(LogHandler(), settings.log_level)
+        log.error("cannot open log_file %s: %s; the log goes to standard error till the next HUP", settings.log_file,
+                  error.strerror)
+        return handler
 
 
 def raise_limits(settings):
@@ -5287,6 +5509,13 @@ def parse_arguments(arguments):
     options.script = options.script or os.path.abspath(__file__)
     options.config = options.config or os.path.join(os.path.dirname(options.script), "has.conf")
     return options
+
+
+def ignore_terminal():
+    """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds, would freeze all users."""
+    for name in ("SIGTSTP", "SIGTTOU", "SIGTTIN"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def take_signals(hub, upgrade):
@@ -5452,45 +5681,61 @@ def start_has(settings, remarks, load, control, program):
 def resume(options, script, source, load):
     """Go on where another process has left off (Upgrade); return the exit status."""
     state = json.loads(read_memory_file(options.resume).decode())
+    kept = state.get("kept")                    # the memory file with the older program; none at a rehearsal
+    last = kept is not None and own_memory_file() == kept       # there is no other program that could do better
     try:
-        settings = settings_of(state["settings"], script)
-        handler = start_log(settings)
+        settings = settings_of(state["settings"], unpack(state.get("files")))
+        handler = restart_log(settings)
         hub = Hub(settings, load)
-        hub.unpack(state)
+        hub.unpack(state, whole=not last)
         if options.rehearse:
+            os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # without a goodbye: every connection is the other process's
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])
     except Exception:
-        if options.rehearse or __file__.startswith("/proc/self/fd/"):
+        if options.rehearse or last:
             raise
         log.exception("the new program could not take over: the old one goes on")
-        os.execv(sys.executable, [sys.executable, f"/proc/self/fd/{state['kept']}", *sys.argv[1:]])
-    raise_limits(settings)
-    for session in hub.sessions.values():
-        for stream in (session.client, session.link):
-            if stream:
-                stream.sock.set_inheritable(False)
-    for listener in hub.listeners + [hub.control] * bool(hub.control):
-        listener.sock.set_inheritable(False)
-    if state["heartbeat"] and "connection" in state["heartbeat"]:
-        os.set_inheritable(state["heartbeat"]["connection"]["fd"], False)
-    os.close(options.resume)
-    os.close(state["kept"])
-    log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
-             len(hub.sessions))
-    warn_of_differences(settings, load)
-    if "connection" not in (state["heartbeat"] or {}):
-        hub.on_heartbeat_lost("it could not be handed over", False)
-    hub.go_on()
-    return serve(hub, handler, (script, options.config, source))
+        os.execv(sys.executable, [sys.executable, memory_path(kept), *sys.argv[1:]])
+    disinherit(hub, state, options.resume)
+
+    def go_on():
+        raise_limits(settings)
+        log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
+                 len(hub.sessions))
+        warn_of_differences(settings, load)
+        if "connection" not in (state["heartbeat"] or {}):
+            hub.on_heartbeat_lost("it could not be handed over", False)
+        hub.go_on()
+    return serve(hub, handler, (script, options.config, source), go_on)
+
+
+def own_memory_file():
+    """The descriptor of the memory file this program runs from, or None: a file on disk. It stays open: a traceback
+    reads its lines from there, and must not find another file under that number."""
+    folder, _, name = __file__.rpartition("/")
+    return int(name) if folder == memory_path("").rstrip("/") else None
+
+
+def disinherit(hub, state, state_file):
+    """After a resume, when nothing is left to fall back on: children get none of what was handed over."""
+    own, parked = own_memory_file(), (state["heartbeat"] or {}).get("connection")
+    socks = [stream.sock for session in hub.sessions.values() for stream in (session.client, session.link) if stream]
+    socks += [listener.sock for listener in hub.listeners + [hub.control] * bool(hub.control)]
+    fds = [sock.fileno() for sock in socks] + [own] * (own is not None)
+    for fd in fds + [parked["fd"]] if parked else fds:
+        os.set_inheritable(fd, False)
+    for fd in {state_file, state["kept"], state.get("program")} - {own, None}:
+        os.close(fd)
 
 
 def warn_of_differences(settings, load):
     """After an upgrade the settings in force go on; a new has.py has brought its own constants."""
     try:
         on_disk, _ = load()
-    except SettingsError as error:
-        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: %s", error.problems[0])
+    except (SettingsError, OSError) as error:
+        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: %s",
+                    str(error).partition("\n")[0])
         return
     differ = [key for key in SETTINGS if on_disk.texts[key] != settings.texts[key]]
     if differ:
@@ -5498,8 +5743,8 @@ def warn_of_differences(settings, load):
                     "new has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
 
 
-def serve(hub, handler, program):
-    """Start the heartbeat and turn until stopped; return the exit status."""
+def serve(hub, handler, program, go_on=None):
+    """Start the heartbeat, go_on() where another process left off, turn until stopped; return the exit status."""
     upgrade = Upgrade(hub, *program)
     hub.on_reload = handler.reload
     hub.most_files = files_allowed()
@@ -5510,6 +5755,8 @@ def serve(hub, handler, program):
     gc.set_threshold(30000)
     tell_systemd("READY=1")
     try:
+        if go_on:
+            go_on()
         hub.run()
     except Exception:
         log.exception("a fault in the main loop of HAS")

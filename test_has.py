@@ -7648,9 +7648,9 @@ class TestPartsOfTheProgram(unittest.TestCase):
         return handler, say
 
     def test_usr2_without_memfd_is_refused(self):
-        with mock.patch.object(has, "os", types.SimpleNamespace()), self.assertLogs(has.log, "ERROR") as logged:
+        with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
             has.Upgrade(None, "has.py", "has.conf", b"").begin()
-        self.assertIn("no memfd_create", logged.output[0])
+        self.assertIn("no memory files", logged.output[0])
 
     def test_lines_that_nobody_reads_are_dropped_and_counted(self):
         with tempfile.TemporaryDirectory() as folder:
