@@ -44,6 +44,7 @@ anybody, TERM and INT say goodbye and stop.
 import argparse
 import ast
 import base64
+import codecs
 import collections
 import contextlib
 import difflib
@@ -215,6 +216,12 @@ def _file(text):
     return text
 
 
+def _path(text):
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError("holds control characters")
+    return text
+
+
 def _names(text):
     return [part.strip().lower() for part in text.split(",") if part.strip()]
 
@@ -246,30 +253,40 @@ SETTINGS = {
     "mush_address": _addresses, "mush_type": _choice("auto", *FAMILIES),
     "mush_ssl": _yes_or_no, "mush_ssl_verify": _yes_or_no, "mush_ssl_ca": _file,
     "local_address": _local_address, "local_port": _number(0, 65535), "local_port_ssl": _number(0, 65535),
-    "ssl_cert": _file, "ssl_key": _file, "proxy_from": _networks, "admins": _names, "control_socket": str,
+    "ssl_cert": _file, "ssl_key": _file, "proxy_from": _networks, "admins": _names, "control_socket": _path,
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval, "hb_timeout": _interval,
     "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
     "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice, "silent_notice": _notice,
     "unsent_notice": _notice, "relogin_failed_notice": _notice, "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
-    "output_limit": _number(4096, 1 << 30), "log_file": str, "log_level": _choice("debug", "info", "warning", "error"),
+    "output_limit": _number(4096, 1 << 30), "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
 }
 
 
 CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
 PATHS = CERTIFICATES + ("control_socket", "log_file")
+COMMENT_BEHIND = "a comment needs a line of its own"
+
+
+def _comment_behind(key, text):
+    """What looks like a comment behind the value of a has.conf line. Notices may begin with #, and hold more then."""
+    if key.endswith("_notice") and text.startswith("#"):
+        return None
+    match = re.search(r"\s([#;].*)", text.partition("\n")[0])
+    return match and match.group(1)
 
 
 class Settings:
     """All settings: one attribute for each key of SETTINGS, and the TLS contexts. Never changed after it was made.
 
     `texts` holds {key: text} as it was read, `files` {key: content} of the certificates in use: these settings can
-    be made again from both, whatever has become of the files. ValueError where TLS is asked for and cannot be had.
+    be made again from both, whatever has become of the files. `conf` is the has.conf that sets some of them, or "".
+    ValueError where TLS is asked for and cannot be had.
     """
 
-    def __init__(self, values, texts, files=None):
-        self.__dict__.update(values, texts=texts, files={} if files is None else files)
+    def __init__(self, values, texts, files=None, conf=""):
+        self.__dict__.update(values, texts=texts, files={} if files is None else files, conf=conf)
         self.server_tls = server_context(self.ssl_cert, self.ssl_key, self.files) if self.local_port_ssl else None
         self.world_tls = (world_context(self.mush_ssl_verify, self.mush_ssl_ca, self.files)
                           if self.mush_ssl else None)
@@ -282,6 +299,8 @@ def _tuned(context):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # an end of file without close_notify is an end of file: OpenSSL 3 would cut off the other direction, too
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    # a client that asks for new keys over and over costs a handshake each time (3.7, OpenSSL 1.1.0h)
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
 
 
@@ -361,16 +380,35 @@ def world_context(verify, ca_file, files):
     return context
 
 
+def _lines_of(path):
+    """The lines of a file in UTF-8, whatever the locale; UnicodeDecodeError where it is something else."""
+    with open(path, "rb") as file:
+        return _lines_in(file.read())
+
+
+def _lines_in(data):
+    data = data[3:] if data.startswith(codecs.BOM_UTF8) else data
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _cannot_be_read(path, error):
+    """A problem: why `path` gives no lines, and the place in it where that can be told."""
+    if not isinstance(error, UnicodeDecodeError):
+        return f"{path}: cannot be read: {error}"
+    before = _lines_in(error.object[:error.start])
+    return (f"{path}:{len(before)}: column {len(before[-1]) + 1}: the byte 0x{error.object[error.start]:02x} is not "
+            "UTF-8: save it as UTF-8")
+
+
 def read_constants(path):
     """Read the block of constants in the has.py at `path` as data.
 
     Returns ({key: (text, "file:line")}, problems). Never executes the file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"{path}: cannot be read: {error}"]
+        lines = _lines_of(path)
+    except (OSError, ValueError) as error:
+        return {}, [_cannot_be_read(path, error)]
     begin = [n for n, line in enumerate(lines) if line.startswith(BEGIN_MARK)]
     end = [n for n, line in enumerate(lines) if line.startswith(END_MARK)]
     if len(begin) != 1 or len(end) != 1 or end[0] < begin[0]:
@@ -407,12 +445,11 @@ def read_conf(path):
     Returns ({key: (text, "file:line")}, problems); a file that is not there gives nothing.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")
+        lines = _lines_of(path)
     except FileNotFoundError:
         return {}, []
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"{path}: cannot be read: {error}"]
+    except (OSError, ValueError) as error:
+        return {}, [_cannot_be_read(path, error)]
     found, problems, key = {}, [], None
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -438,6 +475,7 @@ def read_conf(path):
 
 def _beside(where, path):
     """`path` as seen from the folder of the file in `where` ("file:line")."""
+    path = os.fsdecode(path.encode())           # the same file under every locale
     return os.path.join(os.path.dirname(os.path.abspath(where.rpartition(":")[0])), path)
 
 
@@ -466,12 +504,13 @@ def load_settings(script, conf):
             values[key], texts[key], places[key] = SETTINGS[key](text), text, where
         except ValueError as error:
             shown = "(hidden)" if key == "hb_pass" else text.replace("\n", " (goes on, indented) ")
-            problems.append(f"{where}: {key} = {shown}: {error}")
+            problems.append(f"{where}: {key} = {shown}: {error}" + (
+                f"; {COMMENT_BEHIND}" if key in overrides and _comment_behind(key, text) else ""))
     if problems:
         raise SettingsError(problems)
     problems = _conflicts(values)
     try:
-        settings = Settings(values, texts)
+        settings = Settings(values, texts, conf=conf if overrides else "")
     except ValueError as error:
         problems.append(str(error))
     if problems:                                # each begins with the key it is about
@@ -491,13 +530,13 @@ def default_control_path(conf):
     return os.path.splitext(os.path.abspath(conf))[0] + ".sock"
 
 
-def settings_of(texts, files):
+def settings_of(texts, files, conf):
     """Settings that were good once, from what Settings holds of them: nothing is asked of the disk. Keys they lack,
     for an older program wrote them, are taken from the constants of the program that runs."""
     constants, _ = read_constants(__file__)
     texts = {**{key: text for key, (text, _) in constants.items()}, **texts}
     values = {key: texts[key] if key in CERTIFICATES else SETTINGS[key](texts[key]) for key in SETTINGS}
-    return Settings(values, texts, files)
+    return Settings(values, texts, files, conf)
 
 
 def _remarks(script, overrides, conf, settings):
@@ -506,12 +545,40 @@ def _remarks(script, overrides, conf, settings):
                f"{conf} sets nothing, or is not there: the constants in {script} count"]
     remarks += [f"WARNING: {where}: the quotes around {key} count as a part of it: take them away"
                 for key, (text, where) in overrides.items() if re.fullmatch(r"(['\"]).*\1", text, re.S)]
+    for key, (text, where) in overrides.items():
+        comment = _comment_behind(key, text)
+        if comment:
+            remarks.append(f"WARNING: {where}: {comment!r} counts as a part of {key}: {COMMENT_BEHIND}")
     holder = conf if "hb_pass" in overrides else script
     if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
         remarks.append(f"WARNING: {holder} holds hb_pass and others may read it: chmod 600 {holder}")
+    for path in (script, conf):
+        remarks += [f"WARNING: {remark}" for remark in _who_else_may_write(path)]
     if settings.hb_pass == "heartbeat":
         remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat another, and set it here")
     return remarks
+
+
+def _who_else_may_write(path):
+    """Remarks on who but us and root could change the file at `path`, or put another in its place."""
+    try:
+        kept = os.stat(path)
+    except OSError:
+        return []
+    remarks = []
+    if kept.st_mode & 0o022:
+        remarks.append(f"others may write {path}, and have HAS do what they want: chmod go-w {path}")
+    if kept.st_uid not in (0, os.geteuid()):
+        remarks.append(f"{path} belongs to another user (number {kept.st_uid}), who may change it: chown it")
+    folder = os.path.dirname(os.path.realpath(path))
+    while True:
+        mode = os.stat(folder)
+        if mode.st_mode & 0o022 and not mode.st_mode & stat.S_ISVTX:        # sticky: only owners replace files
+            remarks.append(f"others may write in {folder}, and put another {os.path.basename(path)} there: "
+                           f"chmod go-w {folder}")
+        if folder == os.path.dirname(folder):
+            return remarks
+        folder = os.path.dirname(folder)
 
 
 def _conflicts(values):
@@ -4149,17 +4216,20 @@ class Listener:
         self.hub.on_accept(sock, unmapped(peer[0]), self.tls)
 
     def _again(self):
-        if not self.closed:
+        if not self.closed and self.sock not in self.hub.selector.get_map():
             self.hub.selector.register(self.sock, READ, self)
 
     def close(self):
         """Stop listening."""
         self.closed = True
+        self._unregister()
+        self.sock.close()
+
+    def _unregister(self):
         try:
             self.hub.selector.unregister(self.sock)
         except KeyError:
             pass                                # paused
-        self.sock.close()
 
 
 class Arrival:
@@ -4301,11 +4371,15 @@ class Caller:
 
 
 class ControlListener(Listener):
-    """The control socket, for its owner alone."""
+    """The control socket, for its owner alone. Deleted, it comes back by itself."""
 
-    def __init__(self, hub, path, sock=None):
-        self.path = path
+    LOOK_SECONDS = 5
+
+    def __init__(self, hub, path, sock=None, identity=None):
+        self.path, self._trouble = path, None
         super().__init__(hub, sock or self._bind(path), False, None)
+        self.identity = identity or self._on_disk()         # of our file, for another may come to stand there
+        hub.later(self.LOOK_SECONDS, self._look)
 
     def _bind(self, path):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -4326,15 +4400,47 @@ class ControlListener(Listener):
         """Remove the socket of a HAS that has died; OSError(EADDRINUSE) if one lives there."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
-                trial.settimeout(1)
+                trial.setblocking(False)
                 trial.connect(path)
             raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path)
+        except BlockingIOError:                 # it has no time to accept us, but it lives
+            raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path) from None
         except ConnectionRefusedError:          # a file that is no socket refuses, too
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise OSError(errno.EEXIST, "there is a file that is no socket", path) from None
             os.unlink(path)
         except FileNotFoundError:
             pass
+
+    def _on_disk(self):
+        """What tells the file at our path from any other; None if there is none."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _look(self):
+        """Make the socket anew if its file has gone; a living one of another HAS, or another file, is left alone."""
+        if self.closed:
+            return
+        self.hub.later(self.LOOK_SECONDS, self._look)
+        if self._on_disk() == self.identity:
+            return
+        try:
+            sock = self._bind(self.path)
+        except OSError as error:
+            if self._trouble != error.strerror:
+                self._trouble = error.strerror
+                log.warning("the control socket %s has gone, and cannot be made anew: %s; it is tried on", self.path,
+                            error.strerror or error)
+            return
+        self._unregister()
+        self.sock.close()
+        self.sock, self.identity, self._trouble = sock, self._on_disk(), None
+        sock.setblocking(False)
+        self.hub.selector.register(sock, READ, self)
+        log.warning("the control socket %s had gone: made anew", self.path)
 
     def on_accepted(self, sock, peer):
         """Somebody asks."""
@@ -4343,10 +4449,11 @@ class ControlListener(Listener):
     def close(self):
         """Stop listening, leave no dead socket."""
         super().close()
-        try:
-            os.unlink(self.path)
-        except OSError:
-            pass                                # its folder may be gone
+        if self._on_disk() == self.identity:
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass                            # its folder may be gone
 
 
 class Endings:
@@ -4900,12 +5007,13 @@ class Hub:
             sessions.append(packed)
             fds += kept
         listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)} for it in self.listeners]
-        control = {"fd": self.control.sock.fileno(), "path": self.control.path} if self.control else None
+        control = self.control and {"fd": self.control.sock.fileno(), "path": self.control.path,
+                                    "identity": pack(self.control.identity)}
         fds += [it["fd"] for it in listeners + [control] * bool(control)]
         world = self.world and {**self.world._asdict(), "address": str(self.world.address),
                                 "target": pack(self.world.target), "dialect": self.world.dialect.name}
         return {"format": 1, "version": VERSION, "settings": self.settings.texts,
-                "files": pack(self.settings.files), "sessions": sessions,
+                "files": pack(self.settings.files), "conf": self.settings.conf, "sessions": sessions,
                 "listeners": listeners, "control": control, "world": world, "health": self.health.name,
                 "next_number": next(self._numbers),
                 "values": {**{name: getattr(self, name) for name in self._VALUES},
@@ -4931,8 +5039,9 @@ class Hub:
         self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
                           for it in state["listeners"]]
         if state["control"]:
-            sock = socket.socket(fileno=state["control"]["fd"])
-            self.control = ControlListener(self, state["control"]["path"], sock)
+            it = state["control"]
+            self.control = ControlListener(self, it["path"], socket.socket(fileno=it["fd"]),
+                                           unpack(it.get("identity")))
         for packed in state["sessions"]:
             try:
                 self._unpack_session(packed)
@@ -5061,6 +5170,9 @@ class Hub:
             self.on_reload(self.settings)       # first of all: logrotate waits for nobody's typing error
         try:
             settings, remarks = self._load()
+            if self.settings.conf and not settings.conf:
+                raise SettingsError([f"{self.settings.conf}: sets nothing any more, or is not there, and settings in "
+                                     "force are from it: put it back (only a new start goes without it)"])
         except (SettingsError, OSError) as error:
             for problem in getattr(error, "problems", [str(error)]):
                 log.error("%s", problem)
@@ -5083,6 +5195,11 @@ class Hub:
             self.on_reload(settings)
         log.info("HUP: settings read")
 
+    def on_stop_key(self):
+        """TSTP, Ctrl-Z in the terminal: a stopped HAS would freeze every user."""
+        log.warning("Ctrl-Z (TSTP): not obeyed, it would freeze every user; to have the terminal back, start HAS under "
+                    "screen, tmux or nohup")
+
     def stop(self):
         """TERM, INT: say goodbye, flush, end."""
         if self.stopping:
@@ -5102,6 +5219,13 @@ class Hub:
                 session.end()
         if self.sessions:
             self.later(0.1, self._end_flushed, until)
+
+
+def ignore_terminal():
+    """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds, would freeze all users."""
+    for name in ("SIGTSTP", "SIGTTOU", "SIGTTIN"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def run_pump(pairs):
@@ -5427,7 +5551,11 @@ def raise_limits(settings):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:
         log.warning("cannot raise the limit of open files: %s", error)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    core = core_limit()
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (core, core))
+    except (ValueError, OSError) as error:
+        log.warning("cannot switch core dumps off (%s): a crash would leave passwords in one", error)
     for remark in too_few_files(settings, hard):
         log.warning("%s", remark)
     # Linux doubles the table of descriptors when it is full, and where there are threads that stops all of us for 10
@@ -5438,6 +5566,15 @@ def raise_limits(settings):
             os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, (min(needed, allowed) if allowed > 0 else needed) - 1))
     except OSError:
         pass                                    # an upgrade: the last one is in use, so the table is that large
+
+
+def core_limit():
+    """The limit that means no core dump: where Linux pipes them to a program it ignores 0, and obeys 1 (core(5))."""
+    try:
+        with open("/proc/sys/kernel/core_pattern") as file:
+            return int(file.read(1) == "|")
+    except OSError:
+        return 0
 
 
 def files_needed(settings):
@@ -5479,6 +5616,11 @@ files:
   has.sock   beside has.conf: the control socket of the running HAS"""
 
 
+def typed_text(argument):
+    """A text of the command line: UTF-8 also where the locale knows no more than ASCII."""
+    return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8", "replace")
+
+
 def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
     parser = argparse.ArgumentParser(prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
@@ -5506,23 +5648,19 @@ def parse_arguments(arguments):
         parser.error("--json goes with --status")
     if options.notice is not None and not options.notice.strip():
         parser.error("--notice: say something")
+    if options.notice:
+        options.notice = typed_text(options.notice)
     options.script = options.script or os.path.abspath(__file__)
     options.config = options.config or os.path.join(os.path.dirname(options.script), "has.conf")
     return options
-
-
-def ignore_terminal():
-    """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds, would freeze all users."""
-    for name in ("SIGTSTP", "SIGTTOU", "SIGTTIN"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def take_signals(hub, upgrade):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
     for number, call in (("SIGHUP", hub.reload), ("SIGUSR1", hub.log_status), ("SIGUSR2", upgrade.begin),
-                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", hub.reap)):
+                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", hub.reap),
+                         ("SIGTSTP", hub.on_stop_key)):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
     if hasattr(signal, "pthread_sigmask"):
@@ -5532,16 +5670,28 @@ def take_signals(hub, upgrade):
 def main(arguments=None):
     """Run HAS; return the exit status."""
     options = parse_arguments(arguments)
-    script = options.script
     with open(__file__, "rb") as file:
         source = file.read()                    # what runs now, whatever happens to the file
 
     def load():
-        return load_settings(script, options.config)
+        return load_settings(options.script, options.config)
     if options.resume is not None:
-        return resume(options, script, source, load)
+        return resume(options, options.script, source, load)
+    try:
+        status = carry_out(options, load, source)
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):          # `has.py --status | head`
+            print(f"has.py: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the rest would be tried again at the end
+        return 1
+
+
+def carry_out(options, load, source):
+    """Do what the command line asks for; return the exit status."""
     if options.status or options.notice is not None or options.kick is not None:
-        return ask_running(options, control_path(script, options.config))
+        return ask_running(options, control_path(options.script, options.config))
     try:
         settings, remarks = load()
     except SettingsError as error:
@@ -5554,7 +5704,7 @@ def main(arguments=None):
         print("\n".join(trouble or ["has.py: the settings are right"]))
         return 2 if trouble else probe(settings) if options.probe else 0
     control = settings.control_socket or default_control_path(options.config)
-    return start_has(settings, remarks, load, control, (script, options.config, source))
+    return start_has(settings, remarks, load, control, (options.script, options.config, source))
 
 
 def start_trouble(settings):
@@ -5609,6 +5759,33 @@ def findings(world, settings):
             ("real address", told)]
 
 
+def owners_of(sock, path):
+    """The user ids of those who made the socket at `path`, and who listen where `sock` is connected to it."""
+    owners = {os.stat(path).st_uid}
+    if hasattr(socket, "SO_PEERCRED"):          # Linux; struct ucred: pid, uid, gid (unix(7))
+        size = struct.calcsize("3i")
+        owners.add(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1])
+    return owners
+
+
+def believed_owners(path, options):
+    """Whose control socket is HAS's: ours, root's, or theirs who could change its folder or HAS itself anyway."""
+    owners = {0, os.geteuid()}
+    for place in (os.path.dirname(path), options.script, options.config):
+        if os.path.exists(place):
+            owners.add(os.stat(place).st_uid)
+    return owners
+
+
+def user_name(number):
+    """A user of this machine for people."""
+    try:
+        import pwd                              # not on every platform
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
+
+
 def ask_running(options, path):
     """Put a request to the running HAS and print its answer; return the exit status."""
     request = ({"do": "notice", "text": options.notice} if options.notice is not None else
@@ -5617,15 +5794,20 @@ def ask_running(options, path):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(10)
             sock.connect(path)
+            strangers = owners_of(sock, path) - believed_owners(path, options)
+            if strangers:
+                print(f"has.py: {path} belongs to {user_name(min(strangers))}, who may be anybody: not believed; "
+                      "ask as the user who runs HAS, or remove it", file=sys.stderr)
+                return 3
             sock.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
     except (OSError, ValueError) as error:
         print(f"has.py: no HAS answers at {path}: {error}", file=sys.stderr)
         return 3
+    if "error" in answer:
+        print(f"has.py: {answer['error']}", file=sys.stderr)
+        return 2
     if request["do"] != "status":
-        if "error" in answer:
-            print(f"has.py: {answer['error']}", file=sys.stderr)
-            return 2
         print(answer["done"])
         return 0
     print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
@@ -5658,15 +5840,20 @@ def tell_systemd(text):
 
 def start_has(settings, remarks, load, control, program):
     """Listen and serve; return the exit status."""
+    hub = None
+    ignore_terminal()
     try:
         handler = start_log(settings)
         raise_limits(settings)
         hub = Hub(settings, load)
         log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
                  ", ".join(map(str, settings.mush_address)))
+        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
         open_control(hub, control)
         hub.listen()
     except OSError as error:
+        if hub and hub.control:
+            hub.control.close()
         trouble = f"cannot start: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
         if log.handlers:
             log.error("%s", trouble)
@@ -5674,7 +5861,6 @@ def start_has(settings, remarks, load, control, program):
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
-    hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
     return serve(hub, handler, program)
 
 
@@ -5684,7 +5870,8 @@ def resume(options, script, source, load):
     kept = state.get("kept")                    # the memory file with the older program; none at a rehearsal
     last = kept is not None and own_memory_file() == kept       # there is no other program that could do better
     try:
-        settings = settings_of(state["settings"], unpack(state.get("files")))
+        conf = state.get("conf", options.config if read_conf(options.config)[0] else "")
+        settings = settings_of(state["settings"], unpack(state.get("files")), conf)
         handler = restart_log(settings)
         hub = Hub(settings, load)
         hub.unpack(state, whole=not last)
@@ -5762,17 +5949,28 @@ def serve(hub, handler, program, go_on=None):
         log.exception("a fault in the main loop of HAS")
         upgrade.rescue()
         log.error("HAS stops: see the fault above, and report it")
+        if hub.control:
+            hub.control.close()
         return 1
     hub.heartbeat.join(1)
     log.info("stopped")
     return 0
 
 
+def prepare_output():
+    """What the shell may have left out: descriptors 0 to 2 (`>&-`), or a client would be given the number of the log;
+    and a character set (LC_ALL=C), or a name could not be printed."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)        # the lowest number that is free: fd
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
-    try:
-        status = main()
-        sys.stdout.flush()
-        sys.exit(status)
-    except BrokenPipeError:                     # `has.py --status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    prepare_output()
+    sys.exit(main())
