@@ -16,6 +16,7 @@ import errno
 import faulthandler
 import functools
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -2545,6 +2546,39 @@ class TestSettings(SettingsCase):
         self.assertEqual(self.problems, [])
         self.assertEqual(set(has.read_constants(os.path.join(HERE, "has.py"))[0]), set(has.SETTINGS))
 
+    def test_a_comment_behind_a_value_is_warned_of(self):
+        for key, value in (("log_file", "has.log # logs"), ("admins", "Alice # me"), ("hb_user", "beat ; the bot"),
+                           ("mush_ssl_ca", "/dev/null # none")):
+            if key == "mush_ssl_ca":
+                self.assertIn("a comment needs a line of its own", self.wrong(f"{key} = {value}")[0])
+                continue
+            _, remarks = self.load(f"{key} = {value}\n")
+            self.assertIn(f"WARNING: {self.conf}:1: {value[value.index(' ') + 1:]!r} counts as a part of {key}: a comment "
+                          "needs a line of its own", remarks)
+        for conf in ("offline_notice = # NOTICE # down # really", "log_file = has#1.log", "# beat = 1 # x"):
+            self.assertFalse([remark for remark in self.load(conf)[1] if "counts as a part" in remark])
+        self.assertEqual(self.wrong("beat = 10 # seconds"), [
+            "C:1: beat = 10 # seconds: is not a number; a comment needs a line of its own"])
+
+    def test_a_file_that_is_not_utf_8_is_named_with_line_and_column(self):
+        conf = "# caf\n\noffline_notice = \u00e4 caf\u00e9\n"
+        self.assertEqual(self.wrong(conf, encoding="latin-1")[-1],
+                         "C:3: column 18: the byte 0xe4 is not UTF-8: save it as UTF-8")
+
+    def test_who_else_may_write_is_warned_of(self):
+        def warned(path):
+            return [remark for remark in self.load("beat = 1")[1] if "others may write" in remark and path in remark]
+        self.load("beat = 1")
+        folder = os.path.dirname(self.script)
+        for path, mode, kept in ((self.script, 0o664, 0o644), (self.conf, 0o646, 0o600), (folder, 0o777, 0o700)):
+            with self.subTest(path):
+                self.assertEqual(warned(path), [])
+                os.chmod(path, mode)
+                self.assertTrue(warned(path))
+                os.chmod(path, kept)
+        os.chmod(folder, 0o1777)                # sticky, as /tmp: others cannot replace our files
+        self.assertEqual(warned(folder), [])
+
     def test_bad_lines_of_has_conf_have_exact_messages(self):
         number, bad_address = "is not a number", "is not host:port, [v6]:port or unix:/path with a port from 1 to 65535"
         for line, message in (
@@ -3825,6 +3859,65 @@ class TestStream(unittest.TestCase):
             world.bind(address)                                     # free at once
             world.listen()
         stream.drop()
+
+
+class TestPump(unittest.TestCase):
+    """What holds the TLS of clients after an upgrade; a plain stream stands for the TLS here."""
+
+    def setUp(self):
+        self.clock = Clock()
+        pairs = [socket.socketpair() for _ in range(4)]
+        self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
+        self.ends = [[pairs[n][1], pairs[n + 1][1]] for n in (0, 2)]        # (the client, the program) of each
+        selector = selectors.DefaultSelector()
+        self.addCleanup(selector.close)
+        streams = [has.Stream(selector, pairs[n][0], None, None) for n in (0, 2)]
+        for stream in streams:
+            selector.unregister(stream.sock)
+        self.pump = has.Pump(list(zip(streams, (pairs[1][0], pairs[3][0]))), self.clock)
+        self.addCleanup(self.pump._selector.close)
+        for splice in self.pump._splices:
+            splice.inside._update()
+
+    def turn(self, *seconds):
+        for step in seconds:
+            self.clock.advance(step)
+            self.ends[1][0].send(b"x")          # the other client goes on
+            self.pump.turn()
+            self.assertEqual(self.ends[1][1].recv(9), b"x")
+
+    def is_open(self, which):
+        return not self.pump._splices[which].inside.closed
+
+    def test_a_client_that_ignores_the_end_is_closed(self):
+        self.ends[0][1].shutdown(socket.SHUT_WR)                # the program has kicked it
+        self.turn(*[1] * 11)
+        self.assertEqual((self.is_open(0), self.is_open(1)), (True, True))
+        self.turn(1, 1, 1)
+        self.assertEqual((self.is_open(0), self.is_open(1)), (False, True))
+
+    def test_one_that_does_not_read_either_is_closed(self):
+        program = self.ends[0][1]
+        program.setblocking(False)
+        for _ in range(400):
+            try:
+                program.send(b"x" * 65536)
+            except BlockingIOError:
+                self.turn(0)
+        program.close()
+        self.turn(*[1] * 16)
+        self.assertEqual((self.is_open(0), self.is_open(1)), (False, True))
+
+    def test_it_ends_with_its_last_client(self):
+        for client, _ in self.ends:
+            client.close()
+        thread = threading.Thread(target=self.pump.run, daemon=True)
+        thread.start()
+        for _, program in self.ends:
+            self.assertEqual(program.recv(9), b"")
+            program.close()
+        thread.join(5)
+        self.assertFalse(thread.is_alive())
 
 
 # ======================================================================
@@ -7424,8 +7517,9 @@ class TestProgram(Case):
     """Command line, log, signals, control socket, TLS."""
 
     def run_has(self, *arguments, **more):
-        return subprocess.run([sys.executable, HAS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              universal_newlines=True, timeout=20, **more)
+        command = arguments[0] if isinstance(arguments[0], list) else [sys.executable, HAS, *arguments]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20,
+                              **more)
 
     def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
         folder = tempfile.mkdtemp()
@@ -7483,6 +7577,73 @@ class TestProgram(Case):
         self.assertIn(f"no control socket at {path} (there is a file that is no socket)", said.output[0])
         with open(path) as file:
             self.assertEqual((file.read(), hub.control), ("precious\n", None))
+
+    def test_a_control_socket_that_was_deleted_comes_back(self):
+        rig = Rig()
+        self.addCleanup(rig.close)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = folder + "/has.sock"
+        control = has.ControlListener(rig.hub, path)
+        for _ in range(2):
+            os.unlink(path)
+            with self.assertLogs(has.log, "WARNING") as logged:
+                rig.pass_time(5.1)
+            self.assertIn("made anew", logged.output[0])
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.connect(path)
+        os.unlink(path)
+        with open(path, "w") as file:
+            file.write("precious")
+        with self.assertLogs(has.log, "WARNING") as logged:
+            rig.pass_time(*[5.1] * 3)
+        self.assertEqual(len(logged.output), 1)
+        control.close()
+        self.assertEqual(read_text(path), "precious")
+
+    def test_a_second_start_that_fails_leaves_no_dead_socket(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            folder = tempfile.mkdtemp()
+            self.addCleanup(shutil.rmtree, folder)
+            conf = os.path.join(folder, "has.conf")
+            with open(conf, "w") as file:
+                file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\n")
+            self.assertEqual(self.run_has("--config", conf).returncode, 1)
+        self.assertEqual(os.listdir(folder), ["has.conf"])
+
+    def test_a_has_conf_that_was_emptied_or_has_gone_is_refused(self):
+        has = Has(self, mush_address="127.0.0.1:1").wait_down()
+        for spoil in (lambda: open(has.conf, "w").close(), lambda: os.unlink(has.conf)):
+            after = len(has.log)
+            spoil()
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"sets nothing any more, or is not there(?s:.*)the old settings stay in force", 10, after)
+        has.configure()
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"HUP: settings read")
+
+    def test_odd_surroundings(self):
+        """An ASCII locale, closed outputs, few descriptors: no traceback, and a status that can be relied on."""
+        has = Has(self, mush_address="127.0.0.1:1", offline_notice="caf\u00e9").wait_down()
+        environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = self.run_has("--config", has.conf, "--status", env=environment)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        done = self.run_has("--config", has.conf, "--notice", "caf\u00e9", env=environment)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for redirection in (">&-", "2>&-", ">&- 2>&-", ">/dev/full"):
+            done = self.run_has(shell_command(f"--config {has.conf} --status {redirection}"))
+            self.assertNotIn("Traceback", done.stderr, redirection)
+            self.assertEqual(done.returncode, 1)
+        done = self.run_has(shell_command(f"--config {has.conf} --status", "ulimit -n 8; "))
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_the_terminal_stops_nobody(self):
+        has = Has(self, mush_address="127.0.0.1:1").wait_down()
+        for number in (signal.SIGTSTP, signal.SIGTTOU, signal.SIGTTIN):
+            has.signal(number)
+        has.wait_log(rb"Ctrl-Z \(TSTP\): not obeyed")
+        has.signal(signal.SIGUSR1)
+        has.wait_log(rb"is down for")
 
     def test_wrong_arguments_end_it_with_status_2(self):
         for arguments, text in ((("--probe",), "--probe goes with --check"), (("--json",), "--json goes with --status"),
@@ -7647,6 +7808,27 @@ class TestPartsOfTheProgram(unittest.TestCase):
             handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
         return handler, say
 
+    def test_no_core_dump_where_a_pipe_ignores_the_limit(self):
+        for pattern, limit in (("|/usr/lib/systemd/systemd-coredump %P", 1), ("core", 0), ("", 0)):
+            with mock.patch("builtins.open", mock.mock_open(read_data=pattern)):
+                self.assertEqual(has.core_limit(), limit)
+        with mock.patch("builtins.open", side_effect=FileNotFoundError):
+            self.assertEqual(has.core_limit(), 0)
+
+    def test_a_text_of_the_command_line_under_an_ascii_locale(self):
+        self.assertEqual(has.typed_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")), "caf\u00e9")
+        self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
+
+    def test_the_owner_of_a_socket_is_looked_at_before_it_is_believed(self):
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+            path = folder + "/has.sock"
+            server.bind(path)
+            server.listen(1)
+            options = types.SimpleNamespace(script=path, config=path, notice=None, kick=None, json=False)
+            with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch("sys.stderr", io.StringIO()) as said:
+                self.assertEqual(has.ask_running(options, path), 3)
+            self.assertRegex(said.getvalue(), "belongs to user 12345, who may be anybody: not believed")
+
     def test_usr2_without_memfd_is_refused(self):
         with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
             has.Upgrade(None, "has.py", "has.conf", b"").begin()
@@ -7698,6 +7880,11 @@ class TestPartsOfTheProgram(unittest.TestCase):
             handler.reload(settings_of((("log_file", path),)))
             say("on file")
             self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
+
+
+def shell_command(arguments, before=""):
+    """has.py run by a shell that has done something before."""
+    return ["sh", "-c", f"{before}exec {sys.executable} {HAS} {arguments}"]
 
 
 def read_text(path):
@@ -7791,6 +7978,14 @@ class TestTLSUnverified(Case):
             Has(self, mush_address=world.address, local_port_ssl=port, ssl_cert=cert, ssl_key=key).wait_up()
             has = Has(self, mush_address=f"127.0.0.1:{port}", mush_type="tinymux", mush_ssl="yes", mush_ssl_verify="no")
             self.client(has.wait_up(), "connect Alice alicepw", world, "Alice")
+
+
+@functools.lru_cache(None)
+def old_program():
+    """The has.py of before the rehearsal had to prove anything, from git; None where that cannot be had."""
+    done = subprocess.run(["git", "-C", HERE, "show", "92354d5:has.py"], stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) if shutil.which("git") else None
+    return done.stdout if done and done.returncode == 0 else None
 
 
 class TestUpgrade(Case):
@@ -7926,11 +8121,76 @@ class TestUpgrade(Case):
         alice.barrier()
         self.assertNotIn(b"NOTICE", alice.seen)
 
-    def test_a_file_that_does_not_compile(self):
+    def test_a_file_that_could_not_take_over(self):
+        """It does not compile, is empty, cut off before main() is called, another program, or older than the proof."""
         alice = self.player("Alice", "alicepw")
-        self.edit("class Hub:", "class Hub")
+        with open(HAS) as file:
+            whole = file.read()
+        hollow = rb"failed its rehearsal \(it ended without a proof"
+        for text, expect in ((whole.replace("class Hub:", "class Hub"), rb"failed its rehearsal \(status 1"),
+                             ("", hollow), (whole[:whole.index("if __name__ ==")], hollow),
+                             ("print('hello')\n", hollow), ("print('HAS took over 1 sessions: 0')\n", hollow)):
+            with open(self.script, "w") as file:
+                file.write(text)
+            self.upgrade(expect)
+            alice.barrier()
+        os.unlink(self.script)
+        self.upgrade(rb"USR2: the rehearsal could not be started: .*No such file")
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+
+    def test_what_runs_is_what_was_rehearsed(self):
+        """The file changes while it is rehearsed: its bytes of before are what runs."""
+        alice = self.player("Alice", "alicepw")
+        self.edit('VERSION = "1.0"', 'VERSION = "1.0b"')
+        after = len(self.has.log)
+        self.has.signal(signal.SIGUSR2)
+        self.has.wait_log(rb"rehearsing the upgrade", 20, after)
+        with open(self.script, "w") as file:
+            file.write("raise SystemExit\n")
+        self.has.wait_log(rb"HAS 1\.0b goes on where HAS|HAS 1\.0b goes on where 1\.0 left off", 20, after)
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+
+    @unittest.skipIf(old_program() is None, "the has.py of before is not in the history of this checkout")
+    def test_from_the_program_of_before(self):
+        """Users of a HAS that runs since before the rules of today are taken over, and back is refused."""
+        self.has.stop()
+        with open(self.script, "wb") as file:
+            file.write(old_program())
+        self.has = Has(self, self.python(), self.script, mush_address=self.mush.address, beat=0.3).wait_up()
+        self.pid = self.has.process.pid
+        alice, lurker = self.player("Alice", "alicepw"), self.has.client()
+        self.addCleanup(lurker.close)
+        lurker.expect("Welcome")
+        shutil.copy(HAS, self.script)
+        self.upgrade()
+        alice.barrier()
+        self.mush.kill()
+        for client in (alice, lurker):
+            client.expect(re.escape(OFFLINE))
+        self.upgrade()
+        self.mush.start()
+        for client in (alice, lurker):
+            client.expect(re.escape(ONLINE))
+        alice.barrier()
+        with open(self.script, "wb") as file:
+            file.write(old_program())
         self.upgrade(rb"failed its rehearsal")
         alice.barrier()
+
+    def test_a_fault_of_the_upgrade_itself_disturbs_nobody(self):
+        self.has.stop()
+        self.edit("        hub.move_tls_out()\n        state, fds", "        raise ValueError('planted')\n        state, fds")
+        self.has = Has(self, self.python(), self.script, mush_address=self.mush.address, beat=0.3).wait_up()
+        self.has.faults, self.pid = True, self.has.process.pid
+        alice = self.player("Alice", "alicepw")
+        after = len(self.has.log)
+        self.has.signal(signal.SIGUSR2)
+        self.has.wait_log(rb"(?s)a fault of HAS, which goes on as it is.*planted.*the heartbeat is", 20, after)
+        alice.barrier()
+        self.has.signal(signal.SIGUSR1)         # signals are not blocked any more
+        self.has.wait_log(rb"INFO HAS 1.*pid", 10, after)
 
     def test_a_file_that_fails_while_restoring(self):
         alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
