@@ -226,14 +226,27 @@ def _names(text):
     return [part.strip().lower() for part in text.split(",") if part.strip()]
 
 
+def address_of(text):
+    """The value of a numeric address. IPv4 in IPv6's clothes (RFC 4291 2.5.5.2) is IPv4; no %scope."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 def _local_address(text):
-    if text:
-        ipaddress.ip_address(text)              # its ValueError says enough
-    return text
+    if not text:
+        return text
+    scoped = ipaddress.ip_address(text).version == 6 and "%" in text       # its ValueError says enough
+    return text if scoped else str(address_of(text))
+
+
+def _network(text):
+    network = ipaddress.ip_network(text)
+    first = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network(f"{first}/{network.prefixlen - 96}") if first and network.prefixlen >= 96 else network
 
 
 def _networks(text):
-    return [ipaddress.ip_network(part) for part in re.split(r"[,\s]+", text.strip()) if part]
+    return [_network(part) for part in re.split(r"[,\s]+", text.strip()) if part]
 
 
 def _rate(text):
@@ -304,6 +317,13 @@ def _tuned(context):
     return context
 
 
+def tls_reason(error):
+    """Why TLS failed, in OpenSSL's words: of a certificate that is not believed, what is wrong with it."""
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    detail = getattr(error, "verify_message", None)
+    return f"{reason}: {detail.rstrip('.')}" if detail else reason
+
+
 MEMORY_FILES = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
@@ -357,8 +377,7 @@ def server_context(cert, key, files):
                 _path_of_certificate("ssl_key", key or cert, files) as key_path:
             context.load_cert_chain(cert_path, key_path, no_prompt)
     except OSError as error:                    # ssl.SSLError is one
-        raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: "
-                         f"{getattr(error, 'reason', None) or error}") from None
+        raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: {tls_reason(error)}") from None
     return context
 
 
@@ -373,8 +392,9 @@ def world_context(verify, ca_file, files):
         else:
             context = _tuned(ssl.create_default_context())
     except OSError as error:
-        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: "
-                         f"{getattr(error, 'reason', None) or error.strerror}") from None
+        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: {tls_reason(error)}") from None
+    if ca_file:                                 # Python 3.13 refuses what openssl req made for years (no key usage)
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -598,14 +618,14 @@ def _conflicts(values):
 def _is_ours(host, values):
     host = "127.0.0.1" if host == "localhost" else host
     try:
-        number = ipaddress.ip_address(host)
+        number = address_of(host)
     except ValueError:
         return False                            # a name: no look-up here; the heartbeat would notice
-    if values["local_address"] and not ipaddress.ip_address(values["local_address"]).is_unspecified:
-        return number == ipaddress.ip_address(values["local_address"])
+    if values["local_address"] and not address_of(values["local_address"]).is_unspecified:
+        return number == address_of(values["local_address"])
     try:
         with socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET) as trial:
-            trial.bind((host, 0))               # only an address of this machine can be bound
+            trial.bind((str(number), 0))       # only an address of this machine can be bound
         return True
     except OSError:
         return False
@@ -1925,7 +1945,7 @@ class TLSStream(Stream):
             self._handshake = READ if isinstance(error, ssl.SSLWantReadError) else WRITE
             self._update()
         except OSError as error:
-            self._end(f"TLS handshake failed: {getattr(error, 'reason', None) or error}")
+            self._end(f"TLS handshake failed: {tls_reason(error)}")
         else:
             self._handshake = 0
             super()._opened()
@@ -1984,7 +2004,6 @@ RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
-SLOW_AFTER, SLOW_SECONDS = 3, 3    # logins from one address without success; pause after each further one
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
@@ -2007,6 +2026,16 @@ class State(enum.Enum):
     WAITING = "waiting for the world"
     RETURNING = "being logged in again"
     CLOSING = "closing"
+
+
+def end_of_nth(ends, data, count):
+    """Where in `data` the part with its first `count` bytes of `ends` stops; CR LF counts as one."""
+    if count <= 0:
+        return 0
+    if len(data) - len(data.translate(None, ends)) <= count:
+        return len(data)
+    found = re.finditer(rb"\r\n|[" + ends + rb"]", data)
+    return next((end.end() for end in itertools.islice(found, count - 1, None)), len(data))
 
 
 class Typed:
@@ -2136,7 +2165,8 @@ class Session:
                  "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail", "notices",
                  "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
-                 "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at")
+                 "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at",
+                 "braked", "announced")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -2169,6 +2199,8 @@ class Session:
         self.words_due = False                  # ... are still to be shown, if it lives on
         self.iced = b""                         # lines passed on since the world has fallen silent
         self.spoke_at = 0                       # when the world last said something at the login screen of this link
+        self.braked = None                      # a login line that waits: arguments of _pass_login
+        self.announced = False                  # the log has a line about him: who says nothing may be a probe
         self.told_at = 0                        # when the waiting user was last told how long it has lasted
         self.backlog = b""                      # typed, and left for later turns
         self.slow_until = 0                     # nothing he types is read before: he tries many passwords
@@ -2237,6 +2269,8 @@ class Session:
             self.client.pause()
             self._queue_backlog()
             self.hub.later(max(0.0, self.slow_until - self.hub.now), self._resume_client)
+        if self.braked:
+            self.hub.later(max(0.0, self.slow_until - self.hub.now), self.try_login)
         if self.hidden:
             self._show_hidden()
         if self.state is State.CLOSING:
@@ -2259,6 +2293,12 @@ class Session:
             self.serial += 1
             if self.hub.is_up:
                 self.connect_again()
+
+    def announce(self):
+        """Say in the log that he is here: when he says something, or stays for a while."""
+        if not self.announced and not self.client.closed:
+            self.announced = True
+            log.info("%s: connected%s", self, " (TLS)" if self.tls else "")
 
     def on_noise(self):
         """Arrivals begin to be hidden."""
@@ -2331,17 +2371,19 @@ class Session:
     def _read_in_turn(self, data):
         """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
         hub = self.hub
-        ends = len(data) - len(data.translate(None, b"\r\n"))
-        most = min(hub.patience, max(1, hub.logins_left(self.host))) if self.state is State.LOGIN else hub.patience
-        if most < ends or most <= 0:
-            lines = [end.end() for end in itertools.islice(re.finditer(rb"\r\n|\r|\n", data), max(0, most))]
-            stop = lines[-1] if lines else 0
-            data, self.backlog = data[:stop], data[stop:]
+        if data and not self.announced:
+            self.announce()
+            hub.look_at_first_words(self.host, data)
+        # a line end or a telnet command costs about the same, a byte nearly nothing
+        stop = end_of_nth(b"\r\n\xff", data, hub.patience)
+        if self.state is State.LOGIN:           # whatever comes behind a login that may have to wait
+            stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins_left(self.host))))
+        data, self.backlog = data[:stop], data[stop:]
         if self.backlog:
             self.client.pause()
             self._queue_backlog()
             self._refresh()
-        hub.patience -= 1 + ends + len(data) // 1024
+        hub.patience -= 1 + len(data) - len(data.translate(None, b"\r\n\xff")) + len(data) // 1024
         if not data or self.state is State.CLOSING:
             return
         if self.state is State.WAITING or self._can_forward():
@@ -2406,30 +2448,35 @@ class Session:
         """The careful way: telnet, lines."""
         if self.from_client is None and IAC in data:
             self.from_client = Scanner()
+        out = []
         for is_command, piece in self.from_client.feed(data) if self.from_client else [(False, data)]:
             if is_command:
-                self._client_command(piece)
+                out.append(self._client_command(piece))
             elif is_command is False:
-                self._client_text(piece)
+                out.append(self._client_text(piece))
             elif self._can_forward() and self.dialect.telnet:
-                self.link.send(piece)           # a part of a sub-negotiation that is too long to look at
+                out.append(piece)               # a part of a sub-negotiation that is too long to look at
+        out = b"".join(out)
+        if out and self.link:
+            self.link.send(out)
         self._refresh()
 
     def _client_command(self, piece):
+        """A telnet command of the client; returns what the world gets of it."""
         if len(piece) == 3 and piece[2] in COMPRESSION:
             if piece[1] in (DO, WILL):
                 self._answer_client(command(WONT if piece[1] == DO else DONT, piece[2]))
-            return
+            return b""
         if self.agreement is None:
             self.agreement = Agreement()
         wanted = self.agreement.from_client(piece)
         if self.hub.world and not self.hub.world.dialect.telnet:
             self._answer_for_world(piece)
         elif wanted and self._can_forward():
-            if self.replay and self.replay.waits:
-                self.replay.late += piece
-            else:
-                self.link.send(piece)
+            if not (self.replay and self.replay.waits):
+                return piece
+            self.replay.late += piece
+        return b""
 
     def _answer_client(self, data):
         if self.client.full:                    # it asks and does not read: nothing that asks more
@@ -2450,15 +2497,13 @@ class Session:
                 self.agreement.from_world(command(DO, piece[2]))
 
     def _client_text(self, text):
+        """Text of the client; returns what the world gets of it now."""
         if self.state is State.WAITING:
-            self._read_lines(text, self._waiting_line, self._waiting_part)
-            return
+            return self._read_lines(text, self._waiting_line, self._waiting_part)
         self._tell_silence()
         if not self.dialect.telnet:
             text = text.replace(b"\xff\xff", b"")
-        out = self._read_lines(text, self._typed_line, self._typed_part)
-        if self.link and out:
-            self.link.send(out)
+        return self._read_lines(text, self._typed_line, self._typed_part)
 
     @property
     def dialect(self):
@@ -2590,18 +2635,34 @@ class Session:
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
         if login:
             self._note_iced()
-            self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
-            self.hub.count_login(self.host)
-            if self.hub.logins_left(self.host) < 0:
-                self.slow_until = self.hub.now + SLOW_SECONDS
-                self.client.pause()             # after this line; nothing he types is lost
-                self.hub.later(SLOW_SECONDS, self._resume_client)
-            return self.proof.wrap(login, typed.sent > 0, typed.unsent(), self.settings, typed.nonce)
+            return self._pass_login(login, typed.sent > 0, typed.unsent(), typed.nonce)
         self._note_line(line)
         self._note_iced()
         self.proof.no_login(line)
         out = self._take_unsent()
         return out + self.proof.disarm(typed.nonce, self.settings) if typed.nonce else out
+
+    def _pass_login(self, login, begun, rest, nonce):
+        """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many were tried from this
+        address. Then it waits, and all that is typed behind it."""
+        wait = self.hub.login_wait(self, login.character)
+        if wait:
+            self.braked, self.slow_until = (login, begun, rest, nonce), self.hub.now + wait
+            self.client.pause()
+            self.hub.later(wait, self.try_login)
+            return b""
+        self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
+        return self.proof.wrap(login, begun, rest, self.settings, nonce)
+
+    def try_login(self):
+        """The login that waits may go on now."""
+        braked, self.braked = self.braked, None
+        if braked and self.state is State.LOGIN and self.linked:
+            self.slow_until = 0
+            self.link.send(self._pass_login(*braked))
+            self._queue_backlog()
+            self._resume_client()
+            self._refresh()
 
     def _waiting_part(self):
         if len(self.typed.buffer) > KEEP_BYTES:
@@ -2638,7 +2699,10 @@ class Session:
         if self.state is State.CLOSING:
             self.end()
             return
-        log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
+        if self.announced:
+            log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
+        else:
+            self.hub.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
         if self._can_talk() and not reason:
             self._read_client(self._release())  # what he typed last is still carried out and answered
             self.link.finish()
@@ -2906,7 +2970,7 @@ class Session:
         login, others = login.made, [other.made for other in self.proof.others]
         self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
         self.proven = login.character
-        self.hub.login_took(self.host)
+        self.hub.login_took(self)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
         if self.dialect.mark_behind:
@@ -3066,6 +3130,9 @@ class Session:
             login, typed_at = self.unanswered[-1][:2]
             if self.hub.now - typed_at < 30 and not self._was_answered(*self.unanswered[-1]):
                 self.pending = login
+        if self.braked and not self.login:
+            self.pending = self.braked[0]
+        self.braked, self.slow_until = None, 0
         self._show_hidden()
         self._drop_link()
         self.serial += 1
@@ -4012,7 +4079,7 @@ class Heartbeat(threading.Thread):
             return sock
         except (OSError, ValueError) as error:
             sock.close()
-            raise OSError(errno.EPROTO, f"TLS: {getattr(error, 'reason', None) or error}") from None
+            raise OSError(errno.EPROTO, f"TLS: {tls_reason(error)}") from None
 
     def _await_writable(self, sock, until):
         with selectors.DefaultSelector() as waiting:
@@ -4156,6 +4223,7 @@ ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connec
 ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5     # links that end this close together; until the second probe for them
 GOODBYE_SECONDS = 3
 PATIENCE = 40                      # line ends, and as much again in kilobytes, read with care in one turn
+PROBE_SECONDS = 1                  # who leaves within that without a word was a probe: a front's health check, a scanner
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between them
 
 
@@ -4232,14 +4300,111 @@ class Listener:
             pass                                # paused
 
 
+class QuietLog:
+    """What strangers cause is logged once a minute for each address; the rest of the minute is counted."""
+
+    MINUTE, MOST = 60, 100                      # so many addresses and reasons at a time; the others in one sum
+
+    def __init__(self, later):
+        self._later = later                     # Hub.later
+        self._counts, self._others, self._told = {}, 0, set()
+
+    def note(self, host, what, line="", free=1, level=logging.INFO):
+        """Log `line`, or what a client from `host` did, the first `free` times of a minute; return whether."""
+        key = host_group(host), what
+        if not (self._counts or self._others):
+            self._later(self.MINUTE, self._sum_up)
+        if key not in self._counts and len(self._counts) >= self.MOST:
+            self._others += 1
+            return False
+        self._counts[key] = self._counts.get(key, -free) + 1
+        if self._counts[key] <= 0:
+            log.log(level, "%s", line or f"client from {host} {what}")
+        return self._counts[key] <= 0
+
+    def once(self, host, what):
+        """Warn of what a client from `host` did, for each address once and for all."""
+        if host_group(host) not in self._told and len(self._told) < self.MOST:
+            self._told.add(host_group(host))
+            log.warning("client from %s %s", host, what)
+
+    def _sum_up(self):
+        counts, others, self._counts, self._others = self._counts, self._others, {}, 0
+        for (host, what), count in counts.items():
+            if count > 0:
+                log.info("clients from %s %s: %d more in the last minute", host, what, count)
+        if others:
+            log.info("%d more such lines in the last minute, about other addresses", others)
+
+
+class Lobby:
+    """Connections that are no sessions: a few for each port, none for long, the oldest make room for new ones.
+
+    So whoever fills it with silence keeps nobody out who speaks. Members have hub, port, host, drop() and overdue().
+    """
+
+    LOOK_SECONDS = 0.2
+
+    def __init__(self, hub):
+        self.hub = hub
+        self._ports = {}                        # port -> {member: when it is overdue}, oldest first
+        self._hosts = collections.Counter()     # (port, address or /64) -> members
+
+    def __len__(self):
+        return sum(map(len, self._ports.values()))
+
+    def __contains__(self, member):
+        return member in self._ports.get(member.port, ())
+
+    def add(self, member, seconds, most, most_of_host=0):
+        """Take one in, for so long; there are never more than `most` at its port (0 of its host: no limit)."""
+        if not len(self):
+            self.hub.later(self.LOOK_SECONDS, self._look)
+        here, key = self._ports.setdefault(member.port, {}), self._key(member)
+        if most_of_host and self._hosts[key] >= most_of_host:
+            self._make_room(next(it for it in here if self._key(it) == key))
+        elif len(here) >= most:
+            self._make_room(next(iter(here)))
+        here[member] = self.hub.now + seconds
+        self._hosts[key] += 1
+
+    def discard(self, member):
+        """It is a session now, or has gone. Harmless twice."""
+        if self._ports.get(member.port, {}).pop(member, None) is not None:
+            key = self._key(member)
+            self._hosts[key] -= 1
+            if not self._hosts[key]:
+                del self._hosts[key]
+
+    @staticmethod
+    def _key(member):
+        return member.port, host_group(member.host)
+
+    def _make_room(self, member):
+        self.hub.quiet.note(member.host, "made room for newer ones before it was let in")
+        member.drop()
+
+    def _look(self):
+        """End the time of those who are overdue; they come first."""
+        for here in self._ports.values():
+            for member, due in here.items():
+                if due <= self.hub.now:
+                    self.hub.later(0, member.overdue)
+        if len(self):
+            self.hub.later(self.LOOK_SECONDS, self._look)
+
+
 class Arrival:
-    """A client that is not a session yet: its TLS handshake, or the PROXY line of a trusted front, is awaited."""
+    """A client that is not a session yet: its TLS handshake, or the PROXY header of a trusted front, is awaited."""
+
+    SECONDS = 10                   # for the handshake, and for a header that has begun
+    NO_HEADER_SECONDS = 1          # a front that is silent for so long has a client of its own, or none at all
 
     def __init__(self, hub, sock, host, tls):
         self.hub, self.host, self.tls, self.head = hub, host, tls, b""
+        self.port, self.since = "TLS" if tls else "PROXY", hub.now
         self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls) if tls else
                        Stream(hub.selector, sock, self, self.on_data))
-        hub.later(10 if tls else 1, self._overdue)
 
     def on_stream_open(self, stream):
         """The handshake is done."""
@@ -4248,41 +4413,123 @@ class Arrival:
 
     def on_stream_end(self, stream, reason):
         """It ended before it was a session."""
-        log.info("client from %s left before it was let in%s", self.host, f": {reason}" if reason else "")
-        self.on_error()
+        self._turn_away(f"left before it was let in{f': {reason}' if reason else ''}")
 
     def on_data(self, data):
-        """Bytes that should be a PROXY line (HAProxy's protocol, version 1: at most 107 bytes)."""
+        """Bytes that should be a PROXY header."""
         self.head += data
-        match = re.match(rb"PROXY (?:TCP[46] ([0-9A-Fa-f.:]+) \S+ \d+ \d+|UNKNOWN[^\r\n]*)\r\n", self.head)
-        if match:
-            try:
-                self.host = unmapped(str(ipaddress.ip_address((match.group(1) or self.host.encode()).decode())))
-            except ValueError:
-                log.warning("PROXY line from %s names no address: %s", self.host, printable(match.group()))
-            self._let_in(self.head[match.end():])
-        elif b"\n" in self.head or len(self.head) > 107 or not b"PROXY ".startswith(self.head[:6]):
-            self._let_in(self.head)             # no PROXY line: a client on the front's own machine
-
-    def _let_in(self, rest):
-        self.hub.arrivals.discard(self)
-        session = self.hub.on_client(self.stream, self.host, False)
-        if rest and session:
-            session.on_client_data(rest)
-
-    def _overdue(self):
-        if self.stream.owner is not self or self.stream.closed:
+        try:
+            header = read_proxy_header(self.head)
+        except ValueError as error:
+            self._turn_away(f"sent a broken PROXY header: {error}")
             return
-        if self.tls:
-            log.info("client from %s: no TLS handshake within 10 s: closed", self.host)
-            self.on_error()
-        else:
-            self._let_in(self.head)
+        # a header of the front's own with nothing behind it is most often its health check: see overdue()
+        if header and (header.host or header.size < len(self.head)):
+            self._let_in(header)
 
-    def on_error(self):
+    def overdue(self):
+        """Nothing more came for a while."""
+        if self not in self.hub.arrivals:
+            return
+        header = None if self.tls else read_proxy_header(self.head)
+        begun = self.tls or self.head.startswith((PROXY_1, PROXY_2))
+        if header or not begun:
+            self._let_in(header or Header(0, None))
+        elif self.hub.now - self.since >= self.SECONDS:
+            self._turn_away(f"{'no TLS handshake' if self.tls else 'no whole PROXY header'} within {self.SECONDS} s")
+
+    def _let_in(self, header):
+        self.hub.arrivals.discard(self)
+        session = self.hub.on_client(self.stream, header.host or self.host, False)
+        if session and self.head[header.size:]:
+            self.stream.on_data(self.head[header.size:])
+
+    def _turn_away(self, why):
+        self.hub.quiet.note(self.host, why)
+        self.drop()
+
+    def drop(self):
         """End this client, and only this; it may be a session already."""
         self.hub.arrivals.discard(self)
         self.hub.put_out(self.stream)
+
+    on_error = drop
+
+
+class Refused:
+    """A client that is told why there is no room for it; closed when it has gone, so that it can read that."""
+
+    SECONDS, MOST = 5, 100
+    port = "refused"
+
+    def __init__(self, hub, stream, host, why):
+        self.hub, self.stream, self.host = hub, stream, host
+        stream.owner, stream.on_data = self, self.on_data
+        hub.refused.add(self, self.SECONDS, self.MOST)
+        stream.send(b"# NOTICE # " + why.encode() + b"\r\n")
+        stream.finish()
+
+    def on_data(self, data):
+        """What it types goes nowhere."""
+
+    def on_stream_room(self, stream):
+        """The notice fits always."""
+
+    def on_stream_end(self, stream, reason):
+        """It has gone."""
+        self.drop()
+
+    def drop(self):
+        """Close it."""
+        self.hub.refused.discard(self)
+        self.stream.drop()
+
+    overdue = on_error = drop
+
+
+class LoginBrake:
+    """Slows down who tries many logins, by address (IPv6: by /64). Pure: the caller has the clock.
+
+    FREE tries go on at once; each further one waits for longer, up to LONGEST. A login that took forgives the tries
+    at that character and no others: who guesses may well have a character of his own.
+    """
+
+    FREE, FIRST, LONGEST, MEMORY, MOST = 3, 3, 30, 600, 10000
+    __slots__ = ("tries",)
+
+    def __init__(self):
+        self.tries = {}            # address -> [(when, character)] of MEMORY seconds, the longest untouched first
+
+    def _recent(self, address, now):
+        return [it for it in self.tries.get(address, ()) if it[0] > now - self.MEMORY]
+
+    def left(self, address, now):
+        """How many may go on at once."""
+        return max(0, self.FREE - len(self._recent(address, now)))
+
+    def wait(self, address, now):
+        """Seconds until the next may go on."""
+        tries = self._recent(address, now)
+        if len(tries) < self.FREE:
+            return 0
+        return max(0, tries[-1][0] + min(self.LONGEST, self.FIRST * (len(tries) - self.FREE + 1)) - now)
+
+    def count(self, address, character, now):
+        """A login goes on to the world."""
+        tries = (self._recent(address, now) + [(now, character)])[-20:]
+        self.tries.pop(address, None)
+        self.tries[address] = tries
+        if len(self.tries) > self.MOST:
+            del self.tries[next(iter(self.tries))]
+
+    def forgive(self, address, character):
+        """This login took."""
+        left = [it for it in self.tries.pop(address, ()) if it[1] != character]
+        if left:
+            self.tries[address] = left
+
+
+PACKED["LoginBrake"] = LoginBrake
 
 
 def users(count):
@@ -4290,10 +4537,59 @@ def users(count):
     return f"{count} user{'' if count == 1 else 's'}"
 
 
+def host_group(host):
+    """What counts as one address: of IPv6 a /64, for a whole one belongs to one household."""
+    return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+
+
 def unmapped(host):
-    """An IPv4 address without the ::ffff: that a double-stack listener puts before it, no %scope either."""
-    host = host.partition("%")[0]
-    return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+    """A numeric address as HAS writes it: see address_of."""
+    return str(address_of(host))
+
+
+Header = collections.namedtuple("Header", "size host")
+Header.__doc__ = "What was read of a PROXY header: its size, 0 for none, and the client's address, None for the front's own."
+PROXY_1, PROXY_2 = b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"
+_PROXY_LINE = re.compile(rb"PROXY (?:TCP[46] ([0-9A-Fa-f.:]+) [0-9A-Fa-f.:]+ \d{1,5} \d{1,5}|UNKNOWN(?: .*)?)", re.S)
+
+
+def read_proxy_header(head):
+    """The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2) that a front's bytes begin with.
+
+    None while more must come; ValueError if it is broken, and then the front is not to be served (2.1, 2.2).
+    """
+    if head.startswith(PROXY_1):
+        return _proxy_line(head)
+    if head.startswith(PROXY_2):
+        return _proxy_block(head)
+    return None if PROXY_1.startswith(head) or PROXY_2.startswith(head) else Header(0, None)
+
+
+def _proxy_line(head):
+    end = head.find(b"\r\n", 0, 107)           # the longest there is
+    if end < 0 and len(head) < 107 and b"\n" not in head:
+        return None
+    match = _PROXY_LINE.fullmatch(head, 0, max(end, 0))
+    if not match:
+        raise ValueError("no such line in version 1")
+    host = match.group(1)
+    return Header(end + 2, host and str(address_of(host.decode())))
+
+
+def _proxy_block(head):
+    if len(head) < 16:
+        return None
+    version, family, length = struct.unpack(">BBH", head[12:16])
+    if version not in (0x20, 0x21) or family > 0x32 or family & 15 > 2:
+        raise ValueError("no such command or family in version 2")
+    if len(head) < 16 + length:
+        return None
+    width = {1: 4, 2: 16}.get(family >> 4, 0)   # a unix socket or nothing: no address
+    if version == 0x20 or not width:            # LOCAL: the front's own, its health check
+        return Header(16 + length, None)
+    if length < 2 * width + 4:
+        raise ValueError("too short for its addresses")
+    return Header(16 + length, str(address_of(str(ipaddress.ip_address(head[16:16 + width])))))
 
 
 def open_listeners(address, port):
@@ -4558,11 +4854,13 @@ class Hub:
         self.selector.register(self.mailbox.reader, READ, self)
         self.closed, self.owner = False, self   # the mailbox is served like a stream
         self.listeners, self.control = [], None
-        self.arrivals, self.most_files = set(), 1 << 30
+        self.arrivals, self.refused, self.most_files = Lobby(self), Lobby(self), 1 << 30
+        self.quiet = QuietLog(self.later)
         self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
         self._numbers = itertools.count(1)
         self._per_host = collections.Counter()
-        self.logins_tried = collections.Counter()       # by address, since the last one that took
+        self.brake = LoginBrake()
+        self._braked = {}                       # address -> sessions whose login waits for it, as the keys of a dict
         self._timers, self._timer_numbers = [], itertools.count()
         self.patience = PATIENCE                # what may still be read with care in this turn
         self.backlogs = collections.deque()     # sessions with more to be read
@@ -4689,32 +4987,42 @@ class Hub:
         """A client was accepted."""
         tune(sock, 60, 15, 5)
         if sock.fileno() > self.most_files - 20:        # what is left is for links, the heartbeat and --status
-            log.error("client from %s refused: no descriptors left: raise the limit (ulimit -n)", host)
+            self.quiet.note(host, "refused: no descriptors left: raise the limit (ulimit -n)", level=logging.ERROR)
             sock.close()
-        elif len(self.arrivals) > max(100, self.settings.max_clients):
-            sock.close()                        # they last 10 s at most
         elif tls and not self.settings.server_tls:
-            log.info("client from %s refused: TLS is off; its listener is only left because another could not be had",
-                     host)
+            self.quiet.note(host, "refused: TLS is off; its listener is only left because another could not be had")
             sock.close()
-        elif tls or any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from):
-            self.arrivals.add(Arrival(self, sock, host, tls))
+        elif tls or self._is_front(host):
+            self._await(Arrival(self, sock, host, tls))
         else:
             self.on_client(Stream(self.selector, sock, None, None), host, False)
+
+    def _await(self, arrival):
+        """Bounds for each port and host; a share of the descriptors, so that the other ports have some."""
+        most = min(max(100, self.settings.max_clients), self.most_files // 8)
+        of_host = 0 if self._has_many(arrival.host) else self.settings.max_per_host
+        seconds = arrival.SECONDS if arrival.tls else arrival.NO_HEADER_SECONDS
+        self.arrivals.add(arrival, seconds, most, of_host)
+
+    def _is_front(self, host):
+        return any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from)
+
+    def _has_many(self, host):
+        """Whether many people may come from an address: this machine's own, or a front's."""
+        return ipaddress.ip_address(host).is_loopback or self._is_front(host)
 
     def on_client(self, stream, host, tls):
         """A client is let in: make it a session and return that, or None if there is no room for it."""
         refusal = self._refusal(host)
         if refusal:
-            log.info("client from %s refused: %s", host, refusal)
-            stream.send(b"# NOTICE # " + refusal.encode() + b"\r\n")
-            stream.drop()
+            self.quiet.note(host, f"refused: {refusal}")
+            Refused(self, stream, host, refusal)
             return None
         try:
             session = Session(self, next(self._numbers), stream, host, tls)
             self.sessions[session.number] = session
-            self._per_host[self._host_group(host)] += 1
-            log.info("%s: connected%s", session, " (TLS)" if tls else "")
+            self._per_host[host_group(host)] += 1
+            self.later(PROBE_SECONDS, session.announce)
             self.greet(session)
         except Exception:
             log.exception("a fault of HAS in letting a client in; it is closed")
@@ -4728,6 +5036,12 @@ class Hub:
             session.end()
         stream.drop()
 
+    def look_at_first_words(self, host, data):
+        """A front whose address is not in proxy_from shows by its header: its users all have its address."""
+        if data.startswith((PROXY_1, PROXY_2)) and not self._is_front(host):
+            self.quiet.once(host, "sends PROXY headers, which are not believed: all its users count as one address; if "
+                            f"it is your own front, set proxy_from = {host} and kill -HUP")
+
     def greet(self, session):
         """A new session: to the world's login screen, or told that there is none now."""
         if self.health is Health.DOWN:
@@ -4736,46 +5050,52 @@ class Hub:
             self.links.add(session)
             session.on_world_silent(self.health is Health.SILENT)
 
-    @staticmethod
-    def _host_group(host):
-        """IPv6 counts by /64: a whole one belongs to one household."""
-        return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
-
     def _refusal(self, host):
         settings = self.settings
         if settings.max_clients and len(self.sessions) >= settings.max_clients:
             return "Too many users are connected now. Please try again later."
-        address = ipaddress.ip_address(host)
-        if address.is_loopback or any(address in network for network in settings.proxy_from):
-            return None
-        if settings.max_per_host and self._per_host[self._host_group(host)] >= settings.max_per_host:
+        of_host = 0 if self._has_many(host) else settings.max_per_host
+        if of_host and self._per_host[host_group(host)] >= of_host:
             return "Too many connections from your address."
         return None
 
     def logins_left(self, host):
-        """How many logins may still be typed from this address before they are slowed down."""
+        """How many logins may be typed from this address before they are slowed down."""
         if ipaddress.ip_address(host).is_loopback:
             return 1 << 30                      # many people, or our own machine
-        return SLOW_AFTER - self.logins_tried[self._host_group(host)]
+        return self.brake.left(host_group(host), self.now)
 
-    def count_login(self, host):
-        """Count a login typed."""
-        group = self._host_group(host)
-        self.logins_tried[group] += 1
-        if self.logins_tried[group] == 1:
-            self.later(600, self.logins_tried.pop, group, None)
+    def login_wait(self, session, character):
+        """Seconds until this login may go on to the world; 0: it does, and counts. Ends with session.try_login."""
+        group = host_group(session.host)
+        wait = 0 if ipaddress.ip_address(session.host).is_loopback else self.brake.wait(group, self.now)
+        if wait:
+            self._braked.setdefault(group, {})[session] = True
+        else:
+            self.brake.count(group, character, self.now)
+            self._forget_braked(session)
+        return wait
 
-    def login_took(self, host):
-        """A login from this address took: it is not guessing."""
-        self.logins_tried.pop(self._host_group(host), None)
+    def login_took(self, session):
+        """A login took. Others of its address may have waited for that."""
+        group = host_group(session.host)
+        self.brake.forgive(group, session.login.character)
+        for braked in list(self._braked.get(group, ())):
+            self._safely(braked.try_login)
+
+    def _forget_braked(self, session):
+        group = host_group(session.host)
+        if self._braked.get(group, {}).pop(session, None) and not self._braked[group]:
+            del self._braked[group]
 
     def forget(self, session):
         """A session has ended."""
         if self.sessions.pop(session.number, None):
-            group = self._host_group(session.host)
+            group = host_group(session.host)
             self._per_host[group] -= 1
             if not self._per_host[group]:
                 del self._per_host[group]
+            self._forget_braked(session)
             self.links.forget(session)
             self.endings.forget(session.number)
             self.settle(session)                # others of its character may have waited for it
@@ -5020,7 +5340,7 @@ class Hub:
                            **{name: pack(getattr(self, name)) for name in self._PACKED}}}, fds
 
     _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
-    _PACKED = ("noise", "doubles")              # the same for what JSON does not know
+    _PACKED = ("noise", "doubles", "brake")              # the same for what JSON does not know
 
     def unpack(self, state, whole=True):
         """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on). `whole`: a session
@@ -5056,7 +5376,7 @@ class Hub:
         stream = Stream(self.selector, socket.socket(fileno=packed["client"]["fd"]), None, None)
         session = Session(self, values["number"], stream, values["host"], values["tls"])
         self.sessions[session.number] = session
-        self._per_host[self._host_group(session.host)] += 1
+        self._per_host[host_group(session.host)] += 1
         session.unpack(packed)
 
     def _close_packed(self, packed):

@@ -17,6 +17,7 @@ import faulthandler
 import functools
 import heapq
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -3861,6 +3862,54 @@ class TestStream(unittest.TestCase):
         stream.drop()
 
 
+class TestProxyHeader(unittest.TestCase):
+    """HAProxy's protocol, versions 1 and 2: whole, in pieces, broken."""
+
+    @staticmethod
+    def version_2(command=0x21, family=0x11, addresses=bytes((198, 51, 100, 1, 127, 0, 0, 1, 1, 2, 3, 4)), more=b""):
+        body = addresses + more
+        return has.PROXY_2 + bytes((command, family)) + struct.pack(">H", len(body)) + body
+
+    def headers(self):
+        six = ipaddress.ip_address("2001:db8::7").packed + ipaddress.ip_address("::1").packed + b"\1\2\3\4"
+        mapped = ipaddress.ip_address("::ffff:198.51.100.1").packed + ipaddress.ip_address("::1").packed + b"\1\2\3\4"
+        return ((b"PROXY TCP4 198.51.100.1 127.0.0.1 1 2\r\n", "198.51.100.1"),
+                (b"PROXY TCP6 2001:DB8:0::7 ::1 1 2\r\n", "2001:db8::7"),
+                (b"PROXY TCP6 ::ffff:198.51.100.1 ::1 1 2\r\n", "198.51.100.1"),
+                (b"PROXY TCP6 ::ffff:c633:6401 ::1 1 2\r\n", "198.51.100.1"),
+                (b"PROXY UNKNOWN\r\n", None), (b"PROXY UNKNOWN ffff::1 ffff::2 65535 65535\r\n", None),
+                (self.version_2(), "198.51.100.1"), (self.version_2(family=0x21, addresses=six), "2001:db8::7"),
+                (self.version_2(family=0x21, addresses=mapped), "198.51.100.1"),
+                (self.version_2(more=b"\x04\0\3abc\x20\0\1x"), "198.51.100.1"),         # TLVs
+                (self.version_2(command=0x20), None), (self.version_2(0x20, 0, b""), None),     # LOCAL
+                (self.version_2(family=0, addresses=b""), None),
+                (self.version_2(family=0x31, addresses=b"/x".ljust(216, b"\0")), None))
+
+    def test_whole_and_in_pieces(self):
+        for head, host in self.headers():
+            for stop in range(len(head)):
+                self.assertIsNone(has.read_proxy_header(head[:stop]), head[:stop])
+            for behind in (b"", b"connect Alice pw\r\n"):
+                self.assertEqual(has.read_proxy_header(head + behind), (len(head), host))
+
+    def test_no_header(self):
+        for head in (b"connect Alice pw\r\n", b"\xff\xfb\x1f", b"\n", b"PROXX", b"\r\n\r\nx"):
+            self.assertEqual(has.read_proxy_header(head), (0, None))
+
+    def test_broken(self):
+        for head in (b"PROXY TCP4 nobody x 1 2\r\n", b"PROXY TCP4 1.2.3 127.0.0.1 1 2\r\n", b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n",
+                     b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\n", b"PROXY " + b"x" * 200, self.version_2(command=0x11),
+                     self.version_2(command=0x22), self.version_2(family=0x41), self.version_2(family=0x13),
+                     self.version_2(addresses=b"\1\2\3\4")):
+            with self.assertRaises(ValueError, msg=head):
+                has.read_proxy_header(head)
+
+    def test_addresses_are_values(self):
+        for text, value in (("::ffff:198.51.100.1", "198.51.100.1"), ("::FFFF:c633:6401", "198.51.100.1"),
+                            ("2001:DB8:0:0::7", "2001:db8::7"), ("fe80::1%eth0", "fe80::1"), ("127.0.0.1", "127.0.0.1")):
+            self.assertEqual(has.unmapped(text), value)
+
+
 class TestPump(unittest.TestCase):
     """What holds the TLS of clients after an upgrade; a plain stream stands for the TLS here."""
 
@@ -6118,7 +6167,43 @@ class WhatWasTyped(RigCase):
         self.assertEqual(link.read(), b"\xff\xfb\x1f" + size)
 
 
+class TestLoginBrake(unittest.TestCase):
+    """The brake alone: tries at addresses, with the time as a number."""
+
+    def test_each_further_try_waits_longer(self):
+        brake, now, waits = has.LoginBrake(), 1000.0, []
+        for _ in range(15):
+            waits.append(brake.wait("a", now))
+            now += waits[-1]
+            brake.count("a", b"bob", now)
+        self.assertEqual(waits, [0, 0, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30, 30])
+        self.assertEqual((brake.wait("b", now), brake.left("b", now), brake.left("a", now)), (0, 3, 0))
+        self.assertEqual(brake.wait("a", now + brake.MEMORY), 0)
+
+    def test_a_success_forgives_the_tries_at_that_character_only(self):
+        brake = has.LoginBrake()
+        for name in (b"mallory", b"wizard", b"wizard", b"wizard"):
+            brake.count("a", name, 1000.0)
+        brake.forgive("a", b"mallory")
+        self.assertEqual(brake.left("a", 1000.0), 0)
+        brake.forgive("a", b"wizard")
+        self.assertEqual((brake.left("a", 1000.0), brake.tries), (3, {}))
+
+    def test_its_memory_is_bounded(self):
+        brake = has.LoginBrake()
+        for number in range(brake.MOST + 50):
+            for _ in range(30 if number > brake.MOST else 1):
+                brake.count(str(number), b"x", 1000.0)
+        self.assertEqual(len(brake.tries), brake.MOST)
+        self.assertLess(max(map(len, brake.tries.values())), 21)
+
+
 class LoginBrake(RigCase):
+    FREE = has.LoginBrake.FREE
+
+    def guesses(self, link):
+        return link.lines().count("connect bob x")
+
     def test_many_logins_in_one_packet_go_on_one_by_one(self):
         rig = self.rig()
         for host in ("203.0.113.9", "2001:db8:1:2::1"):
@@ -6126,13 +6211,75 @@ class LoginBrake(RigCase):
             link = rig.game.accept()
             client.send("connect bob x\r\n" * 50)
             rig.settle()
-            tried = link.lines().count("connect bob x")
-            self.assertEqual(tried, has.SLOW_AFTER + 1)
-            for _ in range(5):
-                rig.pass_time(has.SLOW_SECONDS - 0.1)
-                self.assertNotIn("connect bob x", link.lines())
+            self.assertEqual(self.guesses(link), self.FREE)
+            for wait in (3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30):
+                rig.pass_time(wait - 0.1)
+                self.assertEqual(self.guesses(link), 0)
                 rig.pass_time(0.2)
-                self.assertEqual(link.lines().count("connect bob x"), 1)
+                self.assertEqual(self.guesses(link), 1)
+
+    def test_a_new_connection_is_braked_too(self):
+        rig = self.rig()
+        for expected in (1, 1, 1, 0):
+            client = rig.client()
+            link = rig.game.accept()
+            client.send("connect bob x\r\n")
+            rig.settle()
+            self.assertEqual(self.guesses(link), expected)
+            if expected:
+                client.sock.close()
+                rig.settle()
+        rig.pass_time(3.1)
+        self.assertEqual(self.guesses(link), 1)
+
+    def test_a_guesser_with_a_character_of_his_own(self):
+        rig = self.rig()
+        for count in range(3):
+            client = rig.client()
+            link = rig.game.accept()
+            client.send("connect bob x\r\n")
+            rig.settle()
+            link.read()
+        mallory = rig.client()
+        own = rig.game.accept()
+        mallory.send("connect Mallory pw\r\n")
+        rig.pass_time(3.1)
+        rig.let_in(own)
+        client.send("connect bob x\r\n" * 3)
+        rig.settle()
+        self.assertEqual(self.guesses(link), 1)                 # his own took none of the guesses away: one in 3 s
+        rig.pass_time(5.9)
+        self.assertEqual(self.guesses(link), 0)
+
+    def test_who_mistyped_and_then_gets_in_keeps_nobody_waiting(self):
+        rig = self.rig()
+        alice = rig.client()
+        link = rig.game.accept()
+        for password in ("a", "b", "pw"):
+            alice.send(f"connect Alice {password}\r\n")
+            rig.settle()
+            if password != "pw":
+                link.send("Either that player does not exist, or has a different password.\r\n")
+        other = rig.client()
+        other_link = rig.game.accept()
+        other.send("connect bob x\r\n")
+        rig.settle()
+        self.assertEqual(self.guesses(other_link), 0)
+        asked = re.findall(rb"OUTPUTPREFIX (\S+)\r\n", link.read())
+        link.send(b"Welcome\r\n" + asked[-1] + b"\r\n")
+        rig.settle()
+        self.assertEqual((state_of(alice), self.guesses(other_link)), ("PLAYING", 1))
+
+    def test_a_login_that_waits_when_the_world_dies_is_tried_on_return(self):
+        rig = self.rig()
+        client = rig.client()
+        rig.game.accept()
+        client.send("connect bob x\r\n" * 3 + "connect Alice secret\r\nWHO\r\n")
+        rig.settle()
+        rig.down()
+        self.assertNotIn(b"secret", client.read())
+        rig.found("life 2")
+        self.assertIn("connect Alice secret", rig.game.accept().lines())
 
     def test_logins_typed_before_the_link_is_open_are_braked_too(self):
         rig = self.rig(up=False)
@@ -6140,7 +6287,7 @@ class LoginBrake(RigCase):
         client.send("connect bob x\r\n" * 50)
         rig.settle()
         rig.found("life 1")
-        self.assertEqual(rig.game.accept().lines().count("connect bob x"), has.SLOW_AFTER + 1)
+        self.assertEqual(self.guesses(rig.game.accept()), self.FREE)
 
     def test_the_brake_holds_over_an_upgrade(self):
         rig = self.rig()
@@ -6148,22 +6295,129 @@ class LoginBrake(RigCase):
         link = rig.game.accept()
         client.send("connect bob x\r\n" * 7)
         rig.settle()
-        session = client.session
-        session.client.resume()                 # as a stream that was taken over is
-        rig.hub.backlogs.clear()
-        session.go_on()
+        self.assertEqual(self.guesses(link), self.FREE)
+        rig.upgrade()
         client.sock.shutdown(socket.SHUT_WR)
         rig.settle()
-        self.assertEqual((state_of(client), link.lines().count("connect bob x")), ("LOGIN", 4))
-        rig.pass_time(3.1, 3.1, 3.1, 3.1)
-        self.assertEqual((link.lines().count("connect bob x"), link.ended), (3, True))
+        self.assertEqual((state_of(client), self.guesses(link)), ("LOGIN", 0))
+        rig.pass_time(3.1, 6.1, 9.1, 12.1, 12.1)
+        self.assertEqual((self.guesses(link), link.ended), (4, True))
+        client = rig.client()
+        client.send("connect bob x\r\n")
+        rig.settle()
+        self.assertEqual(self.guesses(rig.game.accept()), 0)
 
     def test_another_address_of_the_same_64_is_the_same_guesser(self):
         rig = self.rig()
         rig.client(host="2001:db8:1:2::1").send("connect bob x\r\n" * 4)
         rig.settle()
-        self.assertLess(rig.hub.logins_left("2001:db8:1:2::2"), 0)
-        self.assertEqual(rig.hub.logins_left("2001:db8:1:3::2"), has.SLOW_AFTER)
+        self.assertEqual([rig.hub.logins_left(host) for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
+
+
+class Lobby(RigCase):
+    """Connections that are no sessions yet, or not any more: bounded for each port and host."""
+
+    def arrive(self, rig, host, tls=False):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        rig.hub.on_accept(theirs, host, tls)
+        peer = Peer(ours)
+        rig.settle()
+        return peer
+
+    def front(self, **settings):
+        return self.rig(proxy_from="192.0.2.1", **settings)
+
+    def test_silent_arrivals_make_room_for_newer_ones_of_their_port_only(self):
+        rig = self.front(max_clients=100)
+        silent = [self.arrive(rig, "192.0.2.1") for _ in range(130)]
+        self.assertEqual(len(rig.hub.arrivals), 100)
+        self.assertEqual([peer.read() is not None and peer.ended for peer in silent], [True] * 30 + [False] * 100)
+        plain = rig.client()
+        self.assertEqual(state_of(plain), "LOGIN")
+        late = self.arrive(rig, "192.0.2.1")
+        late.send("PROXY TCP6 ::ffff:198.51.100.1 ::1 1 2\r\nWHO\r\n")
+        rig.settle()
+        self.assertEqual(list(rig.hub.sessions.values())[-1].host, "198.51.100.1")
+
+    def test_a_front_that_says_nothing_has_a_client_of_its_own(self):
+        rig = self.front()
+        self.arrive(rig, "192.0.2.1")
+        rig.pass_time(0.5)
+        self.assertEqual(len(rig.hub.sessions), 0)
+        rig.pass_time(0.3, 0.3, 0.3)
+        self.assertEqual([it.host for it in rig.hub.sessions.values()], ["192.0.2.1"])
+
+    def test_a_header_that_was_begun_has_its_time(self):
+        rig = self.front()
+        peer = self.arrive(rig, "192.0.2.1")
+        peer.send("PROXY TCP4 ")
+        rig.pass_time(*[0.5] * 6)
+        peer.send("198.51.100.1 127.0.0.1 1 2\r\n")
+        rig.settle()
+        self.assertEqual([it.host for it in rig.hub.sessions.values()], ["198.51.100.1"])
+        peer = self.arrive(rig, "192.0.2.1")
+        peer.send("PROXY TCP4 ")
+        rig.pass_time(*[0.5] * 24)
+        peer.read()
+        self.assertEqual((len(rig.hub.sessions), peer.ended, len(rig.hub.arrivals)), (1, True, 0))
+
+    def test_a_broken_header_is_not_served(self):
+        rig = self.front()
+        peer = self.arrive(rig, "192.0.2.1")
+        peer.send("PROXY TCP4 nobody 127.0.0.1 1 2\r\nWHO\r\n")
+        rig.settle()
+        peer.read()
+        self.assertEqual((peer.ended, len(rig.hub.sessions)), (True, 0))
+
+    def test_a_proxy_line_of_somebody_who_is_no_front_is_warned_of_once(self):
+        rig = self.rig()
+        with self.assertLogs(has.log, "WARNING") as logged:
+            for head in (b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\r\n", TestProxyHeader.version_2(), b"PROXY UNKNOWN\r\n"):
+                rig.client().send(head)
+                rig.settle()
+        warned = [line for line in logged.output if "proxy_from" in line]
+        self.assertEqual(len(warned), 1, logged.output)
+
+    def test_who_is_refused_reads_why(self):
+        """Also if he has typed already: a close with unread bytes would be a reset, which takes the notice away."""
+        rig = self.rig(max_clients=1)
+        rig.client(tcp=True)
+        refused = rig.client(tcp=True)
+        refused.send("connect Alice pw\r\n")
+        rig.settle()
+        self.assertEqual(refused.lines(), ["# NOTICE # Too many users are connected now. Please try again later."])
+        self.assertTrue(refused.ended)
+        refused.sock.close()
+        rig.settle()
+        self.assertEqual(len(rig.hub.refused), 0)
+
+    def test_who_is_refused_and_stays_is_closed(self):
+        rig = self.rig(max_clients=1)
+        rig.client()
+        for _ in range(150):
+            rig.client()
+        self.assertEqual(len(rig.hub.refused), has.Refused.MOST)
+        rig.pass_time(*[0.5] * 12)
+        self.assertEqual(len(rig.hub.refused), 0)
+
+
+class TestQuietLog(unittest.TestCase):
+    def test_once_a_minute_for_each_address(self):
+        timers = []
+        quiet = has.QuietLog(lambda seconds, call: timers.append((seconds, call)))
+        with self.assertLogs(has.log, "INFO") as logged:
+            for host in ("203.0.113.1", "203.0.113.2"):
+                for _ in range(1000):
+                    quiet.note(host, "refused: full")
+            for number in range(1000):
+                quiet.note(f"198.51.{number // 250}.{number % 250}", "refused: full")
+            (seconds, call), = timers
+            call()
+        said = [line.partition(":has:")[2] for line in logged.output]
+        self.assertEqual((seconds, len(said)), (60, 2 + 98 + 2 + 1))
+        self.assertIn("clients from 203.0.113.2 refused: full: 999 more in the last minute", said)
+        self.assertIn("902 more such lines in the last minute, about other addresses", said)
 
 
 class Listeners(RigCase):
@@ -6184,7 +6438,7 @@ class Listeners(RigCase):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         rig.hub.on_accept(theirs, "203.0.113.9", True)
-        self.assertEqual((ours.recv(1), rig.hub.arrivals), (b"", set()))
+        self.assertEqual((ours.recv(1), len(rig.hub.arrivals)), (b"", 0))
 
     def test_a_fault_in_letting_a_client_in_ends_that_client(self):
         rig = self.rig(local_address="127.0.0.1", local_port=0)
