@@ -154,7 +154,21 @@ def parse_address(text):
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", text)
     if not match or not 0 < int(match.group(3)) < 65536:
         raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path with a port from 1 to 65535")
+    _check_host(match.group(1), match.group(2))
     return Address(match.group(1) or match.group(2), int(match.group(3)), None)
+
+
+def _check_host(in_brackets, name):
+    """ValueError for a host that no resolver could take (RFC 1035 2.3.4, 3986 3.2.2)."""
+    if in_brackets or re.fullmatch(r"[0-9.]+", name):
+        try:
+            (ipaddress.IPv6Address if in_brackets else ipaddress.IPv4Address)(in_brackets or name)
+        except ValueError:
+            raise ValueError(f"{in_brackets or name!r} is no IPv{6 if in_brackets else 4} address") from None
+        return
+    labels = (name[:-1] if name.endswith(".") else name).split(".")
+    if len(name) > 253 or not all(0 < len(label) < 64 for label in labels):
+        raise ValueError(f"{name!r} is no host name: a part between its dots is empty, or something is too long")
 
 
 def _addresses(text):
@@ -921,6 +935,11 @@ class Credentials:
         return self.name.lstrip(b"*").lower()
 
     @property
+    def is_guest(self):
+        """Whether another player may have that name the next time."""
+        return self.character == b"guest"
+
+    @property
     def made(self):
         """These Credentials once they took: whoever was created connects from then on."""
         return Credentials(b"connect", self.name, self.password) if self.creates else self
@@ -977,6 +996,7 @@ class Dialect:
     logout = re.compile(rb"(?!)")
     handover_words = ()            # words only HAS may say before a login
     setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
+    not_taken_text = re.compile(rb"(?!)")       # for one not taken that may be right: it was answered all the same
     refused_text = re.compile(rb"(?!)")         # its words for a login refused: wrong, taken, closed to guests
     password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
     name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="         # group 1 who, group 2 the new name
@@ -1134,6 +1154,7 @@ class PennMUSH(_InfoFamily):
     logout = re.compile(rb"LOGOUT\Z")
     strips_blanks = False
     counts_failures = True         # 10 in 10 minutes from one address, which is HAS's over TCP (worlds/pennmush.md h)
+    not_taken_text = re.compile(rb"Player connections not allowed\.|This IP address has failed too many times")
     # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\n \r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
@@ -1191,6 +1212,7 @@ class TinyMUX(_InfoFamily):
     login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    not_taken_text = re.compile(rb"All guests are currently busy|Error creating guest")
     # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
     mark_before = b"OUTPUTPREFIX %(n)s\r\n"
     mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
@@ -1210,6 +1232,7 @@ class RhostMUSH(_InfoFamily):
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?i)(?:quit|logout)(?:\s.*)?\Z")
     handover_words = (b"proxy",)
+    not_taken_text = re.compile(rb"Your attempt to crash this mush")
     # SESSION prints its table only when logged in; both marks come in either state
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
@@ -1417,7 +1440,7 @@ class Proof:
         """What the world said up to the end marker: without its answer to HAS's own question for that."""
         if self.dialect.end_question != b"INFO\r\n":
             return self.held
-        return re.sub(rb"### Begin INFO\r?\n(?s:.*?)### End INFO\r?\n", b"", self.held)
+        return re.sub(rb"### Begin INFO(?s:.*?)### End INFO\r?\n", b"", self.held)
 
     def _read_outcomes(self, text):
         """Families without marks answer login lines in order, one outcome each, at the start of a line.
@@ -2009,6 +2032,7 @@ NOTHING = {}
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
 # What clients send by timer, to be connected still: an empty line, IDLE, @@ (worlds/pennmush.md b).
 _BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
+_QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
 _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
@@ -2237,7 +2261,7 @@ class Session:
                 "size": f"{width}x{height}" if width else ""}
 
     # unsent_lines counts the lines of one second, and a timer that is not packed ends that
-    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer", "unsent_lines"}
+    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer", "unsent_lines", "settled"}
 
     def pack(self):
         """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
@@ -2428,6 +2452,9 @@ class Session:
         if self.state is State.LOGIN:
             self._tell_silence()
         self.kept += data
+        if self.silent and self.state is State.LOGIN and _QUIT_LAST.search(self.kept):
+            self.close("quit")                  # he need not wait for the link to open
+            return
         if len(self.kept) > KEEP_BYTES:
             self.client.pause()                 # nothing is lost: the rest waits at the client
         self._refresh()
@@ -2475,7 +2502,7 @@ class Session:
         elif wanted and self._can_forward():
             if not (self.replay and self.replay.waits):
                 return piece
-            self.replay.late += piece
+            self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
         return b""
 
     def _answer_client(self, data):
@@ -2602,7 +2629,8 @@ class Session:
             if b"=" not in value:
                 return                          # asks for a list of them
             word += b" " + value.partition(b"=")[0].strip().upper()
-        self.settings = {**self.settings, word: value}
+        if len(value) <= 500 and (word in self.settings or len(self.settings) < 40):
+            self.settings = {**self.settings, word: value}
 
     def _login_part(self):
         typed = self.typed
@@ -2622,14 +2650,20 @@ class Session:
         return self._playing_part()
 
     def _whole_lines(self):
-        return self.dialect.whole_lines or self.hub.settings.remotehostname_cmd not in ("auto", "none")
+        return self.dialect.whole_lines or self.hub.settings.remotehostname_cmd not in ("auto", "none") or bool(
+            self.hub.world and self.hub.world.word not in ("auto", "none"))
+
+    def _is_handover(self, line):
+        """Whether it could be read as the hand-over of an address, by the word in use or the one to come (HUP)."""
+        words = {self.hub.settings.remotehostname_cmd} | ({self.hub.world.word} if self.hub.world else set())
+        return any(self.dialect.is_handover(line, word) for word in words)
 
     def _login_line(self, line):
         typed = self.typed
         if typed.overlong and self._whole_lines():
             self._answer("# NOTICE # That line is too long.")
             return b""
-        if self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
+        if self._is_handover(line):
             log.warning("%s: typed the word that hands over addresses; the line was not passed on", self)
             return b""
         login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
@@ -2676,7 +2710,7 @@ class Session:
             self.close("quit while the world is down")
         elif self._asks_for_list(line) or _BY_TIMER.match(line):
             pass
-        elif login or self.dialect.is_handover(line, self.hub.settings.remotehostname_cmd):
+        elif login or self._is_handover(line):
             if login and (not self.login or self.is_guest):
                 self.login = None
                 self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
@@ -2780,7 +2814,7 @@ class Session:
         hub, dialect = self.hub, self.dialect
         self.stuck = self.client.full           # nobody waits for a client that did not read the last link either
         tune(link.sock, 15, 5, 3, hub.settings.dead_after + 10)
-        word, target = hub.settings.remotehostname_cmd, hub.world.target
+        word, target = hub.world.word, hub.world.target
         path = target[1] if isinstance(target[1], str) else None
         epoch = self.since if hub.settings.add_epoch_time else 0
         opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(
@@ -2958,10 +2992,11 @@ class Session:
         if text.strip():
             self.spoke_at = self.hub.now
         begun = len(self.tail)                  # a text may come in two pieces
-        refusals = [it for it in self.dialect.refused_text.finditer(self.tail + text) if it.end() > begun]
-        if refusals and self.unanswered:
+        refusals, others = ([it for it in pattern.finditer(self.tail + text) if it.end() > begun]
+                            for pattern in (self.dialect.refused_text, self.dialect.not_taken_text))
+        if self.unanswered and refusals + others:
             log.info("%s: the world refused a login", self)
-            del self.unanswered[:len(refusals)]
+            del self.unanswered[:len(refusals + others)]
         if refusals and not self.hub.world.shut:
             self.pending = None
 
@@ -3067,7 +3102,7 @@ class Session:
             return
         if self.proof.words() != self.words:
             self.words, self.words_due = self.proof.words(), True
-        if self.trials[0].creates and self.words:
+        if (self.trials[0].creates or self.trials[0].is_guest) and self.words:
             self.trials, self.pending = [], None                # it was answered, and is sent but once
 
     def _show_last_words(self):
@@ -3085,7 +3120,7 @@ class Session:
         if self.state is State.RETURNING:
             self._wait_again()
         if self.hub.now - self.failing_since >= 5 and not self.told:
-            self.told = True
+            self.told, self.greeting = True, self.hub.settings.online_notice
             self._write_notice(self.hub.settings.offline_notice)
         self._refresh()
         self._later(delay, self.connect_again)
@@ -3123,6 +3158,8 @@ class Session:
         if self.state not in (State.WAITING, State.CLOSING):
             # who is on his way back, to the game or to the login screen, was told already
             self.wait("" if self.state is State.RETURNING or self.greeting else notice)
+        elif self.state is State.WAITING and self.kept:
+            self._wait_again()                  # typed in the middle of a return, in the process before this one
 
     def wait(self, notice):
         """Hold the client until the world is back."""
@@ -3185,8 +3222,8 @@ class Session:
 
     def on_world_silent(self, silent):
         """The world has stopped answering, or answers again."""
-        self.silent = silent
-        self.iced = b""
+        if silent is not self.silent:           # else a new process is told what it knows
+            self.silent, self.iced = silent, b""
         if silent and self._has_quit(self.hub.settings.hb_timeout + self.hub.settings.beat):
             self.close("quit")
         if not silent and self.state in (State.LOGIN, State.PLAYING, State.ASKING):
@@ -3214,7 +3251,7 @@ class Session:
     @property
     def is_guest(self):
         """Whether he is logged in as a guest: another one may have that name the next time."""
-        return self.login is not None and self.login.character == b"guest"
+        return self.login is not None and self.login.is_guest
 
     def begin_return(self):
         """The world is up: get back into it, or to its login screen."""
@@ -3226,11 +3263,17 @@ class Session:
         self.trials = [c for c in (self.login or self.pending, self.previous) if c]
         if self.is_guest or not self.dialect.logs_in:
             self.trials = []
-        if self.hub.world.checks and (len(self.trials) > 1 or self.trials and self.dialect.counts_failures):
+        if self.hub.world.checks and self._is_to_be_checked():
             self.checked = list(self.trials)
             self.hub.check(self, self.checked)
         else:
             self.hub.links.add(self)
+
+    def _is_to_be_checked(self):
+        """Whether to ask first which pair is right. Who does not exist yet, or needs no password, is always wrong."""
+        first = self.trials[0] if self.trials else None
+        return first and not (first.creates or first.is_guest) and (
+            len(self.trials) > 1 or self.dialect.counts_failures)
 
     def _returned(self):
         """The end marker of a return came: all is known."""
@@ -3324,13 +3367,13 @@ class Session:
             log.warning("%s: no end of the login seen in %d s; showing what came", self, RETURN_SECONDS)
         if proof.login:
             self._back_in_game(proof.login)
+            self._show(held)
+            if self.kept:
+                self._send_kept()
         else:
             self._enter(State.LOGIN)
-            self._write_notice(self.hub.settings.online_notice)
             self._arrived()
-        self._show(held)
-        if self.kept:
-            self._send_kept()
+            self._at_login_screen(held)
 
     def _send_kept(self):
         """Send one line typed during the return; the next follows the world's answer or 100 ms (rule 4).
@@ -3406,17 +3449,22 @@ class Session:
 # one world; the Heartbeat decides what is asked, when, and of which world.
 # ======================================================================
 
-World = collections.namedtuple("World", "address target dialect life blind checks told rights telnet shut",
-                               defaults=(True, True, True, False))
+World = collections.namedtuple(
+    "World", "address target dialect life blind checks told rights telnet shut tls word looks",
+    defaults=(True, True, True, False, None, "auto", None))
 World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
 start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
 not log in (blind), whether it may check passwords, whether the world understands the address line (told), whether
 the heartbeat has the flag it should have (rights), whether the world knows telnet from text (telnet), and whether it
-refused the heartbeat's login (shut): its database may be broken."""
+refused the heartbeat's login (shut): its database may be broken. What links need to be opened as the heartbeat's was:
+a TLS context or None (tls), the remotehostname_cmd (word). The name of the family it looks like, if that is another
+than mush_type says (looks)."""
 
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
 LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
 RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
+LOOK_UP_SECONDS = 10               # a world that is down: its name is looked up again this often
+OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}         # this machine's, not the world's
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
 
 
@@ -3441,6 +3489,10 @@ class Stopped(Exception):
     """HAS stops, or is replaced by a new process."""
 
 
+_OWN_MARK = re.compile(rb"=[0-9a-f]{10,12}=[aze]?")
+_INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
+
+
 def _new_nonce():
     return b"=" + secrets.token_hex(6).encode() + b"="
 
@@ -3454,6 +3506,7 @@ class Connection:
 
     def __init__(self, sock, address, target, settings, wait):
         self.sock, self.address, self.target, self.settings, self.wait = sock, address, target, settings, wait
+        self.tls, self.word = settings.world_tls, settings.remotehostname_cmd
         self.dialect, self.life = PLAIN, None
         self.blind, self.checks, self.told, self.rights, self.telnet = False, False, True, True, True
         self.scanner = Scanner()
@@ -3462,6 +3515,7 @@ class Connection:
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
         self.refused = False       # the world said that the login was wrong
+        self.looks = None          # the family it looks like, if mush_type says another
         self.renew_at = None       # when a connection at the login screen must be made anew
         self._settled = self._greeted = False
         self._tokens, self._filled = None, time.monotonic()
@@ -3470,7 +3524,7 @@ class Connection:
     def world(self):
         """What the hub is told."""
         return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told,
-                     self.rights, self.telnet, self.refused)
+                     self.rights, self.telnet, self.refused, self.tls, self.word, self.looks)
 
     @property
     def lacks_something(self):
@@ -3511,7 +3565,8 @@ class Connection:
 
     def lost(self, why=None):
         """A Lost that says why, with the world's last words: "not allowed from this host" explains much."""
-        lines = [line.strip() for line in self.heard.split(b"\n") if re.search(rb"[A-Za-z\x80-\xff]", line)]
+        heard = _OWN_MARK.sub(b"", self.heard)  # or they would be other words at each try
+        lines = [line.strip() for line in heard.split(b"\n") if re.search(rb"[A-Za-z\x80-\xff]", line)]
         words = printable(b" ".join(lines[-3:]))
         shown = f'; its last words: "{words[:250]}"' if words and self.settings.hb_pass not in words else ""
         lost = Lost((why or self.ended) + shown)
@@ -3582,7 +3637,7 @@ class Connection:
         dialect, how = recognise(banner, b""), "by what it sends at connect"
         if dialect is None:
             self.send(b"INFO\r\n")
-            answer = self._expect(re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n"), 3)
+            answer = self._expect(_INFO_BLOCK, 3)
             dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
         if dialect is None and not banner and not answer:
             raise self.lost("it took the connection but does not answer")
@@ -3637,7 +3692,9 @@ class Connection:
             self.send(dialect.start_question)
             answer = self._expect(dialect.start_answer, seconds)
         if not answer:
-            raise self.lost("it took the connection but does not answer")
+            raise self._silent("it took the connection but does not answer")
+        if not dialect.start_command:
+            self._compare_family(answer.string[:answer.end()])
         return f"{self.address} since {printable(answer.group(1))}"
 
     def _knows_telnet(self):
@@ -3668,25 +3725,46 @@ class Connection:
                     return False
                 self._goes_on(min(until, asked_at + 1.01) if asked_at else until)
         if not proof.ended:
-            raise self.lost("it does not answer to the heartbeat's login")
+            raise self._silent("it does not answer to the heartbeat's login")
         self.refused = proof.refused
         if proof.login and not self.ask(self.settings.hb_timeout):
             raise self.lost("the heartbeat is logged in but gets no answer")
         return bool(proof.login)
+
+    def look_at_family(self):
+        """Something did not work as mush_type promises: whether the world is of another family; see `looks`."""
+        if self.settings.mush_type != "auto" and not self.looks:
+            self.send(b"INFO\r\n")
+            info = self._expect(_INFO_BLOCK, 2)
+            self._compare_family(info.group() if info else b"")
+        return bool(self.looks)
+
+    def _compare_family(self, info):
+        looks = recognise(b"".join(self.commands) + self.text, info)
+        if self.settings.mush_type != "auto" and looks not in (None, self.dialect):
+            self.looks = looks.name
+
+    def _silent(self, where):
+        """The Lost of a world that does not answer what its family would."""
+        try:
+            self.look_at_family()
+        except Lost:
+            pass                                # it has ended meanwhile; why it was given up is what counts
+        return self.lost(where + (f"; it looks like a {self.looks}: is mush_type right?" if self.looks else ""))
 
     def look_at_rights(self, login):
         """Find out whether the heartbeat may do what it is for; a WARNING says what it lacks."""
         dialect, user = self.dialect, self.settings.hb_user
         if dialect.check_function:
             self.checks = self.rights = self.verdicts([login]) == [True]
-            if not self.rights:
+            if not self.rights and not self.look_at_family():
                 log.warning("%s: the heartbeat %s may not check passwords: set its %s flag, then kill -HUP; until then "
                             "a login counts by the world's own words", self.address, user, dialect.needed_flag)
         elif dialect.flag_question:
             nonce = _new_nonce()
             answer = self._think(b"think %s %s %s\r\n" % (nonce, dialect.flag_question, nonce), nonce)
-            self.rights = answer != b"0"
-            if not self.rights:
+            self.rights = answer == b"1" if self.settings.mush_type != "auto" else answer != b"0"
+            if not self.rights and not self.look_at_family():
                 log.warning("%s: the heartbeat %s has no %s flag: it cannot get back in while logins are disabled or "
                             "the game is full: set it, then kill -HUP", self.address, user, dialect.needed_flag)
 
@@ -3746,7 +3824,8 @@ class Connection:
 
     # ---- a new process in place of this one
 
-    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target", "refused")
+    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target", "refused", "word",
+               "looks")
 
     def park(self):
         """What a new process needs to go on with this connection, whose socket is left open; plain values."""
@@ -3760,6 +3839,7 @@ class Connection:
         sock = socket.socket(fileno=left["fd"])
         sock.setblocking(False)
         connection = cls(sock, parse_address(left["address"]), None, settings, wait)
+        connection.tls = None                   # the socket of a TLS connection is never parked
         for name in set(cls._PARKED) & set(left["values"]):
             setattr(connection, name, unpack(left["values"][name]))
         connection.target = (socket.AddressFamily(connection.target[0]), connection.target[1])
@@ -3787,12 +3867,16 @@ class Heartbeat(threading.Thread):
         self._login_after = 0.0    # no login is tried before, in the life of the world in which one was not taken:
         self._login_life, self._login_refused = None, False
         self._known = {}           # Address -> Dialect as recognised
+        self._targets = {}         # Address -> (socket family, numeric address) that led to its world the last time
+        self._targets_age = {}     # Address -> since when that has led nowhere, or when it was looked up since then
+        self._shut_out = False     # the last try to log in was not taken, and the log says so
         self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
         self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
         self._renew = False        # the settings ask for a new connection to the same world
         self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._stopping = False
         self._parked_before = parked            # what park() of an older process left
+        self._silent_since = None               # when the probe was sent that the world has not answered yet
         self.parked = None         # for a new process; read it only after join()
 
     # ---- messages of the hub, run in this thread
@@ -3811,6 +3895,9 @@ class Heartbeat(threading.Thread):
         own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca", "remotehostname_cmd")
         if changed or settings.mush_type != self._settings.mush_type:
             self._known.clear()
+        if changed:
+            self._targets.clear()
+            self._targets_age.clear()
         self._untold.clear()
         self._said.clear()
         self._renew = self._renew or self._lacks or any(
@@ -3855,7 +3942,7 @@ class Heartbeat(threading.Thread):
                 self._tell(self._hub.on_heartbeat_lost, "fault", False)
                 self._pause(1)
             self._close(connection)
-            connection = None
+            connection = self._parked_before = None
             self._forget_checks()
 
     def _park(self, connection):
@@ -3863,6 +3950,7 @@ class Heartbeat(threading.Thread):
         parked = {"current": str(self._current or ""), "wanted": str(self._wanted or ""),
                   "login_after": self._login_after, "login_life": self._login_life,
                   "login_refused": self._login_refused, "down_since": self._down_since,
+                  "silent_since": self._silent_since,
                   "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
         if connection and connection.ended is None and type(connection.sock) is socket.socket:
             parked["connection"] = connection.park()
@@ -3874,6 +3962,7 @@ class Heartbeat(threading.Thread):
         self._wanted = parse_address(parked["wanted"]) if parked["wanted"] else None
         self._login_after, self._down_since = parked["login_after"], parked["down_since"]
         self._login_life, self._login_refused = parked.get("login_life"), parked.get("login_refused", False)
+        self._silent_since = parked.get("silent_since")
         self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
         if "connection" not in parked:
             return None
@@ -3884,6 +3973,8 @@ class Heartbeat(threading.Thread):
             self._tell(self._hub.on_heartbeat_lost, "it could not be taken over", False)
             return None
         self._selector.register(connection.sock, READ, connection)
+        self._targets[connection.address] = connection.target
+        self._current, self._down_since = connection.address, None
         return connection
 
     def _tell(self, call, *arguments):
@@ -3941,9 +4032,15 @@ class Heartbeat(threading.Thread):
                     if self._down_since is None:
                         self._down_since = time.monotonic()
                     if lost.ours:
-                        log.error("the heartbeat: %s; this says nothing of the world", lost)
-                    else:
-                        self._tell(self._hub.on_unreachable, address, str(lost), lost.accepted)
+                        self._log_change(logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
+                                         "nothing of the world: users on open connections play on")
+                    self._tell(self._hub.on_trouble if lost.ours else self._hub.on_unreachable, address, str(lost),
+                               lost.accepted)
+                except (Moved, Stopped):
+                    raise
+                except Exception as error:      # costs this try only: another address may do
+                    log.exception("%s: a fault of HAS in trying it", address)
+                    self._tell(self._hub.on_trouble, address, repr(error), False)
             self._pause(self._settings.retry)
 
     def _candidates(self):
@@ -3960,6 +4057,14 @@ class Heartbeat(threading.Thread):
 
     def _establish(self, address):
         """Connect to an address, recognise the family, log in and have a probe answered; Lost says why not."""
+        connection = self._confirmed(address)
+        if connection.looks:
+            looks = connection.looks
+            self._log_change(logging.WARNING, (address, "looks"), f"{address}: mush_type = {connection.dialect.name}, but "
+                             f"the world looks like a {looks}: set mush_type = {looks} (or auto), then kill -HUP")
+        return connection
+
+    def _confirmed(self, address):
         connection = self._identified(address)
         if not connection.dialect.logs_in or self._or_close(connection, self._log_in, connection):
             return connection
@@ -4001,9 +4106,16 @@ class Heartbeat(threading.Thread):
         settings, dialect = self._settings, connection.dialect
         login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
         if connection.log_in(login):
+            if self._shut_out:
+                log.info("%s: the heartbeat %s is logged in now", connection.address, settings.hb_user)
+            self._shut_out = False
             self._said.pop("login", None)
             connection.look_at_rights(login)
             return True
+        self._shut_out = True
+        if connection.ended is None and connection.look_at_family():
+            self._login_after = time.monotonic() + LOGIN_AGAIN_SECONDS
+            return False
         pause = LOGIN_AGAIN_SECONDS if connection.refused else LOGIN_CLOSED_SECONDS
         self._login_after = time.monotonic() + pause
         self._login_life, self._login_refused = connection.life, connection.refused
@@ -4020,7 +4132,7 @@ class Heartbeat(threading.Thread):
         """A Connection to an address, over TLS if that is wanted; Lost."""
         failure = None
         try:
-            for target in self._resolve(address):
+            for target in self._targets_of(address):
                 try:
                     sock = self._connect(target)
                     break
@@ -4028,15 +4140,39 @@ class Heartbeat(threading.Thread):
                     failure = error
             else:
                 raise failure
-            if self._settings.world_tls:
-                sock = self._wrap(sock, address)
-        except OSError as error:
-            lost = Lost(error.strerror or str(error))
-            lost.ours = error.errno in (errno.EMFILE, errno.ENFILE)
+        except (OSError, UnicodeError) as error:
+            self._targets_age.setdefault(address, time.monotonic())
+            lost = Lost(getattr(error, "strerror", None) or str(error))
+            lost.ours = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno in OWN_TROUBLE
             raise lost from None
+        if self._settings.world_tls:
+            try:
+                sock = self._wrap(sock, address)
+            except OSError as error:            # it took the connection: that it lives is all this says
+                lost = Lost(error.strerror)
+                lost.accepted = lost.ours = True
+                raise lost from None
+        self._targets[address] = target
+        self._targets_age.pop(address, None)
         connection = Connection(sock, address, target, self._settings, self._wait)
         self._selector.register(sock, READ, connection)
         return connection
+
+    def _targets_of(self, address):
+        """Where to connect to. A name that led to a world is looked up again only when it has led nowhere for a while:
+        nothing is looked up in the way of an answer, and DNS may fail."""
+        known = self._targets.get(address)
+        failing_since = self._targets_age.get(address)
+        if known and (failing_since is None or time.monotonic() < failing_since + LOOK_UP_SECONDS):
+            return [known]
+        self._targets_age[address] = time.monotonic()
+        try:
+            return self._resolve(address)
+        except (OSError, UnicodeError) as error:
+            if not known:
+                raise
+            log.log(logging.DEBUG, "%s: cannot be looked up: %s; tried on where it was", address, error)
+            return [known]
 
     @staticmethod
     def _resolve(address):
@@ -4102,6 +4238,9 @@ class Heartbeat(threading.Thread):
         if self._wanted == self._current:
             self._wanted = None
         self._lacks = connection.lacks_something
+        if self._parked_before:                 # an older process found this world; does it still answer?
+            self._parked_before = None
+            self._probe(connection)
         self._tell(self._hub.on_world_found, connection.world)
         beat_at = time.monotonic() + self._settings.beat
         while True:
@@ -4126,7 +4265,8 @@ class Heartbeat(threading.Thread):
     def _probe(self, connection):
         """One probe serves all who asked before it was sent. Lost when the world is silent for dead_after."""
         asks, self._asks = self._asks, []
-        started, settings, silent = time.monotonic(), self._settings, False
+        settings, silent, now = self._settings, self._silent_since is not None, time.monotonic()
+        self._silent_since = started = self._silent_since or now
         try:
             answered = connection.question(min(settings.hb_timeout, settings.dead_after))
             while not answered:
@@ -4141,8 +4281,9 @@ class Heartbeat(threading.Thread):
                 self._consider_moving()
                 answered = connection.question(min(left, settings.hb_timeout))
         except (Lost, Moved):
-            self._asks = asks + self._asks
+            self._asks, self._silent_since = asks + self._asks, None
             raise
+        self._silent_since = None
         if silent:
             self._tell(self._hub.on_answering)
         self._tell(self._hub.on_answers, asks, connection.life, time.monotonic() - started)
@@ -4198,7 +4339,12 @@ class Heartbeat(threading.Thread):
         """A connection to another world, or another one to the same; None (logged) where that cannot be had."""
         try:
             return self._establish(address)
-        except Lost as lost:
+        except (Moved, Stopped):
+            raise
+        except Exception as error:
+            lost = error
+            if not isinstance(error, Lost):
+                log.exception("%s: a fault of HAS in trying it", address)
             if address == self._current:
                 self._log_change(logging.ERROR, address, f"HUP: the new settings do not work with {address}: {lost}; "
                                  "the old connection is kept; mend mush_type, mush_ssl or hb_user, then kill -HUP")
@@ -4217,7 +4363,8 @@ class Heartbeat(threading.Thread):
 # who may connect to it next.
 # ======================================================================
 
-AWAY_SECONDS = 3                   # the heartbeat cannot come back for this long: the world is down
+AWAY_SECONDS = 3                   # connects are refused for this long: the world is down, though links seem open
+ALL_GONE_SECONDS = 0.3             # every link and the heartbeat ended: time for its first try to say why
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
 ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5     # links that end this close together; until the second probe for them
@@ -4234,6 +4381,36 @@ class Health(enum.Enum):
     UP = "up"
     SILENT = "silent"
     DOWN = "down"
+
+
+class Loss:
+    """The heartbeat has lost its connection: does that mean that the world is down? Pure; times are the hub's.
+
+    Alone it does not: it may have been booted, or this machine may have trouble of its own (look-ups, descriptors, TLS).
+    Only connects that are refused or unanswered say something, and links that end, too.
+    """
+
+    def __init__(self, since):
+        self.since = since
+        self.unreachable = False                # a connect was refused, or not answered
+        self.accepted = False                   # ... or was taken by the world, or its host, and led nowhere
+
+    def tried(self, accepted):
+        """A try to get back has failed, for a reason that lies with the world."""
+        self.unreachable, self.accepted = True, accepted
+
+    def wait(self, now, asking, linked, dead_after):
+        """Seconds until it is down if nothing else happens: 0 is now, None never. `asking`: a link has ended for a reason
+        that is not known; `linked`: another is open; `dead_after` as in the settings."""
+        if self.unreachable and (asking or not linked):
+            return 0
+        if asking and not linked:               # every link has ended, and no try has had its time
+            longest = ALL_GONE_SECONDS
+        elif self.unreachable:                  # links are open: a world that takes connections lives
+            longest = dead_after if self.accepted else AWAY_SECONDS
+        else:
+            return None
+        return max(0, self.since + longest - now)
 
 
 class Listener:
@@ -4868,9 +5045,8 @@ class Hub:
         self.started = self.health_since = self.last_outage = time.time()
         self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
         self.pumps, self.rescues = [], []       # process ids; times of rescues
-        self._away_since = None                 # the heartbeat lost its connection then
-        self._unreachable = False               # ... and could not make a new one
-        self._accepted = False                  # ... though the world, or its host, took the connection
+        self.loss = None                        # a Loss, while the heartbeat has no connection
+        self._lost_at = None                    # by the wall clock: when users lost the world, if they did
         self._reasons = {}                      # Address -> why it could not be reached, since the world was found
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
@@ -5109,10 +5285,9 @@ class Hub:
 
     def connect(self, world, owner, on_data):
         """Begin to open a link to the world; OSError where that fails at once."""
-        context = self.settings.world_tls
-        if context is None:
+        if world.tls is None:
             return Stream.connect(self.selector, world.target, owner, on_data)
-        return TLSStream.connect(self.selector, world.target, owner, on_data, context=context,
+        return TLSStream.connect(self.selector, world.target, owner, on_data, context=world.tls,
                                  server_name=world.address.host)
 
     def open_link(self, session):
@@ -5152,11 +5327,12 @@ class Hub:
 
     # ---- the health of the world; on_* are posted by the heartbeat
 
-    def _set_health(self, health):
+    def _set_health(self, health, since=None):
+        """It is so since now, or that time by the wall clock: an outage lasts since users lost the world."""
         if self.health is Health.DOWN and self.outages:         # before the first world was found it was none
             self.outage_seconds += time.time() - self.health_since
         if health is not self.health:
-            self.health, self.health_since = health, time.time()
+            self.health, self.health_since = health, since or time.time()
 
     def _each(self, method, *arguments):
         """Call a method of every session, oldest first; a fault in one ends only that one."""
@@ -5204,8 +5380,8 @@ class Hub:
         old, was, since = self.world, self.health, self.health_since
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
-        renewed = world == old and self.is_up and self._away_since is None      # a blind one: once a minute
-        self._away_since, self._unreachable, self._reasons, self._wish = None, False, {}, None
+        renewed = world == old and self.is_up and self.loss is None     # a blind one: once a minute
+        self.loss, self._lost_at, self._reasons, self._wish = None, None, {}, None
         self._connections += 1
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
@@ -5256,8 +5432,7 @@ class Hub:
         if dead:
             self._down(reason)
             return
-        self._away_since, self._unreachable, self._accepted = self.now, False, False
-        self.later(AWAY_SECONDS, self._judge_loss)
+        self.loss, self._lost_at = Loss(self.now), self._lost_at or time.time()
         self._judge_loss()
 
     def on_unreachable(self, address, reason, accepted):
@@ -5268,29 +5443,34 @@ class Hub:
         self._reasons[address] = reason
         if self.health is Health.STARTING:
             self._down(reason)
-        elif self._away_since is not None and address == self.world.address:
-            self._unreachable, self._accepted = True, accepted
+        elif self.loss and address == self.world.address:
+            self.loss.tried(accepted)
             self._judge_loss()
 
+    def on_trouble(self, address, reason, accepted):
+        """The heartbeat could not try to get to a world, for a reason that says nothing of it."""
+        if self.health is Health.STARTING:
+            self.on_unreachable(address, reason, accepted)      # nobody is in it yet, and who comes must be told
+        else:
+            self._reasons.setdefault(address, reason)
+
     def _judge_loss(self):
-        """Does a lost heartbeat mean that the world is down? Alone it does not: it may have been booted."""
-        if self._away_since is None or not self.is_up:
+        """Does a lost heartbeat mean that the world is down?"""
+        if self.loss is None or not self.is_up:
             return
-        away = self.now - self._away_since + 0.01
         asking = any(s.state is State.ASKING for s in self.sessions.values())
         linked = any(s.linked for s in self.sessions.values())
-        alone = asking and not linked           # every link has ended too
-        # a world that takes connections and keeps its links lives, whatever it has against the heartbeat
-        longest = self.settings.dead_after if linked and self._accepted else AWAY_SECONDS
-        if away >= longest or self._unreachable and (asking or not linked) or alone and away >= 0.3:
+        wait = self.loss.wait(self.now, asking, linked, self.settings.dead_after)
+        if wait == 0:
             self._down(self._reasons.get(self.world.address, "the heartbeat cannot get back"))
-        elif alone:
-            self.later(0.3, self._judge_loss)
+        elif wait is not None:
+            self.later(wait, self._judge_loss)
 
     def on_silent(self):
         """A probe was not answered in time."""
         if self.health is Health.UP:
             log.warning("the world does not answer; users stay connected; down after %g s", self.settings.dead_after)
+            self._lost_at = time.time() - self.settings.hb_timeout
             self._set_health(Health.SILENT)
             self._each("on_world_silent", True)
 
@@ -5298,6 +5478,7 @@ class Hub:
         """The world answers again."""
         if self.health is Health.SILENT:
             log.warning("the world answers again")
+            self._lost_at = None
             self._set_health(Health.UP)
             self._each("on_world_silent", False)
 
@@ -5305,8 +5486,8 @@ class Hub:
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
         if self.health is not Health.STARTING:
             self.outages, self.last_outage = self.outages + 1, time.time()
-        self._set_health(Health.DOWN)
-        self._away_since = None
+        self._set_health(Health.DOWN, self._lost_at)
+        self.loss = self._lost_at = None
         self.links.clear()
         self._each("on_world_down", self.settings.offline_notice)
 
@@ -5331,7 +5512,8 @@ class Hub:
                                     "identity": pack(self.control.identity)}
         fds += [it["fd"] for it in listeners + [control] * bool(control)]
         world = self.world and {**self.world._asdict(), "address": str(self.world.address),
-                                "target": pack(self.world.target), "dialect": self.world.dialect.name}
+                                "target": pack(self.world.target), "dialect": self.world.dialect.name,
+                                "tls": self.world.tls is not None}
         return {"format": 1, "version": VERSION, "settings": self.settings.texts,
                 "files": pack(self.settings.files), "conf": self.settings.conf, "sessions": sessions,
                 "listeners": listeners, "control": control, "world": world, "health": self.health.name,
@@ -5354,8 +5536,13 @@ class Hub:
             it = state["world"]
             family, target = unpack(it["target"])
             known = {name: it[name] for name in World._fields if name in it}
+            settings = self.settings
+            tls = settings.world_tls if it.get("tls", settings.mush_ssl) else None
+            if it.get("tls") and tls is None:   # a HUP that has not come true has taken it away
+                tls = world_context(settings.mush_ssl_verify, settings.mush_ssl_ca, settings.files)
             self.world = World(**{**known, "address": parse_address(it["address"]), "dialect": DIALECTS[it["dialect"]],
-                                  "target": (socket.AddressFamily(family), target)})
+                                  "target": (socket.AddressFamily(family), target), "tls": tls,
+                                  "word": it.get("word", settings.remotehostname_cmd)})
         self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
                           for it in state["listeners"]]
         if state["control"]:
@@ -5455,9 +5642,9 @@ class Hub:
     def _heartbeat_status(self):
         if self.health is Health.SILENT:
             return f"no answer for {ago(time.time() - self.health_since + self.settings.hb_timeout)}"
-        if not self.is_up or self._away_since is not None:
+        if not self.is_up or self.loss:
             return "away"
-        where = "at the login screen" if self.world.blind else "logged in"
+        where = f"{self.settings.hb_user} {'at the login screen' if self.world.blind else 'logged in'}"
         return where + (f", answers in {self.round_trip * 1000:.1f} ms" if self.round_trip else "")
 
     def command(self, request):
@@ -6068,7 +6255,9 @@ def findings(world, settings):
             "over TCP this family cannot be told; by its unix socket it can" if dialect is UNIX_DIALECT and over_tcp
             else "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", world.address.path)
             else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
-    return [("family", dialect.name + ("" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
+    looks = f", but it looks like a {world.looks}: set mush_type = {world.looks}" if world.looks else ""
+    return [("family", dialect.name + looks + (
+                "" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
             ("heartbeat login", "not possible with this family" if not dialect.logs_in else
              "works" if not world.blind else
              f"not taken, as said above: is {settings.hb_user} made there (README), are hb_user and hb_pass right?"),

@@ -2547,6 +2547,15 @@ class TestSettings(SettingsCase):
         self.assertEqual(self.problems, [])
         self.assertEqual(set(has.read_constants(os.path.join(HERE, "has.py"))[0]), set(has.SETTINGS))
 
+    def test_hosts_that_no_resolver_could_take_are_refused(self):
+        for host in ("mush..example.org", ".example.org", "a" * 64 + ".org", "a" * 64, ".".join(["a" * 60] * 5), "..", ".",
+                     "300.1.1.1", "1.2.3", "1.2.3.4.5", "[1.2.3.4]", "[::zz]", "[:::1]", "[::1.2.3.4.5]"):
+            with self.subTest(host):
+                problem, = self.wrong(f"mush_address = {host}:4096")
+                self.assertRegex(problem, "is no host name|is no IPv[46] address|is not host:port")
+        for host in ("mush.example.org", "mush.example.org.", "a" * 63, "my_mush", "4mush", "[::1]", "[::ffff:1.2.3.4]"):
+            self.load(f"mush_address = {host}:4096")
+
     def test_a_comment_behind_a_value_is_warned_of(self):
         for key, value in (("log_file", "has.log # logs"), ("admins", "Alice # me"), ("hb_user", "beat ; the bot"),
                            ("mush_ssl_ca", "/dev/null # none")):
@@ -4434,7 +4443,7 @@ class EveryOrder(unittest.TestCase):
     @staticmethod
     def verdict(order, life, refused, has_quit):
         """What must have become of the user after these events."""
-        user, heartbeat, down = "PLAYING", "old", False
+        user, heartbeat, late = "PLAYING", "old", False
         held = "CLOSING" if has_quit else "WAITING"             # the world is gone; one who typed QUIT is not kept
         for event in order:
             if event == "link" and user == "PLAYING":
@@ -4444,12 +4453,14 @@ class EveryOrder(unittest.TestCase):
             elif event == "heartbeat":
                 heartbeat = "away"
             elif event == "3 s" and heartbeat == "away":
-                down = True                                     # it could not get back in time
+                late = True                                     # it could not get back in time
             elif event == "back":
                 heartbeat = life
                 if life == "new" and user in ("PLAYING", "ASKING"):
                     user = held                                 # the world he was in is no more
-            if heartbeat == "away" and (down or refused and user == "ASKING") and user in ("PLAYING", "ASKING"):
+            # refused for so long, or every link has ended, too: else nothing is known of the world (HAS's own trouble)
+            down = late and (refused or user == "ASKING") or refused and user == "ASKING"
+            if heartbeat == "away" and down and user in ("PLAYING", "ASKING"):
                 user = held
             if heartbeat in ("same", "new", "unknown"):
                 if user == "ASKING":                            # the next probe: only the same life proves anything
@@ -4479,7 +4490,7 @@ class EveryOrder(unittest.TestCase):
             rig.settle()
             if refused and "heartbeat" == event:
                 rig.post(rig.hub.on_unreachable, HOME, "refused", False)
-            elif refused and not is_back and rig.hub._away_since is not None:
+            elif refused and not is_back and rig.hub.loss:
                 rig.post(rig.hub.on_unreachable, HOME, "refused", False)
             if is_back and rig.beat.asks:
                 rig.answer()
@@ -4564,7 +4575,68 @@ class EveryOrder(unittest.TestCase):
                 self.one_fate(order, has_quit)
 
 
+class TestLoss(unittest.TestCase):
+    def test_every_case(self):
+        """(tries that failed, a link ended, another is open) -> seconds until it is down."""
+        for tries, asking, linked, wanted in (
+                ((), False, True, None), ((), True, True, None), ((), False, False, None), ((), True, False, 0.3),
+                ((False,), False, True, 3), ((False,), True, True, 0), ((False,), False, False, 0),
+                ((False,), True, False, 0), ((True,), False, True, 60), ((True,), True, True, 0),
+                ((True,), False, False, 0), ((True, False), False, True, 3), ((False, True), False, True, 60)):
+            with self.subTest(tries=tries, asking=asking, linked=linked):
+                loss = has.Loss(1000.0)
+                for accepted in tries:
+                    loss.tried(accepted)
+                self.assertEqual(loss.wait(1000.0, asking, linked, 60), wanted and self.approximately(wanted))
+                if wanted:
+                    self.assertEqual(loss.wait(1000.0 + wanted, asking, linked, 60), 0)
+
+    @staticmethod
+    def approximately(number):
+        return unittest.mock.ANY if number is None else Near(number)
+
+
+class Near(float):
+    def __eq__(self, other):
+        return other is not None and abs(self - other) < 1e-6
+
+    __hash__ = None
+
+
 class HeartbeatAlone(RigCase):
+    def test_own_trouble_is_not_the_worlds_death(self):
+        """DNS fails, no descriptor is left, the certificate is not accepted: users on open links play on."""
+        rig = self.rig()
+        client, link = rig.player()
+        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        for _ in range(40):
+            rig.post(rig.hub.on_trouble, HOME, "Name or service not known", False)
+            rig.pass_time(3)
+        link.send("still here\r\n")
+        rig.settle()
+        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["still here"]))
+        newcomer = rig.client()
+        rig.game.accept()
+        self.assertEqual(state_of(newcomer), "LOGIN")
+        rig.post(rig.hub.on_unreachable, HOME, "Connection refused", False)
+        self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
+
+    def test_an_outage_counts_from_when_users_lost_the_world(self):
+        for silent in (True, False):
+            with self.subTest(silent=silent), mock.patch.object(has.time, "time", lambda: 1e9 + rig.clock.now):
+                rig = types.SimpleNamespace(clock=Clock())
+                rig = self.rig()
+                rig.player()
+                rig.post(*((rig.hub.on_silent,) if silent else (rig.hub.on_heartbeat_lost, "closed", False)))
+                rig.pass_time(50)
+                if silent:
+                    rig.down()
+                else:
+                    rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                self.assertEqual(rig.hub.status()["world"]["since"], 60 if silent else 50)
+                rig.found("life 2")
+                self.assertEqual(rig.hub.status()["outages"]["seconds"], 60 if silent else 50)
+
     def test_its_loss_disturbs_nobody(self):
         """Booted, and back within 3 s, whatever is known of the world's life; the same for a refused try."""
         for life, refused in itertools.product(("life 1", "?2"), (False, True)):
@@ -5110,7 +5182,7 @@ class Waiting(RigCase):
                     link = rig.game.accept()
                     client.read()
                     self.assertIn(typed, link.lines())
-                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO\r\nUptime: x\r\n### End INFO\r\n")
+                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO 1\r\nUptime: x\r\n### End INFO\r\n")
                     rig.settle()
                     self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# REFUSED", "Welcome", words]))
                     client.send("WHO\r\n")
@@ -5364,6 +5436,15 @@ class Silence(RigCase):
                     client.read()
                     self.assertEqual((state_of(client), client.ended), ("CLOSING", True))
 
+    def test_quit_typed_before_the_link_is_open_leaves(self):
+        rig = self.rig(up=False)
+        rig.found("life 1", rig.full)
+        rig.post(rig.hub.on_silent)
+        client = rig.client()
+        client.send("hello\r\nquit\r\n")
+        rig.settle()
+        self.assertEqual(state_of(client), "CLOSING")
+
     def test_each_silence_is_told_once(self):
         rig = self.rig()
         client, _ = rig.player()
@@ -5457,6 +5538,48 @@ class Returning(RigCase):
                     rig.found("life 3")
                 rig.game.accept()
                 self.assertEqual(client.lines(), ["The game is full."] if lives_on and not took else [])
+
+    def test_guests_and_new_characters_are_not_checked_first(self):
+        """They have no password, or are not there yet: the heartbeat would find them wrong."""
+        for typed in ("connect guest", "create Zed zedpw", "connect Alice pw"):
+            with self.subTest(typed):
+                rig = self.rig("pennmush")
+                client = rig.client()
+                rig.game.accept()
+                rig.down()
+                client.send(typed + "\r\n")
+                rig.settle()
+                rig.found("life 2", checks=True)
+                self.assertEqual(len(rig.beat.checks), typed == "connect Alice pw")
+                if not rig.beat.checks:
+                    self.assertIn(typed, rig.game.accept().lines())
+
+    def test_a_guest_that_the_world_hung_up_on_gets_the_login_screen(self):
+        rig = self.rig("pennmush")
+        client = rig.client()
+        rig.game.accept()
+        rig.down()
+        client.send("connect guest\r\n")
+        rig.settle()
+        rig.found("life 2")
+        link = rig.game.accept()
+        link.send("Guest connections not allowed.\r\n")
+        link.sock.close()
+        rig.settle()
+        rig.pass_time(1.1)
+        self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
+        self.assertIn("Guest connections not allowed.", client.lines())
+
+    def test_offline_is_said_once_to_one_whose_links_fail(self):
+        rig = self.rig(up=False)
+        rig.found("life 1", rig.full)
+        client = rig.client()
+        rig.pass_time(*[2] * 10)
+        rig.down()
+        self.assertEqual(client.lines(), ["# OFFLINE"])
+        rig.found("life 2")
+        rig.game.accept()
+        self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# ONLINE"]))
 
     def test_offline_is_said_once(self):
         """Also to one at the login screen whose new link was not open yet when the world died again."""
@@ -5725,6 +5848,27 @@ class TakenOver(RigCase):
         links = rig.game.accept(), rig.game.accept()
         rig.let_in(links[0])
         self.assertEqual([state_of(first), state_of(second)], ["RETURNING"] * 2)
+
+    def test_lines_typed_at_a_silent_world(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.post(rig.hub.on_silent)
+        client.send("hello\r\n")
+        rig.settle()
+        rig.upgrade()
+        rig.down()
+        self.assertEqual(client.lines(), ["# SILENT", "# OFFLINE", "# UNSENT hello"])
+
+    def test_lines_typed_during_a_return(self):
+        rig = self.rig()
+        client, _ = rig.returning()
+        client.send("hello\r\n")
+        rig.settle()
+        rig.hub.links.clear = lambda: None
+        rig.game.close()
+        rig.upgrade()
+        rig.down()
+        self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# UNSENT hello"]))
 
     def test_a_hold_goes_on(self):
         rig = self.rig(hold=300)
@@ -6017,6 +6161,17 @@ class Guests(RigCase):
 
 class WhatWasTyped(RigCase):
     """What a line was is not forgotten, and not taken for another one."""
+
+    def test_settings_are_bounded(self):
+        rig = self.rig("pennmush")
+        client = rig.client()
+        rig.game.accept()
+        for number in range(400):
+            client.send(f"SOCKSET X{number}={'x' * 100}\r\n")
+            rig.settle()
+        client.send("SCREENWIDTH " + "9" * 3000 + "\r\n")
+        rig.settle()
+        self.assertEqual(len(client.session.settings), 40)
 
     def test_a_login_that_was_refused_is_not_tried_again(self):
         rig = self.rig()
@@ -6631,6 +6786,53 @@ class TestWorldHealth(Case):
         self.assertNotIn(b"NOTICE", listener.seen)
         self.assertEqual(len(world.logins), logins)
 
+    def test_an_upgrade_does_not_thaw_a_world(self):
+        """USR2 at a frozen one: it stays silent, and dead_after goes on."""
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5, dead_after=4).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        after, began = len(has.log), time.monotonic()
+        world.freeze()
+        has.wait_log(rb"does not answer", after=after)
+        for _ in range(2):
+            after = len(has.log)
+            has.signal(signal.SIGUSR2)
+            has.wait_log(rb"goes on where", after=after)
+            status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
+                                    stdout=subprocess.PIPE, universal_newlines=True)
+            self.assertRegex(status.stdout, "is silent for")
+            self.assertEqual(status.returncode, 1)
+        self.assertNotRegex(has.log[after:], rb"is up|answers again")
+        has.wait_log(rb"the world is down \(no answer", after=after)
+        self.assertLess(time.monotonic() - began, 4 + 3)        # 4 s from the first unanswered probe on, not anew
+        alice.expect(re.escape(OFFLINE))
+        world.thaw()
+        alice.expect(re.escape(ONLINE))
+
+    def test_a_hup_that_cannot_come_true_changes_nothing_for_newcomers(self):
+        """mush_ssl switched on for a world that speaks none: newcomers still come in as before, over an upgrade, too."""
+        world = self.world("teenymush")
+        has = Has(self, mush_address=world.address, beat=0.2).wait_up()
+        after = len(has.log)
+        has.configure(mush_ssl="yes", mush_ssl_verify="no")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"the new settings do not work with", after=after)
+        self.client(has, "connect Alice alicepw", world, "Alice")
+        has.signal(signal.SIGUSR2)
+        has.wait_log(rb"goes on where", after=after)
+        self.client(has, "connect Bob bobpw", world, "Bob")
+
+    def test_a_heartbeat_that_gets_in_after_a_hup_is_said_to(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, hb_pass="wrong", beat=0.2)
+        has.wait_log(rb"refuses the heartbeat's login")
+        has.configure(hb_pass="heartbeat")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"the heartbeat heartbeat is logged in now")
+        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
+                                stdout=subprocess.PIPE, universal_newlines=True)
+        self.assertRegex(status.stdout, "heartbeat: heartbeat logged in")
+
     def test_a_long_freeze_is_a_death(self):
         world = self.world()
         has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5, dead_after=1.5).wait_up()
@@ -6871,11 +7073,12 @@ class Witness:
 class TestHeartbeat(Case):
     """The heartbeat alone, in this process: what it asks a world, and what it tells the hub."""
 
-    def start(self, family="pennmush", **quirks):
-        """A world that runs, a heartbeat that got in and probes no more by itself."""
+    def start(self, family="pennmush", name=False, **quirks):
+        """A world that runs, a heartbeat that got in and probes no more by itself; `name`: its address is a name."""
         world = self.world(family, **quirks)
         hub = Witness()
-        settings = settings_of((("beat", 1000), ("mush_address", world.address), ("mush_type", family)))
+        address = world.address.replace("127.0.0.1", "localhost") if name else world.address
+        settings = settings_of((("beat", 1000), ("mush_address", address), ("mush_type", family), ("retry", 0.05)))
         heartbeat = has.Heartbeat(hub, hub, settings)
         self.addCleanup(heartbeat.join, 5)
         self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
@@ -6925,6 +7128,93 @@ class TestHeartbeat(Case):
             heartbeat.mailbox.post(heartbeat.on_ask, number, 1)
             hub.wait("on_answers", number)
         self.assertLessEqual(len(self.questions(world)), most + 2 + time.monotonic() - started)
+
+    def test_nothing_is_looked_up_in_the_way_of_an_answer(self):
+        """Booted while DNS fails, it is back by the address that led to this world before."""
+        world, hub, heartbeat = self.start(silent_start=0.05, name=True)
+        with mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror(-3, "Temporary failure")) as asked:
+            world.boot("heartbeat")
+            hub.wait("on_world_found", 2)
+        self.assertEqual((asked.call_count, hub._of("on_trouble"), hub._of("on_unreachable")), (0, [], []))
+
+    def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
+        world, hub, heartbeat = self.start(silent_start=0.05, name=True)
+        with mock.patch.object(has, "LOOK_UP_SECONDS", 0.2), mock.patch.object(
+                socket, "getaddrinfo", side_effect=socket.gaierror(-3, "Temporary failure")) as asked:
+            world.kill()
+            world.wait(lambda _: asked.call_count >= 2, what="looked up again")
+            self.assertEqual(hub._of("on_trouble"), [])
+            world.start()
+            hub.wait("on_world_found", 2)
+
+    def test_a_wrong_mush_type_is_named(self):
+        """... with the family that the world looks like; flags are not blamed."""
+        for family, claimed in (("tinymux", "teenymush"), ("pennmush", "rhostmush"), ("teenymush", "tinymux"),
+                                ("rhostmush", "pennmush"), ("tinymush", "tinymux")):
+            with self.subTest(family=family, claimed=claimed):
+                world = self.world(family)
+                settings = settings_of((("mush_address", world.address), ("mush_type", claimed), ("hb_timeout", 0.5)))
+                heartbeat = has.Heartbeat(None, has.Mailbox(), settings)
+                with self.assertLogs(has.log, "WARNING") as logged:
+                    has.log.warning("the log")
+                    try:
+                        found = heartbeat.try_once(settings.mush_address[0])
+                        self.assertEqual(found.looks, family)
+                        self.assertIn(f"looks like a {family}", has.findings(found, settings)[0][1])
+                    except has.Lost as lost:
+                        self.assertIn(f"it looks like a {family}: is mush_type right?", str(lost))
+                self.assertNotIn("flag", "".join(logged.output))
+                world.stop()
+
+    def test_its_own_trouble_is_told_as_such(self):
+        """No descriptors, no memory, no name; TLS fails behind the connect; a fault in the try."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        for count, (method, error) in enumerate((
+                ("_connect", OSError(errno.EMFILE, "Too many open files")), ("_connect", OSError(errno.ENOMEM, "no memory")),
+                ("_connect", OSError(errno.ENOBUFS, "no buffers")), ("_targets_of", socket.gaierror(-2, "not known")),
+                ("_targets_of", UnicodeError("label too long")), ("_identified", ValueError("planted"))), 2):
+            with self.subTest(error=error), self.assertLogs(has.log, "ERROR"):
+                del hub.told[:]
+                with mock.patch.object(heartbeat, method, side_effect=error):
+                    world.boot("heartbeat")
+                    hub.wait("on_trouble", 2)
+                hub.wait("on_world_found")
+                self.assertEqual(hub._of("on_unreachable"), [])
+
+    def test_a_certificate_that_is_not_accepted_says_nothing_of_the_world(self):
+        heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
+        with mock.patch.object(heartbeat, "_settings", types.SimpleNamespace(world_tls=True)), mock.patch.object(
+                heartbeat, "_connect"), mock.patch.object(heartbeat, "_wrap", side_effect=OSError(71, "TLS: expired")):
+            with self.assertRaises(has.Lost) as lost:
+                heartbeat._open(HOME)
+        self.assertEqual((lost.exception.ours, lost.exception.accepted, str(lost.exception)), (True, True, "TLS: expired"))
+
+    def test_a_try_of_another_address_costs_that_try_only(self):
+        """Whatever it raises: the connection that lives is kept."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        with mock.patch.object(heartbeat, "_identified", side_effect=ValueError("planted")):
+            with self.assertLogs(has.log, "ERROR"):
+                changed = settings_of((("beat", 1000), ("mush_address", "127.0.0.1:9"), ("mush_type", "pennmush")))
+                heartbeat.mailbox.post(heartbeat.on_settings, changed)
+                hub.wait("on_wish", 2)
+            heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)
+            self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
+        self.assertEqual(hub._of("on_heartbeat_lost"), [])
+
+    def test_the_pause_after_a_refusal_ends_with_the_life_in_which_it_began(self):
+        """A restart into a broken database refuses everybody; the healed one is not kept waiting."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        password = world.players["heartbeat"]
+        world.players["heartbeat"] = "broken"
+        world.kill()
+        world.start()
+        found = hub.wait("on_world_found", 2)[-1][0]
+        self.assertEqual((found.blind, found.shut), (True, True))
+        world.players["heartbeat"] = password
+        world.kill()
+        world.start()
+        found = hub.wait("on_world_found", 3)[-1][0]
+        self.assertEqual((found.blind, found.shut), (False, False))
 
     def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
