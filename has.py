@@ -657,6 +657,10 @@ IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          #
 ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
 AYT = b"\xff\xf6"
 COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
+CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3                   # RFC 2066
+BINARY, SGA, TIMING_MARK, EOR = 0, 3, 6, 25                                     # RFC 856 858 860 885
+# On or off is all there is to these: nothing has to be set up anew in front of a new world.
+PLAIN_OPTIONS = {BINARY, ECHO, SGA, 5, TIMING_MARK, EOR, MSSP}
 LONGEST_SB, LONGEST_KEPT = 65536, 1024          # of a sub-negotiation, read whole; remembered for a new world
 _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
 
@@ -759,15 +763,16 @@ def unfinished(tail):
 class Agreement:
     """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
 
-    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore")
+    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted")
 
     def __init__(self):
         self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
         self.world = {}            # the same for the world; and (SB, option) -> True: it has asked for details
         self.naws = None           # the last whole NAWS command
         self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
-        self.charset = None        # the client's CHARSET ACCEPTED
-        self.gmcp = []             # Core.Hello and Core.Supports of the client, whole commands
+        self.charset = None        # the client's last word on CHARSET: ACCEPTED, REJECTED or a REQUEST of its own
+        self.accepted = False      # an ACCEPTED went down the link that is open
+        self.gmcp = []             # what the client set up by GMCP, whole commands
         self.ignore = set()        # answers of the client that nobody waits for
 
     @staticmethod
@@ -801,13 +806,28 @@ class Agreement:
             self.naws = piece
         elif option == TTYPE and first == 0 and piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
             self.ttypes.append(piece)
-        elif option == CHARSET and first == 2:
-            self.charset = piece
-        elif option == GMCP and piece[3:].lower().startswith((b"core.hello", b"core.supports.")):
-            if piece[3:].lower().startswith((b"core.hello", b"core.supports.set")):
-                kind = piece[3:].split(b" ")[0].lower()
-                self.gmcp = [p for p in self.gmcp if p[3:].split(b" ")[0].lower() != kind]
-            self.gmcp = (self.gmcp + [piece])[-16:]
+        elif option == CHARSET and first in (CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED):
+            self.charset, self.accepted = piece, self.accepted or first == CHARSET_ACCEPTED
+        elif option == GMCP:
+            self._note_gmcp(piece, piece[3:-2].split(b" ")[0].lower())
+
+    def _note_gmcp(self, piece, kind):
+        """Keep what a new world must know; never Char.Login, which holds a password."""
+        if not kind.startswith((b"core.hello", b"core.supports.", b"comm.", b"char.")) or kind.startswith(b"char.login"):
+            return
+        if kind not in (b"core.supports.add", b"core.supports.remove"):         # these add up, others replace
+            self.gmcp = [p for p in self.gmcp if p[3:-2].split(b" ")[0].lower() != kind]
+        self.gmcp = (self.gmcp + [piece])[-16:]
+
+    @property
+    def encoding(self):
+        """The character set the client's last word agreed to, as a Python codec; None where it agreed to none."""
+        if not self.charset or self.charset[3] != CHARSET_ACCEPTED:
+            return None
+        try:
+            return codecs.lookup(self.charset[4:-2].decode("ascii", "replace")).name
+        except LookupError:
+            return "ascii"
 
     def settled(self, verb, option):
         """Whether the client's side (WILL) or the world's side (DO) of an option is agreed to be on."""
@@ -822,16 +842,23 @@ class Replay:
     the client's own affair, and so is every option the client has not met yet.
     """
 
-    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late")
+    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested")
 
     def __init__(self, agreement):
         self.agreement = agreement
+        agreement.accepted = False
+        self.early = True          # the link is new: what is offered twice was not forgotten meanwhile
+        self.requested = False     # a CHARSET REQUEST of the client's was said again: the answer is not for it
         self.had = {key for key in agreement.client if agreement.settled(*key)}
         self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
         self.waits = False         # no telnet may be sent before the server's first (PennMUSH's unix socket)
         self.late = b""            # what waits for that
+
+    def grow_old(self):
+        """What is offered again from now on is the offer of a world that was started anew in place."""
+        self.early = False
 
     def opening(self):
         """What may go in front of the login line: size, terminal and character set, if they were settled before.
@@ -843,7 +870,14 @@ class Replay:
             # PennMUSH offers CHARSET itself, and reads a UTF-8 password otherwise without it (worlds/pennmush.md a)
             verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
             out += b"".join(self._say(verb, option) for verb in verbs) + (detail or b"" if verbs else b"")
+            if option == CHARSET and detail and verbs:
+                self._note_charset()
         return out
+
+    def _note_charset(self):
+        kind = self.agreement.charset[3]
+        self.agreement.accepted = self.agreement.accepted or kind == CHARSET_ACCEPTED
+        self.requested = self.requested or kind == CHARSET_REQUEST
 
     def _say(self, verb, option):
         self.said.add((verb, option))
@@ -857,10 +891,22 @@ class Replay:
             if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
                 self.typed += 1
                 return self.agreement.ttypes[min(self.typed, len(self.agreement.ttypes)) - 1], b""
-            if piece[2:4] == bytes((CHARSET, 1)) and (SB, CHARSET) not in self.met:
-                self.met.add((SB, CHARSET))
-                if self.agreement.charset or (SB, CHARSET) in self.agreement.world:
-                    return self.agreement.charset or b"", b""
+            if piece[2] == CHARSET:
+                return self._answer_charset(piece)
+        return b"", piece
+
+    def _answer_charset(self, piece):
+        if piece[3] == CHARSET_REQUEST and (SB, CHARSET) not in self.met:
+            self.met.add((SB, CHARSET))
+            answer = self.agreement.charset
+            if answer and answer[3] != CHARSET_REQUEST:
+                self._note_charset()
+                return answer, b""
+            if (SB, CHARSET) in self.agreement.world:           # asked before, and never answered
+                return b"", b""
+        elif piece[3] != CHARSET_REQUEST and self.requested:
+            self.requested = False
+            return b"", b""
         return b"", piece
 
     def _answer_option(self, piece, verb, option):
@@ -868,19 +914,42 @@ class Replay:
         on, first = verb in (DO, WILL), mine not in self.met
         self.met.add(mine)
         if not first:
+            # PennMUSH repeats its offers; a client that answers each would be the second to answer, and a second
+            # DO CHARSET kills that server (worlds/pennmush.md)
+            if on and self.early and mine in self.said:
+                return b"", b""
             self.had.discard(mine)
             return b"", piece
         if not on:
             return b"", piece if mine in self.had else b""
         if mine in self.said:
             return b"", b""                     # its answer to what HAS said unasked
-        if mine in self.had:
-            return command(*mine) + self._detail(mine), b""
+        if mine in self.had and self._can_answer(mine):
+            return self._say(*mine) + self._detail(mine), b""
+        if mine in self.had:                    # the client must set it up anew: for that it must think it was off
+            self.had.discard(mine)
+            return b"", self._switch_off(mine) + piece
         if not self.agreement.world.get((verb, option)):
             return b"", piece                   # new to the client, or it only consented to its end
         if self.agreement.client.get(mine) is False:
             return command(WONT if mine[0] == WILL else DONT, option), b""
         return b"", b""                         # offered before, and never answered
+
+    def _can_answer(self, mine):
+        """Whether HAS holds all that the client would say behind its yes."""
+        verb, option = mine
+        held = {NAWS: self.agreement.naws, TTYPE: self.agreement.ttypes, CHARSET: self.agreement.charset,
+                GMCP: self.agreement.gmcp}
+        return option in PLAIN_OPTIONS or bool(held.get(option))
+
+    def _switch_off(self, mine):
+        """The bytes that switch an option off at the client, whose answer nobody waits for."""
+        verb, option = mine
+        off = WONT if verb == DO else DONT      # HAS speaks to the client as the world
+        self.agreement.ignore.add(bytes((DONT if verb == DO else WONT, option)))
+        self.agreement.client[mine] = False
+        self.agreement.world[(WILL if verb == DO else DO, option)] = False
+        return command(off, option)
 
     def _detail(self, mine):
         if mine == (WILL, NAWS):
@@ -891,13 +960,8 @@ class Replay:
         """What (of `only`) to switch off at the client, because the new world did not offer it: ECHO first of all."""
         out = b""
         had = self.had if only is None else self.had & only
-        for verb, option in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):
-            off = WONT if verb == DO else DONT                  # HAS speaks to the client as the world
-            out += command(off, option)
-            answer = bytes((DONT if verb == DO else WONT, option))
-            self.agreement.ignore.add(answer)
-            self.agreement.client[(verb, option)] = False
-            self.agreement.world[(WILL if verb == DO else DO, option)] = False
+        for mine in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):
+            out += self._switch_off(mine)
         self.had -= had - self.met
         return out
 
@@ -1019,6 +1083,7 @@ class Dialect:
     wraps_settings = False         # setting a suffix shows prefix and suffix once
     settings_held = False          # settings may be repeated before the question for the end marker
     settles = True                 # the end marker can be asked for on one of several connections of a character
+    charset_once = False           # after an ACCEPTED no DO CHARSET may follow on a link
     capped = False                 # longer lines overrun the server's buffer
 
     def clean(self, line):
@@ -1170,6 +1235,7 @@ class PennMUSH(_InfoFamily):
     password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     check_function = b"checkpass"
     longest_line = 4000
+    charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server (worlds/pennmush.md)
     greets = False
     at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
@@ -2451,6 +2517,10 @@ class Session:
     def _keep(self, data):
         if self.state is State.LOGIN:
             self._tell_silence()
+        mark = command(DO, TIMING_MARK)
+        if mark in data and b"\xff\xff" not in data:           # as in _answer_for_world: not to be kept waiting
+            data = data.replace(mark, b"")
+            self._answer_client(command(WONT, TIMING_MARK))
         self.kept += data
         if self.silent and self.state is State.LOGIN and _QUIT_LAST.search(self.kept):
             self.close("quit")                  # he need not wait for the link to open
@@ -2497,8 +2567,10 @@ class Session:
         if self.agreement is None:
             self.agreement = Agreement()
         wanted = self.agreement.from_client(piece)
-        if self.hub.world and not self.hub.world.dialect.telnet:
+        if self.hub.world and not self.hub.world.dialect.telnet or wanted and self.state is State.WAITING:
             self._answer_for_world(piece)
+        elif piece == command(DO, CHARSET) and self.agreement.accepted and self.dialect.charset_once:
+            log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", self)
         elif wanted and self._can_forward():
             if not (self.replay and self.replay.waits):
                 return piece
@@ -2512,13 +2584,16 @@ class Session:
             self.client.send(data)
 
     def _answer_for_world(self, piece):
-        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1)."""
+        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1), or is not there: telnet(1) shows nothing
+        more until its TIMING-MARK is answered (Ctrl-C). Its size and type are for the next server."""
         if piece == AYT:
             self._answer_client(b"\r\n[Yes]\r\n")
         elif len(piece) == 3 and piece[1] == DO:
             self._answer_client(command(WONT, piece[2]))
         elif len(piece) == 3 and piece[1] == WILL:
             wanted = piece[2] in (NAWS, TTYPE, CHARSET)
+            if wanted and self.state is State.WAITING:
+                return                          # the next world's to answer
             self._answer_client(command(DO if wanted else DONT, piece[2]))
             if wanted:
                 self.agreement.from_world(command(DO, piece[2]))
@@ -2842,6 +2917,7 @@ class Session:
             self.client.send(replay.leftovers())
             return b""
         self.replay, replay.waits = replay, late
+        self._later(10, replay.grow_old)
         if not late:
             return replay.opening()
         # PennMUSH: telnet behind the address line on its unix socket would be text, and a NUL cut off the rest

@@ -987,6 +987,10 @@ class Plain(World):
     """No login, no telnet: echoes lines."""
 
 
+class Deadly(Exception):
+    """What kills a real server: an error of the scripted one, which fails the test."""
+
+
 class Halt(Exception):
     """No reply at all (TeenyMUSH with CJK text)."""
 
@@ -1835,7 +1839,13 @@ class PennMUSH(CMush):
 
     def negotiate(self, conn, verb, option):
         self._offer(conn)
+        if (verb, option) == (DO, CHARSET) and conn.utf8:
+            raise Deadly("DO CHARSET behind CHARSET ACCEPTED UTF-8")        # after 68 kB of its own memory
         super().negotiate(conn, verb, option)
+
+    def repeat_offers(self):
+        """It offers again on its connections' telnet (worlds/pennmush.md h)."""
+        self._do(lambda: [conn.write(self.OFFERS) for conn in self.connections if conn.offered])
 
     def telnet_command(self, conn, command):
         self._offer(conn)
@@ -2979,10 +2989,65 @@ class TestReplay(unittest.TestCase):
         replay.leftovers()
         self.assertEqual(replay.answer(command(WILL, ECHO)), (b"", command(WILL, ECHO)))
 
-    def test_a_second_offer_on_the_same_link_goes_to_the_client(self):
-        replay = has.Replay(self.full())
-        self.assertEqual(replay.answer(command(DO, NAWS)), (command(WILL, NAWS) + NAWS_SB, b""))
-        self.assertEqual(replay.answer(command(DO, NAWS)), (b"", command(DO, NAWS)))
+    def test_what_was_answered_is_swallowed_when_offered_again(self):
+        """But for offers long after: the world was started anew in place, and the client may answer for itself."""
+        for opening in (True, False):
+            replay = has.Replay(self.full())
+            opening and replay.opening()
+            for verb, option in ((DO, NAWS), (DO, CHARSET), (WILL, CHARSET), (WILL, ECHO)):
+                replay.answer(command(verb, option))
+                self.assertEqual(replay.answer(command(verb, option)), (b"", b""))
+            replay.grow_old()
+            self.assertEqual(replay.answer(command(DO, NAWS)), (b"", command(DO, NAWS)))
+            self.assertEqual(replay.answer(command(DO, NAWS)), (b"", command(DO, NAWS)))
+
+    def test_what_the_client_must_set_up_anew_is_offered_to_it_as_new(self):
+        """HAS does not hold what was said behind the yes: MSDP, ATCP, MXP, whatever comes; a size that never came."""
+        for option in (69, 200, 91, 93, 222):
+            for on, mine, off in ((WILL, DO, WONT), (DO, WILL, DONT)):
+                with self.subTest(option=option, on=on):
+                    agreement = agreed([(on, option)], [(mine, option)])
+                    replay = has.Replay(agreement)
+                    self.assertEqual(replay.answer(command(on, option)),
+                                     (b"", command(off, option) + command(on, option)))
+                    self.assertFalse(agreement.from_client(command({WONT: DONT, DONT: WONT}[off], option)))
+                    self.assertTrue(agreement.from_client(command(mine, option)))
+                    self.assertEqual(replay.leftovers(), b"")
+        self.assertEqual(has.Replay(agreed([(DO, NAWS)], [(WILL, NAWS)])).answer(command(DO, NAWS)),
+                         (b"", command(DONT, NAWS) + command(DO, NAWS)))
+        for option in (0, 1, 3, 5, 25, 70):             # on or off is all there is to these
+            self.assertEqual(has.Replay(agreed([(WILL, option)], [(DO, option)])).answer(command(WILL, option)),
+                             (command(DO, option), b""))
+
+    def test_a_rejected_charset_and_a_request_of_the_clients_are_said_again(self):
+        both = [(DO, CHARSET), (WILL, CHARSET)], [(WILL, CHARSET), (DO, CHARSET)]
+        rejected, request = b"\xff\xfa\x2a\x03\xff\xf0", b"\xff\xfa\x2a\x01;UTF-8;\xff\xf0"
+        replay = has.Replay(agreed(*both, [rejected]))
+        self.assertTrue(replay.opening().endswith(rejected))
+        self.assertFalse(replay.agreement.accepted)
+        replay = has.Replay(agreed(*both, [request]))
+        self.assertTrue(replay.opening().endswith(request))
+        accepted = b"\xff\xfa\x2a\x02UTF-8\xff\xf0"
+        self.assertEqual(replay.answer(accepted), (b"", b""))
+        self.assertEqual(replay.answer(accepted), (b"", accepted))      # to a request the client made itself
+        self.assertEqual(replay.answer(request), (b"", request))        # the world asks, too
+
+    def test_gmcp_that_sets_something_up_is_kept(self):
+        def gmcp(text):
+            return b"\xff\xfa\xc9" + text + b"\xff\xf0"
+        said = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
+                b"Char.Login {secret}", b"Char.Skills.Get 1", b"Core.Ping", b"Char.Skills.Get 2", b"IRE.Rift.Request"]
+        agreement = agreed(subs=map(gmcp, said))
+        kept = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
+                b"Char.Skills.Get 2"]
+        self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
+
+    def test_the_encoding_that_was_agreed(self):
+        for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
+                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"), (b"\xe9", "ascii")):
+            self.assertEqual(agreed(subs=[b"\xff\xfa\x2a\x02" + name + b"\xff\xf0"]).encoding, codec)
+        self.assertIsNone(agreed(subs=[b"\xff\xfa\x2a\x03\xff\xf0"]).encoding)
+        self.assertIsNone(agreed().encoding)
 
     def test_a_refusal_reaches_only_a_client_that_believed_otherwise(self):
         replay = has.Replay(self.full())
@@ -5245,6 +5310,36 @@ class Waiting(RigCase):
                 rig.pass_time(1.1)
                 self.assertEqual(any("Alice" in line for line in rig.game.accept().lines()), again)
                 self.assertIn("Please register by mail.", client.lines())
+
+    def test_telnet_is_answered(self):
+        """telnet(1) shows nothing more until its TIMING-MARK is answered (Ctrl-C)."""
+        rig, client = self.waiting()
+        for asked, answer in ((b"\xff\xf4\xff\xfd\x06", b"\xff\xfc\x06"), (b"\xff\xf6", b"\r\n[Yes]\r\n"),
+                              (b"\xff\xfd\x45", b"\xff\xfc\x45"), (b"\xff\xfb\x5b", b"\xff\xfe\x5b"),
+                              (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
+            with self.subTest(asked):
+                client.send(asked)
+                rig.settle()
+                self.assertEqual(client.read(), answer)
+        rig.found("life 2")
+        link = rig.game.accept()
+        client.read()
+        link.send(b"\xff\xfd\x1f")
+        rig.settle()
+        self.assertEqual(client.read(), b"\xff\xfd\x1f")       # the new world's answer to the size it was offered
+
+    def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
+        for state in ("ASKING", "RETURNING"):
+            with self.subTest(state):
+                rig = self.rig()
+                client, link = rig.player() if state == "ASKING" else rig.returning()
+                if state == "ASKING":
+                    link.sock.close()
+                    rig.settle()
+                client.read()
+                client.send(b"hello\xff\xf4\xff\xfd\x06\r\n")
+                rig.settle()
+                self.assertEqual((state_of(client), client.read()), (state, b"\xff\xfc\x06"))
 
     def test_what_clients_send_by_timer_is_swallowed(self):
         rig, client = self.waiting()
@@ -9127,7 +9222,7 @@ class TelnetFamily:
             self.skipTest("no in-place restart")
         alice = self.login(first=self.first)
         self.settled()
-        for _ in range(2):                          # before and after a return
+        for returned in (False, True):
             alice.barrier()
             conn = self.settled()
             alice.barrier(), alice.barrier()        # the last answers are on their way; now they are there
@@ -9137,6 +9232,8 @@ class TelnetFamily:
             alice.barrier(), alice.barrier()
             self.assertEqual(alice.on, on)
             expected = self.world.RESTART[4]
+            if returned:                            # what HAS has answered a moment ago is swallowed
+                expected = b"".join(re.findall(rb"(?s)\xff\xfa.*?\xff\xf0", expected))
             self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)), expected)
             answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
             self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
@@ -9205,6 +9302,29 @@ class TestTelnetTeeny(TelnetFamily, TelnetCase):
 
 class TestTelnetPenn(TelnetFamily, TelnetCase):
     family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+
+    def test_a_client_that_answers_every_offer_kills_nobody(self):
+        """Not as RFC 1143 wants it: each repeated WILL CHARSET brings another DO."""
+        class Eager(Terminal):
+            def _answer(self, token):
+                self.on.clear()
+                return super()._answer(token)
+        eager = Eager(self.has.port)
+        self.addCleanup(eager.close)
+        eager.expect("(?i)connect")
+        eager.send(self.first + b"connect Alice alicepw\r\n")
+        self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8, what="CHARSET is settled")
+        for _ in range(2):                          # before and after a return
+            self.world.repeat_offers()
+            eager.wait(lambda c: c.raw.endswith(offer((WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))) or True, "the offers")
+            eager.barrier(), eager.barrier()
+            eager.send(offer((DO, CHARSET)) + sub(CHARSET, b"\x02UTF-8") + offer((DO, CHARSET)))
+            eager.barrier()
+            self.crash(eager)
+            self.world.start()
+            self.came_back(eager)
+        eager.close()
+        self.world.wait(lambda w: not w.online("Alice"), what="Alice has left")
 
     def test_a_password_with_an_accent(self):
         """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
