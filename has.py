@@ -69,6 +69,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 
 try:
@@ -656,6 +657,7 @@ def _is_ours(host, values):
 IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          # RFC 854
 ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
 AYT = b"\xff\xf6"
+ESCAPE = 27
 COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
 CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3                   # RFC 2066
 BINARY, SGA, TIMING_MARK, EOR = 0, 3, 6, 25                                     # RFC 856 858 860 885
@@ -760,10 +762,89 @@ def unfinished(tail):
     return b"[0m" if not kind else b"m" if kind == b"[" else b"\x1b\\" if kind in b"]PX^_" else b"B"
 
 
+# What any character set has in place of the marks that word processors put into a notice. Nothing is lost by it.
+_PLAIN_MARKS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"',
+                              "\u201e": '"', "\xab": '"', "\xbb": '"', "\u2010": "-", "\u2011": "-",
+                              "\u2013": "-", "\u2014": "--", "\u2026": "...", "\u2022": "*", "\xa0": " "})
+
+
+def in_character_set(text, codec):
+    """`text` in the character set a client has agreed to; None: in ASCII if that loses nothing, else in UTF-8.
+
+    What a character set lacks is spelled without its accents, or is `?`.
+    """
+    if codec is None:
+        plain = text.translate(_PLAIN_MARKS)
+        return (plain if plain.isascii() else text).encode("utf-8", "replace")
+    try:
+        return text.encode(codec)
+    except UnicodeError:
+        return b"".join(_nearest(character, codec) for character in text)
+
+
+def _nearest(character, codec):
+    plain = unicodedata.normalize("NFKD", character.translate(_PLAIN_MARKS))
+    for form in (character, plain, "".join(c for c in plain if not unicodedata.combining(c))):
+        try:
+            return form.encode(codec)
+        except UnicodeError:
+            continue
+    return b"?"
+
+
+_CHARACTER_SETS = re.compile(r"(?i)utf-?8|iso[-_]?8859-\d\d?|latin-?1|us-ascii|ascii|koi8-[ru]|"
+                             r"cp(437|8\d\d|12\d\d|93[26]|949|950)|windows-12\d\d|big5|gbk|gb2312|gb18030|"
+                             r"euc-(jp|kr)|shift[-_]jis")
+
+
+def codec_of(name):
+    """The Python codec of a character set named in telnet (RFC 2066), ASCII where HAS does not know it."""
+    try:
+        return codecs.lookup(name).name if _CHARACTER_SETS.fullmatch(name) else "ascii"
+    except LookupError:
+        return "ascii"
+
+
+class Spelling:
+    """How HAS spells its own text for one client: in its character set, with colour and markup as it knows them."""
+
+    __slots__ = ("coloured", "marked_up")
+
+    _LOST = re.compile(rb"(?:<|&lt;)output lost: (\d+) lines(?:>|&gt;)\r\n")
+
+    def __init__(self):
+        self.coloured = False      # the client was sent an escape: it can show them, and colour may be on
+        self.marked_up = False     # it speaks Pueblo: `<` begins a tag
+
+    def spell(self, text, codec, more=b""):
+        """`text`, and `more` as the client itself has typed it, for sending."""
+        lines = b"\r\n".join(in_character_set(text, codec).split(b"\n")) + more
+        lines = lines.replace(b"\xff", b"\xff\xff")
+        if self.marked_up:
+            lines = lines.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b">", b"&gt;")
+        return lines
+
+    def reset(self):
+        """What switches off colours that the world left on."""
+        return b"\x1b[0m" if self.coloured else b""
+
+    def end(self, tail):
+        """What ends all that `tail`, the end of what the client was sent, leaves open."""
+        begun = re.search(rb"<[^<>]*\Z", tail) if self.marked_up else None
+        tag = b'"' * (begun.group().count(b'"') % 2) + b">" if begun else b""
+        return unfinished(tail) + tag + self.reset()
+
+    def lost(self, cut):
+        """One line in place of `cut`: how many lines were lost, those told of in it included."""
+        earlier = self._LOST.findall(cut)
+        lines = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
+        return self.reset() + self.spell(f"<output lost: {lines} lines>", "ascii") + b"\r\n"
+
+
 class Agreement:
     """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
 
-    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted")
+    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted", "codec")
 
     def __init__(self):
         self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
@@ -771,6 +852,7 @@ class Agreement:
         self.naws = None           # the last whole NAWS command
         self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
         self.charset = None        # the client's last word on CHARSET: ACCEPTED, REJECTED or a REQUEST of its own
+        self.codec = None          # the character set that was agreed, as a Python codec; None where there is none
         self.accepted = False      # an ACCEPTED went down the link that is open
         self.gmcp = []             # what the client set up by GMCP, whole commands
         self.ignore = set()        # answers of the client that nobody waits for
@@ -787,6 +869,8 @@ class Agreement:
                 self.ttypes = []
         elif piece[1] == SB and len(piece) > 5:
             self.world[SB, piece[2]] = True     # it has asked
+            if piece[2] == CHARSET:
+                self._note_codec(piece)
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
@@ -808,8 +892,16 @@ class Agreement:
             self.ttypes.append(piece)
         elif option == CHARSET and first in (CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED):
             self.charset, self.accepted = piece, self.accepted or first == CHARSET_ACCEPTED
+            self._note_codec(piece, forgets=CHARSET_REJECTED)
         elif option == GMCP:
             self._note_gmcp(piece, piece[3:-2].split(b" ")[0].lower())
+
+    def _note_codec(self, piece, forgets=None):
+        """Either side accepts what the other has asked for; a client that wants none is to get ASCII."""
+        if piece[3] == CHARSET_ACCEPTED:
+            self.codec = codec_of(unescape(piece[4:-2]).decode("latin-1"))
+        elif piece[3] == forgets:
+            self.codec = None
 
     def _note_gmcp(self, piece, kind):
         """Keep what a new world must know; never Char.Login, which holds a password."""
@@ -818,16 +910,6 @@ class Agreement:
         if kind not in (b"core.supports.add", b"core.supports.remove"):         # these add up, others replace
             self.gmcp = [p for p in self.gmcp if p[3:-2].split(b" ")[0].lower() != kind]
         self.gmcp = (self.gmcp + [piece])[-16:]
-
-    @property
-    def encoding(self):
-        """The character set the client's last word agreed to, as a Python codec; None where it agreed to none."""
-        if not self.charset or self.charset[3] != CHARSET_ACCEPTED:
-            return None
-        try:
-            return codecs.lookup(self.charset[4:-2].decode("ascii", "replace")).name
-        except LookupError:
-            return "ascii"
 
     def settled(self, verb, option):
         """Whether the client's side (WILL) or the world's side (DO) of an option is agreed to be on."""
@@ -1083,6 +1165,7 @@ class Dialect:
     wraps_settings = False         # setting a suffix shows prefix and suffix once
     settings_held = False          # settings may be repeated before the question for the end marker
     settles = True                 # the end marker can be asked for on one of several connections of a character
+    serves_http = True             # on the same port: pages, websocket
     charset_once = False           # after an ACCEPTED no DO CHARSET may follow on a link
     capped = False                 # longer lines overrun the server's buffer
 
@@ -1146,6 +1229,7 @@ class Dialect:
 
 class TeenyMUSH(Dialect):
     name = "teenymush"
+    serves_http = False
     logs_in = True
     whole_lines = True
     ignored = rb"\r"
@@ -1190,6 +1274,7 @@ class _InfoFamily(Dialect):
     """The four families that come from one tree: INFO, OUTPUTPREFIX, a command quota."""
 
     logs_in = guest_alone = settings_held = True
+    serves_http = False
     quota = 100
     logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
@@ -1235,6 +1320,7 @@ class PennMUSH(_InfoFamily):
     password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     check_function = b"checkpass"
     longest_line = 4000
+    serves_http = True
     charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server (worlds/pennmush.md)
     greets = False
     at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
@@ -1322,6 +1408,7 @@ class Unknown(Dialect):
     """Before the world was ever seen: a login is to be kept, never echoed, whatever the family will be."""
 
     name = "unknown"
+    serves_http = False
     login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*|c)(?=\s)")
     handover_words = (b"@remotehostname", b"proxy")
 
@@ -1578,6 +1665,7 @@ class Change:
 
 
 PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
+          "Spelling": Spelling,
           "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN), "Change": lambda: Change("", b"", 0)}
 
 
@@ -2128,6 +2216,35 @@ def end_of_nth(ends, data, count):
     return next((end.end() for end in itertools.islice(found, count - 1, None)), len(data))
 
 
+# PennMUSH serves pages and the websocket of browsers (worlds/pennmush.md a); whoever asks for that speaks no telnet.
+_HTTP_REQUEST = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|UPDATE|PATCH|OPTIONS) [^\r\n]* HTTP/\d\.\d\r?\n")
+
+
+class FirstLine:
+    """Tells from a client's first line, in pieces as it may come, whether it is a browser or the like."""
+
+    __slots__ = ("is_http", "is_raw", "begun")
+
+    def __init__(self):
+        self.is_http = None        # not known yet
+        self.is_raw = False        # ... and the server takes all that follows for no typed lines either
+        self.begun = b""
+
+    def feed(self, data, served):
+        """Take what the client sends first, while is_http is None; `served`: the server speaks HTTP.
+
+        It does so only with a request that came in one piece (worlds/bytes.md 3).
+        """
+        whole = not self.begun
+        self.begun += data[:KEEP_BYTES]
+        if b"\n" in self.begun or len(self.begun) >= KEEP_BYTES:
+            self.is_http, self.begun = bool(_HTTP_REQUEST.match(self.begun)), b""
+            self.is_raw = self.is_http and whole and served
+
+
+PACKED["FirstLine"] = FirstLine
+
+
 class Typed:
     """The line a user is typing: what came of it, how much of that went on to the world."""
 
@@ -2149,7 +2266,7 @@ class Typed:
 PACKED["Typed"] = Typed
 
 
-def shorten(out, limit, committed=0):
+def shorten(out, limit, committed=0, spelling=Spelling()):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
 
     One visible line says how many were lost; telnet commands are kept.
@@ -2158,10 +2275,8 @@ def shorten(out, limit, committed=0):
     begun -= len(_unfinished_command(out[:begun]))
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
     cut = bytes(out[begun:start])
-    earlier = re.findall(rb"<output lost: (\d+) lines>\r\n", cut)
-    lost = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
     kept = b"".join(piece for is_command, piece in Scanner().feed(cut) if is_command)
-    return (out[:begun] + kept + b"\x1b[0m<output lost: %d lines>\r\n" % lost + _unfinished_command(cut) + out[start:])
+    return out[:begun] + kept + spelling.lost(cut) + _unfinished_command(cut) + out[start:]
 
 
 def _unfinished_command(data):
@@ -2256,7 +2371,7 @@ class Session:
                  "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
                  "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at",
-                 "braked", "announced")
+                 "braked", "announced", "spelling", "first")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -2273,6 +2388,8 @@ class Session:
         self.trials = []                        # Credentials to try on return, best first
         self.greeting = None                    # the notice for the next login screen
         self.kept = b""                         # typed while no link could take it
+        self.first = FirstLine()
+        self.spelling = Spelling()              # how notices are written for him
         self.typed = Typed()
         self.settings = NOTHING                 # what the user set for his connection (rule 8)
         self.changing = None                    # a Change typed and not yet answered by the world
@@ -2347,7 +2464,8 @@ class Session:
         self.state = State[packed["state"]]
         self.client.take_up(packed["client"])
         if packed["link"]:
-            self.link = Stream(self.hub.selector, socket.socket(fileno=packed["link"]["fd"]), self, self.on_link_data)
+            self.link = Stream(self.hub.selector, socket.socket(fileno=packed["link"]["fd"]), self,
+                               self._link_reader())
             self.link.take_up(packed["link"])
 
     def go_on(self):
@@ -2453,10 +2571,48 @@ class Session:
                 self.quit_at = 0
                 self.link.send(data)
                 return
-        if self.backlog:
+        if self.first.is_http is None:
+            self._look_at_first_line(data)
+        if self.first.is_raw:
+            self._pass_on(data)
+        elif self.backlog:
             self.backlog += data
         else:
             self._read_in_turn(data)
+
+    def _look_at_first_line(self, data):
+        """A client that speaks HTTP, or the frames of a websocket, can be told nothing."""
+        self.first.feed(data, self.dialect.serves_http and not self._whole_lines())
+        if not self.first.is_http:
+            return
+        self.announce()
+        log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world", self)
+        if self.link:
+            self.link.on_data = self._link_reader()
+        if self.state is State.WAITING:
+            self._end_with_world()
+
+    def _pass_on(self, data):
+        """Bytes of such a client, for the world as they are."""
+        if self.state is State.CLOSING:
+            return
+        if self._can_forward():
+            self.link.send(data)
+            return
+        self.kept += data
+        if len(self.kept) > KEEP_BYTES:
+            self.client.pause()
+
+    def _pass_back(self, data):
+        """Bytes of the world, for such a client."""
+        self.bytes_out += len(data)
+        self.client.send(data)
+        self.hub.links.arrived(self)
+        if len(self.client.out) > self.hub.settings.output_limit:
+            self.close("takes too little of what the world sends, and nothing can be left out")
+
+    def _end_with_world(self):
+        self.close("speaks HTTP, so it ends with its world")
 
     def _read_in_turn(self, data):
         """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
@@ -2538,6 +2694,9 @@ class Session:
 
     def _read_kept(self):
         """Read what was kept, in turn; it was typed before what was left for later turns."""
+        if self.first.is_raw:
+            self._pass_on(self._release())
+            return
         data, self.backlog = self._release() + self.backlog, b""
         self._read_in_turn(data)
 
@@ -2706,6 +2865,8 @@ class Session:
             word += b" " + value.partition(b"=")[0].strip().upper()
         if len(value) <= 500 and (word in self.settings or len(self.settings) < 40):
             self.settings = {**self.settings, word: value}
+        if word == b"PUEBLOCLIENT":
+            self.spelling.marked_up = True      # whatever becomes of the setting: his client reads tags from now on
 
     def _login_part(self):
         typed = self.typed
@@ -2846,14 +3007,14 @@ class Session:
 
     def _write_notice(self, text, more=b""):
         """Write a notice on a fresh line, colour reset, whatever the world left unfinished (rule 10)."""
-        if not text:
+        if not text or self.first.is_http:
             return
-        lines = b"\r\n".join(text.encode("utf-8", "replace").split(b"\n")) + more
+        lines = self.spelling.spell(text, self.agreement.codec if self.agreement else None, more)
         if self.from_world and self.from_world.inside_long:
             self.from_world = None
             self.client.send(bytes((IAC, SE)))
         fresh = b"\r\n" if self.tail else b""
-        self.client.send(unfinished(self.tail) + b"\x1b[0m" + fresh + lines + b"\r\n")
+        self.client.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
         self.tail = b""
 
     # ---- the link
@@ -2874,7 +3035,7 @@ class Session:
             self.failing_since = self.hub.now
         self._enter(State.RETURNING if returning else State.LOGIN)
         try:
-            self.link = self.hub.connect(world, self, self.on_link_data)
+            self.link = self.hub.connect(world, self, self._link_reader())
         except OSError as error:
             self._link_failed(error.strerror)
             return
@@ -2970,6 +3131,23 @@ class Session:
             return
         self.client.send(data)
 
+    def _on_plain_data(self, data):
+        """The world sent `data`, and never an escape before."""
+        if ESCAPE in data and not self.scan:    # else _show() sees it, if it is shown
+            self._note_colour()
+        self.on_link_data(data)
+
+    def _note_colour(self):
+        self.spelling.coloured = True
+        if self.link:
+            self.link.on_data = self._link_reader()
+
+    def _link_reader(self):
+        """What takes the data of the link."""
+        if self.first.is_raw:
+            return self._pass_back
+        return self.on_link_data if self.spelling.coloured else self._on_plain_data
+
     def _line_ended(self, data):
         self.tail = b""
         self.client.send(data)
@@ -2980,6 +3158,8 @@ class Session:
         """Send the client text of the world."""
         if not text:
             return
+        if ESCAPE in text and not self.spelling.coloured:
+            self._note_colour()
         if text.endswith(b"\n"):
             self._line_ended(text)
         else:
@@ -3165,6 +3345,8 @@ class Session:
             self._link_failed(reason or "closed by the world")
         elif self._has_quit():
             self.close("quit")
+        elif self.first.is_http:
+            self._end_with_world()
         else:
             self._show_hidden()
             self._enter(State.ASKING)
@@ -3188,6 +3370,9 @@ class Session:
 
     def _link_failed(self, reason):
         """The world did not take a link, or ended one that was to bring the user back: try again, ever more slowly."""
+        if self.first.is_http:
+            self._end_with_world()
+            return
         delay = min(30, 2 ** min(self.failures, 5))
         self.failures += 1
         level = logging.INFO if self.failures == 1 else logging.DEBUG
@@ -3239,6 +3424,9 @@ class Session:
 
     def wait(self, notice):
         """Hold the client until the world is back."""
+        if self.first.is_http:
+            self._end_with_world()
+            return
         if self.state in (State.LOGIN, State.ASKING) and self.unanswered and not self.login:
             login, typed_at = self.unanswered[-1][:2]
             if self.hub.now - typed_at < 30 and not self._was_answered(*self.unanswered[-1]):
@@ -3505,7 +3693,8 @@ class Session:
     def _shorten(self):
         limit = self.hub.settings.output_limit
         if len(self.client.out) > limit + self.client.committed:
-            self.client.out = shorten(self.client.out, limit * 3 // 4, self.client.committed)
+            self.client.out = shorten(
+                self.client.out, limit * 3 // 4, self.client.committed, self.spelling)
 
     def on_stream_room(self, stream):
         """A stream fell below LOW_WATER: read the other one again."""

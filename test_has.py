@@ -3042,12 +3042,18 @@ class TestReplay(unittest.TestCase):
                 b"Char.Skills.Get 2"]
         self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
 
-    def test_the_encoding_that_was_agreed(self):
+    def test_the_character_set_that_was_agreed(self):
         for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
-                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"), (b"\xe9", "ascii")):
-            self.assertEqual(agreed(subs=[b"\xff\xfa\x2a\x02" + name + b"\xff\xf0"]).encoding, codec)
-        self.assertIsNone(agreed(subs=[b"\xff\xfa\x2a\x03\xff\xf0"]).encoding)
-        self.assertIsNone(agreed().encoding)
+                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"), (b"\xe9", "ascii"), (b"hex", "ascii"),
+                            (b"utf-16", "ascii"), (b"ISO-8859-99", "ascii"), (b"undefined", "ascii"), (b"", "ascii")):
+            accepted = b"\xff\xfa\x2a\x02" + name + b"\xff\xf0"
+            self.assertEqual(agreed(subs=[accepted]).codec, codec)
+            asked = agreed(subs=[b"\xff\xfa\x2a\x01;" + name + b"\xff\xf0"])
+            self.assertIsNone(asked.codec)
+            asked.from_world(accepted)              # to the client's own request
+            self.assertEqual(asked.codec, codec)
+        self.assertIsNone(agreed(subs=[b"\xff\xfa\x2a\x02UTF-8\xff\xf0", b"\xff\xfa\x2a\x03\xff\xf0"]).codec)
+        self.assertIsNone(agreed().codec)
 
     def test_a_refusal_reaches_only_a_client_that_believed_otherwise(self):
         replay = has.Replay(self.full())
@@ -3065,6 +3071,36 @@ class TestReplay(unittest.TestCase):
             self.assertIs(agreement.from_client(answer), True)
         self.assertEqual(replay.leftovers(), b"")
         self.assertEqual(has.Replay(agreement).had, {(DO, 3)})
+
+
+class TestSpelling(unittest.TestCase):
+    def test_character_sets(self):
+        for text, codec, spelled in (
+                ("zur\u00fcck", None, b"zur\xc3\xbcck"), ("\u201cIt\u2019s back\u201d \u2014 soon\u2026", None, b'"It\'s back" -- soon...'),
+                ("zur\u00fcck", "utf-8", b"zur\xc3\xbcck"), ("zur\u00fcck", "iso8859-1", b"zur\xfcck"),
+                ("zur\u00fcck", "ascii", b"zuruck"), ("zur\u00fcck", "cp437", b"zur\x81ck"),
+                ("\u201cna\u00efve\u201d\u2026", "iso8859-1", b'"na\xefve"...'), ("\u043c\u0438\u0440 1", "iso8859-1", b"??? 1"),
+                ("\u043c\u0438\u0440", None, "\u043c\u0438\u0440".encode()), ("\ud800", None, b"?"), ("\ud800x", "utf-8", b"?x")):
+            self.assertEqual(has.Spelling().spell(text, codec), spelled)
+
+    def test_byte_255_is_doubled_lines_end_as_telnet_wants_and_typed_bytes_stay(self):
+        spelling = has.Spelling()
+        self.assertEqual(spelling.spell("\u00ffa\nb", "iso8859-1", b" \xff\xe9"), b"\xff\xffa\r\nb \xff\xff\xe9")
+
+    def test_markup(self):
+        spelling = has.Spelling()
+        spelling.marked_up = True
+        self.assertEqual(spelling.spell("a<b>&", None, b"<i>"), b"a&lt;b&gt;&amp;&lt;i&gt;")
+        for tail, end in ((b"", b""), (b"text", b""), (b"<b>x", b""), (b"<a href=", b">"), (b'<a href="x', b'">'), (b'<a b="c"', b">")):
+            self.assertEqual(spelling.end(tail), end, tail)
+        self.assertEqual(spelling.lost(b"a\n<b>\n"), b"&lt;output lost: 2 lines&gt;\r\n")
+        self.assertEqual(spelling.lost(b"a\n" + spelling.lost(b"b\n" * 5)), b"&lt;output lost: 6 lines&gt;\r\n")
+
+    def test_colour(self):
+        spelling = has.Spelling()
+        self.assertEqual((spelling.end(b"text"), spelling.lost(b"\n")), (b"", b"<output lost: 1 lines>\r\n"))
+        spelling.coloured = True
+        self.assertEqual((spelling.end(b"\x1b[3"), spelling.lost(b"\n")), (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
 
 
 # ---- 3. Dialects
@@ -5866,15 +5902,78 @@ class Notices(RigCase):
                     rig.pass_time(2)
                     sent = client.read()
                     self.assertIn(whole, sent)
-                    self.assertEqual(sent.replace(b"\x1b[0m# SILENT\r\n", b""), whole + b"\r\n")
+                    reset = b"\x1b[0m" if b"\x1b" in whole else b""
+                    self.assertEqual(sent.replace(reset + b"# SILENT\r\n", b""), whole + b"\r\n")
 
     def test_waits_1_s_at_most(self):
-        for prompt, wanted in ((b"prompt> ", b"prompt> \x1b[0m\r\n# SILENT\r\n"), (b"", b"\x1b[0m# SILENT\r\n"),
-                               (b"\x1b[3", b"\x1b[3m\x1b[0m\r\n# SILENT\r\n"), (b"x\r\n", b"x\r\n\x1b[0m# SILENT\r\n")):
+        for prompt, wanted in ((b"prompt> ", b"prompt> \r\n# SILENT\r\n"), (b"", b"# SILENT\r\n"),
+                               (b"\x1b[3", b"\x1b[3m\x1b[0m\r\n# SILENT\r\n"), (b"x\r\n", b"x\r\n# SILENT\r\n"),
+                               (b"\x1b[31mx\r\n", b"\x1b[31mx\r\n\x1b[0m# SILENT\r\n")):
             with self.subTest(prompt=prompt):
                 rig, client, _ = self.begin(prompt) if prompt else self.begin(b"\r\n")
                 rig.pass_time(1.1)
                 self.assertEqual(client.read().replace(b"\r\n" * (not prompt), b"", 1), wanted)
+
+    def test_escapes_only_for_clients_that_were_sent_one(self):
+        rig = self.rig()
+        (plain, plain_link), (bright, bright_link) = rig.player(), rig.player("Bob")
+        bright_link.send("\x1b[31mred")
+        rig.settle()
+        bright_link.send(" still\r\n")             # the colour is on, the line is not the last
+        plain_link.send("grey\r\n")
+        rig.settle()
+        for life in ("life 2", "life 3"):
+            for client in (plain, bright):
+                client.read()
+            rig.down()
+            self.assertEqual((plain.read(), bright.read()), (b"# OFFLINE\r\n", b"\x1b[0m# OFFLINE\r\n"))
+            rig.found(life)
+            for link in (rig.game.accept(), rig.game.accept()):
+                rig.let_in(link, "\x1b[1mLimbo\x1b[0m")       # not shown
+            self.assertEqual((plain.read(), bright.read()), (b"# ONLINE\r\n", b"\x1b[0m# ONLINE\r\n"))
+
+    def test_an_escape_on_the_quick_way(self):
+        for text in (b"a\x1b[31mb\r\n", b"\x1b[31m"):
+            with self.subTest(text):
+                rig = self.rig()
+                client, link = rig.player()
+                rig.pass_time(has.MARK_SECONDS + 1)
+                self.assertFalse(client.session.scan)
+                link.send("one\r\n")
+                rig.settle()
+                self.assertFalse(client.session.spelling.coloured)
+                link.send(text)
+                rig.settle()
+                self.assertTrue(client.session.spelling.coloured)
+                self.assertEqual(client.session.link.on_data, client.session.on_link_data)
+                self.assertEqual(client.read(), b"one\r\n" + text)
+
+    def test_in_the_character_set_that_was_agreed(self):
+        for said, shown in ((b"", "zur\u00fcck".encode()), (b"\xff\xfa\x2a\x02ISO-8859-1\xff\xf0", b"zur\xfcck"),
+                            (b"\xff\xfa\x2a\x02US-ASCII\xff\xf0", b"zuruck"), (b"\xff\xfa\x2a\x02UTF-8\xff\xf0", "zur\u00fcck".encode())):
+            with self.subTest(said):
+                rig = self.rig(online_notice="zur\u00fcck")
+                client, _ = rig.player()
+                client.send(said + b"look\r\n")
+                rig.settle()
+                rig.down()
+                rig.found("life 2")
+                client.read()
+                rig.let_in(rig.game.accept())
+                self.assertEqual(client.read(), shown + b"\r\n")
+
+    def test_pueblo_reads_no_tags_in_what_has_says(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.send("PUEBLOCLIENT 2.50\r\n")
+        rig.settle()
+        link.send('<a href="x')
+        rig.settle()
+        client.read()
+        rig.down()
+        client.send("say <b>&\r\n")
+        rig.settle()
+        self.assertEqual(client.read(), b'">\r\n# OFFLINE\r\n# UNSENT say &lt;b&gt;&amp;\r\n')
 
     def test_text_before_a_reset_is_shown(self):
         for typed in (False, True):
@@ -5894,6 +5993,117 @@ class Notices(RigCase):
         link.send("Shutting down.\r\n")
         rig.hub.on_heartbeat_lost("gone", True)                 # before the link was read
         self.assertEqual(client.lines(), ["Shutting down.", "# OFFLINE"])
+
+
+class Browsers(RigCase):
+    """A client whose first line is an HTTP request: PennMUSH's websocket speaks frames."""
+
+    REQUEST = b"GET /wsclient HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n"
+    FRAMES = b"\x81\x86\xff\xfb\x56\n\xff\xff\xfa\rconnect a b\r\n\xff\xfd\x06QUIT\r\n\x08\x7f\xff"
+
+    def browser(self, request=REQUEST, family="pennmush", **how):
+        rig = self.rig(family)
+        client = rig.client(**how)
+        link = rig.game.accept()
+        client.send(request)
+        rig.settle()
+        return rig, client, link
+
+    def test_frames_pass_as_they_are(self):
+        rig, client, link = self.browser()
+        for size in (1, 7, 100):
+            for at in range(0, len(self.FRAMES), size):
+                for here, there in ((client, link), (link, client)):
+                    here.send(self.FRAMES[at:at + size])
+                    rig.settle()
+        self.assertEqual(link.read(), self.REQUEST + self.FRAMES * 3)
+        self.assertEqual(client.read(), self.FRAMES * 3)
+        with self.assertLogs("has", "INFO") as caught:
+            link.sock.close()
+            rig.settle(lambda: is_gone(client) or client.session.client._finishing)
+        self.assertEqual((client.read(), rig.beat.asks), (b"", []))
+        self.assertIn("HTTP", caught.output[0])
+
+    def test_a_request_that_comes_before_the_link_is_open(self):
+        rig = self.rig("pennmush")
+        rig.found("life 1", rig.full)
+        client = rig.client()
+        client.send(self.REQUEST + self.FRAMES)
+        rig.settle()
+        self.assertEqual(client.session.kept, self.REQUEST + self.FRAMES)
+        rig.pass_time(11)
+        self.assertEqual((client.read(), client.ended), (b"", True))
+
+    def test_no_notice_and_not_held(self):
+        for family in ("pennmush", "tinymux", "rhostmush", "teenymush", "tinymush", "plain"):
+            for request in (self.REQUEST, b"POST /x HTTP/1.0\n", b"HEAD / HTTP/1.1\r\n"):
+                with self.subTest(family=family, request=request):
+                    rig, client, _ = self.browser(request, family)
+                    client.read()
+                    rig.post(rig.hub.on_silent)
+                    client.send(b"\x81\x82hello\r\n")
+                    rig.settle()
+                    rig.pass_time(2)
+                    client.session._write_notice("# a notice to all")
+                    with self.assertLogs("has", "INFO") as caught:
+                        rig.down()
+                    self.assertEqual((client.read(), client.ended), (b"", True))
+                    self.assertIn("HTTP", "".join(caught.output))
+
+    def test_while_the_world_is_down(self):
+        rig = self.rig("pennmush")
+        rig.down()
+        client = rig.client()
+        client.read()
+        client.send(self.REQUEST)
+        rig.settle()
+        self.assertEqual((client.read(), client.ended), (b"", True))
+
+    def test_only_such_a_request_in_one_piece_goes_past_the_reader(self):
+        """Else it would be a way round rule 9, the brake and the line reader."""
+        for family, pieces in (("rhostmush", [self.REQUEST, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"]),
+                               ("teenymush", [self.REQUEST, b"@remotehostname evil\r\n"])):
+            rig = self.rig(family)
+            client = rig.client()
+            link = rig.game.accept()
+            for piece in pieces:
+                client.send(piece)
+                rig.settle()
+            self.assertNotIn(pieces[-1], link.read())
+        for pieces, raw in (([self.REQUEST], True), ([b"GET /wsclient HT", b"TP/1.1\r\n"], False),
+                            ([b"hello\r\n" + self.REQUEST], False), ([b"hello\r\n", self.REQUEST], False),
+                            ([b"GET me a drink\r\n"], False), ([b"get / HTTP/1.1\r\n"], False)):
+            rig = self.rig("pennmush")
+            client = rig.client()
+            rig.game.accept()
+            for piece in pieces:
+                client.send(piece)
+                rig.settle()
+            self.assertIs(client.session.first.is_raw, raw, pieces)
+
+    def test_who_does_not_read_has_a_bound(self):
+        rig, client, link = self.browser()
+        rig.settings.output_limit = 300000
+        link.sock.setblocking(True)
+        sender = threading.Thread(target=lambda: self.assertRaises(OSError, link.sock.sendall, b"\xff" * 20000000), daemon=True)
+        sender.start()
+        deadline = time.monotonic() + 10
+        while not is_gone(client) and state_of(client) != "CLOSING":
+            self.assertLess(time.monotonic(), deadline)
+            rig.hub.turn(0.01)
+            rig.clock.advance(0.5)
+        sender.join(5)
+
+    def test_it_goes_through_an_upgrade(self):
+        rig, client, link = self.browser()
+        rig.upgrade()
+        self.assertEqual((client.session.first.is_http, client.session.first.is_raw), (True, True))
+        for here, there in ((client, link), (link, client)):
+            there.read()
+            here.send(self.FRAMES)
+            rig.settle()
+            self.assertEqual(there.read(), self.FRAMES)
+
 
 
 # ---- 6. isolation
