@@ -102,6 +102,13 @@ class Client:
             if ended:
                 raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
 
+    def expect_notice(self, text, seconds=10.0):
+        """Read until the notice; nothing came with it but a colour reset, and that only after an escape of the world's."""
+        coloured = b"\x1b" in self.seen[:len(self.seen) - len(self.text)]
+        found, wanted = self.expect(re.escape(text) + r"\r\n", seconds), text.encode() + b"\r\n"
+        if found != (b"\x1b[0m" if coloured else b"") + wanted:
+            raise AssertionError(f"not the notice alone: {found!r}")
+
     def expect_end(self, seconds=10.0):
         """Read until the connection is closed; return the last text."""
         until = time.monotonic() + seconds
@@ -5127,9 +5134,9 @@ class StuckClient(RigCase):
         link.send("the end\r\n")
         rig.settle()
         got = self.drain(rig, client)
-        self.assertRegex(got, rb"\r\n\x1b\[0m<output lost: \d+ lines>\r\n(x{98}\r\n)+the end\r\n\Z")
+        self.assertRegex(got, rb"\r\n<output lost: \d+ lines>\r\n(x{98}\r\n)+the end\r\n\Z")
         self.assertEqual(set(got.split(b"\r\n")) - {b"x" * 98, b""} - {b"the end"},
-                         set(re.findall(rb"\x1b\[0m<output lost: \d+ lines>", got)))
+                         set(re.findall(rb"<output lost: \d+ lines>", got)))
 
     def test_a_client_that_never_reads_is_bounded_over_returns(self):
         rig, client, link = self.start(output_limit=400000)
@@ -7597,8 +7604,7 @@ class Scenarios:
     def came_back(self, *clients):
         """Each sees the notice and nothing else, and is in the game."""
         for client in clients:
-            before = client.expect(re.escape(ONLINE) + r"\r\n")
-            self.assertEqual(before, b"\x1b[0m" + ONLINE.encode() + b"\r\n")
+            client.expect_notice(ONLINE)
         for client in clients:
             self.assertEqual(re.sub(rb"(?m)^(You say|\S+ says).*$\s*", b"", client.barrier()).strip(), b"")
 
@@ -7967,7 +7973,7 @@ class TestPenn(Scenarios, unittest.TestCase):
         self.went_down(wizard)
         wizard.text = b""
         self.world.start()
-        self.assertEqual(wizard.expect(re.escape(ONLINE) + r"\r\n"), b"\x1b[0m" + ONLINE.encode() + b"\r\n")
+        wizard.expect_notice(ONLINE)
         self.assertEqual(wizard.barrier(), b"<<\r\n")
         after, = self.world.online("Wizard")
         self.assertEqual((after.settings, after.prefix), (before.settings, "<<"))
@@ -9122,7 +9128,6 @@ TTYPES = [b"TINTIN++", b"XTERM-256COLOR", b"MTTS 269"]
 CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(GMCP, b'Core.Supports.Set ["Char 1"]')
 TOKEN = re.compile(rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
 DATE = re.compile(rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d(?:\.\d+)? \d{4}|(?<=C\.)\d+")
-NOTICE_SHOWN = b"\x1b[0m" + ONLINE.encode() + b"\r\n"
 
 
 def tokens(data):
@@ -9255,7 +9260,7 @@ class TelnetCase(unittest.TestCase):
 
     def came_back(self, client, world=None, name="Alice"):
         """Only the notice was shown."""
-        self.assertEqual(client.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+        client.expect_notice(ONLINE, 8)
         conn = (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")[0]
         self.assertEqual(re.sub(rb"\S+ says.*\r?\n", b"", client.barrier()).strip(), b"")
         return conn
@@ -9499,7 +9504,7 @@ class TelnetFamily:
         alice.text = b""
         self.crash(alice)
         self.world.start()
-        self.assertEqual(alice.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+        alice.expect_notice(ONLINE, 8)
         conn = self.world.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
         shown = alice.barrier()
         self.assertEqual((conn.prefix, conn.suffix, conn.settings), (before.prefix, before.suffix, before.settings))
@@ -9826,7 +9831,7 @@ class TestTelnetRealTinyMUX(TelnetCase):
             mux.kill()
             alice.expect(re.escape(OFFLINE) + r"\r\n")
             mux.start()
-            self.assertEqual(alice.expect(re.escape(ONLINE) + r"\r\n", 8), NOTICE_SHOWN)
+            alice.expect_notice(ONLINE, 8)
             self.look(alice)
             self.assertEqual(alice.on, on)
             self.assertEqual(alice.commands[count:], [])
