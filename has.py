@@ -56,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -106,6 +107,7 @@ MOVED_NOTICE = """# NOTICE # This world is moving to another machine. One moment
 SILENT_NOTICE = """# NOTICE # This world does not answer just now. You stay connected."""  # typed at a frozen world
 UNSENT_NOTICE = """# NOTICE # This world is OFFLINE. Not sent:"""           # before a line typed while it is down
 RELOGIN_FAILED_NOTICE = """# NOTICE # This world is back but did not take your login. Please log in."""  # refused
+SUSPECT_NOTICE = """# NOTICE # The world died each time your login was repeated. Please log in yourself."""  # see README
 LOGIN_HOLD = 300                  # seconds a client without a login is held while the world is down; 0: for ever
 HOLD = 0                          # seconds a client with a login is held while the world is down; 0: for ever
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
@@ -286,7 +288,7 @@ SETTINGS = {
     "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
     "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice, "silent_notice": _notice,
-    "unsent_notice": _notice, "relogin_failed_notice": _notice, "login_hold": _seconds, "hold": _seconds,
+    "unsent_notice": _notice, "relogin_failed_notice": _notice, "suspect_notice": _notice, "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
     "output_limit": _number(4096, 1 << 30), "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
 }
@@ -2922,6 +2924,7 @@ class Session:
             self.hub.later(wait, self.try_login)
             return b""
         self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
+        self.hub.suspects.came(login.character, self.hub.now, typed=True)
         return self.proof.wrap(login, begun, rest, self.settings, nonce)
 
     def try_login(self):
@@ -3057,6 +3060,7 @@ class Session:
             self.host, epoch, word, path)
         if self.agreement or path:
             opening += self._begin_replay(bool(path))
+        hub.suspects.came(self.who, hub.now)
         if self.state is State.RETURNING:
             script = self.proof.script(self.trials[0], self._setting_lines(True))
             if path and self.replay and self.replay.had:
@@ -3527,11 +3531,23 @@ class Session:
         self.trials = [c for c in (self.login or self.pending, self.previous) if c]
         if self.is_guest or not self.dialect.logs_in:
             self.trials = []
+        if self.who in self.hub.suspects.barred:
+            self._give_up()
+            return
         if self.hub.world.checks and self._is_to_be_checked():
             self.checked = list(self.trials)
             self.hub.check(self, self.checked)
         else:
             self.hub.links.add(self)
+
+    def _give_up(self):
+        """His coming back kills the world (see Suspects): he may log in by himself, if he could log in at all."""
+        notice = self.hub.settings.suspect_notice
+        if not self.trials:
+            self.close("the world died each time he came back", notice)
+            return
+        self.trials, self.login, self.previous, self.pending, self.greeting = [], None, None, None, notice
+        self.hub.links.add(self)
 
     def _is_to_be_checked(self):
         """Whether to ask first which pair is right. Who does not exist yet, or needs no password, is always wrong."""
@@ -5227,21 +5243,116 @@ class Endings:
         self._doubted.pop(number, None)
 
 
+class Suspects:
+    """Whose login may kill the world: who comes back last and alone, whom HAS logs in no more (rule 4). Pure.
+
+    Who came shortly before a death is a suspect. One such death means little: worlds die, and everybody comes back at
+    once. If the next life ends so, too, suspects come when all others are through, one at a time. If the world dies
+    behind such a single return, that is a strike; a login that the world outlives clears him. Two strikes bar him, but
+    only if they can hardly be chance: a world that dies often dies behind innocents, too. So each strike weighs as much
+    as a death was probable in the time from his return to it, at the rate of the world's other deaths in the last hour.
+    `who` is a character, or the number of a session at the login screen.
+    """
+
+    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 3e-5, 4, 60
+    __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
+
+    def __init__(self):
+        self._came = {}            # who -> (when, whether alone), of this life
+        self._strikes = {}         # suspect -> [(when the world died, seconds after his single return)]
+        self._deaths, self._lives = [], []      # times; (begin, end); both of the last hour
+        self._begun = None         # when this life began; None while there is none
+        self._latest = 0.0         # when anybody came last
+        self._streak = 0           # deaths in a row that came shortly behind somebody
+        self.barred = set()
+
+    def found(self, now):
+        """The world is up, in a new life."""
+        self._begun, self._came = now, {}
+
+    def came(self, who, now, typed=False):
+        """Somebody is let in to the world: HAS brings him (back), or he has typed a login."""
+        alone = not typed and self.is_suspect(who) and self.together == 1 and now - self._latest >= self.APART
+        self._came.pop(who, None)               # the dict is in the order of their coming
+        self._came[who] = (now, alone)
+        self._latest = now
+
+    def died(self, now):
+        """The world has died; returns the set of those who are barred from now on."""
+        if self._begun is None:
+            return set()
+        self._deaths = [at for at in self._deaths if now - at <= self.HOUR] + [now]
+        self._lives = [life for life in self._lives if now - life[1] <= self.HOUR] + [(self._begun, now)]
+        self._begun = None
+        # of suspects who came in groups the last group is suspected further, or it would never be one alone
+        window = self.APART if self._streak > 1 and self.together > 1 else self.WINDOW
+        self._streak = self._streak + 1 if self._came and now - self._latest <= self.WINDOW else 0
+        for who, (when, _) in self._came.items():
+            if now - when > window:             # it outlived his coming
+                self._strikes.pop(who, None)
+                self.barred.discard(who)
+            else:
+                self._strikes.setdefault(who, [])
+        if self._came:
+            self._strike(*list(self._came.items())[-1], now)
+        new = {who for who, strikes in self._strikes.items()
+               if len(strikes) > 1 and self._chance(strikes, now) <= self.CHANCE} - self.barred
+        self.barred |= new
+        return new
+
+    def _strike(self, who, came, now):
+        when, alone = came
+        if alone and now - when <= self.WINDOW:
+            strikes = [strike for strike in self._strikes[who] if now - strike[0] <= self.HOUR]
+            self._strikes[who] = strikes + [(now, now - when)]
+
+    def _chance(self, strikes, now):
+        """How probable it is that a world that dies as often as this one died behind all these returns by chance."""
+        up = sum(end - max(begin, now - self.HOUR) for begin, end in self._lives)
+        rate = (len(self._deaths) - len(strikes) + 1) / max(up, 1.0)
+        product = 1.0
+        for _, seconds in strikes:
+            product *= 1 - math.exp(-rate * max(seconds, 0.02))
+        log = -math.log(max(product, 1e-300))   # Fisher's method: a product of many chances is small by itself
+        return product * sum(log ** k / math.factorial(k) for k in range(len(strikes)))
+
+    @property
+    def together(self):
+        """How many suspects come at a time: one, but for crowds, who would wait for many minutes."""
+        return max(1, -(-len(self._strikes) // self.STEPS))
+
+    def is_suspect(self, who):
+        """Whether he comes last."""
+        return self._streak > 1 and who in self._strikes
+
+    def wait(self, who, now):
+        """Seconds until this suspect may come. The calm before grows with his strikes: a world that always dies at the
+        same age dies without him then. Others' logins do not put him off for ever."""
+        strikes = len(self._strikes.get(who, ()))
+        calm = min(10, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
+        return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
+
+
+PACKED["Suspects"] = Suspects
+
+
 class LinkQueue:
     """Who may connect to the world next: all links are opened here, paced for the world's family (rule 4)."""
 
     def __init__(self, hub):
         self.hub = hub
+        self._suspects = collections.OrderedDict()          # the same of those who come when all others are through
+        self._suspects_woken = False
         self._waiting = collections.OrderedDict()           # the sessions as its keys: a set in order
         self._arriving = set()                  # sessions whose links were opened and are not through yet
         self._next_at, self._woken = 0.0, False
 
     def __contains__(self, session):
-        return session in self._waiting
+        return session in self._waiting or session in self._suspects
 
     def add(self, session):
         """Open the session's link when it is its turn."""
-        self._waiting.setdefault(session)
+        (self._suspects if self.hub.suspects.is_suspect(session.who) else self._waiting).setdefault(session)
         self.go_on()
 
     def arrived(self, session):
@@ -5253,14 +5364,20 @@ class LinkQueue:
     def forget(self, session):
         """The session has ended."""
         self._waiting.pop(session, None)
+        self._suspects.pop(session, None)
         self._arriving.discard(session)
+        self.go_on()                            # the last of the others, perhaps
 
     def clear(self):
         """There is no world to connect to; every session will be added again when there is."""
         self._waiting.clear()
+        self._suspects.clear()
 
     def go_on(self):
         """Open links soon, if any are wanted."""
+        if self._suspects and not (self._suspects_woken or self._waiting or self._arriving):
+            self._suspects_woken = True
+            self.hub.later(0, self._open_suspects)
         if self._waiting and not self._woken:
             self._woken = True
             self.hub.later(max(0.0, self._next_at - self.hub.now), self._open_some)
@@ -5282,6 +5399,23 @@ class LinkQueue:
             self._arriving.add(session)
             opened += 1
             hub.open_link(session)
+
+
+    def _open_suspects(self):
+        """When all others are through: one by one, with a pause before each, so that it is seen who kills the world."""
+        self._suspects_woken = False
+        hub = self.hub
+        if self._waiting or self._arriving or hub.choosing or not hub.is_up:
+            return                              # go_on() is called again when that has changed
+        for session in list(self._suspects)[:hub.suspects.together]:
+            wait = hub.suspects.wait(session.who, hub.now)
+            if wait:
+                self._suspects_woken = True
+                hub.later(wait, self._open_suspects)
+                break
+            del self._suspects[session]
+            self._waiting[session] = None       # as any other now
+        self.go_on()
 
 
 class Hub:
@@ -5315,8 +5449,9 @@ class Hub:
         self._reasons = {}                      # Address -> why it could not be reached, since the world was found
         self._wish = None                       # what the settings ask for in vain: "address: reason"
         self.doubles = set()                    # characters with several sessions when the world came back
-        self._choosing = set()                  # numbers of sessions whose return waits for the answer to check()
+        self.choosing = set()                  # numbers of sessions whose return waits for the answer to check()
         self.noise = Noise()
+        self.suspects = Suspects()
         self.links = LinkQueue(self)
         self.endings = Endings()
         self._connections = 0                   # heartbeat connections that were confirmed
@@ -5568,7 +5703,7 @@ class Hub:
             return []
         return [it for it in self.sessions.values() if it is not session and it.trials
                 and it.trials[0].character == name
-                and (it.state is State.RETURNING or it in self.links or it.number in self._choosing)]
+                and (it.state is State.RETURNING or it in self.links or it.number in self.choosing)]
 
     def settle(self, session):
         """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
@@ -5617,12 +5752,13 @@ class Hub:
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
         if session.state is State.WAITING:
-            self._choosing.add(session.number)
+            self.choosing.add(session.number)
         self.heartbeat.mailbox.post(self.heartbeat.on_check, session.number, session.serial, list(pairs))
 
     def on_checked(self, number, serial, verdicts):
         """The heartbeat's answer to check()."""
-        self._choosing.discard(number)
+        self.choosing.discard(number)
+        self.links.go_on()
         session = self.sessions.get(number)
         if session:
             self._safely(session.on_checked, serial, verdicts)
@@ -5646,7 +5782,7 @@ class Hub:
         moved = old and old.address != world.address
         reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
         renewed = world == old and self.is_up and self.loss is None     # a blind one: once a minute
-        self.loss, self._lost_at, self._reasons, self._wish = None, None, {}, None
+        self._reasons, self._wish = {}, None
         self._connections += 1
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
                 "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
@@ -5662,15 +5798,20 @@ class Hub:
             self._each("on_world_down", self.settings.moved_notice)
         elif reborn and was in (Health.UP, Health.SILENT):
             log.warning("the world has been started anew: its users are brought back")
+            self._world_died()
+            self.links.clear()
             for session in list(self.sessions.values()):
                 if session.life != world.life and session.link or session.state is State.ASKING:
                     self._safely(session.on_world_down, self.settings.offline_notice)
+        if moved or reborn or was not in (Health.UP, Health.SILENT):
+            self.suspects.found(self.now)
         self._set_health(Health.UP)
         if was is Health.SILENT:
             self._each("on_world_silent", False)
         logins = [it.login or it.pending for it in self.sessions.values()]
         names = collections.Counter(login.character for login in logins if login)
         self.doubles = {name for name, count in names.items() if count > 1}
+        self.loss = self._lost_at = None
         if world.life.startswith("?"):
             self.later(ADOPT_SECONDS, self._adopt, world.life)
         if was is Health.DOWN and old:
@@ -5747,10 +5888,20 @@ class Hub:
             self._set_health(Health.UP)
             self._each("on_world_silent", False)
 
+    def _world_died(self):
+        """Who may have killed it? One who froze it did so before a probe was first not answered."""
+        frozen = self.settings.dead_after if self.health is Health.SILENT else 0
+        for who in self.suspects.died(self.loss.since if self.loss else self.now - frozen):
+            name = printable(who) if isinstance(who, bytes) else f"session {who}, which has no login,"
+            log.warning("the world died each time just after %s had come back: HAS brings it back no more. Mend what runs "
+                        "at its login (@aconnect), or its client; who logs in by hand, and the world lives on, is cleared",
+                        name)
+
     def _down(self, reason):
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
         if self.health is not Health.STARTING:
             self.outages, self.last_outage = self.outages + 1, time.time()
+        self._world_died()
         self._set_health(Health.DOWN, self._lost_at)
         self.loss = self._lost_at = None
         self.links.clear()
@@ -5787,7 +5938,7 @@ class Hub:
                            **{name: pack(getattr(self, name)) for name in self._PACKED}}}, fds
 
     _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
-    _PACKED = ("noise", "doubles", "brake")              # the same for what JSON does not know
+    _PACKED = ("noise", "doubles", "brake", "suspects")              # the same for what JSON does not know
 
     def unpack(self, state, whole=True):
         """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on). `whole`: a session

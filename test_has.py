@@ -140,12 +140,27 @@ class Client:
 _marks = itertools.count(1)
 
 
+@functools.lru_cache(None)
+def calm_program():
+    """A has.py that suspects nobody: in most tests worlds die just behind logins (see has.Suspects)."""
+    folder = tempfile.mkdtemp(prefix="has-calm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with open(HAS, encoding="utf-8") as file:
+        text = file.read()
+    calm = text.replace("    WINDOW, APART,", "    WINDOW, APART = -1, 2\n    _, _,", 1)
+    assert calm != text
+    with open(os.path.join(folder, "has.py"), "w", encoding="utf-8") as file:
+        file.write(calm)
+    return file.name
+
+
 class Has:
     """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once."""
 
     faults = False                  # True: the test has planted one
 
-    def __init__(self, case, python=sys.executable, script=HAS, **settings):
+    def __init__(self, case, python=sys.executable, script=None, **settings):
+        self.script = script = script or calm_program()
         self.folder = tempfile.mkdtemp(prefix="has-test-")
         case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.conf = os.path.join(self.folder, "has.conf")
@@ -4132,7 +4147,7 @@ class Beat:
 
 NOTICES = {name + "_notice": "# " + name.upper() for name in ("offline", "online", "moved", "silent", "unsent")}
 PLAIN_SETTINGS = dict(
-    NOTICES, relogin_failed_notice="# REFUSED", mush_address="127.0.0.1:4001", mush_type="auto",
+    NOTICES, relogin_failed_notice="# REFUSED", suspect_notice="# SUSPECT", mush_address="127.0.0.1:4001", mush_type="auto",
     local_address="127.0.0.1", local_port=0, proxy_from="", hb_user="heartbeat", hb_pass="heartbeat", beat=10, retry=1,
     hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
@@ -4208,13 +4223,16 @@ class Game:
             peer.sock.close()
 
 
+SUSPECT_SECONDS = has.Suspects.WINDOW
 HOME, AWAY = has.Address("127.0.0.1", 4001, None), has.Address("127.0.0.1", 4002, None)
 
 
 class Rig:
     """A hub, its clock, its stub heartbeat, a world, and what they need to be watched."""
 
-    def __init__(self, family="tinymux", up=True, **settings):
+    def __init__(self, family="tinymux", up=True, suspicious=False, **settings):
+        # the clock stands still in most tests, so that every death would come just behind a return
+        has.Suspects.WINDOW = SUSPECT_SECONDS if suspicious else -1
         has.log.handlers[:], has.log.propagate = [logging.NullHandler()], False
         self.clock, self.events, self.peers = Clock(), 0, []
         self.settings = settings_of(tuple(sorted(settings.items())))
@@ -5789,6 +5807,167 @@ class Returning(RigCase):
         clients[0].sock.close()
         rig.settle()
         self.assertEqual([state_of(c) for c in clients], ["gone", "RETURNING", "WAITING"])
+
+
+class TestSuspects(unittest.TestCase):
+    """Who kills the world? Alone, in worlds that are made of numbers."""
+
+    def setUp(self):
+        has.Suspects.WINDOW = SUSPECT_SECONDS
+
+    def lives(self, suspects, users, rng, rate, killer=None, after=0.0, most=80, start=0.0):
+        """A world that dies at random, `rate` times a second, and `after` seconds behind the killer's coming; HAS brings
+        all back as LinkQueue does. Returns (how often it died until somebody was barred, or None; who was)."""
+        now = start
+        for death in range(1, most + 1):
+            suspects.found(now)
+            dies_at = now + (rng.expovariate(rate) if rate else 1e9)
+            order = [who for who in users if not suspects.is_suspect(who)]
+            late = [who for who in users if suspects.is_suspect(who)]
+            at, single = now, 0.001
+            together, step = suspects.together, 0
+            while (order or late) and at < dies_at:
+                if not order:
+                    at = max(at, at + suspects.wait(late[0], at))
+                    order, late = late[:together], late[together:]
+                    if at >= dies_at:
+                        break
+                who = order.pop(0)
+                if who not in suspects.barred:
+                    suspects.came(who, at)
+                    if who == killer:
+                        dies_at = min(dies_at, at + after)
+                at += single
+            now = max(dies_at, at) if dies_at < 1e9 else at + 100
+            if dies_at >= 1e9:
+                return None, suspects.barred
+            if suspects.died(now):
+                return death, suspects.barred
+            now += 1
+        return None, suspects.barred
+
+    def test_who_kills_it_is_barred_after_few_deaths(self):
+        for count in (1, 2, 5, 8):
+            for after in (0.0, 0.01, 0.3, 1.0):
+                with self.subTest(users=count, after=after):
+                    suspects, users = has.Suspects(), [b"user %d" % n for n in range(count)]
+                    suspects.found(0.0)
+                    suspects.came(users[-1], 86400.0, typed=True)
+                    suspects.died(86400.0 + after)
+                    deaths, barred = self.lives(suspects, users, random.Random(1), 0, users[-1], after, start=86402.0)
+                    self.assertEqual(barred, {users[-1]})
+                    self.assertLessEqual(1 + deaths, (4 if after < 0.3 else 6) + 2 * (count > 4))
+                    self.assertEqual(self.lives(suspects, users, random.Random(1), 0, users[-1], after, start=87000.0)[0], None)
+
+    def test_no_innocent_is_barred_in_worlds_that_die_at_random(self):
+        seeds = [*range(40), secrets.randbelow(1 << 30)]
+        for seed in seeds:
+            for mean in (1, 3, 8, 20, 60, 300):
+                for count in (1, 4, 15):
+                    with self.subTest(seed=seed, mean=mean, users=count):
+                        users = [b"user %d" % n for n in range(count)]
+                        self.assertEqual(self.lives(has.Suspects(), users, random.Random(seed), 1 / mean, most=40)[1], set())
+
+    def test_one_death_behind_returns_puts_nobody_off(self):
+        suspects = has.Suspects()
+        suspects.found(0.0)
+        suspects.came(b"alice", 100.0)
+        suspects.died(101.0)
+        self.assertFalse(suspects.is_suspect(b"alice"))
+
+    def test_a_login_that_the_world_outlives_clears(self):
+        suspects = has.Suspects()
+        for start in (0.0, 10.0):
+            suspects.found(start)
+            suspects.came(b"alice", start + 1)
+            suspects.died(start + 2)
+        self.assertTrue(suspects.is_suspect(b"alice"))
+        suspects.found(20.0)
+        suspects.came(b"alice", 23.0)
+        suspects.died(40.0)
+        self.assertFalse(suspects.is_suspect(b"alice"))
+
+    def test_nobody_waits_for_ever(self):
+        suspects = has.Suspects()
+        for start in (0.0, 10.0):
+            suspects.found(start)
+            suspects.came(b"alice", start + 1)
+            suspects.died(start + 2)
+        suspects.found(20.0)
+        for second in range(20, 80):
+            suspects.came(b"bob", float(second), typed=True)
+            self.assertEqual(suspects.wait(b"alice", float(second)), 2.0 if second < 78 else 80.0 - second)
+        self.assertEqual(suspects.wait(b"alice", 80.0), 0)
+
+
+class SuspectsComeLast(RigCase):
+    def test_one_by_one_when_all_others_are_through(self):
+        rig = self.rig(suspicious=True)
+        clients = [rig.player("Alice")[0]]
+        rig.pass_time(600)
+        clients += [rig.player(name)[0] for name in ("Bob", "Carol")]
+
+        def states():
+            return [state_of(client) for client in clients]
+        rig.down()
+        rig.found("life 2")
+        self.assertEqual(states(), ["RETURNING"] * 3)           # one death behind logins means nothing
+        for _ in clients:
+            rig.let_in(rig.game.accept())
+        rig.pass_time(600)
+        rig.down()
+        rig.pass_time(600)
+        rig.found("life 3")
+        self.assertEqual(states(), ["RETURNING"] * 3)           # nor does one long after
+        for _ in clients:
+            rig.let_in(rig.game.accept())
+        rig.down()
+        rig.found("life 4")
+        for _ in clients:
+            rig.let_in(rig.game.accept())
+        rig.down()                              # the second in a row just behind them
+        clients.append(rig.client())
+        rig.found("life 5")
+        self.assertEqual(states(), ["WAITING"] * 3 + ["LOGIN"])
+        rig.game.accept().send("Welcome\r\n")
+        rig.settle()
+        for count in range(1, 4):
+            rig.pass_time(1.9)
+            self.assertEqual(states().count("PLAYING"), count - 1)
+            rig.pass_time(0.2)
+            rig.let_in(rig.game.accept())
+            self.assertEqual(states().count("PLAYING"), count)
+
+    def test_what_is_known_of_them_goes_over_an_upgrade(self):
+        rig = self.rig(suspicious=True)
+        client, _ = rig.player()
+        for life in ("life 2", "life 3"):
+            rig.down()
+            rig.found(life)
+            if life == "life 2":
+                rig.let_in(rig.game.accept())
+        self.assertEqual(state_of(client), "WAITING")
+        rig.upgrade()
+        self.assertEqual(state_of(client), "WAITING")
+        rig.pass_time(2.1)
+        self.assertEqual(state_of(client), "RETURNING")
+
+    def test_who_is_barred_gets_the_login_screen_and_a_notice(self):
+        rig = self.rig(suspicious=True)
+        (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob")
+        rig.hub.suspects.barred.add(b"alice")
+        rig.down()
+        rig.found("life 2")
+        self.assertEqual([state_of(client) for client in (alice, bob)], ["LOGIN", "RETURNING"])
+        self.assertEqual((alice.lines(), alice.session.login), (["# OFFLINE", "# SUSPECT"], None))
+
+    def test_a_client_that_kills_it_from_the_login_screen_is_closed(self):
+        rig = self.rig(suspicious=True)
+        client = rig.client()
+        rig.hub.suspects.barred.add(client.session.number)
+        rig.down()
+        rig.found("life 2")
+        self.assertEqual((state_of(client), client.lines()), ("CLOSING", ["# OFFLINE", "# SUSPECT"]))
 
 
 class Pace(RigCase):
@@ -8241,6 +8420,27 @@ class TestCrashes(Case):
             world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)), what="160 of 160")
         for user in users:
             user.barrier()
+
+    def test_who_kills_the_world_is_brought_back_no_more(self):
+        world = self.world("tinymux")
+        has = Has(self, script=HAS, mush_address=world.address, suspect_notice="# SUSPECT").wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        mallory = self.client(has, "connect Bob bobpw", world, "Bob")
+        deaths = 0
+        while b"brings it back no more" not in has.log and deaths < 7:
+            world.wait(lambda w: w.online("Bob"), 15, what="Bob is in, and kills it")
+            deaths += 1
+            alice.text = b""
+            world.kill()
+            alice.expect(re.escape(OFFLINE))
+            world.start()
+            has.wait_count(b"is up", deaths + 1)
+        self.assertLessEqual(deaths, 5)         # 4 where the world has lived for long before
+        mallory.expect("# SUSPECT(?s:.*)Welcome")
+        alice.expect(re.escape(ONLINE), 15)
+        alice.barrier()
+        self.assertFalse(world.online("Bob"))
+        self.assertIn(b"just after bob had come back", has.log)
 
     def test_a_thousand_users_are_told_and_back_in_time(self):
         count = 300                             # the test's own sockets and threads set the pace above this
