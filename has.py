@@ -755,6 +755,12 @@ class Scanner:
         return len(data)
 
 
+def split_commands(data):
+    """Telnet data as [(is_command, bytes)], what is unfinished at its end included as text."""
+    scanner = Scanner()
+    return scanner.feed(data) + ([(False, scanner.held)] if scanner.held else [])
+
+
 def unfinished(tail):
     """What ends an escape sequence that `tail`, the end of what a client was sent, leaves open (ECMA-48 5.4)."""
     match = re.search(rb"\x1b(\[[0-?]*[ -/]*|\][^\x07\x1b]*|[PX^_][^\x1b]*|[ -/]+|)\Z", tail)
@@ -846,7 +852,8 @@ class Spelling:
 class Agreement:
     """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
 
-    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted", "codec")
+    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted", "codec",
+                 "unheard")
 
     def __init__(self):
         self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
@@ -854,6 +861,7 @@ class Agreement:
         self.naws = None           # the last whole NAWS command
         self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
         self.charset = None        # the client's last word on CHARSET: ACCEPTED, REJECTED or a REQUEST of its own
+        self.unheard = set()       # options the client has offered while no world was there
         self.codec = None          # the character set that was agreed, as a Python codec; None where there is none
         self.accepted = False      # an ACCEPTED went down the link that is open
         self.gmcp = []             # what the client set up by GMCP, whole commands
@@ -873,6 +881,17 @@ class Agreement:
             self.world[SB, piece[2]] = True     # it has asked
             if piece[2] == CHARSET:
                 self._note_codec(piece)
+
+    def changes(self, piece):
+        """Whether a WILL, WONT, DO or DONT of the client's changes anything: who is asked for what is, or told what he
+        knows, does not answer (RFC 1143 7)."""
+        side = WILL if piece[1] in (WILL, WONT) else DO
+        return self.settled(side, piece[2]) is (piece[1] in (WONT, DONT))
+
+    def pending(self):
+        """What the client has offered while no world was there to answer: [(WILL, option)], of those one may want."""
+        return [(WILL, option) for option in (TTYPE, NAWS, CHARSET)
+                if option in self.unheard and self.client.get((WILL, option)) and (DO, option) not in self.world]
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
@@ -926,7 +945,7 @@ class Replay:
     the client's own affair, and so is every option the client has not met yet.
     """
 
-    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested")
+    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested", "offers")
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -934,6 +953,7 @@ class Replay:
         self.early = True          # the link is new: what is offered twice was not forgotten meanwhile
         self.requested = False     # a CHARSET REQUEST of the client's was said again: the answer is not for it
         self.had = {key for key in agreement.client if agreement.settled(*key)}
+        self.offers = agreement.pending()
         self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
@@ -953,10 +973,14 @@ class Replay:
         for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws), (CHARSET, self.agreement.charset)):
             # PennMUSH offers CHARSET itself, and reads a UTF-8 password otherwise without it (worlds/pennmush.md a)
             verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
-            out += b"".join(self._say(verb, option) for verb in verbs) + (detail or b"" if verbs else b"")
-            if option == CHARSET and detail and verbs:
+            # TinyMUX takes a character set that it has not asked for (worlds/bytes.md 1)
+            volunteered = option == CHARSET and (SB, CHARSET) not in self.agreement.world
+            out += b"".join(self._say(verb, option) for verb in verbs)
+            out += (detail or b"") if verbs or volunteered else b""
+            if option == CHARSET and detail and (verbs or volunteered):
                 self._note_charset()
-        return out
+        # what the client has offered while no world was there: the answer is for the client
+        return out + b"".join(command(*offer) for offer in self.offers)
 
     def _note_charset(self):
         kind = self.agreement.charset[3]
@@ -2675,17 +2699,23 @@ class Session:
     def _keep(self, data):
         if self.state is State.LOGIN:
             self._tell_silence()
-        mark = command(DO, TIMING_MARK)
-        if mark in data and b"\xff\xff" not in data:           # as in _answer_for_world: not to be kept waiting
-            data = data.replace(mark, b"")
-            self._answer_client(command(WONT, TIMING_MARK))
         self.kept += data
+        if TIMING_MARK in data:
+            self._answer_timing_marks()
         if self.silent and self.state is State.LOGIN and _QUIT_LAST.search(self.kept):
             self.close("quit")                  # he need not wait for the link to open
             return
         if len(self.kept) > KEEP_BYTES:
             self.client.pause()                 # nothing is lost: the rest waits at the client
         self._refresh()
+
+    def _answer_timing_marks(self):
+        """Answer those that were kept: telnet(1) shows nothing more until then (Ctrl-C)."""
+        mark = command(DO, TIMING_MARK)
+        pieces = split_commands(self.kept)
+        self.kept = b"".join(piece for piece_is_command, piece in pieces if piece != mark or not piece_is_command)
+        for _ in range(sum(is_command is True and piece == mark for is_command, piece in pieces)):
+            self._answer_client(command(WONT, TIMING_MARK))
 
     def _release(self):
         """Take what was kept."""
@@ -2727,16 +2757,31 @@ class Session:
             return b""
         if self.agreement is None:
             self.agreement = Agreement()
+        is_news = len(piece) != 3 or self.agreement.changes(piece)
         wanted = self.agreement.from_client(piece)
-        if self.hub.world and not self.hub.world.dialect.telnet or wanted and self.state is State.WAITING:
-            self._answer_for_world(piece)
-        elif piece == command(DO, CHARSET) and self.agreement.accepted and self.dialect.charset_once:
+        if self._answers_itself(piece):
+            if wanted and is_news:
+                self._answer_for_world(piece)
+        elif self._would_kill(piece):
             log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", self)
         elif wanted and self._can_forward():
             if not (self.replay and self.replay.waits):
                 return piece
             self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
         return b""
+
+    def _answers_itself(self, piece):
+        """Whether HAS is the one to answer this command: no world that speaks telnet is there, or it is silent."""
+        world = self.hub.world
+        return (world and not world.dialect.telnet or self.state is State.WAITING
+                or self.silent and piece in (AYT, command(DO, TIMING_MARK)))
+
+    def _would_kill(self, piece):
+        """Whether this command would be the end of a PennMUSH (see Dialect.charset_once)."""
+        if piece != command(DO, CHARSET) or not self.dialect.charset_once:
+            return False
+        replay = self.replay                    # what HAS says in front of all that waits may hold an ACCEPTED
+        return self.agreement.accepted or bool(replay and replay.waits and self.agreement.charset)
 
     def _answer_client(self, data):
         if self.client.full:                    # it asks and does not read: nothing that asks more
@@ -2745,19 +2790,27 @@ class Session:
             self.client.send(data)
 
     def _answer_for_world(self, piece):
-        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1), or is not there: telnet(1) shows nothing
-        more until its TIMING-MARK is answered (Ctrl-C). Its size and type are for the next server."""
+        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1), or does not just now. Its size, type
+        and character set are for the next one."""
         if piece == AYT:
             self._answer_client(b"\r\n[Yes]\r\n")
-        elif len(piece) == 3 and piece[1] == DO:
+        elif len(piece) == 3 and piece[1] in (DO, DONT):
             self._answer_client(command(WONT, piece[2]))
+        elif len(piece) == 3 and piece[1] == WONT:
+            self._answer_client(command(DONT, piece[2]))
         elif len(piece) == 3 and piece[1] == WILL:
             wanted = piece[2] in (NAWS, TTYPE, CHARSET)
-            if wanted and self.state is State.WAITING:
-                return                          # the next world's to answer
-            self._answer_client(command(DO if wanted else DONT, piece[2]))
-            if wanted:
-                self.agreement.from_world(command(DO, piece[2]))
+            if not wanted:
+                self._answer_client(command(DONT, piece[2]))
+            elif self.dialect.telnet:
+                self.agreement.unheard.add(piece[2])
+            else:
+                self._accept(piece[2])
+
+    def _accept(self, option):
+        """Take what the client offers: its size, its type or its character set."""
+        self._answer_client(command(DO, option))
+        self.agreement.from_world(command(DO, option))
 
     def _client_text(self, text):
         """Text of the client; returns what the world gets of it now."""
@@ -3080,7 +3133,11 @@ class Session:
         if not self.dialect.telnet:
             replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}     # HAS itself takes these
             self.client.send(replay.leftovers())
+            for _, option in self.agreement.pending():
+                self._accept(option)
             return b""
+        if not self.hub.world.telnet:
+            replay.offers = []                  # a TeenyMUSH that would take it for the beginning of the login line
         self.replay, replay.waits = replay, late
         self._later(10, replay.grow_old)
         if not late:

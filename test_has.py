@@ -3064,6 +3064,12 @@ class TestReplay(unittest.TestCase):
                 b"Char.Skills.Get 2"]
         self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
 
+    def test_a_character_set_that_no_world_asked_for_is_volunteered_again(self):
+        self.assertEqual(has.Replay(agreed(subs=[CHARSET_SB])).opening(), CHARSET_SB)
+        asked = agreed(subs=[CHARSET_SB])
+        asked.from_world(b"\xff\xfa\x2a\x01 UTF-8\xff\xf0")         # RhostMUSH asks again
+        self.assertEqual(has.Replay(asked).opening(), b"")
+
     def test_the_character_set_that_was_agreed(self):
         for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
                             (b"CP437", "cp437"), (b"x-unheard-of", "ascii"), (b"\xe9", "ascii"), (b"hex", "ascii"),
@@ -5377,17 +5383,89 @@ class Waiting(RigCase):
         rig, client = self.waiting()
         for asked, answer in ((b"\xff\xf4\xff\xfd\x06", b"\xff\xfc\x06"), (b"\xff\xf6", b"\r\n[Yes]\r\n"),
                               (b"\xff\xfd\x45", b"\xff\xfc\x45"), (b"\xff\xfb\x5b", b"\xff\xfe\x5b"),
-                              (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
+                              (b"\xff\xfe\x03", b""), (b"\xff\xfc\x1f", b""), (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
             with self.subTest(asked):
                 client.send(asked)
                 rig.settle()
                 self.assertEqual(client.read(), answer)
         rig.found("life 2")
         link = rig.game.accept()
+        self.assertEqual(link.read(), b"\xff\xfb\x1f")        # the size it was offered
         client.read()
         link.send(b"\xff\xfd\x1f")
         rig.settle()
-        self.assertEqual(client.read(), b"\xff\xfd\x1f")       # the new world's answer to the size it was offered
+        self.assertEqual((client.read(), link.read()), (b"\xff\xfd\x1f", b""))
+        client.send(b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
+        rig.settle()
+        self.assertEqual(link.read(), b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
+
+    def test_an_old_world_does_not_take_offers_for_text(self):
+        rig = self.rig("teenymush")
+        client = rig.client()
+        rig.game.accept()
+        rig.down()
+        client.send(b"\xff\xfb\x1f")
+        rig.settle()
+        rig.hub.mailbox.post(rig.hub.on_world_found, has.World(HOME, rig.game.target, rig.family, "life 2", False, False, telnet=False))
+        rig.settle()
+        self.assertNotIn(b"\xff", rig.game.accept().read())
+
+    def test_only_changes_are_answered(self):
+        """What the client repeats is on already: RFC 1143 (two sides that answer each answer never end)."""
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(b"\xff\xfd\x1f\xff\xfb\x01")
+        rig.settle()
+        client.send(b"\xff\xfb\x1f\xff\xfd\x01")
+        rig.settle()
+        link.send(b"\xff\xfd\x2a")
+        rig.settle()
+        client.send(b"\xff\xfb\x2a")
+        rig.settle()
+        rig.down()
+        client.read()
+        for asked, answer in ((b"\xff\xfb\x1f", b""), (b"\xff\xfc\x1f", b"\xff\xfe\x1f"), (b"\xff\xfc\x1f", b""),
+                              (b"\xff\xfb\x2a", b""), (b"\xff\xfe\x01", b"")):      # the last answers HAS's own WONT ECHO
+            client.send(asked)
+            rig.settle()
+            self.assertEqual(client.read(), answer, asked)
+
+    def test_a_world_without_telnet_gets_nothing_of_what_was_offered_while_it_was_away(self):
+        rig = self.rig("tinymush", up=False)
+        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        client = rig.client()
+        client.send(b"\xff\xfb\x1f\xff\xfb\x18")
+        rig.settle()
+        client.read()
+        rig.found("life 1")
+        link = rig.game.accept()
+        rig.settle()
+        self.assertEqual(link.read(), b"")
+        self.assertIn(b"\xff\xfd\x18\xff\xfd\x1f", client.read())
+        client.send(b"\xff\xfb\x1f")
+        rig.settle()
+        self.assertEqual((client.read(), link.read()), (b"", b""))
+
+    def test_a_frozen_world_is_not_waited_for(self):
+        rig = self.rig()
+        client, link = rig.player()
+        rig.post(rig.hub.on_silent)
+        client.send(b"\xff\xf4\xff\xfd\x06\xff\xf6\xff\xfd\x03")
+        rig.settle()
+        self.assertIn(b"\xff\xfc\x06\r\n[Yes]\r\n", client.read())
+        self.assertEqual(link.read(), b"\xff\xf4\xff\xfd\x03")  # not answered twice
+
+    def test_kept_timing_marks_in_every_split(self):
+        data = b"a\xff\xff\xfd\x06b\xff\xf4\xff\xfd\x06\xff\xfa\x1f\x06\xfd\x06\x06\xff\xf0\xff\xfd\x06"
+        for at in range(len(data)):
+            rig = self.rig()
+            client, link = rig.player()
+            link.sock.close()
+            rig.settle()
+            for part in (data[:at], data[at:]):
+                client.send(part)
+                rig.settle()
+            self.assertEqual((client.read(), client.session.kept), (b"\xff\xfc\x06" * 2, data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
 
     def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
         for state in ("ASKING", "RETURNING"):
