@@ -658,6 +658,7 @@ def _is_ours(host, values):
 
 IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          # RFC 854
 ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
+NEW_ENVIRON, ENVIRON_IS, ENVIRON_SEND, ENVIRON_INFO = 39, 0, 1, 2               # RFC 1572
 AYT = b"\xff\xf6"
 ESCAPE = 27
 COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
@@ -853,14 +854,16 @@ class Agreement:
     """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
 
     __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted", "codec",
-                 "unheard")
+                 "unheard", "partly", "environ")
 
     def __init__(self):
         self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
         self.world = {}            # the same for the world; and (SB, option) -> True: it has asked for details
         self.naws = None           # the last whole NAWS command
         self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
+        self.environ = []          # NEW-ENVIRON IS of the client and INFOs behind it; its LANG can set UTF-8
         self.charset = None        # the client's last word on CHARSET: ACCEPTED, REJECTED or a REQUEST of its own
+        self.partly = False        # it set up more by GMCP than HAS holds
         self.unheard = set()       # options the client has offered while no world was there
         self.codec = None          # the character set that was agreed, as a Python codec; None where there is none
         self.accepted = False      # an ACCEPTED went down the link that is open
@@ -906,11 +909,14 @@ class Agreement:
 
     def _note_sub(self, piece, option, first):
         if len(piece) > LONGEST_KEPT:
+            self.partly = self.partly or option == GMCP
             return
         if option == NAWS:
             self.naws = piece
         elif option == TTYPE and first == 0 and piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
             self.ttypes.append(piece)
+        elif option == NEW_ENVIRON and first in (ENVIRON_IS, ENVIRON_INFO):
+            self.environ = ([piece] if first == ENVIRON_IS else self.environ + [piece])[-8:]
         elif option == CHARSET and first in (CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED):
             self.charset, self.accepted = piece, self.accepted or first == CHARSET_ACCEPTED
             self._note_codec(piece, forgets=CHARSET_REJECTED)
@@ -926,11 +932,20 @@ class Agreement:
 
     def _note_gmcp(self, piece, kind):
         """Keep what a new world must know; never Char.Login, which holds a password."""
-        if not kind.startswith((b"core.hello", b"core.supports.", b"comm.", b"char.")) or kind.startswith(b"char.login"):
+        if kind.startswith((b"char.login", b"core.ping", b"core.keepalive")):
+            return
+        if not kind.startswith((b"core.hello", b"core.supports.", b"comm.", b"char.")):
+            self.partly = True                  # whatever it is: not to be said again by HAS
             return
         if kind not in (b"core.supports.add", b"core.supports.remove"):         # these add up, others replace
             self.gmcp = [p for p in self.gmcp if p[3:-2].split(b" ")[0].lower() != kind]
+        self.partly = self.partly or len(self.gmcp) == 16
         self.gmcp = (self.gmcp + [piece])[-16:]
+
+    def forget(self, option):
+        """The client is to set up this option anew."""
+        if option == GMCP:
+            self.gmcp, self.partly = [], False
 
     def settled(self, verb, option):
         """Whether the client's side (WILL) or the world's side (DO) of an option is agreed to be on."""
@@ -966,11 +981,15 @@ class Replay:
 
     def opening(self):
         """What may go in front of the login line: size, terminal and character set, if they were settled before.
+        TinyMUX takes that from LANG, too, and takes it unasked (worlds/bytes.md 1).
 
         TinyMUX refuses a UTF-8 password typed before CHARSET (worlds/tinymux.md a).
         """
         out = b""
-        for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws), (CHARSET, self.agreement.charset)):
+        for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws),
+                               (NEW_ENVIRON, b"".join(self.agreement.environ)), (CHARSET, self.agreement.charset)):
+            if option == NEW_ENVIRON and not detail:
+                continue                        # the client's own affair
             # PennMUSH offers CHARSET itself, and reads a UTF-8 password otherwise without it (worlds/pennmush.md a)
             verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
             # TinyMUX takes a character set that it has not asked for (worlds/bytes.md 1)
@@ -999,9 +1018,18 @@ class Replay:
             if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
                 self.typed += 1
                 return self.agreement.ttypes[min(self.typed, len(self.agreement.ttypes)) - 1], b""
+            if piece[2:4] == bytes((NEW_ENVIRON, ENVIRON_SEND)) and (WILL, NEW_ENVIRON) in self.had:
+                return self._answer_environ(piece)
             if piece[2] == CHARSET:
                 return self._answer_charset(piece)
         return b"", piece
+
+    def _answer_environ(self, piece):
+        known = b"".join(self.agreement.environ)
+        if not known or (SB, NEW_ENVIRON) in self.met:
+            return b"", piece                   # it wants something else
+        self.met.add((SB, NEW_ENVIRON))
+        return known, b""
 
     def _answer_charset(self, piece):
         if piece[3] == CHARSET_REQUEST and (SB, CHARSET) not in self.met:
@@ -1036,6 +1064,7 @@ class Replay:
             return self._say(*mine) + self._detail(mine), b""
         if mine in self.had:                    # the client must set it up anew: for that it must think it was off
             self.had.discard(mine)
+            self.agreement.forget(option)
             return b"", self._switch_off(mine) + piece
         if not self.agreement.world.get((verb, option)):
             return b"", piece                   # new to the client, or it only consented to its end
@@ -1046,8 +1075,8 @@ class Replay:
     def _can_answer(self, mine):
         """Whether HAS holds all that the client would say behind its yes."""
         verb, option = mine
-        held = {NAWS: self.agreement.naws, TTYPE: self.agreement.ttypes, CHARSET: self.agreement.charset,
-                GMCP: self.agreement.gmcp}
+        held = {NAWS: self.agreement.naws, NEW_ENVIRON: self.agreement.environ, TTYPE: self.agreement.ttypes, CHARSET: self.agreement.charset,
+                GMCP: self.agreement.gmcp and not self.agreement.partly}
         return option in PLAIN_OPTIONS or bool(held.get(option))
 
     def _switch_off(self, mine):
@@ -3136,10 +3165,10 @@ class Session:
             for _, option in self.agreement.pending():
                 self._accept(option)
             return b""
-        if not self.hub.world.telnet:
-            replay.offers = []                  # a TeenyMUSH that would take it for the beginning of the login line
         self.replay, replay.waits = replay, late
         self._later(10, replay.grow_old)
+        if not self.hub.world.telnet:
+            return b""                          # an old TeenyMUSH takes it for the beginning of the login line
         if not late:
             return replay.opening()
         # PennMUSH: telnet behind the address line on its unix socket would be text, and a NUL cut off the rest

@@ -3059,7 +3059,10 @@ class TestReplay(unittest.TestCase):
             return b"\xff\xfa\xc9" + text + b"\xff\xf0"
         said = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
                 b"Char.Login {secret}", b"Char.Skills.Get 1", b"Core.Ping", b"Char.Skills.Get 2", b"IRE.Rift.Request"]
-        agreement = agreed(subs=map(gmcp, said))
+        agreement = agreed(subs=map(gmcp, said[:-1]))
+        self.assertFalse(agreement.partly)
+        agreement.from_client(gmcp(said[-1]))
+        self.assertTrue(agreement.partly)
         kept = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
                 b"Char.Skills.Get 2"]
         self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
@@ -3069,6 +3072,32 @@ class TestReplay(unittest.TestCase):
         asked = agreed(subs=[CHARSET_SB])
         asked.from_world(b"\xff\xfa\x2a\x01 UTF-8\xff\xf0")         # RhostMUSH asks again
         self.assertEqual(has.Replay(asked).opening(), b"")
+
+    def test_environment_variables_are_given_again(self):
+        first, latest, more = (b"\xff\xfa\x27" + text + b"\xff\xf0" for text in (b"\0\0LANG\1C", b"\0\0LANG\1de.UTF-8", b"\2\0A\1B"))
+        send = b"\xff\xfa\x27\x01\x00\x03\xff\xf0"
+        known = agreed([(DO, 39)], [(WILL, 39)], [first, latest, more])
+        replay = has.Replay(known)
+        self.assertEqual(replay.opening(), command(WILL, 39) + latest + more)
+        self.assertEqual(replay.answer(command(DO, 39)), (b"", b""))
+        self.assertEqual([replay.answer(send) for _ in range(2)], [(latest + more, b""), (b"", send)])
+        replay = has.Replay(agreed([(DO, 39)], [(WILL, 39)]))
+        self.assertEqual((replay.opening(), replay.answer(send)), (b"", (b"", send)))
+        self.assertEqual(replay.answer(command(DO, 39)), (b"", command(DONT, 39) + command(DO, 39)))
+
+    def test_gmcp_of_which_has_holds_a_part_only_is_set_up_anew_by_the_client(self):
+        offer = command(WILL, GMCP)
+        for sub in (b"\xff\xfa\xc9External.Discord.Hello\xff\xf0", b"\xff\xfa\xc9Core.Supports.Set [" + b"1" * 2000 + b"]\xff\xf0"):
+            agreement = agreed([(WILL, GMCP)], [(DO, GMCP)], [HELLO, SUPPORTS, LOGIN, sub])
+            replay = has.Replay(agreement)
+            self.assertEqual(replay.answer(offer), (b"", command(WONT, GMCP) + offer))
+            self.assertIs(agreement.from_client(command(DONT, GMCP)), False)
+            self.assertIs(agreement.from_client(command(DO, GMCP)), True)
+            agreement.from_world(offer)
+            agreement.from_client(HELLO)
+            self.assertEqual(has.Replay(agreement).answer(offer), (command(DO, GMCP) + HELLO, b""))
+        agreement = agreed([(WILL, GMCP)], [(DO, GMCP)], [b"\xff\xfa\xc9Comm.%d x\xff\xf0" % n for n in range(17)])
+        self.assertEqual(has.Replay(agreement).answer(offer), (b"", command(WONT, GMCP) + offer))
 
     def test_the_character_set_that_was_agreed(self):
         for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
@@ -5404,7 +5433,7 @@ class Waiting(RigCase):
         client = rig.client()
         rig.game.accept()
         rig.down()
-        client.send(b"\xff\xfb\x1f")
+        client.send(b"\xff\xfb\x1f\xff\xfa\x2a\x02UTF-8\xff\xf0")
         rig.settle()
         rig.hub.mailbox.post(rig.hub.on_world_found, has.World(HOME, rig.game.target, rig.family, "life 2", False, False, telnet=False))
         rig.settle()
@@ -10113,6 +10142,27 @@ class TestTelnetRealTinyMUX(TelnetCase):
             self.look(alice)
             self.assertEqual(alice.on, on)
             self.assertEqual(alice.commands[count:], [])
+
+    def test_a_password_with_an_accent_and_utf_8_by_lang(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        mux = RealMux(folder)
+        mux.start()
+        self.addCleanup(mux.close)
+        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
+        zoe = Client(has.port)
+        self.addCleanup(zoe.close)
+        zoe.expect("Welcome")
+        zoe.send(b"\xff\xfb\x27\xff\xfa\x27\0\0LANG\1de_DE.UTF-8\xff\xf0create Zoe caf\xc3\xa9\r\n")
+        zoe.expect("Limbo")
+        mux.command("@dump")
+        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
+        for _ in range(2):
+            mux.kill()
+            zoe.expect(re.escape(OFFLINE) + r"\r\n")
+            mux.start()
+            zoe.expect_notice(ONLINE, 8)
+            zoe.send("think <[name(me)] \u00e9>\r\n").expect("<Zoe \u00e9>\r\n")
 
     def look(self, alice):
         alice.send("think <[name(me)] [width(me)] [height(me)] \u00e9>\r\n")
