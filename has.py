@@ -675,6 +675,9 @@ def command(verb, option):
     return bytes((IAC, verb, option))
 
 
+ASKS_FOR_LIFE = (AYT, command(DO, TIMING_MARK))           # a user presses a key, and waits
+
+
 def unescape(text):
     """Text with every IAC IAC made the one byte it stands for."""
     return text.replace(b"\xff\xff", b"\xff")
@@ -2234,6 +2237,7 @@ class TLSStream(Stream):
 KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
+OFFERS_SECONDS = 10                # a server's own offers, repeated or not, come no later than this on a new link
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
 MARK_SECONDS = 60                  # marks come no later than this after a login
@@ -2548,6 +2552,8 @@ class Session:
             self._later(0.1, self._send_kept)
         if self.replay and self.replay.waits:
             self._later(2, self._send_late)
+        if self.replay and self.replay.early:
+            self._later(OFFERS_SECONDS, self.replay.grow_old)
         if self.checked and self.state is State.PLAYING:        # the heartbeat of before took the question along
             self.hub.check(self, [self.checked, *self.proof.others])
         if self.proof and self.state is State.PLAYING:
@@ -2729,8 +2735,8 @@ class Session:
         if self.state is State.LOGIN:
             self._tell_silence()
         self.kept += data
-        if TIMING_MARK in data:
-            self._answer_timing_marks()
+        if IAC in data:
+            self._answer_kept()
         if self.silent and self.state is State.LOGIN and _QUIT_LAST.search(self.kept):
             self.close("quit")                  # he need not wait for the link to open
             return
@@ -2738,13 +2744,15 @@ class Session:
             self.client.pause()                 # nothing is lost: the rest waits at the client
         self._refresh()
 
-    def _answer_timing_marks(self):
-        """Answer those that were kept: telnet(1) shows nothing more until then (Ctrl-C)."""
-        mark = command(DO, TIMING_MARK)
-        pieces = split_commands(self.kept)
-        self.kept = b"".join(piece for piece_is_command, piece in pieces if piece != mark or not piece_is_command)
-        for _ in range(sum(is_command is True and piece == mark for is_command, piece in pieces)):
-            self._answer_client(command(WONT, TIMING_MARK))
+    def _answer_kept(self):
+        """Answer what was kept and asks for an answer at once: telnet(1) shows nothing more until then (Ctrl-C)."""
+        kept = []
+        for is_command, piece in split_commands(self.kept):
+            if is_command and piece in ASKS_FOR_LIFE:
+                self._answer_for_world(piece)
+            else:
+                kept.append(piece)
+        self.kept = b"".join(kept)
 
     def _release(self):
         """Take what was kept."""
@@ -2803,7 +2811,7 @@ class Session:
         """Whether HAS is the one to answer this command: no world that speaks telnet is there, or it is silent."""
         world = self.hub.world
         return (world and not world.dialect.telnet or self.state is State.WAITING
-                or self.silent and piece in (AYT, command(DO, TIMING_MARK)))
+                or self.silent and piece in ASKS_FOR_LIFE)
 
     def _would_kill(self, piece):
         """Whether this command would be the end of a PennMUSH (see Dialect.charset_once)."""
@@ -3166,7 +3174,7 @@ class Session:
                 self._accept(option)
             return b""
         self.replay, replay.waits = replay, late
-        self._later(10, replay.grow_old)
+        self._later(OFFERS_SECONDS, replay.grow_old)
         if not self.hub.world.telnet:
             return b""                          # an old TeenyMUSH takes it for the beginning of the login line
         if not late:

@@ -5494,7 +5494,9 @@ class Waiting(RigCase):
             for part in (data[:at], data[at:]):
                 client.send(part)
                 rig.settle()
-            self.assertEqual((client.read(), client.session.kept), (b"\xff\xfc\x06" * 2, data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
+            client.send(b"\xff\xf6")
+            rig.settle()
+            self.assertEqual((client.read(), client.session.kept), (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n", data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
 
     def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
         for state in ("ASKING", "RETURNING"):
@@ -6494,6 +6496,25 @@ class TakenOver(RigCase):
         self.assertIsNone(client.session.login)
         rig.upgrade()
         self.assertEqual(len(rig.beat.checks), 2)
+
+    def test_offers_that_come_late_are_those_of_a_restart(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(b"\xff\xfd\x1f")
+        rig.settle()
+        client.send(b"\xff\xfb\x1f\xff\xfa\x1f\0P\0\x18\xff\xf0")
+        rig.settle()
+        rig.down()
+        rig.found("life 2")
+        link = rig.game.accept()
+        rig.let_in(link)
+        rig.upgrade()
+        client.read()
+        for seconds, shown in ((0, b""), (0, b""), (11, b"\xff\xfd\x1f")):
+            rig.pass_time(seconds)
+            link.send(b"\xff\xfd\x1f")
+            rig.settle()
+            self.assertEqual(client.read(), shown)
 
     def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
         folder = tempfile.mkdtemp()
