@@ -93,7 +93,7 @@ PROXY_FROM = ""                   # addresses of your nginx, stunnel or haproxy,
 HB_USER = "heartbeat"             # the heartbeat character: its name
 HB_PASS = "heartbeat"             # and its password
 BEAT = 10                         # seconds between probes
-RETRY = 1                         # seconds between tries to reach a world that is down
+RETRY = 1                         # at most these seconds between tries to reach a world that is down
 HB_TIMEOUT = 10                   # seconds without an answer until the world counts as silent
 DEAD_AFTER = 60                   # seconds of silence on open connections until the world counts as down
 FAILOVER_AFTER = 60               # seconds down until the next address is tried; 0: only by HUP
@@ -1209,7 +1209,9 @@ class Dialect:
     check_function = None
     greets = True                  # a banner comes at once
     quota = None                   # commands at once, then one a second
-    at_once = 8                    # sessions brought back at the same time
+    at_once = 8                    # links that the server has not accepted yet, in the same instant
+    most_silent = 0                # ... and of any age: its listen backlog less one, where that is more
+    characters_one_by_one = False  # sessions of one character must come back one after another
     login_probe = None             # (line, pattern) answered at the login screen
     start_question, start_answer = None, re.compile(rb"(?!)")           # asks for the start id, before a login
     start_command = None           # the telnet offer without which it is not asked
@@ -1382,6 +1384,7 @@ class PennMUSH(_InfoFamily):
     charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server (worlds/pennmush.md)
     greets = False
     at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
+    most_silent = 4                # its info slave looks names up; listen backlog 5 (return-speed.md, rule P)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
 
     def read_login(self, line):
@@ -1410,7 +1413,9 @@ class TinyMUSH(_InfoFamily):
     mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
-    at_once = 1                    # sessions of one character must come one by one
+    at_once = 1                    # no more speed in more (return-speed.md)
+    most_silent = 4                # listen backlog 5
+    characters_one_by_one = True
     capped = wraps_settings = True
     flag_question = b"[hasflag(me,wizard)]"
     settles = False                # in the game INFO answers on the connection used last
@@ -3283,8 +3288,8 @@ class Session:
         self._after_link_data(before)
 
     def _after_link_data(self, before):
-        if before is State.LOGIN:               # it may be in the game by now: clients log in by themselves
-            self.hub.links.arrived(self)
+        if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
+            self.hub.links.spoke(self)
         if self.kept and before is self.state is State.PLAYING:
             self._send_kept()                   # the world has answered the one before
         if self.stuck:
@@ -3838,6 +3843,7 @@ than mush_type says (looks)."""
 LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
 LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
 RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
+FASTEST_RETRY = 0.1                # seconds between tries to reach a world that is down, at first
 LOOK_UP_SECONDS = 10               # a world that is down: its name is looked up again this often
 OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}         # this machine's, not the world's
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
@@ -4244,6 +4250,7 @@ class Heartbeat(threading.Thread):
         self._known = {}           # Address -> Dialect as recognised
         self._targets = {}         # Address -> (socket family, numeric address) that led to its world the last time
         self._targets_age = {}     # Address -> since when that has led nowhere, or when it was looked up since then
+        self._round_trip = 0.0     # of the last probe that was answered at once, in seconds
         self._shut_out = False     # the last try to log in was not taken, and the log says so
         self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
         self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
@@ -4416,7 +4423,13 @@ class Heartbeat(threading.Thread):
                 except Exception as error:      # costs this try only: another address may do
                     log.exception("%s: a fault of HAS in trying it", address)
                     self._tell(self._hub.on_trouble, address, repr(error), False)
-            self._pause(self._settings.retry)
+            self._pause(self._pace())
+
+    def _pace(self):
+        """Seconds until the next try: ten a second in the first minute of an outage, for a refused connect on this
+        machine costs 50 us; then ever fewer, down to one in `retry`. Far worlds as their round trip allows."""
+        minutes = (time.monotonic() - (self._down_since or time.monotonic())) / 60
+        return min(self._settings.retry, max(FASTEST_RETRY, 10 * self._round_trip) * 2 ** max(0.0, minutes - 1))
 
     def _candidates(self):
         """The addresses to try now, in order."""
@@ -4659,6 +4672,7 @@ class Heartbeat(threading.Thread):
             self._asks, self._silent_since = asks + self._asks, None
             raise
         self._silent_since = None
+        self._round_trip = self._round_trip if silent else time.monotonic() - started
         if silent:
             self._tell(self._hub.on_answering)
         self._tell(self._hub.on_answers, asks, connection.life, time.monotonic() - started)
@@ -4743,6 +4757,7 @@ ALL_GONE_SECONDS = 0.3             # every link and the heartbeat ended: time fo
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
 ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5     # links that end this close together; until the second probe for them
+SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for this long holds up the next no more
 GOODBYE_SECONDS = 3
 PATIENCE = 40                      # line ends, and as much again in kilobytes, read with care in one turn
 PROBE_SECONDS = 1                  # who leaves within that without a word was a probe: a front's health check, a scanner
@@ -5438,7 +5453,8 @@ class LinkQueue:
         self._suspects = collections.OrderedDict()          # the same of those who come when all others are through
         self._suspects_woken = False
         self._waiting = collections.OrderedDict()           # the sessions as its keys: a set in order
-        self._arriving = set()                  # sessions whose links were opened and are not through yet
+        # session -> when its link was opened, oldest first; the server has not shown yet that it has accepted it
+        self._arriving = collections.OrderedDict()
         self._next_at, self._woken = 0.0, False
 
     def __contains__(self, session):
@@ -5450,16 +5466,29 @@ class LinkQueue:
         self.go_on()
 
     def arrived(self, session):
-        """The session's link is through, or has failed: the next may come."""
-        if session in self._arriving:
-            self._arriving.discard(session)
+        """The session's link has failed, or needs nobody's patience any more: the next may come."""
+        if self._arriving.pop(session, None) is not None:
             self.go_on()
+
+    def spoke(self, session):
+        """The first bytes came over the session's link: the server has accepted it, and all that were opened before it,
+        for the kernel hands them out in order. What is scarce is the server's listen backlog, not its logins."""
+        if session not in self._arriving or self._one_by_one:
+            return
+        while self._arriving.popitem(last=False)[0] is not session:
+            pass
+        self.go_on()
+
+    @property
+    def _one_by_one(self):
+        """Whether each return must end before the next begins: sessions of one character on TinyMUSH."""
+        return self.hub.world.dialect.characters_one_by_one and bool(self.hub.doubles)
 
     def forget(self, session):
         """The session has ended."""
         self._waiting.pop(session, None)
         self._suspects.pop(session, None)
-        self._arriving.discard(session)
+        self._arriving.pop(session, None)
         self.go_on()                            # the last of the others, perhaps
 
     def clear(self):
@@ -5480,9 +5509,13 @@ class LinkQueue:
         self._woken = False
         hub, rate, opened = self.hub, self.hub.settings.resume_rate, 0
         while self._waiting and hub.is_up:
-            at_once = len(hub.sessions) if rate == 0 else hub.world.dialect.at_once
-            if len(self._arriving) >= max(1, at_once):
-                return                          # arrived() calls again
+            wait = 0 if rate == 0 else self._wait()
+            if wait is None:
+                return                          # arrived() and spoke() call again
+            if wait:
+                self._woken = True
+                hub.later(wait, self._open_some)
+                return
             if rate and hub.now < self._next_at or opened == LINKS_A_TURN:
                 self.go_on()
                 return
@@ -5490,10 +5523,19 @@ class LinkQueue:
             if session.state not in (State.LOGIN, State.WAITING):
                 continue
             self._next_at = hub.now + 1 / rate if rate else 0.0
-            self._arriving.add(session)
+            self._arriving[session] = hub.now
             opened += 1
             hub.open_link(session)
 
+    def _wait(self):
+        """Seconds until the family takes one more link; None: when one of those that arrive has shown something. One
+        that is silent for a while (a name is looked up) holds up nobody, as long as the backlog has room."""
+        dialect, now = self.hub.world.dialect, self.hub.now
+        one_by_one = self._one_by_one
+        if len(self._arriving) >= (1 if one_by_one else max(dialect.at_once, dialect.most_silent)):
+            return None
+        fresh = [at for at in self._arriving.values() if now - at < SILENT_LINK_SECONDS]
+        return SILENT_LINK_SECONDS - (now - fresh[0]) if len(fresh) >= dialect.at_once else 0
 
     def _open_suspects(self):
         """When all others are through: one by one, with a pause before each, so that it is seen who kills the world."""

@@ -6098,6 +6098,67 @@ class Pace(RigCase):
                     rig.pass_time(0.25)
 
 
+    def away(self, count, **family):
+        """Users of a world that is down, and will come back with a family of such limits."""
+        rig = self.rig()
+        clients = [rig.player(f"u{number}")[0] for number in range(count)]
+        rig.down()
+        rig.family = type("Paced", (type(rig.family),), family)()
+        rig.found("life 2")
+        return rig, lambda: "".join(state_of(client)[0] for client in clients)      # Waiting, Returning, Playing
+
+    def test_a_link_counts_until_its_first_byte(self):
+        """It shows that the server has accepted it; the end of the login is another matter."""
+        rig, states = self.away(3, at_once=1)
+        for count, wanted in enumerate(("RWW", "RRW", "RRR")):
+            self.assertEqual(states(), wanted)
+            rig.game.accept().send("W")
+            rig.settle()
+        self.assertEqual(states(), "RRR")
+
+    def test_a_first_byte_speaks_for_all_links_before_it(self):
+        rig, states = self.away(6, at_once=3)
+        links = [rig.game.accept() for _ in range(3)]
+        self.assertEqual(states(), "RRRWWW")
+        links[1].send("W")
+        rig.settle()
+        self.assertEqual(states(), "RRRRRW")
+        links[0].send("W")
+        rig.settle()
+        self.assertEqual(states(), "RRRRRW")
+
+    def test_a_silent_link_holds_up_the_next_for_a_moment_only(self):
+        """The server looks a name up; but no more links are silent than its backlog holds."""
+        rig, states = self.away(8, at_once=1, most_silent=4)
+        for wanted in ("RWWWWWWW", "RRWWWWWW", "RRRWWWWW", "RRRRWWWW", "RRRRWWWW", "RRRRWWWW"):
+            self.assertEqual(states(), wanted)
+            rig.pass_time(0.03, 0.021)
+        [rig.game.accept() for _ in range(3)][2].send("W")      # three of them were accepted
+        rig.settle()
+        self.assertEqual(states(), "RRRRRWWW")
+
+    def test_sessions_of_one_character_come_one_after_another_where_they_must(self):
+        rig = self.rig("tinymush")
+        clients = [rig.client() for _ in range(2)]
+        for client in clients:
+            client.session.login = has.Credentials(b"connect", b"Alice", b"pw")
+        rig.down()
+        rig.found("life 2")
+        rig.game.accept().send("Welcome\r\n")
+        rig.pass_time(1)
+        self.assertEqual([state_of(client) for client in clients], ["RETURNING", "WAITING"])
+
+    def test_how_often_a_world_that_is_down_is_tried(self):
+        """Ten times a second in the first minute, then ever more seldom, down to `retry`; far ones as they answer."""
+        for retry, round_trip, minutes, wanted in (
+                (1, 0.0003, 0, 0.1), (1, 0.0003, 0.9, 0.1), (1, 0.0003, 2, 0.2), (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1),
+                (60, 0.0003, 600, 60), (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
+            heartbeat = has.Heartbeat(None, None, settings_of((("retry", retry),)))
+            heartbeat._round_trip = round_trip
+            heartbeat._down_since = time.monotonic() - 60 * minutes
+            self.assertAlmostEqual(heartbeat._pace(), wanted, 2)
+
+
 class NewConnections(RigCase):
     """What the world and the kernel are told of them."""
 
