@@ -824,9 +824,9 @@ class Spelling:
 
     _LOST = re.compile(rb"(?:<|&lt;)output lost: (\d+) lines(?:>|&gt;)\r\n")
 
-    def __init__(self):
-        self.coloured = False      # the client was sent an escape: it can show them, and colour may be on
-        self.marked_up = False     # it speaks Pueblo: `<` begins a tag
+    def __init__(self, coloured=False, marked_up=False):
+        self.coloured = coloured   # the client was sent an escape: it can show them, and colour may be on
+        self.marked_up = marked_up              # it speaks Pueblo: `<` begins a tag
 
     def spell(self, text, codec, more=b""):
         """`text`, and `more` as the client itself has typed it, for sending."""
@@ -851,6 +851,9 @@ class Spelling:
         earlier = self._LOST.findall(cut)
         lines = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
         return self.reset() + self.spell(f"<output lost: {lines} lines>", "ascii") + b"\r\n"
+
+
+PLAIN_SPELLING = Spelling()
 
 
 class Agreement:
@@ -2289,8 +2292,8 @@ class FirstLine:
 
     __slots__ = ("is_http", "is_raw", "begun")
 
-    def __init__(self):
-        self.is_http = None        # not known yet
+    def __init__(self, is_http=None):
+        self.is_http = is_http     # None: not known yet
         self.is_raw = False        # ... and the server takes all that follows for no typed lines either
         self.begun = b""
 
@@ -2307,6 +2310,7 @@ class FirstLine:
 
 
 PACKED["FirstLine"] = FirstLine
+TYPED_LINE = FirstLine(is_http=False)           # of all the others
 
 
 class Typed:
@@ -2330,7 +2334,7 @@ class Typed:
 PACKED["Typed"] = Typed
 
 
-def shorten(out, limit, committed=0, spelling=Spelling()):
+def shorten(out, limit, committed=0, spelling=PLAIN_SPELLING):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
 
     One visible line says how many were lost; telnet commands are kept.
@@ -2453,7 +2457,7 @@ class Session:
         self.greeting = None                    # the notice for the next login screen
         self.kept = b""                         # typed while no link could take it
         self.first = FirstLine()
-        self.spelling = Spelling()              # how notices are written for him
+        self.spelling = PLAIN_SPELLING              # how notices are written for him
         self.typed = Typed()
         self.settings = NOTHING                 # what the user set for his connection (rule 8)
         self.changing = None                    # a Change typed and not yet answered by the world
@@ -2650,6 +2654,7 @@ class Session:
         """A client that speaks HTTP, or the frames of a websocket, can be told nothing."""
         self.first.feed(data, self.dialect.serves_http and not self._whole_lines())
         if not self.first.is_http:
+            self.first = self.first if self.first.is_http is None else TYPED_LINE
             return
         self.announce()
         log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world", self)
@@ -2963,7 +2968,8 @@ class Session:
         if len(value) <= 500 and (word in self.settings or len(self.settings) < 40):
             self.settings = {**self.settings, word: value}
         if word == b"PUEBLOCLIENT":
-            self.spelling.marked_up = True      # whatever becomes of the setting: his client reads tags from now on
+            # whatever becomes of the setting: his client reads tags from now on
+            self.spelling = Spelling(self.spelling.coloured, True)
 
     def _login_part(self):
         typed = self.typed
@@ -3241,7 +3247,7 @@ class Session:
         self.on_link_data(data)
 
     def _note_colour(self):
-        self.spelling.coloured = True
+        self.spelling = Spelling(True, self.spelling.marked_up)
         if self.link:
             self.link.on_data = self._link_reader()
 
