@@ -1081,8 +1081,9 @@ class Replay:
     def _can_answer(self, mine):
         """Whether HAS holds all that the client would say behind its yes."""
         verb, option = mine
-        held = {NAWS: self.agreement.naws, NEW_ENVIRON: self.agreement.environ, TTYPE: self.agreement.ttypes, CHARSET: self.agreement.charset,
-                GMCP: self.agreement.gmcp and not self.agreement.partly}
+        agreement = self.agreement
+        held = {NAWS: agreement.naws, TTYPE: agreement.ttypes, CHARSET: agreement.charset,
+                NEW_ENVIRON: agreement.environ, GMCP: agreement.gmcp and not agreement.partly}
         return option in PLAIN_OPTIONS or bool(held.get(option))
 
     def _switch_off(self, mine):
