@@ -5400,6 +5400,8 @@ class Suspects:
         self._deaths = [at for at in self._deaths if now - at <= self.HOUR] + [now]
         self._lives = [life for life in self._lives if now - life[1] <= self.HOUR] + [(self._begun, now)]
         self._begun = None
+        self._strikes = {who: strikes for who, strikes in self._strikes.items()
+                         if who in self._came or strikes and now - strikes[-1][0] <= self.HOUR}
         # of suspects who came in groups the last group is suspected further, or it would never be one alone
         window = self.APART if self._streak > 1 and self.together > 1 else self.WINDOW
         self._streak = self._streak + 1 if self._came and now - self._latest <= self.WINDOW else 0

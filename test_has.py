@@ -5996,6 +5996,15 @@ class TestSuspects(unittest.TestCase):
         suspects.died(40.0)
         self.assertFalse(suspects.is_suspect(b"alice"))
 
+    def test_what_is_remembered_is_bounded(self):
+        suspects = has.Suspects()
+        for number in range(500):
+            suspects.found(number * 10.0)
+            suspects.came(number, number * 10.0 + 1)
+            suspects.died(number * 10.0 + 2)
+        self.assertLess(len(suspects._strikes), 5)
+        self.assertLessEqual(len(suspects._deaths) + len(suspects._lives), 2 * 361)
+
     def test_nobody_waits_for_ever(self):
         suspects = has.Suspects()
         for start in (0.0, 10.0):
