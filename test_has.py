@@ -10335,17 +10335,82 @@ class TestFiles(unittest.TestCase):
                 file.write(re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
             self.assertEqual(set(has.load_settings(HAS, conf)[0].texts), set(has.SETTINGS))
 
-    def test_the_table_of_settings_in_the_readme_is_has_conf(self):
-        rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|\(empty\)) \|", self.read("README.md"), re.M))
-        self.assertEqual(rows, self.shipped())
+    def readme(self):
+        """README.md, and its prose without the blocks of code."""
+        text = self.read("README.md")
+        return text, re.sub(r"(?m)^ {4,}.*$", "", text)
 
-    def test_the_readme_names_every_option_and_signal(self):
-        helped = subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE, universal_newlines=True,
-                                check=True).stdout
-        readme, options = self.read("README.md"), re.findall(r"--[a-z]+", helped)
-        self.assertIn("--check", options)
-        missing = [word for word in options + ["HUP", "USR1", "USR2", "TERM"] if word not in readme]
-        self.assertEqual([word for word in missing if word != "--help"], [])
+    def help(self):
+        return subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE,
+                              universal_newlines=True, check=True).stdout
+
+    def test_the_readme_is_short(self):
+        self.assertLessEqual(len(self.readme()[0].encode()), 20000)
+
+    def test_the_contents_of_the_readme_are_its_headings(self):
+        _, prose = self.readme()
+        headings = [title for title in re.findall(r"(?m)^## (.*)$", prose) if title != "Contents"]
+        listed = re.findall(r"(?m)^- \[(.*)\]\(#(.*)\)$", prose)
+        self.assertEqual([title for title, _ in listed], headings)
+
+        def anchor(title):
+            return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        self.assertEqual([target for _, target in listed], [anchor(title) for title in headings])
+        links = set(re.findall(r"\]\(#(.*?)\)", prose))
+        self.assertLessEqual(links, {anchor(title) for title in re.findall(r"(?m)^#+ (.*)$", prose)})
+
+    def test_the_readme_names_settings_that_exist_only(self):
+        text, prose = self.readme()
+        # of the servers: their settings, which look like ours
+        others = set("cmd_remotehost connect_fail_limit forbid_site register_site suspect_site ip_addr ip_address "
+                     "max_sitecons sconnect_cmd sconnect_host sconnect_reip socket_file".split())
+        named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[ `]", prose))
+        blocks = "".join(re.findall(r"(?m)^ {4,}(\w+ = .*\n)", text))
+        set_there = set(re.findall(r"(?m)^([a-z]+_[a-z_]+) = ", blocks))
+        self.assertIn("dead_after", named)
+        self.assertIn("mush_address", set_there)
+        self.assertEqual((named | set_there) - others - set(has.SETTINGS), set())
+
+    def test_the_readme_names_options_that_exist_and_every_one(self):
+        ours = re.findall(r"--[a-z]+", self.help())
+        text, _ = self.readme()
+        self.assertIn("--check", ours)
+        self.assertEqual([it for it in ours if it not in text and it != "--help"], [])
+        known = {"": ours, "test_": re.findall(r"--[a-z]+", tool_parser().format_help())}
+        commands = re.findall(r"\b(test_|)has\.py((?: +[^\s`#]+)+)", text)
+        self.assertIn(("test_", " --demo"), commands)
+        wrong = [option for program, arguments in commands for option in arguments.split()
+                 if option.startswith("--") and option not in known[program]]
+        self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours], [])
+
+    def test_the_readme_names_every_signal(self):
+        told = self.help().partition("signals:")[2].partition("exit status:")[0]
+        signals = re.findall(r"(?m)^  ([A-Z0-9]+)", told)
+        self.assertIn("USR2", signals)
+        text, _ = self.readme()
+        self.assertEqual([it for it in signals if not re.search(rf"\b{it}\b", text)], [])
+
+    def test_the_readme_has_the_test_command_that_ci_runs(self):
+        ci = self.read(".ci/run")
+        command_line = re.search(r'"\$python" (test_has\.py.*?) 2>', ci).group(1)
+        self.assertRegex(self.readme()[0], r"(?m)^    python3 %s +#" % re.escape(command_line))
+
+    def test_the_test_classes_in_the_readme_exist(self):
+        named = re.findall(r"`([A-Z][A-Za-z]+)`", self.readme()[0].partition("## Working on HAS")[2])
+        self.assertIn("StateTable", named)
+        known = {**vars(has), **globals()}
+        self.assertEqual([name for name in named if not isinstance(known.get(name), (type, dict, tuple))], [])
+
+    def test_the_log_lines_in_the_readme_are_those_of_has(self):
+        rows = re.search(r"(?ms)^## Log lines that need more$(.*?)^## ", self.readme()[0]).group(1)
+        quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows) for it in re.findall(r"`(.*?)`", row)]
+        strings = "\n".join(node.value for node in ast.walk(ast.parse(self.read("has.py")))
+                            if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        strings = re.sub(r"%[sdg]", "...", strings)
+        self.assertGreater(len(quoted), 10)
+        wrong = [line for line in quoted for piece in re.split(r"\.\.\.|[:;] ", line)
+                 if piece.strip() not in strings]
+        self.assertEqual(wrong, [])
 
     def test_the_top_level_is_what_it_should_be(self):
         listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -10644,7 +10709,7 @@ def bench_table(results, sessions):
 
 
 def bench(sessions, seconds, rounds=3):
-    """Print the table for the README."""
+    """Print the table of costs."""
     peers = ["direct", "has.py"] + ["haproxy"] * bool(shutil.which("haproxy"))
     results = {peer: [] for peer in peers}
     for number in range(rounds):
@@ -11195,8 +11260,8 @@ def soak_summary(sites):
 # The command line of these three
 # ======================================================================
 
-def tool(arguments):
-    """--bench, --demo, --soak: do it and return the exit status; None if none of them is asked for."""
+def tool_parser():
+    """The options of --bench, --demo and --soak."""
     parser = argparse.ArgumentParser(prog="test_has.py", allow_abbrev=False, add_help=False,
                                      usage="test_has.py [TEST ...] | --bench | --demo | --soak MINUTES")
     parser.add_argument("--bench", action="store_true", help="measure has.py beside a direct connection and HAProxy")
@@ -11207,7 +11272,12 @@ def tool(arguments):
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="random users and random trouble")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="with --soak: to repeat one")
     parser.add_argument("--bench-load", help=argparse.SUPPRESS)
-    options, _ = parser.parse_known_args(arguments)
+    return parser
+
+
+def tool(arguments):
+    """--bench, --demo, --soak: do it and return the exit status; None if none of them is asked for."""
+    options, _ = tool_parser().parse_known_args(arguments)
     if options.bench_load:
         return bench_load(options.bench_load)
     if options.bench:
