@@ -661,7 +661,9 @@ ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 
 NEW_ENVIRON, ENVIRON_IS, ENVIRON_SEND, ENVIRON_INFO = 39, 0, 1, 2               # RFC 1572
 AYT = b"\xff\xf6"
 ESCAPE = 27
-COMPRESSION = {85, 86, 87}         # MCCP 1, 2, 3: a compressed stream could not be read, and could not be joined
+# After these a stream is no longer telnet that HAS can read, and could not be joined: BYTE MACRO (RFC 735), ENCRYPT
+# (RFC 2946), START_TLS, MCCP 1, 2 and 3
+UNREADABLE = {19, 38, 46, 85, 86, 87}
 CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3                   # RFC 2066
 BINARY, SGA, TIMING_MARK, EOR = 0, 3, 6, 25                                     # RFC 856 858 860 885
 # On or off is all there is to these: nothing has to be set up anew in front of a new world.
@@ -695,11 +697,15 @@ class Scanner:
     `feed` returns a list of (is_command, bytes); joined they are the bytes fed, but for an unfinished command,
     which is held until it is whole. IAC IAC is text. A sub-negotiation longer than LONGEST_SB is let through as
     it comes, in pieces whose is_command is None: nobody reads them.
+
+    No two servers agree on IAC and another byte than IAC or SE inside a sub-negotiation (worlds/bytes.md): if `strict`,
+    it ends the sub-negotiation, of which nothing is returned (of a long one: its end).
     """
 
-    __slots__ = ("held", "_looked", "inside_long")
+    __slots__ = ("held", "_looked", "inside_long", "strict")
 
-    def __init__(self):
+    def __init__(self, strict=False):
+        self.strict = strict
         self.held = b""            # an unfinished command
         self._looked = 0           # how much of a held sub-negotiation was searched for its end
         self.inside_long = False   # inside a sub-negotiation that is too long to hold
@@ -749,6 +755,11 @@ class Scanner:
                 pieces.append((None if self.inside_long else True, data[start:at]))
                 self._looked, self.inside_long = 0, False
                 return at
+            if self.strict and data[at - 1] != IAC:
+                if self.inside_long:
+                    pieces.append((None, data[start:at - 2] + bytes((IAC, SE))))
+                self._looked, self.inside_long = 0, False
+                return at - 2
         if not self.inside_long and len(data) - start <= LONGEST_SB:
             self.held, self._looked = data[start:], (len(data) if at < 0 else at) - start
             return len(data)
@@ -1159,9 +1170,7 @@ class Credentials:
 
 
 def rub_out(line, erasers=b"\b\x7f"):
-    """Apply BS and DEL as a line editor does: each deletes the byte before it."""
-    if len(line.translate(None, erasers)) == len(line):
-        return line
+    """`line` as an editor leaves it in which each of `erasers` deletes the byte before it."""
     kept = bytearray()
     for byte in line:
         if byte in erasers:
@@ -1190,12 +1199,17 @@ class Dialect:
     name = "plain"
     logs_in = False                # HAS can log its users and its heartbeat in
     telnet = True                  # the server parses telnet; else HAS answers the client itself
-    whole_lines = False            # login-screen text goes on by whole lines only (a hand-over word must be caught)
     line_end = re.compile(rb"\n")
-    ignored = rb"[\r\x00]"         # bytes the server drops from a typed line
-    erasers = b"\b\x7f"            # bytes that delete the one before them
-    longest_line = 8000
+    dropped = b"\r"                # bytes below 128 that the server drops from a typed line
+    erasers = b""                  # bytes that delete the character before them
+    double_iac = b"\xff\xff"       # what the server makes of IAC IAC, as it would have to be typed otherwise
+    erase_command = False          # IAC EC is an eraser
+    strays_are_text = False        # IAC and a byte that makes no command: the byte is text, and not acted on
+    cr_first = False               # CR is taken out even before telnet is
+    longest_line = 8000            # bytes the server keeps of a line; the rest up to its end it drops
+    longest_login = 8000           # ... and how long a line may be at the login screen
     mark_before = mark_behind = None            # what goes before and behind a login line so that a mark proves it
+    mark_first = None              # ... and first of all: a mark that comes only if the user is in already
     block_proof = None             # what must stand between two marks for that
     end_question = b""             # asks for the end marker of a return ...
     end_mark = end_text = end_command = None    # ... which is a mark, a text or a telnet command
@@ -1233,10 +1247,45 @@ class Dialect:
     charset_once = False           # after an ACCEPTED no DO CHARSET may follow on a link
     capped = False                 # longer lines overrun the server's buffer
 
-    def clean(self, line):
-        """`line`, free of telnet, as this server reads it: one line without its end."""
-        line = re.sub(self.ignored, b"", line.rstrip(b"\r\n"))
-        return rub_out(line, self.erasers)
+    def characters(self, run, charset):
+        """What the server stores of a run of bytes above 127 (worlds/bytes.md), as it can be typed to it again."""
+        return run
+
+    def is_utf8(self, charset):
+        """Whether the server reads several bytes as one character, to be erased as one, or dropped."""
+        return False
+
+    def finished(self, stored, charset):
+        """The line that is carried out, from what the server has stored of it; typed to it, it is read the same."""
+        return stored
+
+    def tame(self, reader, text):
+        """`text`, in which IAC is doubled, without what the server would read otherwise in another packet."""
+        return text if self.double_iac == b"\xff\xff" else text.replace(b"\xff\xff", self.double_iac)
+
+    def as_text(self, piece):
+        """What a telnet command of two bytes is to this server if it is text to it; else None. b"": nothing at all."""
+        if piece == b"\xff\xf7" and self.erase_command:
+            return b"\b"
+        if self.strays_are_text and piece not in (b"\xff\xf1", AYT):
+            return piece[1:] if 32 <= piece[1] < 127 or piece[1] == 0 else b"?"
+        return b"" if piece[1] < SE else None
+
+    def charset_after(self, sent, charset):
+        """The character set the server reads by, after a whole telnet command was `sent` to it."""
+        return charset
+
+    def transcoded(self, stored, before, after):
+        """What stands in the line when the character set changes in the middle of it."""
+        return stored
+
+    def harms(self, line):
+        """Whether a line at the login screen must never reach the server."""
+        return False
+
+    def in_doubt(self, stored, charset):
+        """Whether the server could read a line in the game as a LOGOUT where HAS does not, or the other way round."""
+        return False
 
     def read_login(self, line):
         """The Credentials in a cleaned line typed at the login screen, or None if it is no login line."""
@@ -1253,14 +1302,17 @@ class Dialect:
         return Credentials(match.group(2) or match.group(1), name, words.group(3), bool(match.group(2)))
 
     def is_handover(self, line, word):
-        """Whether the server could read this typed line as the hand-over of a user's address (rule 9)."""
+        """Whether the server could read this finished line as the hand-over of a user's address (rule 9).
+
+        It errs on the safe side: other builds may drop or erase more.
+        """
         words = [w.lower() for w in self.handover_words + ((word.encode(),) if word not in ("auto", "none") else ())]
         if not any(w[0] in line or w[:1].upper()[0] in line for w in words):
             return False                        # the usual case
-        bare = re.sub(rb"[^ -~\b]", b"", line)
-        for text in (rub_out(bare), bare.replace(b"\b", b"")):
+        bare = re.sub(rb"[^ -~\b\x7f]", b"", line)
+        for text in (rub_out(bare), bare.translate(None, b"\b\x7f")):
             typed = re.match(rb"\s*([^\s=]*)", text).group(1).lower()
-            if any(typed.startswith(w) or len(typed) > 1 and typed[:1] == b"@" and w.startswith(typed) for w in words):
+            if any(typed.startswith(w) or typed[:1] == b"@" and w.startswith(typed) for w in words):
                 return True
         return False
 
@@ -1291,15 +1343,23 @@ class Dialect:
                 for part in answer.split(b":")]
 
 
+# What Perl takes for white space in UTF-8
+_WHITE = (rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)")
+
+
 class TeenyMUSH(Dialect):
     name = "teenymush"
     serves_http = False
     logs_in = True
-    whole_lines = True
-    ignored = rb"\r"
-    erasers = b""
+    cr_first = True
+    longest_login = 7999           # no limit was found; what HAS keeps
+    quit_playing = re.compile(_WHITE + rb"*(?i:quit)(?: .*)?\Z", re.S)
+    quit_login = re.compile(_WHITE + rb"*(?i:q(?:u(?:it?)?)?)(?: .*)?\Z", re.S)
     # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
-    login_words = re.compile(rb"(?i) *(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)(?= )| *(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)(?= )")
+    login_words = re.compile(_WHITE + rb"*(?:(?i:(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)|"
+                             rb"(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)))(?= )")
+    # a word is anything without a blank, and the last white space that can separates (worlds/bytes.md 2)
+    login_arguments = re.compile(rb' *(?:"([^"]*)"|([^ ]+))' + _WHITE + rb"+([^ ]+) *\Z")
     handover_words = (b"@remotehostname",)
     offers = command(WILL, 3) + command(DO, NAWS) + command(DO, TTYPE) + command(WILL, MSSP)     # at connect
     outcome = re.compile(rb"(Last connect was from[ :])|"
@@ -1322,12 +1382,20 @@ class TeenyMUSH(Dialect):
     start_answer = re.compile(rb"UPTIME\x02(\d+)")
 
     def read_login(self, line):
-        login = super().read_login(line.replace(b"\t", b"\x00"))
-        if not login or re.search(rb"(\S+)\s*\Z", line).group(1) != login.password:
-            return None                         # exactly two words: `connect a b c` is malformed
-        login.verb = b"create" if login.creates else b"connect"     # older builds know full words only
+        verb = self.login_words.match(line)
+        words = verb and self.login_arguments.match(line, verb.end())
         # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
-        return login if all(ord(c) < 256 for c in login.password.decode("utf-8", "replace")) else None
+        if not words or self.harms(line):
+            return None
+        name = b" ".join((words.group(1) or words.group(2) or b"").split())
+        creates = bool(verb.group(2))           # older builds know full words only
+        return Credentials(b"create" if creates else b"connect", name, words.group(3), creates) if name else None
+
+    def harms(self, line):
+        """It prints a login with characters above U+00FF behind the name to everybody, password included."""
+        verb = self.login_words.match(line)
+        rest = re.sub(rb' *(?:"[^"]*"|[^ ]+)', b"", line[verb.end():], count=1) if verb else b""
+        return any(ord(c) > 255 for c in rest.decode("utf-8", "replace"))
 
     def address_line(self, host, epoch, word, path):
         word = "@remotehostname" if word == "auto" else word
@@ -1357,19 +1425,43 @@ class _InfoFamily(Dialect):
                            rb"Permission denied")
 
 
+_SPELLED = dict(zip("АБВГДЕЗИЙКЛМНОПРСТУФЪЫЬЭ", "ABVGDEZIYKLMNOPRSTUF\"Y'E"))
+_SPELLED.update(zip("ΑΒΓΔΕΖΗΙΚΛΜΝΟΠΡΣΤΥΦΧΩ", "ABGDEZHIKLMNOPRSTYFXO"))
+_SPELLED.update(zip("ЖХЦЧШЩЮЯΘΞΨ", "Zh Kh Ts Ch Sh Shch Yu Ya Th Ks Ps".split()))
+_SPELLED.update({upper.lower(): ascii_letters.lower() for upper, ascii_letters in _SPELLED.items()})
+_SPELLED.update(zip("\u2018\u2019\u201a\u201b\u2039\u203a", "'" * 6))
+_SPELLED.update(zip("\u201c\u201d\u201e\u201f", "\"" * 4))
+_SPELLED.update(zip("\u2010\u2011\u2012\u2013\u204eĐđĦħıŁłŊŋŦŧ", "----*DdHhiLlNnTt"))
+_SPELLED.update({"\u2014": "--", "\u2015": "---", "\u2026": "..."})
+
+
+def _spell(character):
+    """How a PennMUSH spells a character of a client that has agreed to UTF-8, as far as that is known; else `?`.
+
+    HAS passes on the spelling (worlds/bytes.md 3): what it is to the server need not be known, then.
+    """
+    if character < "\x80":
+        return character
+    base = unicodedata.normalize("NFKD", character)[0] if "\u0100" <= character < "\u0180" else "?"
+    return _SPELLED.get(character) or (base if base < "\x80" else "?")
+
+
 class PennMUSH(_InfoFamily):
     name = "pennmush"
     line_end = re.compile(rb"\r\n|\r|\n")
-    ignored = rb"\n"
+    dropped = b""
     erasers = b"\b"                # DEL becomes `?` (worlds/pennmush.md a)
+    double_iac = b"?"
+    strays_are_text = True
     login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )"
                              rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
     strips_blanks = False
+    # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
+    mark_first = b"OUTPUTPREFIX %(n)sf\r\n \r\nOUTPUTPREFIX%(p)s\r\n"
     counts_failures = True         # 10 in 10 minutes from one address, which is HAS's over TCP (worlds/pennmush.md h)
     not_taken_text = re.compile(rb"Player connections not allowed\.|This IP address has failed too many times")
-    # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\n \r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     end_question = b"IDLE %(n)se\r\n"
@@ -1383,7 +1475,7 @@ class PennMUSH(_InfoFamily):
                                rb"Permission denied")
     password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
     check_function = b"checkpass"
-    longest_line = 4000
+    longest_line = longest_login = 4095
     serves_http = True
     charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server (worlds/pennmush.md)
     greets = False
@@ -1391,8 +1483,19 @@ class PennMUSH(_InfoFamily):
     most_silent = 4                # its info slave looks names up; listen backlog 5 (return-speed.md, rule P)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
 
-    def read_login(self, line):
-        return super().read_login(line.replace(b"\t", b"?"))
+    def finished(self, stored, charset):
+        """A NUL cuts off the rest; control bytes become `?`, and UTF-8 is spelled in ASCII, if it is agreed to."""
+        line = stored.partition(b"\0")[0].translate(self._controls)
+        return line if charset != b"UTF-8" else "".join(map(_spell, line.decode("utf-8", "replace"))).encode()
+
+    def in_doubt(self, stored, charset):
+        # six characters of up to four bytes; how it spells each is not known
+        return charset == b"UTF-8" and len(stored) <= 24 and not stored.isascii()
+
+    _controls = bytes(63 if n < 32 or n == 127 else n for n in range(256))
+
+    def charset_after(self, sent, charset):
+        return sent[4:-2].upper() if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)) else charset
 
     def check_call(self, pair):
         name = pair.name.lstrip(b"*")
@@ -1410,10 +1513,14 @@ class TinyMUSH(_InfoFamily):
     name = "tinymush"
     telnet = False                 # sub-negotiations leak into the next line (worlds/tinymush.md a)
     line_end = re.compile(rb"\r\n|\r|\n")
-    ignored = rb"[^ -~\t\x07\x1b\x7f]"     # BS is dropped, DEL edits (transcripts/tinymush/a3)
+    dropped = bytes(n for n in range(32) if n not in (7, 9, 27))       # BS too; DEL edits
     erasers = b"\x7f"
+    double_iac = b""
     login_words = re.compile(rb"\s*(c[od]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
-    quit_playing, quit_login = re.compile(rb"(?:QUIT|quit)\Z"), re.compile(rb"(?:QUIT|LOGOUT)\Z")
+    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
+    quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    longest_login = 512
+    mark_first = b"OUTPUTSUFFIX %(n)sf\r\nOUTPUTSUFFIX%(s)s\r\n"
     mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
@@ -1425,14 +1532,26 @@ class TinyMUSH(_InfoFamily):
     settles = False                # in the game INFO answers on the connection used last
 
 
+    def characters(self, run, charset):
+        return b""
+
+    def finished(self, stored, charset):
+        """Without ESC: printed back, it may hang the server (worlds/bytes.md 4)."""
+        return stored.replace(b"\x1b", b"")
+
+
 class TinyMUX(_InfoFamily):
     name = "tinymux"
-    ignored = rb"[\r\x00\t]"
+    dropped = bytes(range(32)).replace(b"\b", b"")
+    erasers = b"\b\x7f"
+    erase_command = True
+    longest_line, longest_login = 7990, 400
     login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
     not_taken_text = re.compile(rb"All guests are currently busy|Error creating guest")
     # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
+    mark_first = b"OUTPUTPREFIX %(n)sf\r\n"
     mark_before = b"OUTPUTPREFIX %(n)s\r\n"
     mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
     end_question = b"INFO\r\n"
@@ -1442,17 +1561,53 @@ class TinyMUX(_InfoFamily):
     wraps_settings = True
 
 
+    # what is dropped above 127, by character set (worlds/bytes.md 1)
+    _dropped_high = {b"": bytes.fromhex("8081888d8f909899 9b9d"), b"ISO-8859-2": bytes(range(128, 160)),
+                     b"US-ASCII": bytes(range(128, 256)), b"CP437": b"\xff"}
+    _dropped_high[b"ISO-8859-1"] = _dropped_high[b""]
+
+    def characters(self, run, charset):
+        return run.translate(None, self._dropped_high.get(charset, b""))
+
+    def is_utf8(self, charset):
+        return charset == b"UTF-8"
+
+    _codecs = {b"UTF-8": "utf-8", b"CP437": "cp437", b"ISO-8859-2": "iso8859-2", b"US-ASCII": "ascii"}
+
+    def transcoded(self, stored, before, after):
+        """What cannot be typed any more counts on as one character."""
+        old, new = (self._codecs.get(charset, "cp1252") for charset in (before, after))
+        lost = dict.fromkeys(self._dropped_high.get(after, b""), 63)
+        stored = stored.decode(old, "replace").encode(new, "replace")
+        return stored.translate(bytes(lost.get(byte, byte) for byte in range(256)))
+
+    def charset_after(self, sent, charset):
+        if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_REJECTED)):
+            return b"US-ASCII"
+        if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)):
+            return sent[4:-2] if sent[4:-2] in (b"UTF-8", *self._dropped_high) else charset
+        if sent[:3] == bytes((IAC, SB, NEW_ENVIRON)) and re.search(
+                rb"(?:LANG|LC_ALL|LC_CTYPE)\x01[^\x00-\x03]*\.UTF-8(?:[\x00-\x03]|\xff\xf0)", sent):
+            return b"UTF-8"
+        return charset
+
+
 class RhostMUSH(_InfoFamily):
     name = "rhostmush"
-    whole_lines = True
-    ignored = rb"[\r\x00\t]"
-    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?|da?r?k?|hi?d?e?)?)(?=\s)"
-                             rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
-    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
-    quit_login = re.compile(rb"(?i)(?:quit|logout)(?:\s.*)?\Z")
+    dropped = bytes(range(32)).replace(b"\b", b"")
+    erasers = b"\b\x7f"
+    strips_blanks = False
+    # a line that begins with a blank is a login, whatever its first word (worlds/bytes.md 5)
+    login_words = re.compile(rb"(?i)( +\S+|c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?|da?r?k?|hi?d?e?)?)(?=\s)"
+                             rb"|(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
+    quit_playing = re.compile(rb"(?:QUIT|quit)(?:\s.*)?\Z")
+    quit_login = re.compile(rb"(?:QUIT|quit|LOGOUT|logout)(?:\s.*)?\Z")
+    logout = re.compile(rb"(?:LOGOUT|logout)(?:\s.*)?\Z")
     handover_words = (b"proxy",)
     not_taken_text = re.compile(rb"Your attempt to crash this mush")
     # SESSION prints its table only when logged in; both marks come in either state
+    mark_first = (b"OUTPUTPREFIX %(n)sb\r\nOUTPUTSUFFIX %(n)sy\r\nSESSION\r\n"
+                  b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\nSESSION\r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     block_proof = re.compile(rb"Pend\s+Lost")
@@ -1461,7 +1616,7 @@ class RhostMUSH(_InfoFamily):
     end_mark = b"z"
     check_function = b"checkpass"
     needed_flag = "ROYALTY or IMMORTAL"
-    longest_line = 16000
+    longest_line, longest_login = 16375, 2000
     at_once = 4                    # listen backlog 5
 
     def address_line(self, host, epoch, word, path):
@@ -1471,11 +1626,55 @@ class RhostMUSH(_InfoFamily):
         return f"PROXY {kind} {host} {here} 1 2\r\n".encode()  # HAProxy's PROXY protocol, version 1
 
 
+    def read_login(self, line):
+        login = super().read_login(line)
+        if login and line[:1] == b" ":
+            login.verb = b"connect"
+        return login
+
+    # lead bytes and how many follow, overlong ones too
+    _CHARACTER = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}|.", re.S)
+    _BEGUN = re.compile(rb"(?:[\xc0-\xf7]|[\xe0-\xf7][\x80-\xbf]|[\xf0-\xf7][\x80-\xbf]{2}|\xff\xff)\Z")
+    _PLAIN = {0x20: b" ", 0x201c: b'"', 0x201d: b'"', 0x201f: b'"', 0xff1a: b":"}
+
+    def characters(self, run, charset):
+        """Its own spelling of a character, of which each byte is one to its erasers."""
+        return b"".join(map(self._spelled, self._CHARACTER.findall(run)))
+
+    def _spelled(self, character):
+        first = character[0]
+        if len(character) == 1:
+            return b"%%<%d>" % first if first > 0xa0 else b""
+        value = first & (0x1f, 0x0f, 0x07)[len(character) - 2]
+        for byte in character[1:]:
+            value = value << 6 | byte & 0x3f
+        return self._PLAIN.get(value) or b"%%<u%04x>" % value
+
+    def finished(self, stored, charset):
+        """In UTF-8 again, where that comes to the same."""
+        def typed(match):
+            value = int(match.group(1), 16)
+            whole = value > 0xa0 and value not in self._PLAIN and not 0xd800 <= value < 0xe000 and value < 0x110000
+            return chr(value).encode() if whole and match.group() == b"%%<u%04x>" % value else match.group()
+        return re.sub(rb"%<u([0-9a-f]{4,6})>", typed, stored)
+
+    def tame(self, reader, text):
+        """IAC IAC takes away what stands behind it, in the next packet too; a character over two is read anyhow."""
+        text, reader.lead = reader.lead + text, b""
+        if IAC in text:                         # a NUL is dropped, and nothing is a character over it
+            text = re.sub(rb"\xff\xff(?:(\xff\xff)|[^\xff])", lambda it: b"%<255>" if it.group(1) else b"\0", text)
+        begun = self._BEGUN.search(text)
+        if begun:
+            text, reader.lead = text[:begun.start()], begun.group()
+        return text
+
+
 class Unknown(Dialect):
     """Before the world was ever seen: a login is to be kept, never echoed, whatever the family will be."""
 
     name = "unknown"
     serves_http = False
+    dropped, erasers = b"\r\0", b"\b\x7f"
     login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*|c)(?=\s)")
     handover_words = (b"@remotehostname", b"proxy")
 
@@ -1483,6 +1682,127 @@ class Unknown(Dialect):
 PLAIN, UNKNOWN = Dialect(), Unknown()
 DIALECTS = {d.name: d for d in (TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
 UNIX_DIALECT = DIALECTS["pennmush"]             # the one family that listens on a unix socket
+
+
+_RUNS = re.compile(rb"[ -~]+|[\x80-\xff]+|.", re.S)
+# What TinyMUX takes for one character of UTF-8, how it may begin, and what does not begin one (worlds/bytes.md 1)
+_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0\xf3][\x80-\xbf]{3}")
+_UTF8_BEGUN = re.compile(rb"(?:[\xc2-\xcb\xcd-\xf0\xf3]|[\xe0-\xf0\xf3][\x80-\xbf]|[\xf0\xf3][\x80-\xbf]{2})\Z")
+
+
+def _is_shown(character):
+    """Whether TinyMUX keeps a UTF-8 character. What is in doubt is not kept, and not passed on at the login screen."""
+    try:
+        text = character.decode("utf-8")
+    except UnicodeDecodeError:
+        return False                            # overlong, a surrogate
+    return unicodedata.category(text) not in ("Cc", "Cf", "Cn", "Co", "Mn", "Me", "Mc")
+
+
+class LineReader:
+    """The line a user is typing, as a server reads its bytes: dropped, erased, replaced (worlds/bytes.md).
+
+    The family's tables say what becomes of each byte; this keeps the state over packets. `buffer` holds what stands in
+    the server's line, spelled so that typed to the server again it is read the same.
+    """
+
+    __slots__ = ("buffer", "sent", "unfinished", "lead", "charset")
+
+    def __init__(self):
+        self.charset = b""         # what the server reads by on this link
+        self.lead = b""            # the beginning of something that must not be cut, still to be read
+        self.clear()
+
+    def clear(self):
+        """Begin a new line."""
+        self.buffer = self.unfinished = b""     # unfinished: of a UTF-8 character
+        self.sent = False                       # what is in the buffer went on to the world as it came
+
+    @property
+    def idle(self):
+        """Whether nothing of a line was typed yet."""
+        return not (self.buffer or self.unfinished or self.lead)
+
+    def lines(self, dialect, text):
+        """Read typed text, free of telnet, IAC doubled; yield (bytes, line) for each line and for what is left,
+        where the line is None. The bytes are what brings the world so far, if it is to read along."""
+        text, at = dialect.tame(self, text), 0
+        while at < len(text):
+            end = dialect.line_end.search(text, at)
+            stop = end.end() if end else len(text)
+            raw = text[at:stop] if self.sent else unspelled(self.buffer + self.unfinished) + text[at:stop]
+            self._take(dialect, unescape(text[at:end.start() if end else stop]))
+            at = stop
+            if not end:
+                yield raw, None
+                return
+            yield raw, dialect.finished(self.buffer, self.charset)
+            self.clear()
+
+    def _take(self, dialect, text):
+        stored = bytearray(self.buffer)
+        utf8 = dialect.is_utf8(self.charset)
+        for run in _RUNS.findall(text):
+            if run in dialect.erasers and run:
+                self.unfinished = b""
+                self._erase(stored, utf8)
+                continue
+            if utf8 and run != b"\r":
+                run = self._utf8(run)
+            elif run[0] >= 128:
+                run = dialect.characters(run, self.charset)
+            stored += run.translate(None, dialect.dropped)[:max(0, dialect.longest_line - len(stored))]
+        self.buffer = bytes(stored)
+
+    @staticmethod
+    def _erase(stored, utf8):
+        while utf8 and stored and 0x80 <= stored[-1] < 0xc0:
+            del stored[-1]
+        del stored[-1:]
+
+    def _utf8(self, run):
+        """What TinyMUX keeps of a run of bytes: a byte that does not continue a character goes with what it broke."""
+        kept, run, at = b"", self.unfinished + run, 0
+        self.unfinished = b""
+        while at < len(run):
+            whole, begun = _UTF8.match(run, at), _UTF8_BEGUN.match(run, at)
+            if begun:
+                self.unfinished = begun.group()
+                break
+            if whole and run[at] != 0xcc:
+                kept += whole.group() if _is_shown(whole.group()) else b""
+                at = whole.end()
+            elif run[at] < 128:
+                kept += run[at:at + 1]
+                at += 1
+            else:
+                at = self._broken(run, at)
+        return kept
+
+    @staticmethod
+    def _broken(run, at):
+        """Where to go on behind a byte that begins no whole character."""
+        lead = run[at]
+        if lead < 0xc2 or lead == 0xcc or lead in (0xf1, 0xf2) or lead > 0xf3:
+            return at + 1
+        at += 1
+        while at < len(run) and 0x80 <= run[at] < 0xc0:
+            at += 1
+        return at + 1
+
+    def note_charset(self, dialect, sent):
+        """Telnet was sent to the world, which may read otherwise from now on."""
+        if CHARSET in sent or NEW_ENVIRON in sent:
+            before = self.charset
+            for is_command, piece in Scanner().feed(sent):
+                self.charset = dialect.charset_after(piece, self.charset) if is_command else self.charset
+            if before != self.charset:
+                self.buffer, self.unfinished = dialect.transcoded(self.buffer, before, self.charset), b""
+
+
+def unspelled(line):
+    """A line as it is sent by telnet."""
+    return line.replace(b"\xff", b"\xff\xff")
 
 
 def recognise(banner, info):
@@ -1498,8 +1818,11 @@ def recognise(banner, info):
     return None
 
 
-_MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2})=([aze]?)\r?\n")            # a Proof's secret, a number, a letter
-_MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,2}|[0-9a-f]{2}=[aze]?\r?)\Z")      # ... what may have come of it behind that
+_MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")            # a Proof's secret, a number, a letter
+_MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")     # ... what may have come of it
+
+
+MOST_TRIES = 64                    # logins of one link whose outcome may still come
 
 
 class Proof:
@@ -1544,37 +1867,24 @@ class Proof:
         return template % {b"n": nonce, b"p": prefix and b" " + prefix, b"s": suffix and b" " + suffix}
 
     def _nonce(self, login):
-        number = b"%02x" % (self._count % 256)
+        number = b"%02x" % self._count          # never used again on this link
         self._count += 1
         self._tries[number] = login
+        for old in list(self._tries)[:-MOST_TRIES]:
+            del self._tries[old]
         return self._secret + number + b"="
 
-    def arm(self, settings):
-        """What goes before a line that may become a login line; (nonce, bytes). Families with mark_before only."""
-        nonce = self._nonce(None)
-        return nonce, self._fill(self.dialect.mark_before, nonce, settings)
-
-    def wrap(self, login, begun, line, settings, nonce=None):
-        """The bytes to send for `line`, what did not go on yet of a login line; `begun`: a part of it did.
-
-        `nonce` is what arm() gave, if its bytes went ahead.
-        """
+    def wrap(self, login, line, settings, first=False):
+        """The bytes to send for `line`, a login line. `first`: nothing was typed on this link yet."""
         dialect = self.dialect
         if not dialect.mark_behind:
             self._tries.append(login)
             return line
-        before = b""
-        if nonce:
-            self._tries[nonce[-3:-1]] = login
-        else:
-            nonce = self._nonce(login)
-            before = self._fill(dialect.mark_before or b"", nonce, settings)
-        behind = self._fill(dialect.mark_behind, nonce, settings)
-        return line + before + behind if begun else before + line + behind
-
-    def disarm(self, nonce, settings):
-        """What goes behind an armed line that was no login line after all."""
-        return self._fill(self.dialect.mark_behind, nonce, settings)
+        nonce = self._nonce(login)
+        front = b"" if first else dialect.mark_first
+        before, behind = (self._fill(marks or b"", nonce, settings) for marks in (
+            front + (dialect.mark_before or b""), dialect.mark_behind))
+        return before + line + behind
 
     def no_login(self, line):
         """A line that is no whole login may be answered like one: its outcome is nobody's."""
@@ -1587,8 +1897,8 @@ class Proof:
 
         `settings` are lines whose answers should come before that: see Dialect.settings_held.
         """
-        out = self.wrap(login, False, login.line() + b"\r\n", {})
-        nonce = self._secret + b"%02x=" % ((self._count - 1) % 256)
+        out = self.wrap(login, unspelled(login.line()) + b"\r\n", {}, True)
+        nonce = self._secret + b"%02x=" % (self._count - 1)
         return out + settings + (self._fill(self.dialect.end_question, nonce, {}) if self.dialect.mark_behind else b"")
 
     def feed(self, text):
@@ -1610,7 +1920,7 @@ class Proof:
 
     def _beginning_of_a_mark(self, text, at):
         """Where a tail starts that could begin a mark, or the length of `text`."""
-        whole = len(self._secret) + 6                           # the number, `=`, a letter, CR, LF
+        whole = len(self._secret) + 12                          # the number, `=`, a letter, CR, LF
         start = text.find(b"=", max(at, len(text) - whole + 1))
         while start >= 0:
             tail = text[start:]
@@ -1621,16 +1931,22 @@ class Proof:
         return len(text)
 
     def _mark(self, number, letter):
-        login = self._tries.get(number)
-        if letter == b"a":
+        if letter in (b"a", b"b"):
             self._block = b""
         elif letter != b"e":
             proof = self.dialect.block_proof
-            if self.login is None and login and (not proof or proof.search(self._block or b"")):
-                self.login = login
+            if not proof or proof.search(self._block or b""):
+                self._is_in(number, letter in (b"f", b"y"))
             self._block = None
         if letter == self.dialect.end_mark:
             self.end()
+
+    def _is_in(self, number, before):
+        """The user is in the game, `before` the login line of that number or behind it."""
+        if before:
+            self._tries[number] = None          # whatever the line was, he is not in by it
+        elif self.login is None:
+            self.login = self._tries.get(number)
 
     def _let_through(self, text):
         if self._block is not None:
@@ -1732,8 +2048,9 @@ class Change:
 
 
 PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
-          "Spelling": Spelling,
-          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN), "Change": lambda: Change("", b"", 0)}
+          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN), "LineReader": LineReader, "Spelling": Spelling,
+          "Typed": LineReader,                  # so older programs called it
+          "Change": lambda: Change("", b"", 0)}
 
 
 def pack(value):
@@ -2258,9 +2575,9 @@ _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
 _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
-# ... unless it holds a control byte, which servers drop or edit lines with: only its line end may be one. A table for
-# translate(): it changes text that holds one, and is twice as fast as a regular expression.
-_CONTROLS_MARKED = bytes(64 if n < 32 or n in (127, 255) else n for n in range(256))
+# ... unless it holds a byte that some server does not just keep (see LineReader): only its line end may be one. A table
+# for translate(): it changes text that holds one, and is twice as fast as a regular expression.
+_DOUBTS_MARKED = bytes(64 if n < 32 or n >= 127 else n for n in range(256))
 
 
 class State(enum.Enum):
@@ -2312,27 +2629,6 @@ class FirstLine:
 
 PACKED["FirstLine"] = FirstLine
 TYPED_LINE = FirstLine(is_http=False)           # of all the others
-
-
-class Typed:
-    """The line a user is typing: what came of it, how much of that went on to the world."""
-
-    __slots__ = ("buffer", "sent", "nonce", "overlong")
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        """Begin a new line."""
-        self.buffer, self.sent, self.nonce, self.overlong = b"", 0, None, False
-
-    def unsent(self):
-        """Take what did not go on yet."""
-        part, self.sent = self.buffer[self.sent:], len(self.buffer)
-        return part
-
-
-PACKED["Typed"] = Typed
 
 
 def shorten(out, limit, committed=0, spelling=PLAIN_SPELLING):
@@ -2459,7 +2755,7 @@ class Session:
         self.kept = b""                         # typed while no link could take it
         self.first = FirstLine()
         self.spelling = PLAIN_SPELLING              # how notices are written for him
-        self.typed = Typed()
+        self.typed = LineReader()
         self.settings = NOTHING                 # what the user set for his connection (rule 8)
         self.changing = None                    # a Change typed and not yet answered by the world
         self.direct = self.scan = self.silent = False
@@ -2497,7 +2793,7 @@ class Session:
     def _refresh(self):
         """Compute the two flags of the fast path from everything they depend on."""
         self.direct = (self.state is State.PLAYING and self.linked and not self.dialect.capped
-                       and not (self.kept or self.silent or self.backlog or self.typed.buffer or self.typed.overlong)
+                       and not (self.kept or self.silent or self.backlog or not self.typed.idle)
                        and not (self.from_client and self.from_client.held))
         self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.changing or
                          self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
@@ -2530,6 +2826,8 @@ class Session:
             setattr(self, name, unpack(packed["values"][name]))
         if self.replay:
             self.replay.agreement = self.agreement
+        if self.from_client:
+            self.from_client.strict = True      # older programs had no such thing
         self.state = State[packed["state"]]
         self.client.take_up(packed["client"])
         if packed["link"]:
@@ -2638,7 +2936,7 @@ class Session:
         self.bytes_in += len(data)
         if self.direct and data[-1] == 10 and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
             line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
-            if line.translate(_CONTROLS_MARKED) == line:
+            if line.translate(_DOUBTS_MARKED) == line:
                 self.quit_at = 0
                 self.link.send(data)
                 return
@@ -2653,7 +2951,7 @@ class Session:
 
     def _look_at_first_line(self, data):
         """A client that speaks HTTP, or the frames of a websocket, can be told nothing."""
-        self.first.feed(data, self.dialect.serves_http and not self._whole_lines())
+        self.first.feed(data, self.dialect.serves_http and not self._has_secret_word())
         if not self.first.is_http:
             self.first = self.first if self.first.is_http is None else TYPED_LINE
             return
@@ -2782,8 +3080,10 @@ class Session:
 
     def _read_client(self, data):
         """The careful way: telnet, lines."""
+        if self.dialect.cr_first and (self.from_client and self.from_client.held or IAC in data):
+            data = data.replace(b"\r", b"")
         if self.from_client is None and IAC in data:
-            self.from_client = Scanner()
+            self.from_client = Scanner(strict=True)
         out = []
         for is_command, piece in self.from_client.feed(data) if self.from_client else [(False, data)]:
             if is_command:
@@ -2799,7 +3099,10 @@ class Session:
 
     def _client_command(self, piece):
         """A telnet command of the client; returns what the world gets of it."""
-        if len(piece) == 3 and piece[2] in COMPRESSION:
+        text = self.dialect.as_text(piece) if len(piece) == 2 else None
+        if text is not None:
+            return self._client_text(text)
+        if len(piece) > 2 and piece[2] in UNREADABLE:
             if piece[1] in (DO, WILL):
                 self._answer_client(command(WONT if piece[1] == DO else DONT, piece[2]))
             return b""
@@ -2814,6 +3117,7 @@ class Session:
             log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", self)
         elif wanted and self._can_forward():
             if not (self.replay and self.replay.waits):
+                self.typed.note_charset(self.dialect, piece)
                 return piece
             self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
         return b""
@@ -2865,8 +3169,6 @@ class Session:
         if self.state is State.WAITING:
             return self._read_lines(text, self._waiting_line, self._waiting_part)
         self._tell_silence()
-        if not self.dialect.telnet:
-            text = text.replace(b"\xff\xff", b"")
         return self._read_lines(text, self._typed_line, self._typed_part)
 
     @property
@@ -2875,41 +3177,49 @@ class Session:
         return self.hub.world.dialect if self.hub.world else DIALECTS.get(self.hub.settings.mush_type, UNKNOWN)
 
     def _read_lines(self, text, whole, part):
-        """Split typed text; `whole(cleaned line)` and `part()` return the bytes that go on to the world."""
-        out = []
-        ends, at = self.dialect.line_end, 0
-        while at < len(text):
-            end = ends.search(text, at)
-            stop = end.end() if end else len(text)
-            self.typed.buffer += text[at:stop]
-            at = stop
-            if end:
-                line = b"" if self.typed.overlong else self.dialect.clean(unescape(self.typed.buffer))
-                out.append(whole(line))
-                self.typed.clear()
-            else:
-                out.append(part())
-        return b"".join(out)
+        """Split typed text; `whole(line, bytes)` and `part(bytes)` return what goes on to the world."""
+        return b"".join([part(raw) if line is None else whole(line, raw)
+                         for raw, line in self.typed.lines(self.dialect, text)])
 
-    def _typed_part(self):
-        return self._login_part() if self.state is State.LOGIN else self._playing_part()
+    def _spells_out(self):
+        """Whether the world gets finished lines only, as HAS has understood them: then it reads the same."""
+        return self.dialect.capped or self.state is State.LOGIN and (self.dialect.logs_in or self._has_secret_word())
 
-    def _typed_line(self, line):
-        if self.state is State.LOGIN:           # LOGOUT may have come just before it
-            return self._login_line(line)
-        if self._asks_for_list(line):
+    def _handover_words(self):
+        """How addresses are handed over, by the settings in use and those to come (HUP)."""
+        return {self.hub.settings.remotehostname_cmd} | ({self.hub.world.word} if self.hub.world else set())
+
+    def _has_secret_word(self):
+        return not self._handover_words() <= {"auto", "none"}
+
+    def _typed_part(self, raw):
+        if self._spells_out():
             return b""
-        self._note_line(line)
-        self._note_iced()
-        return self._take_unsent()
+        self.typed.sent = True
+        return raw
 
-    def _note_iced(self):
+    def _typed_line(self, line, raw):
+        typed = self.typed
+        if self._spells_out() or not typed.sent and self.dialect.in_doubt(typed.buffer, typed.charset):
+            raw = unspelled(line) + (b"\r\n" if raw.endswith(b"\r\n") else raw[-1:])
+        if self.state is State.LOGIN:           # LOGOUT may have come just before it
+            return self._login_line(line, raw) if self._spells_out() else self._pass_line(line, raw)
+        if self._asks_for_list(line):
+            return raw if self.typed.sent else b""
+        return self._pass_line(line, raw)
+
+    def _pass_line(self, line, raw):
+        self._note_line(line)
+        self._note_iced(raw)
+        return raw
+
+    def _note_iced(self, raw):
         """A line passed on to a silent world may never be carried out. Who quits need not wait for it to answer."""
         if not self.silent:
             return
         if self.quit_at:
             self.hub.later(0, self.close, "quit")               # after this line has gone on
-        self.iced = (self.iced + self.typed.buffer)[-KEEP_BYTES:]
+        self.iced = (self.iced + raw)[-KEEP_BYTES:]
 
     def _asks_for_list(self, line):
         """Answer an admin's #?; False if it is nothing of the kind."""
@@ -2917,22 +3227,6 @@ class Session:
             return False
         self._answer("\n".join(status_lines(self.hub.status())))
         return True
-
-    def _playing_part(self):
-        out = self._take_unsent()
-        if len(self.typed.buffer) > 2 * KEEP_BYTES:
-            self.typed.clear()
-            self.typed.overlong = True          # still relayed, but no command HAS knows
-        return out
-
-    def _take_unsent(self):
-        """What did not go on yet of the line; cut where a longer line would harm the server."""
-        typed, longest = self.typed, self.dialect.longest_line
-        if not self.dialect.capped or len(typed.buffer) <= longest and not typed.overlong:
-            return typed.unsent()
-        room = 0 if typed.overlong else max(0, longest - typed.sent)
-        end = b"\r\n" if typed.buffer.endswith((b"\r", b"\n")) else b""
-        return typed.unsent()[:room] + end
 
     def _note_line(self, line):
         """Remember what a line means that the world will read while the user is logged in or about to be."""
@@ -2972,62 +3266,40 @@ class Session:
             # whatever becomes of the setting: his client reads tags from now on
             self.spelling = Spelling(self.spelling.coloured, True)
 
-    def _login_part(self):
-        typed = self.typed
-        if self._whole_lines():
-            if len(typed.buffer) > KEEP_BYTES:
-                typed.overlong = True
-                typed.buffer = typed.buffer[:64]
-            return b""
-        if self.dialect.mark_before and not typed.sent:
-            first = typed.buffer.lstrip(b" ")[:1]
-            if not first:
-                typed.buffer = typed.buffer[:KEEP_BYTES]
-                return b""
-            if first == b"c":
-                typed.nonce, before = self.proof.arm(self.settings)
-                return before + typed.unsent()
-        return self._playing_part()
-
-    def _whole_lines(self):
-        return self.dialect.whole_lines or self.hub.settings.remotehostname_cmd not in ("auto", "none") or bool(
-            self.hub.world and self.hub.world.word not in ("auto", "none"))
-
     def _is_handover(self, line):
         """Whether it could be read as the hand-over of an address, by the word in use or the one to come (HUP)."""
-        words = {self.hub.settings.remotehostname_cmd} | ({self.hub.world.word} if self.hub.world else set())
-        return any(self.dialect.is_handover(line, word) for word in words)
+        return any(self.dialect.is_handover(line, word) for word in self._handover_words())
 
-    def _login_line(self, line):
-        typed = self.typed
-        if typed.overlong and self._whole_lines():
+    def _login_line(self, line, raw):
+        dialect = self.dialect
+        if len(self.typed.buffer) > dialect.longest_login:
             self._answer("# NOTICE # That line is too long.")
             return b""
         if self._is_handover(line):
             log.warning("%s: typed the word that hands over addresses; the line was not passed on", self)
             return b""
-        login = self.dialect.read_login(line) if len(line) < self.dialect.longest_line else None
+        if dialect.harms(line):
+            self._answer("# NOTICE # This world cannot read that line.")
+            return b""
+        login = dialect.read_login(line)
         if login:
-            self._note_iced()
-            return self._pass_login(login, typed.sent > 0, typed.unsent(), typed.nonce)
-        self._note_line(line)
-        self._note_iced()
+            self._note_iced(raw)
+            return self._pass_login(login, raw)
         self.proof.no_login(line)
-        out = self._take_unsent()
-        return out + self.proof.disarm(typed.nonce, self.settings) if typed.nonce else out
+        return self._pass_line(line, raw)
 
-    def _pass_login(self, login, begun, rest, nonce):
+    def _pass_login(self, login, raw):
         """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many were tried from this
         address. Then it waits, and all that is typed behind it."""
         wait = self.hub.login_wait(self, login.character)
         if wait:
-            self.braked, self.slow_until = (login, begun, rest, nonce), self.hub.now + wait
+            self.braked, self.slow_until = (login, raw), self.hub.now + wait
             self.client.pause()
             self.hub.later(wait, self.try_login)
             return b""
         self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
         self.hub.suspects.came(login.character, self.hub.now, typed=True)
-        return self.proof.wrap(login, begun, rest, self.settings, nonce)
+        return self.proof.wrap(login, raw, self.settings)
 
     def try_login(self):
         """The login that waits may go on now."""
@@ -3039,14 +3311,12 @@ class Session:
             self._resume_client()
             self._refresh()
 
-    def _waiting_part(self):
-        if len(self.typed.buffer) > KEEP_BYTES:
-            self.typed.buffer, self.typed.overlong = self.typed.buffer[:64], True
+    def _waiting_part(self, raw):
         return b""
 
-    def _waiting_line(self, line):
+    def _waiting_line(self, line, raw):
         """Answer a line typed while the world is away, so that nothing vanishes silently (rule 3)."""
-        login = self.dialect.read_login(line)
+        login = self.dialect.read_login(line) if len(line) <= self.dialect.longest_login else None
         if re.match(rb"(?i)\s*quit\s*\Z", line):
             self.close("quit while the world is down")
         elif self._asks_for_list(line) or _BY_TIMER.match(line):
@@ -3132,7 +3402,7 @@ class Session:
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
         self.proof = Proof(world.dialect, returning, world.telnet)
-        self.from_world, self.replay, self.settled = None, None, False
+        self.from_world, self.replay, self.settled, self.typed.charset = None, None, False, b""
         self.changing, self.hidden, self.expected, self.spoke_at = None, b"", [], 0
         self._show_last_words()
         self.life = world.life
@@ -3190,7 +3460,7 @@ class Session:
         if not self.hub.world.telnet:
             return b""                          # an old TeenyMUSH takes it for the beginning of the login line
         if not late:
-            return replay.opening()
+            return self._noted(replay.opening())
         # PennMUSH: telnet behind the address line on its unix socket would be text, and a NUL cut off the rest
         # (choreography.md 2). Its own first telnet comes within a second, or at the first line.
         self._later(2, self._send_late)
@@ -3200,7 +3470,11 @@ class Session:
         replay = self.replay
         if replay and replay.waits and self.link:
             late, replay.late, replay.waits = replay.late, b"", False
-            self.link.send(replay.opening() + late)
+            self.link.send(self._noted(replay.opening() + late))
+
+    def _noted(self, sent):
+        self.typed.note_charset(self.dialect, sent)
+        return sent
 
     def _at_login_screen(self, words=b""):
         """The link is open, and there is no login to send; `words`: what the world has said already."""
@@ -3310,7 +3584,7 @@ class Session:
         if self.proof.saw_command(piece):
             self._returned()
             return b""
-        if len(piece) == 3 and piece[2] in COMPRESSION:
+        if len(piece) > 2 and piece[2] in UNREADABLE:
             if piece[1] in (DO, WILL) and self.link:
                 self.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
             return b""
@@ -3321,10 +3595,12 @@ class Session:
         if self.replay:
             answer, piece = self.replay.answer(piece)
             if answer and self.link:
-                self.link.send(answer)
+                self.link.send(self._noted(answer))
             self._send_late()
         if piece:
             self.agreement.from_world(piece)
+            if piece[2:4] == bytes((CHARSET, CHARSET_ACCEPTED)):
+                self._noted(piece)              # what the client had asked for
         return piece
 
     def _link_text(self, text):
@@ -3370,14 +3646,15 @@ class Session:
         """A typed login took."""
         login, others = login.made, [other.made for other in self.proof.others]
         self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
-        self.proven = login.character
+        # without marks the text alone is half a proof: the user may have had it printed
+        self.proven = login.character if self.dialect.mark_behind else b""
         self.hub.login_took(self)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
         if self.dialect.mark_behind:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
-            self.checked = login                # without marks the text alone is half a proof
+            self.checked = login
             self.hub.check(self, [login, *others])
 
     def on_checked(self, serial, verdicts):
@@ -3406,7 +3683,8 @@ class Session:
             self.login, self.previous, self.proven = right[0], None, right[0].character
         elif verdicts[0] is False:
             log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
-            self.login = self.previous = None
+            self.login = self.previous = self.pending = None
+            self.trials, self.proven = [], b""
 
     def _follow_change(self, text):
         changed = self.changing.outcome(self.dialect, text)
@@ -3550,7 +3828,7 @@ class Session:
         self.silent = False
         self.failures, self.unanswered, self.greeting = 0, [], None
         self.words, self.words_due, self.told_at = b"", False, self.hub.now
-        self.typed.sent, self.typed.nonce = 0, None             # a line begun for the dead world is for the next
+        self.typed.sent = False                                 # a line begun for the dead world is for the next
         self._enter(State.WAITING)
         self._flush_notices()
         self.told = True

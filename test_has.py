@@ -330,7 +330,6 @@ def sub(option, body):
 
 
 SEND_TTYPE = sub(TTYPE, b"\x01")
-PIECES = re.compile(rb"[\x00\x08\x7f\r\n]|[^\x00\x08\x7f\r\n]+")
 
 
 class Connection:
@@ -345,7 +344,8 @@ class Connection:
         self.prefix = self.suffix = ""
         self.settings, self.options = {}, {}            # SCREENWIDTH ... ; option -> set of verbs the client sent
         self.lines, self.raw = [], bytearray()
-        self.partial, self.queue, self.out = bytearray(), collections.deque(), bytearray()
+        self.partial, self.queue, self.out = [], collections.deque(), bytearray()    # partial: one entry a character
+        self.telnet_state, self.telnet_sub, self.begun = "text", bytearray(), b""
         self.tail = b""                                 # the beginning of a telnet sequence
         self.failures, self.login_number, self.used = 0, 0, 0
         self.tokens, self.refilled = 100, time.monotonic()
@@ -378,7 +378,6 @@ class World:
     """What all families share: sockets, timers, telnet, line editing, players, the methods tests call."""
     family = "plain"
     HOST, EOL, BANNER, BACKLOG, FIRST_NUMBER = "127.0.0.1", "\r\n", "Welcome\r\n", 64, 2
-    EDIT = {b"\n": ("end", b""), b"\r": ("", b""), b"\x00": ("", b""), b"\x08": ("keep", b""), b"\x7f": ("keep", b"")}
     ANSWERS = {}                # (verb, option) -> reply, where it is not a plain refusal
     ON_CONNECT = ()             # telnet offers, one write each
     EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
@@ -819,30 +818,36 @@ class World:
 
     # -- input: telnet, editing, lines -------------------------------------------------------------------------------
 
+    # Byte by byte as worlds/bytes.md has it for each family; nothing of it is shared with has.py.
+
+    ENDS, DROPPED, ERASERS = b"\n", b"\r\0", {}         # ERASERS: byte -> what the server answers
+
     def received(self, conn, data):
-        text = self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data
         lines = []
-        for piece in PIECES.findall(text):
-            if piece in self.EDIT:
-                self._key(conn, piece, lines)
-            else:
-                conn.partial += self.clean(piece)
+        self.read(conn, self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data, lines)
         self.arrived(conn, lines)
 
-    def _key(self, conn, key, lines):
-        action, echo = self.EDIT[key]
-        conn.write(echo)
-        if action == "rubout":
+    def read(self, conn, text, lines):
+        for byte in text:
+            self.byte(conn, byte, lines)
+
+    def byte(self, conn, byte, lines):
+        if byte in self.ENDS:
+            self.end_line(conn, lines)
+        elif byte in self.ERASERS:
+            conn.write(self.ERASERS[byte])
             del conn.partial[-1:]
-        elif action == "keep" or action == "cut" and conn.partial:
-            conn.partial += key
-        elif action == "end":
-            line = bytes(conn.partial)[:self.MAX_LINE]
-            conn.partial.clear()
-            if self.EDIT[b"\0"][0] == "cut":        # PennMUSH: a NUL ends the text
-                line = line.partition(b"\0")[0]
-            if line or self.EMPTY_LINES:
-                lines.append(line)
+        elif byte not in self.DROPPED:
+            self.store(conn, bytes((byte,)))
+
+    def store(self, conn, *characters):
+        conn.partial.extend(characters[:max(0, self.MAX_LINE - len(conn.partial))])
+
+    def end_line(self, conn, lines):
+        line = b"".join(conn.partial)
+        conn.partial.clear()
+        if line or self.EMPTY_LINES:
+            lines.append(line)
 
     def arrived(self, conn, lines):
         for line in lines:
@@ -853,9 +858,6 @@ class World:
         conn.lines.append(line)
         self.lines.append((conn.id, line))
 
-    def clean(self, piece):
-        return piece
-
     def decode(self, conn, line):
         return line.decode("latin-1")
 
@@ -863,35 +865,58 @@ class World:
         return text.encode("latin-1", "replace")
 
     def _strip_telnet(self, conn, data):
-        data, conn.tail, text, at = conn.tail + data, b"", bytearray(), 0
-        while True:
-            iac = data.find(IAC, at)
-            text += data[at:] if iac < 0 else data[at:iac]
-            if iac < 0:
-                return bytes(text)
-            at = self._sequence(conn, data, iac, text)
-            if at is None:
-                conn.tail = data[iac:]
-                return bytes(text)
+        """The text in `data`; telnet is obeyed. The state is kept over packets."""
+        text = bytearray()
+        for byte in data:
+            getattr(self, "_telnet_" + conn.telnet_state)(conn, byte, text)
+        return bytes(text)
 
-    def _sequence(self, conn, data, iac, text):
-        """Handle one telnet sequence; returns where it ends, None if it is not all there."""
-        command = data[iac + 1] if len(data) > iac + 1 else None
-        if command == IAC:
-            text.append(IAC)
-            return iac + 2
-        if command in VERBS and len(data) > iac + 2:
-            self.negotiate(conn, command, data[iac + 2])
-            return iac + 3
-        if command == SB:
-            end = data.find(bytes((IAC, SE)), iac)
-            if end >= 0:
-                self.subnegotiation(conn, data[iac + 2:end])
-            return end + 2 if end >= 0 else None
-        if command is None or command in VERBS:
-            return None
-        self.telnet_command(conn, command)
-        return iac + 2
+    def _telnet_text(self, conn, byte, text):
+        if byte == IAC:
+            conn.telnet_state = "iac"
+        else:
+            text.append(byte)
+
+    def _telnet_iac(self, conn, byte, text):
+        conn.telnet_state = "text"
+        if byte == IAC:
+            self.doubled(conn, text)
+        elif byte in VERBS:
+            conn.telnet_state, conn.telnet_sub = "option", byte
+        elif byte == SB:
+            conn.telnet_state, conn.telnet_sub = "sub", bytearray()
+        else:
+            self.other_command(conn, byte, text)
+
+    def doubled(self, conn, text):
+        text.append(IAC)
+
+    def other_command(self, conn, byte, text):
+        self.telnet_command(conn, byte)
+
+    def _telnet_option(self, conn, byte, text):
+        conn.telnet_state = "text"
+        self.negotiate(conn, conn.telnet_sub, byte)
+
+    def _telnet_sub(self, conn, byte, text):
+        if byte == IAC:
+            conn.telnet_state = "sub_iac"
+        else:
+            conn.telnet_sub.append(byte)
+
+    def _telnet_sub_iac(self, conn, byte, text):
+        if byte == SE:
+            conn.telnet_state = "text"
+            self.subnegotiation(conn, bytes(conn.telnet_sub))
+        elif byte == IAC:
+            conn.telnet_state = "sub"
+            conn.telnet_sub.append(byte)
+        else:
+            self.broken_sub(conn, byte, text)
+
+    def broken_sub(self, conn, byte, text):
+        """TeenyMUSH, RhostMUSH: it ends here, and the command is obeyed."""
+        self._telnet_iac(conn, byte, text)
 
     def negotiate(self, conn, verb, option):
         known = conn.options.setdefault(option, set())
@@ -1377,8 +1402,8 @@ class TeenyMUSH(Mush):
             "                           There is no MOTD today                        \n"
             "                   &conf.motd #0=<message> for your MOTD                 \n\n"
             "   " + "-" * 70 + "\n")
-    EDIT = {**World.EDIT, b"\x00": ("keep", b"")}       # all CR are deleted, NUL stays in the text
-    EMPTY_LINES, MAX_LINE = True, 1 << 24
+    EMPTY_LINES, MAX_LINE, DROPPED = True, 1 << 24, b""
+    WHITE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     ON_CONNECT = tuple(offer(pair) for pair in ((WILL, 3), (DO, NAWS), (DO, TTYPE), (WILL, MSSP)))
     ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)), (DO, 3): b"", (WILL, NAWS): b""}
     MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01CODEBASE\x02TeenyMUSH 0.91"
@@ -1395,9 +1420,10 @@ class TeenyMUSH(Mush):
         super().__init__(*args, **quirks)
         self.telnet = self.telnet and not self.stable
 
-    def clean(self, piece):
-        """Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
-        return bytes(byte for byte in piece if byte < 128) if self.stable else piece
+    def received(self, conn, data):
+        """CR goes first, even inside telnet. Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
+        data = data.replace(b"\r", b"")
+        super().received(conn, bytes(byte for byte in data if byte < 128) if self.stable else data)
 
     def decode(self, conn, line):
         return line.decode("utf-8", "replace")
@@ -1417,17 +1443,18 @@ class TeenyMUSH(Mush):
         conn.queue.extend(reversed(batch))
 
     def login_screen(self, conn, line):
-        word, rest = first_word(line, " ")
+        word, _, rest = line.lstrip(" " if self.stable else re.sub("-.", "".join(map(chr, range(0x2001, 0x200b))), self.WHITE)
+                                    ).partition(" ")
         low = word.lower()
         if not low or self.means(low, "who"):
             self.do_who(conn, rest)
-        elif low == "quit":
+        elif self.means(low, "quit"):
             conn.finish("\n")
         elif len(low) > 1 and self.means(low, "connect"):
             self.connect_line(conn, rest)
         elif self.means(low, "create"):                         # "c NAME PASS" is create
             self.create_line(conn, rest)
-        elif len(low) > 1 and self.means(low, "@remotehostname"):
+        elif self.means(low, "@remotehostname"):
             self.remotehostname(conn, rest)
         elif low in ("screenwidth", "screenheight"):
             conn.settings[low.upper()] = rest
@@ -1438,11 +1465,14 @@ class TeenyMUSH(Mush):
         return typed == word if self.stable else word.startswith(typed)
 
     def connect_line(self, conn, rest):
-        match = re.fullmatch('(?:"([^"]*)"|([^ ]+))(?: +([^ ]+))? *', rest)
+        rest = rest.strip(" ")
+        match = re.fullmatch('(?:"([^"]*)"|([^ ]+))[%s]+([^ ]+)|([^ ]+)' % self.WHITE, rest)
         if not match:
             return conn.tell(self.USAGE)
-        password = match.group(3) or ""
-        if re.search("[\u2e80-\ufffc\U00010000-\U0010ffff]", password):
+        if match.group(4):
+            return self.failure(conn, None)
+        password = match.group(3)
+        if re.search("[\u0100-\U0010ffff]", password):
             text = "god crashed the server with: connect %s %s\r\n" % (match.group(1) or match.group(2), password)
             self._broadcast(text)
             return conn.tell(text)
@@ -1558,7 +1588,8 @@ class TeenyMUSH(Mush):
 class CMush(Mush):
     """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota."""
     QUOTA = True
-    EDIT = {b"\n": ("end", b""), b"\r": ("", b""), b"\x00": ("", b""), b"\x08": ("rubout", b" \b"), b"\x7f": ("rubout", b"\b \b")}
+    ERASERS = {8: b" \b", 127: b"\b \b"}
+    DROPPED = bytes(n for n in range(32) if n not in b"\b\n")
     SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX", "PUEBLOCLIENT")
     WRAPPED = ("WHO", "DOING", "SESSION", "INFO")       # at the login screen; these also in the game:
     WRAPPED_GAME = SCREEN
@@ -1775,8 +1806,7 @@ class PennMUSH(CMush):
                                "*********** D I S C O N N E C T E D ***********\r\n\r\n")
     DOWN_TEXT, BOOTED = "", "You are politely shown to the door.\r\n"
     TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
-    EDIT = {b"\n": ("end", b""), b"\r": ("end", b""), b"\x00": ("cut", b""), b"\x08": ("rubout", b""), b"\x7f": ("keep", b"")}
-    MAX_LINE = 4095
+    ENDS, DROPPED, ERASERS, MAX_LINE = b"\r\n", b"", {8: b""}, 4095
     OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
     ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE, (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"),
                (DO, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
@@ -1834,12 +1864,56 @@ class PennMUSH(CMush):
         if not conn.spoken and data[0] == IAC and self.telnet:
             conn.telnet_ok = True               # telnet as the very first bytes; after a line only once it was asked for
         conn.spoken = True
-        if conn.telnet_ok:
-            super().received(conn, data)
+        lines = []
+        self._read_packet(conn, data, lines)
+        self.arrived(conn, lines)
+
+    def _read_packet(self, conn, data, lines):
+        """Nothing of a telnet sequence is remembered over the end of a packet."""
+        at = 0
+        while at < len(data):
+            if data[at] != IAC or not self.telnet:
+                self.byte(conn, data[at], lines)
+                at += 1
+            elif not conn.telnet_ok:
+                self.stray(conn, data[at + 1:at + 2])
+                at += 2
+            else:
+                at = self._sequence(conn, data, at + 1)
+
+    def stray(self, conn, byte):
+        """It is stored, and not acted on: no line end, no eraser."""
+        self.store(conn, b"?" if byte in (b"", b"\b", b"\r", b"\n", b"\xff") else byte)
+
+    def _sequence(self, conn, data, at):
+        """Handle what is behind an IAC; returns where to go on."""
+        verb = data[at:at + 1]
+        if verb in (b"\xf1", b"\xf6"):
+            self.telnet_command(conn, verb[0])
+        elif verb and verb[0] in VERBS:
+            if len(data) > at + 1:
+                self.negotiate(conn, verb[0], data[at + 1])
+            return at + 2
+        elif verb == bytes((SB,)):
+            return self._sub(conn, data, at + 1)
         else:
-            super().received(conn, data.replace(b"\xff", b"?"))
-        if first:
-            conn.tail = b""                     # cut off for good
+            self.stray(conn, verb)
+        return at + 1
+
+    def _sub(self, conn, data, at):
+        body = re.compile(rb"((?:[^\xff]|\xff\xff)*)(\xff\xf0|\xff?)", re.S).match(data, at)
+        if body.group(2) == b"\xff\xf0":
+            self.subnegotiation(conn, body.group(1).replace(b"\xff\xff", b"\xff"))
+        elif body.group(2) and body.end() < len(data):
+            self.stray(conn, data[body.end():body.end() + 1])
+            return body.end() + 1
+        return body.end()
+
+    def end_line(self, conn, lines):
+        line = b"".join(conn.partial).partition(b"\0")[0]
+        conn.partial.clear()
+        if line:
+            lines.append(line)
 
     def _address_line(self, conn, data):
         """IP^HOST\\r\\n at once and in one piece; returns what is left as input."""
@@ -1880,8 +1954,14 @@ class PennMUSH(CMush):
             conn.write(self.OFFERS)
 
     def decode(self, conn, line):
-        """What is not printable in the locale is ?: one a character after CHARSET UTF-8, else one a byte."""
-        return re.sub("[^ -~]", "?", line.decode("utf-8", "replace") if conn.utf8 else line.decode("latin-1"))
+        """What is not printable in the locale is ?, one a byte; after CHARSET UTF-8 a character is spelled in ASCII."""
+        if not conn.utf8:
+            return re.sub("[^ -~]", "?", line.decode("latin-1"))
+        return "".join(self.SPELLED.get(c) or (c if " " <= c <= "~" else "?") for c in line.decode("utf-8", "replace"))
+
+    # some of its table
+    SPELLED = {"\u0130": "I", "\u0391": "A", "\u041e": "O", "\u010d": "c", "\u0416": "Zh", "\u0429": "Shch", "\ufb00": "ff",
+               "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2026": "...", "\u2014": "--"}
 
     # -- commands --
 
@@ -2022,7 +2102,8 @@ class TinyMUSH(CMush):
     QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
     LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
     TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
-    EDIT = {b"\n": ("end", b""), b"\r": ("end", b""), b"\x00": ("", b""), b"\x08": ("", b""), b"\x7f": ("rubout", b"\b \b")}
+    ENDS, ERASERS, MAX_LINE = b"\r\n", {127: b"\b \b"}, 16375
+    DROPPED = bytes(n for n in range(256) if n < 32 and n not in (7, 9, 10, 13, 27) or n > 127)
     ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)), (WILL, 1): offer((DO, 1))}
     RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
     ROOM = ("Limbo\r\nYou see nothing special.\r\n", "Limbo(#0R)\r\nYou see nothing special.\r\n")
@@ -2034,15 +2115,17 @@ class TinyMUSH(CMush):
     FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
     MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
 
-    def _sequence(self, conn, data, iac, text):
-        """Sub-negotiations are not parsed: their printable bytes stay in the line. Nothing is put together over reads."""
-        if data[iac + 1:iac + 2] == bytes((SB,)):
-            return iac + 2
-        end = super()._sequence(conn, data, iac, text)
-        return len(data) if end is None else end
+    def received(self, conn, data):
+        """Nothing is put together over reads."""
+        conn.telnet_state = "text"
+        super().received(conn, data)
 
-    def clean(self, piece):
-        return bytes(c for c in piece if 32 <= c < 127 or c in (7, 9, 27))
+    def _telnet_iac(self, conn, byte, text):
+        """Sub-negotiations are not known: what is inside is text."""
+        if byte == SB:
+            conn.telnet_state = "text"
+        else:
+            super()._telnet_iac(conn, byte, text)
 
     def decode(self, conn, line):
         return line.decode("ascii")
@@ -2111,7 +2194,7 @@ class TinyMUX(CMush):
     WHO_GAME = TinyMUSH.WHO_GAME
     INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
     FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
-    VERSION, MAX_LOGIN = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400
+    VERSION, MAX_LOGIN, MAX_LINE = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400, 7990
     MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
     NULL_PASSWORD = "Null passwords are not allowed.\r\n"
 
@@ -2120,17 +2203,90 @@ class TinyMUX(CMush):
         day, year = time.ctime(when).rsplit(" ", 1)
         return "%s.%06d %s" % (day, time.time() % 1 * 1000000, year)
 
-    def clean(self, piece):
-        return piece.replace(b"\t", b"")
+    def received(self, conn, data):
+        """A character set counts at once, in the middle of a line too."""
+        lines = []
+        for part in re.findall(rb"[^\xf0\xff]+|\xf0|\xff", data):
+            self.read(conn, self._strip_telnet(conn, part) if self.telnet else part, lines)
+        self.arrived(conn, lines)
+
+    def byte(self, conn, byte, lines):
+        if conn.utf8 and byte not in b"\r\n":
+            return self._byte_of_utf8(conn, byte, lines)
+        if byte >= 128 and byte in self.LOST.get(conn.charset, b""):
+            return None
+        if byte == 10:
+            conn.begun = b""
+        return super().byte(conn, byte, lines)
+
+    LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)), "CP437": b"\xff",
+            "ISO-8859-2": bytes(range(128, 160))}
+    LOST["ISO-8859-1"] = LOST[None]
+    LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3), 0xf0: 4, 0xf3: 4}
+    del LENGTHS[0xcc]                                   # only combining marks begin so
+
+    def _byte_of_utf8(self, conn, byte, lines):
+        begun, conn.begun = conn.begun, b""
+        if byte in self.ERASERS:
+            super().byte(conn, byte, lines)
+        elif begun and 0x80 <= byte < 0xc0:
+            conn.begun = begun + bytes((byte,))
+            if len(conn.begun) == self.LENGTHS[begun[0]]:
+                whole, conn.begun = conn.begun, b""
+                if self._printable(whole):
+                    self.store(conn, whole)
+        elif begun:
+            pass                                        # the byte goes with what it broke
+        elif byte in self.LENGTHS:
+            conn.begun = bytes((byte,))
+        elif byte < 128:
+            super().byte(conn, byte, lines)
+
+    @staticmethod
+    def _printable(whole):
+        with contextlib.suppress(UnicodeDecodeError):
+            return unicodedata.category(whole.decode("utf-8")) not in ("Cc", "Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc")
+        return False
+
+    def doubled(self, conn, text):
+        text.append(IAC)
+
+    def other_command(self, conn, byte, text):
+        if byte == 247:
+            text.append(8)                              # IAC EC
+        super().other_command(conn, byte, text)
+
+    def broken_sub(self, conn, byte, text):
+        conn.telnet_state = "sub_lost"
+
+    def _telnet_sub_lost(self, conn, byte, text):
+        """All is ignored up to the next IAC, which is data."""
+        if byte == IAC:
+            conn.telnet_state = "sub"
+            conn.telnet_sub.append(byte)
+
+    CODECS = {"UTF-8": "utf-8", "CP437": "cp437", "ISO-8859-2": "iso8859-2", "US-ASCII": "ascii"}
 
     def decode(self, conn, line):
-        return line.decode("utf-8", "ignore") if conn.utf8 else line.decode("latin-1")
+        return line.decode(self.CODECS.get(conn.charset, "cp1252"), "replace")
 
     def encode(self, conn, text):
         return text.encode("utf-8" if conn.utf8 else "latin-1", "replace")
 
     def subnegotiation(self, conn, body):
+        before = conn.charset
         super().subnegotiation(conn, body)
+        if body[:2] == bytes((CHARSET, 3)):
+            conn.charset = "US-ASCII"
+        if conn.charset != before and conn.charset not in self.LOST and conn.charset != "UTF-8":
+            conn.charset = before
+        conn.utf8 = conn.charset == "UTF-8"
+        old, new = (self.CODECS.get(name, "cp1252") for name in (before, conn.charset))
+        if old != new:                          # what stands in the line already are characters, not bytes
+            conn.begun = b""
+            lost = self.LOST.get(conn.charset, b"")                 # ? stands for what has no byte now
+            conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
+                c.decode(old).encode(new, "replace") for c in conn.partial)]
         conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
 
     def telnet_command(self, conn, command):
@@ -2202,6 +2358,7 @@ class RhostMUSH(CMush):
     LOGIN_ANY_CASE, QUOTED_NAMES, KEEPS_BRACES, EMPTY_PERCENTS = True, False, False, "$<c"
     WHO_LOGIN = "Player Name          On For Idle  Guild       Doing\r\n"
     WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
+    MAX_LINE = 16375
     INFO_NAME, INFO_TAIL, VERSION = "Name: TestRhost\r\n", "RhostMUSH 5.8.4", "RhostMUSH 5.8.4 [2026-07-23] #"
     FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
     NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
@@ -2218,11 +2375,37 @@ class RhostMUSH(CMush):
                 conn.write(part)
         super().received(conn, data)
 
-    def clean(self, piece):
-        return piece.replace(b"\t", b"")
+    def read(self, conn, text, lines):
+        at = 0
+        while at < len(text):
+            at = self._character(conn, text, at, lines)
+
+    def _character(self, conn, text, at, lines):
+        """Read one character; returns where the next one is."""
+        first = text[at]
+        if first == IAC:
+            after = text[at + 1:at + 2]
+            self.store(conn, *(b"%", b"<", b"2", b"5", b"5", b">") if after in (b"", b"\xff") else ())
+            return at + 2
+        length = 2 if 0xc0 <= first < 0xe0 else 3 if 0xe0 <= first < 0xf0 else 4 if 0xf0 <= first < 0xf8 else 0
+        rest = text[at + 1:at + length] if length else b""
+        if length and len(rest) == length - 1 and all(0x80 <= byte < 0xc0 for byte in rest):
+            value = first & (0xff >> (length + 1))
+            for byte in rest:
+                value = value * 64 + byte % 64
+            known = {32: " ", 0x201c: '"', 0x201d: '"', 0x201f: '"', 0xff1a: ":"}
+            self.store(conn, *[c.encode() for c in known.get(value) or "%%<u%04x>" % value])
+            return at + length
+        if first > 0xa0:
+            self.store(conn, *[c.encode() for c in "%%<%d>" % first])
+        elif first < 128:
+            self.byte(conn, first, lines)
+        return at + 1
 
     def decode(self, conn, line):
-        return line.decode("utf-8", "surrogateescape")
+        """Its own spelling of characters is kept; the players of the tests have names and passwords in UTF-8."""
+        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16)) if m.group(1) > "00a0" else m.group(),
+                      line.decode("ascii"))
 
     def encode(self, conn, text):
         """Made ASCII on output: é becomes e, what has no base letter ?"""
@@ -2231,6 +2414,10 @@ class RhostMUSH(CMush):
 
     def login(self, conn, line):
         word, rest = first_word(line, " ")
+        if len(line) > 2000:
+            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
+        if line[:1] == " ":                     # whatever the word
+            return self.try_connect(conn, *self.credentials(rest)) if word else self.unknown(conn)
         secret = self.sconnect_cmd and word == self.sconnect_cmd
         if word == "PROXY" and self.proxy_enabled or secret:
             return self.proxy(conn, line, rest.split() if secret else rest.split()[1:])
@@ -3165,10 +3352,16 @@ class TestSpelling(unittest.TestCase):
 GOOD, BAD = has.Credentials(b"connect", b"Alice", b"alicepw"), has.Credentials(b"connect", b"Alice", b"wrong")
 
 
+def finished(family, text, charset=b""):
+    """The first line that this family reads in `text`."""
+    reader = has.LineReader()
+    reader.charset = charset
+    return next(line for _, line in reader.lines(DIALECTS[family], text) if line is not None)
+
+
 def read(family, line):
     """(verb, name, password) of a typed line (the first, where it holds a line end of the family), or None."""
-    dialect = DIALECTS[family]
-    login = dialect.read_login(dialect.clean(dialect.line_end.split(line)[0]))
+    login = DIALECTS[family].read_login(finished(family, line + b"\n"))
     return login and (login.verb, login.name, login.password)
 
 
@@ -3189,7 +3382,7 @@ class TestLogin(unittest.TestCase):
         (b"cr Alice alicepw", (T,), (b"create", *A)),
         (b"  connect   Alice   alicepw  ", FAMILIES, (b"connect", *A)),
         (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
-        (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (Y, X, R), (b"connect", *A)),
+        (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
         (b'connect "Mary  Ann" pw', FAMILIES, (b"connect", b"Mary Ann", b"pw")),
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
@@ -3201,9 +3394,11 @@ class TestLogin(unittest.TestCase):
         (b"co  Guest ", (P, Y, X, R), (b"co", b"guest", b"")),
         (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (P, X, R), (b"connect", b"Carol", b"\xe6\x97\xa5\xe6\x9c\xac")),
         (b"connect Alice alicepx\x7fw\r\n", (Y, X, R), (b"connect", *A)),
-        (b"connect Alice alicepx\x7fw\r\n", (T, P), (b"connect", b"Alice", b"alicepx\x7fw")),   # `?` to P, every time
+        (b"connect Alice alicepx\x7fw\r\n", (T,), (b"connect", b"Alice", b"alicepx\x7fw")),
+        (b"connect Alice alicepx\x7fw\r\n", (P,), (b"connect", b"Alice", b"alicepx?w")),
         (b"connect Alice alice\0pw\r\n", (Y, X, R), (b"connect", *A)),
-        (b"connect Alice alice\0pw\r\n", (T, P), (b"connect", b"Alice", b"alice\0pw")),      # the same
+        (b"connect Alice alice\0pw\r\n", (T,), (b"connect", b"Alice", b"alice\0pw")),
+        (b"connect Alice alice\0pw\r\n", (P,), (b"connect", b"Alice", b"alice")),
         (b"connect Alice alice\rpw\r\n", (T, X, R), (b"connect", *A)),
         (b"connect Alice alice\rpw\r\n", (P, Y), (b"connect", b"Alice", b"alice")),             # a CR ends the line
         (b"connect Alice caf\xc3\xa9", (T, P, X, R), (b"connect", b"Alice", b"caf\xc3\xa9")),
@@ -3228,7 +3423,7 @@ class TestLogin(unittest.TestCase):
         self.assertEqual(read("teenymush", b"connect Alice alicepw\r\0\n"), (b"connect", b"Alice", b"alicepw\0"))
         self.assertEqual(read("teenymush", b"connect Alicf\be alicepw\n"), (b"connect", b"Alicf\be", b"alicepw"))
         self.assertEqual(read("tinymux", b'connect "Alice"alicepw'), (b"connect", *self.A))
-        for line in (b"connect\tAlice alicepw", b"connect Alice\talicepw", b"con\xffnect Alice alicepw"):
+        for line in (b"connect\tAlice alicepw", b"con\xffnect Alice alicepw"):
             self.assertIsNone(read("teenymush", line), line)
 
     def test_a_tab_is_no_separator_on_pennmush(self):
@@ -3249,10 +3444,10 @@ class TestLogin(unittest.TestCase):
         T, P, Y, X, R = (frozenset((f,)) for f in FAMILIES)
         for line, playing, login, logout in (
                 (b"QUIT", FAMILIES, FAMILIES, ()), (b"quit", T | Y | X | R, T | R, ()),
-                (b"Quit", T | X | R, T | R, ()),
-                (b"QUIT now", X | R, X | R, ()), (b"qui", (), (), ()), (b"quitx", (), (), ()), (b"say QUIT", (), (), ()),
-                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), R, Y | X | R),
-                (b"LOGOUT now", (), X | R, Y | X | R)):
+                (b"Quit", T | Y | X, T, ()), (b"QUIT now", T | Y | X | R, T | Y | X | R, ()),
+                (b"qui", (), T, ()), (b"quitx", (), (), ()), (b"say QUIT", (), (), ()),
+                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), (), Y | X),
+                (b"LOGOUT now", (), Y | X | R, Y | X | R)):
             for family in FAMILIES:
                 dialect = DIALECTS[family]
                 with self.subTest(family=family, line=line):
@@ -3269,11 +3464,11 @@ class TestLogin(unittest.TestCase):
             self.assertTrue(DIALECTS["teenymush"].is_handover(line, "none"), line)
         for line in (rhost + b" TCP4 1.2.3.4 127.0.0.1 1 2", b"  proxy x", b"PR\0OXY x", b"PROXZ\x7fY x", b"PROXZ\bY x",
                      b"PRO\tXY x", b"PRO\xc3\xa9XY x", b"PRO\rXY x"):
-            cleaned = DIALECTS["rhostmush"].clean(line)
+            cleaned = finished("rhostmush", line + b"\n")
             self.assertTrue(DIALECTS["rhostmush"].is_handover(cleaned, "none"), line)
         for family in FAMILIES:
             self.assertTrue(DIALECTS[family].is_handover(b"SecretWord 1.2.3.4", "secretword"), family)
-            for line in (b"connect Alice alicepw", b"WHO", b"", b"QUIT", b"say @remotehostname x", b"secret x", b"@"):
+            for line in (b"connect Alice alicepw", b"WHO", b"", b"QUIT", b"say @remotehostname x", b"secret x"):
                 self.assertFalse(DIALECTS[family].is_handover(line, "secretword"), (family, line))
 
     def test_address_lines(self):
@@ -3555,24 +3750,24 @@ class TestProof(unittest.TestCase):
         """A Proof that wrapped `logins`."""
         proof = has.Proof(DIALECTS[family])
         for login in logins:
-            proof.wrap(login, False, login.line() + b"\r\n", {})
+            proof.wrap(login, login.line() + b"\r\n", {})
         return proof
 
     def test_the_bytes_around_a_login_line(self):
         own = {b"OUTPUTPREFIX": b"P", b"OUTPUTSUFFIX": b"S"}
-        both = b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n%s\r\nOUTPUTPREFIX%s\r\nOUTPUTSUFFIX%s\r\n"
-        for family, before, behind, own_behind in (
-                ("teenymush", b"", b"", b""),
-                ("pennmush", b"", both % (b" ", b"", b""), both % (b" ", b" P", b" S")),
-                ("tinymush", b"", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX\r\n", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX S\r\n"),
-                ("tinymux", b"OUTPUTPREFIX N\r\n", b"OUTPUTPREFIX\r\n", b"OUTPUTPREFIX P\r\n"),
-                ("rhostmush", b"", both % (b"SESSION", b"", b""), both % (b"SESSION", b" P", b" S"))):
-            for settings, expected in (({}, behind), (own, own_behind)):
-                proof = has.Proof(DIALECTS[family])
-                for begun, line in ((False, b"co A p\r\n"), (True, b" p\n")):
-                    sent = proof.wrap(GOOD, begun, line, settings)
-                    around = (line + before if begun else before + line) + expected
-                    self.assertEqual(re.sub(rb"=[0-9a-f]{10}=", b"N", sent), around, family)
+        both = b"OUTPUTPREFIX N%s\r\nOUTPUTSUFFIX N%s\r\n%s\r\nOUTPUTPREFIX p\r\nOUTPUTSUFFIX s\r\n"
+        for family, before, behind in (
+                ("teenymush", b"", b""),
+                ("pennmush", b"OUTPUTPREFIX Nf\r\n \r\nOUTPUTPREFIX p\r\n", both % (b"a", b"z", b" ")),
+                ("tinymush", b"OUTPUTSUFFIX Nf\r\nOUTPUTSUFFIX s\r\n", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX s\r\n"),
+                ("tinymux", b"OUTPUTPREFIX Nf\r\nOUTPUTPREFIX N\r\n", b"OUTPUTPREFIX p\r\n"),
+                ("rhostmush", both % (b"b", b"y", b"SESSION"), both % (b"a", b"z", b"SESSION"))):
+            for settings, prefix, suffix in (({}, b"", b""), (own, b" P", b" S")):
+                sent = has.Proof(DIALECTS[family]).wrap(GOOD, b"co A p\r\n", settings)
+                before_it, behind_it = (marks.replace(b" p\r", prefix + b"\r").replace(b" s\r", suffix + b"\r")
+                                        for marks in (before, behind))
+                expected = before_it + b"co A p\r\n" + behind_it
+                self.assertEqual(re.sub(rb"=[0-9a-f]{10}=", b"N", sent), expected, family)
 
     def test_a_login_is_proven_or_not_and_the_marks_are_not_seen_in_every_split(self):
         for family in FAMILIES:
@@ -3620,19 +3815,6 @@ class TestProof(unittest.TestCase):
             data = answer("rhostmush", True).replace(b"Alice", b"Alice  0  1 2   0 0  99\r\n" * 400)
             seen = b"".join(proof.feed(data[n:n + size]) for n in range(0, len(data), size))
             self.assertEqual((seen, proof.login), (SHOWN["rhostmush"][0], GOOD))
-
-    def test_an_armed_line_is_proven_or_disarmed(self):
-        proof = has.Proof(DIALECTS["tinymux"])
-        armed, before = proof.arm({})
-        self.assertEqual(before, b"OUTPUTPREFIX " + nonce() + b"\r\n")
-        self.assertEqual(proof.wrap(GOOD, True, b"onnect A p\n", {b"OUTPUTPREFIX": b"P"}, armed),
-                         b"onnect A p\nOUTPUTPREFIX P\r\n")
-        self.assertEqual((proof.feed(answer("tinymux", True)), proof.login), (SHOWN["tinymux"][0], GOOD))
-        armed, _ = proof.arm({})
-        self.assertEqual(proof.disarm(armed, {}), b"OUTPUTPREFIX\r\n")
-        armed, _ = proof.arm({})
-        proof.retire()                                              # a minute has passed while the line was typed
-        self.assertEqual(proof.disarm(armed, {}), b"OUTPUTPREFIX\r\n")
 
     def test_a_link_without_live_marks_need_not_be_read(self):
         for family in FAMILIES:
@@ -4366,7 +4548,7 @@ class Rig:
     def let_in(self, link, text="Welcome"):
         """The world (a TinyMUX) takes the login on this link; `text` None: refuses it."""
         asked = link.read()
-        mark = re.search(rb"OUTPUTPREFIX (\S+)\r\n", asked).group(1) + b"\r\n" if text else b""
+        mark = re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1) + b"\r\n" if text else b""
         info = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n" if b"INFO\r\n" in asked else b""
         words = text or "Either that player does not exist, or has a different password."
         link.send(words.encode() + b"\r\n" + mark + info)
@@ -5547,7 +5729,7 @@ class Waiting(RigCase):
         self.assertLess(len(client.session.client.out), 2 * has.HIGH_WATER)
 
     def test_lines(self):
-        for typed, wanted in (("hello", "# UNSENT hello"), ("a\x1b[31mb", "# UNSENT a?[31mb"),
+        for typed, wanted in (("hello", "# UNSENT hello"), ("a\x1b[31mb", "# UNSENT a[31mb"),
                               ("connect Alice", "# UNSENT connect Alice"), ("caf\u00e9", "# UNSENT caf\u00c3\u00a9")):
             with self.subTest(typed):
                 rig, client = self.waiting()
@@ -7042,6 +7224,588 @@ class TestLoginBrake(unittest.TestCase):
         self.assertLess(max(map(len, brake.tries.values())), 21)
 
 
+
+# What five real servers made of typed lines (worlds/bytes.md 6): packets -> outcome, the line understood, where it is not
+# what was typed; "[": what stands in an unfinished line.
+VECTORS = r"""
+** tinymux
+b"connect Alice alicepw\r\n"->IN  ``  b"connect Alice alicepw\n"->IN
+b"connect Alice alicepw\r"->NOTHING [connect Alice alicepw
+b"  connect Alice alicepw  \r\n"->IN '  connect Alice alicepw  '
+b"connect\tAlice\talicepw\r\n"->FAIL 'connectAlicealicepw'  ``  b"\tconnect Alice alicepw\r\n"->IN
+b"connect Alice alicepw x\r\n"->IN 'connect Alice alicepw x'  ``  b"connect Alice alicepw\0\r\n"->IN
+b"connect Alice alicepw\0x\r\n"->FAIL 'connect Alice alicepwx'
+b"connect Alice alicepw\r\0\n"->IN  ``  b"c\x01onnect Alice alicepw\r\n"->IN
+b"connect Alice alicep\x01w\r\n"->IN  ``  b"connect Alice alicepX\x08w\r\n"->IN
+b"connect Alice alicepX\x7fw\r\n"->IN  ``  b"connect Alice alicepX\xff\xf7w\r\n"->IN
+b"x\xff\xf8connect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"connect Alice alicep\xc3\xa9\x7fw\r\n"->FAIL 'connect Alice alicep\xc3w'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->IN  ``  b"connect Alice alicep\xe9w\r\n"->FAIL
+b"connect Alice alicep\x85w\r\n"->FAIL 'connect Alice alicep\u2026w'
+b"connect Alice alicepw\xe2\x80\xa8\r\n"->FAIL 'connect Alice alicepw\xe2\xa8'
+b"connect\xc0\xa0Alice alicepw\r\n"->FAIL  ``  b"connect Alice alice\xff\xf1pw\r\n"->IN
+b"connect Alice alice\xff\xf9pw\r\n"->IN
+b"connect Alice alicep\xffw\r\n"->FAIL 'connect Alice alicep'
+b"connect Alice alicep\xffXw\r\n"->IN
+b"connect Alice alicep\xff\xffw\r\n"->FAIL 'connect Alice alicep\xffw'
+b"connect Alice alicep\xff\xffXw\r\n"->FAIL 'connect Alice alicep\xffXw'
+b"connect Alice alice\xff\xfd\x01pw\r\n"->IN
+b"connect Alice alice\xff\xfa\x1fab\xff\xf0pw\r\n"->IN
+b"connect Alice alice\xff\xfaxy\xff\xf1pw\r\n"->NOTHING [connect Alice alice
+b"connect Alice alicepw\xff\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\r\n"->IN
+b"connect Alice alicepw\xff\xfd\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\r\n"->IN
+b"connect Alice alicepw\xff\xfa\x18x\r\n"->NOTHING [connect Alice alicepw
+[b"co\xff", b"\xfd\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfd", b"\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfaxy", b"\xff\xf0nnect Alice alicepw\r\n"]->IN
+[b"connect Alice alicepw\r", b"\n"]->IN  ``  b"QUIT\r\n"->CLOSED  ``  b"quit\r\n"->BANNER
+b" QUIT\r\n"->BANNER  ``  b"QUIT x\r\n"->CLOSED 'QUIT x'  ``  b"QUIT \r\n"->CLOSED 'QUIT '
+b"\x01QUIT\r\n"->CLOSED  ``  b"QUIT\0x\r\n"->BANNER 'QUITx'  ``  b"LOGOUT\r\n"->CLOSED
+b"logout\r\n"->BANNER  ``  b"LOG\x01OUT\r\n"->CLOSED  ``  b"CONNECT Alice alicepw\r\n"->BANNER
+b"c Alice alicepw\r\n"->BANNER  ``  b"cox Alice alicepw\r\n"->IN 'cox Alice alicepw'
+b" xyz Alice alicepw\r\n"->BANNER  ``  b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'
+b'connect "Alice"alicepw\r\n'->IN 'connect "Alice"alicepw'  ``  b'connect Alice "alicepw"\r\n'->FAIL
+b"connect alice alicepw\r\n"->IN 'connect alice alicepw'  ``  b"connect Alice Alicepw\r\n"->FAIL
+b"x\rconnect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+** tinymux UTF-8
+b"connect Alice alicep\xc3Xw\r\n"->IN  ``  b"connect Alice alicepX\xc3\x7fw\r\n"->IN
+b"connect Alice alicepw\xc3\r\n"->IN  ``  b"QU\xcc\x81IT\r\n"->CLOSED
+b"QU\xe2\x82XIT\r\n"->CLOSED  ``  b"connect Alice alicep\xe9w\r\n"->FAIL 'connect Alice alicep'
+b"QU\xe2\x80\x8bIT\r\n"->CLOSED  ``  b"connect Alice alice\xff\xffpw\r\n"->IN
+b"QU\xc3\xff\xf1XIT\r\n"->CLOSED
+** teenymush
+b"connect Alice alicepw\r\n"->IN  ``  b"connect Alice alicepw\n"->IN
+b"connect Alice alicepw\r"->NOTHING [connect Alice alicepw
+b"  connect Alice alicepw  \r\n"->IN '  connect Alice alicepw  '
+b"connect\tAlice\talicepw\r\n"->BANNER
+b"\tconnect Alice alicepw\r\n"->IN '\tconnect Alice alicepw'
+b"connect Alice alicepw x\r\n"->INVALID  ``  b"connect Alice alicepw\0\r\n"->FAIL
+b"connect Alice alicepw\0x\r\n"->FAIL
+b"connect Alice alicepw\r\0\n"->FAIL 'connect Alice alicepw\x00'
+b"c\x01onnect Alice alicepw\r\n"->BANNER  ``  b"connect Alice alicep\x01w\r\n"->FAIL
+b"connect Alice alicepX\x08w\r\n"->FAIL  ``  b"connect Alice alicepX\x7fw\r\n"->FAIL
+b"connect Alice alicepX\xff\xf7w\r\n"->FAIL 'connect Alice alicepXw'
+b"x\xff\xf8connect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"connect Alice alicep\xc3\xa9\x7fw\r\n"->FAIL 'connect Alice alicep\xe9\x7fw'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->FAIL 'connect Alice alicep\xe9\x08\x08w'
+b"connect Alice alicep\xe9w\r\n"->CRASHTEXT 'connect Alice alicep\ufffdw'
+b"connect Alice alicep\x85w\r\n"->CRASHTEXT 'connect Alice alicep\ufffdw'
+b"connect Alice alicepw\xe2\x80\xa8\r\n"->CRASHTEXT 'connect Alice alicepw\u2028'
+b"connect\xc0\xa0Alice alicepw\r\n"->BANNER 'connect\ufffd\ufffdAlice alicepw'
+b"connect Alice alice\xff\xf1pw\r\n"->IN  ``  b"connect Alice alice\xff\xf9pw\r\n"->IN
+b"connect Alice alicep\xffw\r\n"->FAIL 'connect Alice alicep'
+b"connect Alice alicep\xffXw\r\n"->IN
+b"connect Alice alicep\xff\xffw\r\n"->CRASHTEXT 'connect Alice alicep\ufffdw'
+b"connect Alice alicep\xff\xffXw\r\n"->CRASHTEXT 'connect Alice alicep\ufffdXw'
+b"connect Alice alice\xff\xfd\x01pw\r\n"->IN
+b"connect Alice alice\xff\xfa\x1fab\xff\xf0pw\r\n"->IN
+b"connect Alice alice\xff\xfaxy\xff\xf1pw\r\n"->IN
+b"connect Alice alicepw\xff\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\r\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\r\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfa\x18x\r\n"->NOTHING [connect Alice alicepw
+[b"co\xff", b"\xfd\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfd", b"\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfaxy", b"\xff\xf0nnect Alice alicepw\r\n"]->IN
+[b"connect Alice alicepw\r", b"\n"]->IN  ``  b"QUIT\r\n"->CLOSED  ``  b"quit\r\n"->CLOSED 'quit'
+b" QUIT\r\n"->CLOSED ' QUIT'  ``  b"QUIT x\r\n"->CLOSED 'QUIT x'  ``  b"QUIT \r\n"->CLOSED 'QUIT '
+b"\x01QUIT\r\n"->BANNER  ``  b"QUIT\0x\r\n"->BANNER  ``  b"LOGOUT\r\n"->BANNER
+b"logout\r\n"->BANNER  ``  b"LOG\x01OUT\r\n"->BANNER
+b"CONNECT Alice alicepw\r\n"->IN 'CONNECT Alice alicepw'  ``  b"c Alice alicepw\r\n"->CREATE
+b"cox Alice alicepw\r\n"->BANNER  ``  b" xyz Alice alicepw\r\n"->BANNER
+b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'  ``  b'connect "Alice"alicepw\r\n'->FAIL
+b'connect Alice "alicepw"\r\n'->FAIL  ``  b"connect alice alicepw\r\n"->IN 'connect alice alicepw'
+b"connect Alice Alicepw\r\n"->FAIL
+b"x\rconnect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"\xc2\xa0connect Alice alicepw\r\n"->IN '\xa0connect Alice alicepw'
+b"connect Alice\talicepw\r\n"->IN 'connect Alice\talicepw'
+b"connect Alice\xe3\x80\x80alicepw\r\n"->IN 'connect Alice\u3000alicepw'
+b"connect Alice alicepw\xff\r\n"->NOTHING [connect Alice alicepw
+b"co Alice alicepw\r\n"->IN 'co Alice alicepw'  ``  b"q\r\n"->CLOSED 'q'
+b"QU\xff\rXIT\r\n"->CLOSED  ``  b"\r\n"->WHO
+** pennmush
+b"connect Alice alicepw\r\n"->IN  ``  b"connect Alice alicepw\n"->IN
+b"connect Alice alicepw\r"->IN  ``  b"  connect Alice alicepw  \r\n"->IN '  connect Alice alicepw  '
+b"connect\tAlice\talicepw\r\n"->BANNER 'connect?Alice?alicepw'
+b"\tconnect Alice alicepw\r\n"->BANNER '?connect Alice alicepw'
+b"connect Alice alicepw x\r\n"->IN 'connect Alice alicepw x'  ``  b"connect Alice alicepw\0\r\n"->IN
+b"connect Alice alicepw\0x\r\n"->IN  ``  b"connect Alice alicepw\r\0\n"->IN
+b"c\x01onnect Alice alicepw\r\n"->BANNER 'c?onnect Alice alicepw'
+b"connect Alice alicep\x01w\r\n"->FAIL 'connect Alice alicep?w'
+b"connect Alice alicepX\x08w\r\n"->IN
+b"connect Alice alicepX\x7fw\r\n"->FAIL 'connect Alice alicepX?w'
+b"connect Alice alicepX\xff\xf7w\r\n"->FAIL 'connect Alice alicepX?w'
+b"x\xff\xf8connect Alice alicepw\r\n"->BANNER 'x?connect Alice alicepw'
+b"connect Alice alicep\xc3\xa9\x7fw\r\n"->FAIL 'connect Alice alicep???w'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->IN
+b"connect Alice alicep\xe9w\r\n"->FAIL 'connect Alice alicep?w'
+b"connect Alice alicep\x85w\r\n"->FAIL 'connect Alice alicep?w'
+b"connect Alice alicepw\xe2\x80\xa8\r\n"->FAIL 'connect Alice alicepw???'
+b"connect\xc0\xa0Alice alicepw\r\n"->BANNER 'connect??Alice alicepw'
+b"connect Alice alice\xff\xf1pw\r\n"->IN
+b"connect Alice alice\xff\xf9pw\r\n"->FAIL 'connect Alice alice?pw'
+b"connect Alice alicep\xffw\r\n"->IN
+b"connect Alice alicep\xffXw\r\n"->FAIL 'connect Alice alicepXw'
+b"connect Alice alicep\xff\xffw\r\n"->FAIL 'connect Alice alicep?w'
+b"connect Alice alicep\xff\xffXw\r\n"->FAIL 'connect Alice alicep?Xw'
+b"connect Alice alice\xff\xfd\x01pw\r\n"->IN
+b"connect Alice alice\xff\xfa\x1fab\xff\xf0pw\r\n"->IN
+b"connect Alice alice\xff\xfaxy\xff\xf1pw\r\n"->FAIL 'connect Alice alice?pw'
+b"connect Alice alicepw\xff\n"->NOTHING ['connect Alice alicepw\n
+b"connect Alice alicepw\xff\r\n"->FAIL 'connect Alice alicepw?'
+b"connect Alice alicepw\xff\xfd\n"->NOTHING ['connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\r\n"->IN
+b"connect Alice alicepw\xff\xfa\x18x\r\n"->NOTHING ['connect Alice alicepw
+[b"co\xff", b"\xfd\x01nnect Alice alicepw\r\n"]->BANNER 'co???nnect Alice alicepw'
+[b"co\xff\xfd", b"\x01nnect Alice alicepw\r\n"]->BANNER 'co?nnect Alice alicepw'
+[b"co\xff\xfaxy", b"\xff\xf0nnect Alice alicepw\r\n"]->BANNER 'co?nnect Alice alicepw'
+[b"connect Alice alicepw\r", b"\n"]->IN  ``  b"QUIT\r\n"->CLOSED  ``  b"quit\r\n"->BANNER
+b" QUIT\r\n"->BANNER  ``  b"QUIT x\r\n"->BANNER  ``  b"QUIT \r\n"->BANNER
+b"\x01QUIT\r\n"->BANNER '?QUIT'  ``  b"QUIT\0x\r\n"->CLOSED  ``  b"LOGOUT\r\n"->BANNER
+b"logout\r\n"->BANNER  ``  b"LOG\x01OUT\r\n"->BANNER 'LOG?OUT'
+b"CONNECT Alice alicepw\r\n"->IN 'CONNECT Alice alicepw'
+b"c Alice alicepw\r\n"->IN 'c Alice alicepw'  ``  b"cox Alice alicepw\r\n"->BANNER
+b" xyz Alice alicepw\r\n"->BANNER  ``  b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'
+b'connect "Alice"alicepw\r\n'->IN 'connect "Alice"alicepw'  ``  b'connect Alice "alicepw"\r\n'->FAIL
+b"connect alice alicepw\r\n"->IN 'connect alice alicepw'  ``  b"connect Alice Alicepw\r\n"->FAIL
+b"x\rconnect Alice alicepw\r\n"->IN
+** pennmush UTF-8
+b"QU\xc4\xb0T\r\n"->CLOSED  ``  b"connect \xce\x91lice alicepw\r\n"->IN
+b"\xc4\x8donnect Alice alicepw\r\n"->IN
+b"connect \xe2\x80\x9cAlice\xe2\x80\x9d alicepw\r\n"->IN 'connect "Alice" alicepw'
+b"connect Alice alicep\xc3\xa9\x08w\r\n"->FAIL 'connect Alice alicep?w'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->IN  ``  b"QUIT\xc2\xa0\r\n"->BANNER 'QUIT?'
+** tinymush
+b"connect Alice alicepw\r\n"->IN  ``  b"connect Alice alicepw\n"->IN
+b"connect Alice alicepw\r"->IN  ``  b"  connect Alice alicepw  \r\n"->IN '  connect Alice alicepw  '
+b"connect\tAlice\talicepw\r\n"->IN 'connect\tAlice\talicepw'
+b"\tconnect Alice alicepw\r\n"->IN '\tconnect Alice alicepw'
+b"connect Alice alicepw x\r\n"->IN 'connect Alice alicepw x'  ``  b"connect Alice alicepw\0\r\n"->IN
+b"connect Alice alicepw\0x\r\n"->FAIL 'connect Alice alicepwx'
+b"connect Alice alicepw\r\0\n"->IN  ``  b"c\x01onnect Alice alicepw\r\n"->IN
+b"connect Alice alicep\x01w\r\n"->IN
+b"connect Alice alicepX\x08w\r\n"->FAIL 'connect Alice alicepXw'
+b"connect Alice alicepX\x7fw\r\n"->IN
+b"connect Alice alicepX\xff\xf7w\r\n"->FAIL 'connect Alice alicepXw'
+b"x\xff\xf8connect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"connect Alice alicep\xc3\xa9\x7fw\r\n"->FAIL 'connect Alice alicew'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->IN  ``  b"connect Alice alicep\xe9w\r\n"->IN
+b"connect Alice alicep\x85w\r\n"->IN  ``  b"connect Alice alicepw\xe2\x80\xa8\r\n"->IN
+b"connect\xc0\xa0Alice alicepw\r\n"->FAIL 'connectAlice alicepw'
+b"connect Alice alice\xff\xf1pw\r\n"->IN  ``  b"connect Alice alice\xff\xf9pw\r\n"->IN
+b"connect Alice alicep\xffw\r\n"->FAIL 'connect Alice alicep'
+b"connect Alice alicep\xffXw\r\n"->IN  ``  b"connect Alice alicep\xff\xffw\r\n"->IN
+b"connect Alice alicep\xff\xffXw\r\n"->FAIL 'connect Alice alicepXw'
+b"connect Alice alice\xff\xfd\x01pw\r\n"->IN
+b"connect Alice alice\xff\xfa\x1fab\xff\xf0pw\r\n"->FAIL 'connect Alice aliceabpw'
+b"connect Alice alice\xff\xfaxy\xff\xf1pw\r\n"->FAIL 'connect Alice alicexypw'
+b"connect Alice alicepw\xff\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\r\n"->IN
+b"connect Alice alicepw\xff\xfd\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\r\n"->IN
+b"connect Alice alicepw\xff\xfa\x18x\r\n"->FAIL 'connect Alice alicepwx'
+[b"co\xff", b"\xfd\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfd", b"\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfaxy", b"\xff\xf0nnect Alice alicepw\r\n"]->IN 'coxynnect Alice alicepw'
+[b"connect Alice alicepw\r", b"\n"]->IN  ``  b"QUIT\r\n"->CLOSED  ``  b"quit\r\n"->BANNER
+b" QUIT\r\n"->BANNER  ``  b"QUIT x\r\n"->CLOSED 'QUIT x'  ``  b"QUIT \r\n"->CLOSED 'QUIT '
+b"\x01QUIT\r\n"->CLOSED  ``  b"QUIT\0x\r\n"->BANNER 'QUITx'  ``  b"LOGOUT\r\n"->CLOSED
+b"logout\r\n"->BANNER  ``  b"LOG\x01OUT\r\n"->CLOSED  ``  b"CONNECT Alice alicepw\r\n"->BANNER
+b"c Alice alicepw\r\n"->BANNER  ``  b"cox Alice alicepw\r\n"->IN 'cox Alice alicepw'
+b" xyz Alice alicepw\r\n"->BANNER  ``  b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'
+b'connect "Alice"alicepw\r\n'->IN 'connect "Alice"alicepw'  ``  b'connect Alice "alicepw"\r\n'->FAIL
+b"connect alice alicepw\r\n"->IN 'connect alice alicepw'  ``  b"connect Alice Alicepw\r\n"->FAIL
+b"x\rconnect Alice alicepw\r\n"->IN  ``  b"connect Alice alicep\xff\xfaw\xff\xf0\r\n"->IN
+b"QU\xe2\x82\xacIT\r\n"->CLOSED
+[b"connect Alice alicep\xff\xfd", b"Xw\r\n"]->FAIL 'connect Alice alicepXw'
+b"con\x1bnect Alice alicepw\r\n"->IN 'con\x1bnect Alice alicepw'
+** rhostmush
+b"connect Alice alicepw\r\n"->IN  ``  b"connect Alice alicepw\n"->IN
+b"connect Alice alicepw\r"->NOTHING [connect Alice alicepw
+b"  connect Alice alicepw  \r\n"->IN '  connect Alice alicepw  '
+b"connect\tAlice\talicepw\r\n"->BANNER 'connectAlicealicepw'  ``  b"\tconnect Alice alicepw\r\n"->IN
+b"connect Alice alicepw x\r\n"->IN 'connect Alice alicepw x'  ``  b"connect Alice alicepw\0\r\n"->IN
+b"connect Alice alicepw\0x\r\n"->FAIL 'connect Alice alicepwx'
+b"connect Alice alicepw\r\0\n"->IN  ``  b"c\x01onnect Alice alicepw\r\n"->IN
+b"connect Alice alicep\x01w\r\n"->IN  ``  b"connect Alice alicepX\x08w\r\n"->IN
+b"connect Alice alicepX\x7fw\r\n"->IN
+b"connect Alice alicepX\xff\xf7w\r\n"->FAIL 'connect Alice alicepXw'
+b"x\xff\xf8connect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"connect Alice alicep\xc3\xa9\x7fw\r\n"->FAIL 'connect Alice alicep%<u00e9w'
+b"connect Alice alicep\xc3\xa9\x08\x08w\r\n"->FAIL 'connect Alice alicep%<u00ew'
+b"connect Alice alicep\xe9w\r\n"->FAIL 'connect Alice alicep%<233>w'
+b"connect Alice alicep\x85w\r\n"->IN
+b"connect Alice alicepw\xe2\x80\xa8\r\n"->FAIL 'connect Alice alicepw%<u2028>'
+b"connect\xc0\xa0Alice alicepw\r\n"->IN  ``  b"connect Alice alice\xff\xf1pw\r\n"->IN
+b"connect Alice alice\xff\xf9pw\r\n"->IN
+b"connect Alice alicep\xffw\r\n"->FAIL 'connect Alice alicep'
+b"connect Alice alicep\xffXw\r\n"->IN
+b"connect Alice alicep\xff\xffw\r\n"->FAIL 'connect Alice alicep'
+b"connect Alice alicep\xff\xffXw\r\n"->IN  ``  b"connect Alice alice\xff\xfd\x01pw\r\n"->IN
+b"connect Alice alice\xff\xfa\x1fab\xff\xf0pw\r\n"->IN
+b"connect Alice alice\xff\xfaxy\xff\xf1pw\r\n"->IN
+b"connect Alice alicepw\xff\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\r\n"->IN
+b"connect Alice alicepw\xff\xfd\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicepw\xff\xfd\r\n"->IN
+b"connect Alice alicepw\xff\xfa\x18x\r\n"->NOTHING [connect Alice alicepw
+[b"co\xff", b"\xfd\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfd", b"\x01nnect Alice alicepw\r\n"]->IN
+[b"co\xff\xfaxy", b"\xff\xf0nnect Alice alicepw\r\n"]->IN
+[b"connect Alice alicepw\r", b"\n"]->IN  ``  b"QUIT\r\n"->CLOSED  ``  b"quit\r\n"->CLOSED 'quit'
+b" QUIT\r\n"->FAIL  ``  b"QUIT x\r\n"->CLOSED 'QUIT x'  ``  b"QUIT \r\n"->CLOSED 'QUIT '
+b"\x01QUIT\r\n"->CLOSED  ``  b"QUIT\0x\r\n"->BANNER 'QUITx'  ``  b"LOGOUT\r\n"->CLOSED
+b"logout\r\n"->CLOSED 'logout'  ``  b"LOG\x01OUT\r\n"->CLOSED
+b"CONNECT Alice alicepw\r\n"->IN 'CONNECT Alice alicepw'
+b"c Alice alicepw\r\n"->IN 'c Alice alicepw'  ``  b"cox Alice alicepw\r\n"->BANNER
+b" xyz Alice alicepw\r\n"->IN ' xyz Alice alicepw'  ``  b'connect "Alice" alicepw\r\n'->FAIL
+b'connect "Alice"alicepw\r\n'->FAIL  ``  b'connect Alice "alicepw"\r\n'->FAIL
+b"connect alice alicepw\r\n"->IN 'connect alice alicepw'  ``  b"connect Alice Alicepw\r\n"->FAIL
+b"x\rconnect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
+b"connect\xe0\x80\xa0Alice\xf0\x80\x80\xa0alicepw\r\n"->IN
+b"connect Alice alicep\xc3\xa9\x7f\x7f\x7f\x7f\x7f\x7f\x7f\x7fw\r\n"->IN
+b"connect Alice alicep\xe9\x7f\x7f\x7f\x7f\x7f\x7fw\r\n"->IN
+b"QU\xff\xff\xff\xffIT\r\n"->BANNER 'QU%<255>IT'
+b"connect Alice alicepw\xff\xff\n"->NOTHING [connect Alice alicepw
+b"connect Alice alicep\xe2\x80\x9c\x7fw\r\n"->IN
+b" QUIT Alice alicepw\r\n"->IN ' QUIT Alice alicepw'  ``  b"QUIT\xc0\xa0x\r\n"->CLOSED 'QUIT x'
+b"QU\xc1\x89T\r\n"->BANNER 'QU%<u0049>T'
+"""
+
+
+def vectors():
+    """(family, charset, packets, outcome, line understood or None) of each of VECTORS."""
+    family = charset = None
+    for entry in re.split(r"\n|  ``  ", VECTORS.strip()):
+        if entry.startswith("** "):
+            family, _, charset = entry[3:].partition(" ")
+            continue
+        typed, outcome, line = re.fullmatch(r"(.*?)->([A-Z]+)(?: (.*))?", entry).groups()
+        packets = ast.literal_eval(typed)
+        packets = packets if isinstance(packets, list) else [packets]
+        if line and line[0] == "[":
+            line = None
+        elif line:
+            line = ast.literal_eval(line)
+        elif outcome == "IN":
+            line = "connect Alice alicepw"
+        elif outcome == "CLOSED":
+            line = "LOGOUT" if b"L" in b"".join(packets) else "QUIT"
+        elif outcome != "NOTHING":
+            line = b"".join(packets).rstrip(b"\r\n").decode("latin-1")
+        yield family, charset, packets, outcome, line
+
+
+class Reader:
+    """A scripted world that only reads: what it makes of the packets of one connection."""
+
+    def __init__(self, family, charset=""):
+        self.world = WORLDS[family]()
+        self.conn = Connection(self.world, None, False)
+        self.conn.gone = self.conn.telnet_ok = self.conn.spoken = True         # gone: nothing is written
+        self.lines = []
+        self._end_line, self.world.end_line = self.world.end_line, self._ended
+        self.world.arrived = lambda *_: None
+        self.world.negotiate = self.world.telnet_command = lambda *_: None
+        if charset:
+            self.world.received(self.conn, sub(CHARSET, b"\x02" + charset.encode()))
+
+    def _ended(self, conn, lines):
+        self._end_line(conn, lines)
+        self.lines.extend(map(self.decode, lines))
+        lines.clear()
+
+    def meant(self, line, charset):
+        """A line of HAS's as the server has it that reads by this character set."""
+        kept = self.conn.charset, self.conn.utf8
+        self.conn.charset, self.conn.utf8 = charset.decode() or None, charset == b"UTF-8"
+        line = self.decode(line)
+        self.conn.charset, self.conn.utf8 = kept
+        return line
+
+    def decode(self, line):
+        """The line as the server has it; RhostMUSH has its own spelling of characters."""
+        if self.world.family != "rhostmush":
+            return self.world.decode(self.conn, line)
+        return "".join(c if c < "\x80" else "%%<u%04x>" % ord(c) for c in line.decode("utf-8"))
+
+    def read(self, *packets):
+        for packet in packets:
+            self.world.received(self.conn, packet)
+        return self.lines
+
+
+MARK_LINE = re.compile(r"OUTPUT(?:PREFIX|SUFFIX)(?: =\S+)?|SESSION| ")
+
+
+class Front:
+    """HAS in front of a Reader: what each makes of what one client types."""
+
+    def __init__(self, case, family, state="LOGIN", charset=""):
+        for target, value in (("Stream.send", self._sent), ("Session._typed_line", self._typed),
+                              ("Hub.login_wait", lambda *_: 0)):
+            owner, name = getattr(has, target.partition(".")[0]), target.partition(".")[2]
+            setattr(self, name, getattr(owner, name))
+            patch = unittest.mock.patch.object(owner, name, (
+                lambda value: lambda *arguments: value(*arguments))(value))
+            patch.start()
+            case.addCleanup(patch.stop)
+        for name, value in (("_WATCHED", re.compile(b"")), ("_WATCHED_FIRST", bytes(range(256)))):
+            patch = unittest.mock.patch.object(has, name, value)            # no line goes by unread
+            patch.start()
+            case.addCleanup(patch.stop)
+        self.reader, self.understood, self.refused = Reader(family), [], []
+        self.rig = case.rig(family)
+        self.client = self.rig.client()
+        self.session, self.peer = self.client.session, self.rig.game.accept()
+        if state == "PLAYING":
+            self.session.login = GOOD
+            self.session._enter(has.State.PLAYING)
+        if charset:
+            self.type(sub(CHARSET, b"\x02" + charset.encode()))
+
+    def _sent(self, stream, data):
+        if stream is getattr(getattr(self, "session", None), "link", 0):
+            self.reader.read(bytes(data))
+        return self.send(stream, data)
+
+    def _typed(self, session, line, raw):
+        out = self._typed_line(session, line, raw)
+        (self.understood if out else self.refused).append(self.reader.meant(line, session.typed.charset))
+        return out
+
+    def type(self, *packets):
+        for packet in packets:
+            self.client.send(packet)
+            self.rig.settle()
+            self.peer.read()
+            self.client.read()
+
+    def heard(self):
+        """The lines the world has read, but for HAS's own."""
+        return [line for line in self.reader.lines if line and not MARK_LINE.fullmatch(line)]
+
+    def meant(self):
+        """The lines HAS has passed on, as it understood them."""
+        return [line for line in self.understood if line and not MARK_LINE.fullmatch(line)]
+
+
+def spoil(line, byte, at):
+    return line[:at] + bytes((byte,)) + line[at:]
+
+
+class TypedBytes(unittest.TestCase):
+    """A typed line is read as the server reads it."""
+
+    def test_the_scripted_worlds_read_as_the_real_servers(self):
+        for family, charset, packets, outcome, line in vectors():
+            with self.subTest(family=family, charset=charset, packets=packets):
+                lines = [it for it in Reader(family, charset).read(*packets) if it]
+                if charset == "UTF-8" and family == "pennmush" and line and "\xc4" in line:
+                    continue
+                self.assertEqual(lines[-1:], [] if line in (None, "") else [line])
+
+    def test_has_reads_the_vectors_without_telnet_too(self):
+        for family, charset, packets, outcome, line in vectors():
+            if b"\xff" in b"".join(packets) or outcome == "NOTHING":
+                continue
+            with self.subTest(family=family, charset=charset, packets=packets):
+                if family in ("pennmush", "tinymush"):
+                    packets = [packets[0].replace(b"x\rc", b"c")]
+                read_line = finished(family, b"".join(packets), charset.encode())
+                again = Reader(family, charset).read(read_line + b"\r\n")
+                if "\x1b" not in line and family != "teenymush":
+                    self.assertEqual(again[:1], [line])
+                if family == "rhostmush" and '"' in line:
+                    continue                    # quoted names are off by default there, and can be switched on
+                login = DIALECTS[family].read_login(read_line)
+                self.assertEqual(bool(login) and (login.name.lower(), login.password) == (b"alice", b"alicepw")
+                                 and not login.creates, outcome == "IN")
+                if outcome in ("CLOSED", "BANNER"):
+                    self.assertEqual(bool(DIALECTS[family].quit_login.match(read_line)), outcome == "CLOSED")
+
+    def each_family(self):
+        for family in FAMILIES:
+            for charset in ("", "UTF-8") if family in ("tinymux", "pennmush") else ("",):
+                yield family, charset
+
+    def agrees(self, family, charset, text):
+        """HAS reads `text`, one line, as the world does; and typed again it is read the same."""
+        world = [it for it in Reader(family, charset).read(text) if it]
+        reader = has.LineReader()
+        reader.charset = charset.encode()
+        lines = [line for _, line in reader.lines(DIALECTS[family], text) if line]
+        if charset and family == "pennmush":        # its table of spellings is not known
+            self.assertTrue(all(line.isascii() for line in lines), text)
+            self.assertEqual([it for it in world if it.isascii() and "?" not in it], [
+                it.decode() for it in lines if b"?" not in it], text)
+            return
+        decode = Reader(family, charset).decode
+        if family == "tinymush":                    # there HAS takes it out
+            world = [it.replace("\x1b", "") for it in world]
+        self.assertEqual(world, [decode(line) for line in lines], (family, charset, text))
+        for line in lines:
+            again = Reader(family, charset).read(line.replace(b"\xff", b"\xff\xff") + b"\n")
+            self.assertEqual(again, [decode(line)], (family, charset, text))
+
+    def test_each_byte_inside_a_line(self):
+        for family, charset in self.each_family():
+            for byte in range(255):
+                for at in (0, 3, 7):
+                    self.agrees(family, charset, spoil(b"LOG OUT", byte, at) + b"\r\n")
+
+    def test_each_pair_of_bytes_with_an_eraser(self):
+        for family, charset in self.each_family():
+            for eraser in (8, 127):
+                for byte in range(255):
+                    self.agrees(family, charset, b"ab%c%cc\n" % (byte, eraser))
+                    self.agrees(family, charset, b"ab%c%c%cc\n" % (byte, 0xa9, eraser))
+                    self.agrees(family, charset, b"ab%c%c%c%cc\n" % (0xc3, byte, eraser, eraser))
+
+    def test_a_line_is_kept_up_to_the_limit_of_the_server(self):
+        for family in FAMILIES:
+            line = finished(family, b"QUIT " + b"x" * 70000 + b"\b\x7f\n")
+            self.assertLessEqual(len(line), DIALECTS[family].longest_line)
+            self.assertTrue(line.startswith(b"QUIT xx"))
+
+
+class TypedThroughHAS(RigCase):
+    """The world reads what HAS passes on as HAS has read it."""
+
+    def test_the_vectors_at_the_login_screen(self):
+        for family, charset, packets, outcome, line in vectors():
+            with self.subTest(family=family, charset=charset, packets=packets):
+                front = Front(self, family, "LOGIN", charset)
+                front.type(*packets)
+                self.assertEqual(front.heard(), front.meant())
+                if b"\xff" not in b"".join(packets) and outcome in ("IN", "CLOSED") and family != "teenymush":
+                    self.assertEqual(front.heard()[-1:], [line.replace("\x1b", "")])
+                self.doCleanups()
+
+    PARTS = [b"connect Alice pw", b"LOGOUT", b"QUIT", b"PROXY x y", b"PRO", b"XY a b", b"@remotehostname h", b"think a",
+             b"\r\n", b"\n", b"\r", b"\b", b"\x7f", b"\0", b"\t", b"\x1b", b"\x01", b"\x80", b"\x85", b"\xa0", b"\xc3",
+             b"\xc3\xa9", b"\xe2\x80\x9c", b"\xe2\x82", b"\xc0\xa0", b"\xcc\x81", b"\xc4\xb0", b"\xf0\x9f\x98\x80", b"\xf1", b" ",
+             b"\xff\xf1", b"\xff\xf7", b"\xff\xf6", b"\xff\xff", b"\xff\xfd\x01", b"\xff\xfd", b"\xff", b"\xffX", b"\xff\n",
+             b"\xff\xfa\x18\x00x\xff\xf0", b"\xff\xfa\x18q\nQUIT", *[
+                 sub(CHARSET, b"\x02" + name) for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")], b"\xff\xfaxy\xff\xf1", b"\xff\xf0", b"L", b"O", b"T", b"x"]
+
+    def check_fuzz(self, family, charset, state, seed):
+        rng = random.Random(f"{family} {charset} {state} {seed}")
+        front = Front(self, family, state, charset)
+        data = b"".join(rng.choice(self.PARTS) for _ in range(rng.randint(4, 60)))
+        packets = list(chop(rng, data + b"\n"))
+        front.type(*packets)
+        heard, meant = front.heard(), front.meant()
+        if family == "pennmush" and state == "PLAYING" and front.reader.conn.charset:     # its spellings are not known
+            heard, meant = ([it in ("QUIT", "LOGOUT") for it in lines] for lines in (heard, meant))
+        self.assertEqual(heard, meant, (seed, family, charset, state, packets))
+        self.assertFalse([it for it in heard if state == "LOGIN" and re.match(r"\s*(?i:proxy|@)", it) and front.rig.family
+                          .handover_words and DIALECTS[family].is_handover(it.encode("latin-1", "replace"), "auto")])
+        self.doCleanups()
+
+    def test_fuzz(self):
+        for seed in [*range(12), secrets_seed()]:
+            for family in FAMILIES:
+                for charset in ("", "UTF-8") if family in ("tinymux", "pennmush") else ("",):
+                    for state in ("LOGIN", "PLAYING"):
+                        with self.subTest(seed=seed, family=family, charset=charset, state=state):
+                            self.check_fuzz(family, charset, state, seed)
+
+    def test_a_second_hand_over_never_reaches_the_world(self):
+        for line in (b"PROQ\x01\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2", b"PROQ\x80\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PRO\xc3\xa9" + b"\x7f" * 8 + b"XY TCP4 1.2.3.4 1.1.1.1 1 2", b"PROXY\xc0\xa0x\xc0\xa01.2.3.4",
+                     b"PRO\xff\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2", b"PRO\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PROXY TCP4 1.2.3.4 1.1.1.1 1 2" + b" " * 16500):
+            front = Front(self, "rhostmush")
+            front.type(b"LOGOUT " + b"x" * 16500 + b"\r\n" + line + b"\r\nWHO\r\n")
+            self.assertEqual(front.heard(), ["WHO"], line)
+            self.doCleanups()
+
+    def test_no_line_over_the_limit_of_the_server_passes_at_the_login_screen(self):
+        for family in FAMILIES:
+            limit = DIALECTS[family].longest_login
+            front = Front(self, family)
+            front.type(b"connect Alice pw" + b" " * (limit - 16) + b"\r\n")
+            self.assertEqual(len(front.heard()), 1, family)
+            front.type(b"connect Alice pw" + b" " * limit + b"\r\n")
+            self.assertLessEqual(max(map(len, front.heard())), limit)
+            self.assertEqual(len(front.heard()), 2 if family == "pennmush" else 1)
+            self.doCleanups()
+
+    def test_a_logout_in_disguise_is_seen(self):
+        for family, lines in (("tinymux", (b"LOG\x01OUT", b"  logoux\bt", b"LOGOUT " + b"x" * 20000)),
+                              ("rhostmush", (b"LOG\x80OUT", b"LOGOUT\xc0\xa0x", b"LOGO\xff\xffxUT", b"LOGOUT " + b"x" * 20000)),
+                              ("pennmush", (b"LOGOUT\0", b"LOGOUTX\b", b"LOG\xffOUT")),
+                              ("tinymush", (b"LOG\x80OUT\tx", b" logoutx\x7f"))):
+            for line in lines:
+                front = Front(self, family, "PLAYING")
+                front.type(line + b"\n")
+                self.assertEqual((front.session.state.name, front.session.login), ("LOGIN", None), (family, line))
+                self.doCleanups()
+
+    def test_after_these_options_a_stream_is_no_telnet_to_be_read(self):
+        for option in (19, 38, 46, 85, 86, 87):
+            front = Front(self, "tinymux")
+            front.client.send(offer((WILL, option), (DO, option)) + sub(option, b"\x01"))
+            front.rig.settle()
+            self.assertEqual((front.client.read(), front.peer.read()), (offer((DONT, option), (WONT, option)), b""))
+            front.peer.send(offer((WILL, option), (DO, option)) + sub(option, b"\x01"))
+            front.rig.settle()
+            self.assertEqual((front.client.read(), front.peer.read()), (b"", offer((DONT, option), (WONT, option))))
+            self.doCleanups()
+
+
+class BoundMarks(RigCase):
+    """A mark proves the line it was sent with, and nothing else."""
+
+    def answer(self, family, marks):
+        """A Rig's session at the login screen that typed a login; the world sends these marks of it."""
+        rig = self.rig(family)
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Wizard wrong\r\n")
+        rig.settle()
+        number = re.search(rb"(=[0-9a-f]{8}00=)", link.read()).group(1)
+        link.send(b"".join(number + mark + b"\r\n" if len(mark) < 2 else mark for mark in marks))
+        rig.settle()
+        return client.session
+
+    def test_a_user_who_was_in_already_did_not_log_in_by_this_line(self):
+        table = b"Pend  Lost\r\n"
+        for family, silent, printed in (("tinymux", [b""], [b"f", b""]), ("tinymush", [b""], [b"f", b""]),
+                                        ("pennmush", [b"a", b"z"], [b"f", b"a", b"z"]),
+                                        ("rhostmush", [b"b", b"y", b"a", table, b"z"], [b"b", table, b"y", b"a", table, b"z"])):
+            session = self.answer(family, silent)
+            self.assertEqual((session.state.name, session.proven), ("PLAYING", b"wizard"), family)
+            session = self.answer(family, printed)
+            self.assertEqual((session.state.name, session.proven, session.login), ("LOGIN", b"", None), family)
+
+    def test_the_marks_never_repeat_on_a_link(self):
+        proof = has.Proof(DIALECTS["tinymux"])
+        sent = b"".join(proof.wrap(BAD, b"connect Alice wrong\r\n", {}) for _ in range(600))
+        numbers = re.findall(rb"OUTPUTPREFIX (=\w+=)f", sent)
+        self.assertEqual(len(set(numbers)), 600)
+        self.assertEqual(proof.feed(numbers[599] + b"\r\n" + numbers[1] + b"\r\n"), b"")
+        self.assertIs(proof.login, BAD)
+
+    def test_a_denied_check_clears_everything(self):
+        rig = self.rig("teenymush", up=False, admins="Wizard")
+        rig.found("life 1", checks=True)
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Wizard wrong\r\n")
+        rig.settle()
+        link.send("Last connect was from h on x\n")         # he has had it printed in the game
+        rig.settle()
+        session = client.session
+        self.assertEqual(session.proven, b"")
+        rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [False])
+        self.assertEqual((session.login, session.proven, session.trials, session.pending), (None, b"", [], None))
+
+
 class LoginBrake(RigCase):
     FREE = has.LoginBrake.FREE
 
@@ -8271,9 +9035,9 @@ class TestTeeny(Scenarios, unittest.TestCase):
         return client
 
     def test_a_password_that_no_player_can_have(self):
-        """Text outside Latin-1 brings no outcome, and is shown to a whole room: once, as typed, and not by HAS."""
-        self.logs_in_behind("connect Carol \u65e5\u672c", "crashed the server")
-        self.assertEqual(sum("\u65e5".encode() in line for _, line in self.world.lines), 1)
+        """Text outside Latin-1 brings no outcome, and is shown to a whole room: it is not passed on."""
+        self.logs_in_behind("connect Carol \u65e5\u672c", "cannot read that line")
+        self.assertEqual(sum("\u65e5".encode() in line for _, line in self.world.lines), 0)
 
 
 @again("test_refused_on_return", "test_two_sessions_of_one_character")
@@ -9429,6 +10193,8 @@ class TestUpgrade(Case):
         alice.barrier()
         with open(self.script, "wb") as file:
             file.write(old_program())
+        self.has.check_log()
+        self.has.faults = True                  # the old program's, which does not know all that is packed
         self.upgrade(rb"failed its rehearsal")
         alice.barrier()
 
@@ -10111,6 +10877,12 @@ class TestStreams(TelnetCase):
         self.alice.wait(lambda c: c.raw.endswith(end), "all has arrived")
         return self.alice.raw[start:-len(end)]
 
+    @staticmethod
+    def is_well_formed(token):
+        if token[:2] == b"\xff\xfa":
+            return b"\xff" not in token[2:-2].replace(b"\xff\xff", b"")
+        return not re.match(rb"\xff(?:[\0-\xef]|\xf7)\Z", token, re.S)
+
     def test_newline_inside_a_command_in_pieces(self):
         pieces = [b"\xff\xfa\x1f\x00\x84\x00", b"\x0a", b"\xff\xf0"]
         self.assertEqual(self.upward(pieces), b"".join(pieces))
@@ -10152,7 +10924,9 @@ class TestStreams(TelnetCase):
                 rng = random.Random(seed)
                 for way in (self.upward, self.downward):
                     stream = b"".join(wild(rng) for _ in range(50)) + b"\xff\xf0\xff\xf0"
-                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfb-\xfe][UVW]", t))
+                    if way == self.upward:      # what servers read in different ways does not go on (TypedThroughHAS)
+                        stream = b"".join(filter(self.is_well_formed, tokens(stream)[0]))
+                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfa-\xfe][UVW\x13&.]", t))
                     pieces = list(chop(rng, stream))
                     self.assertEqual(way(pieces, False) if way == self.upward else way(pieces), kept)
         before = self.has.cpu_seconds()
