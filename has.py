@@ -1706,11 +1706,12 @@ class LineReader:
     the server's line, spelled so that typed to the server again it is read the same.
     """
 
-    __slots__ = ("buffer", "sent", "unfinished", "lead", "charset")
+    __slots__ = ("buffer", "sent", "unfinished", "lead", "charset", "rest")
 
     def __init__(self):
         self.charset = b""         # what the server reads by on this link
         self.lead = b""            # the beginning of something that must not be cut, still to be read
+        self.rest = b""            # what stands behind the line that was yielded last
         self.clear()
 
     def clear(self):
@@ -1733,11 +1734,18 @@ class LineReader:
             raw = text[at:stop] if self.sent else unspelled(self.buffer + self.unfinished) + text[at:stop]
             self._take(dialect, unescape(text[at:end.start() if end else stop]))
             at = stop
+            self.rest = text[at:]
             if not end:
                 yield raw, None
                 return
             yield raw, dialect.finished(self.buffer, self.charset)
             self.clear()
+
+    def break_off(self):
+        """Read no more of what lines() was given; return what it has not yielded, to be read another time."""
+        rest, self.rest, self.lead = self.rest + self.lead, b"", b""
+        self.clear()
+        return rest
 
     def _take(self, dialect, text):
         stored = bytearray(self.buffer)
@@ -2543,14 +2551,23 @@ class TLSStream(Stream):
         self._flushed()
 
     def _shut(self):
-        # unwrap() sends close_notify and reads: what comes then is lost. From a client nothing more is wanted; a world
-        # still answers what was sent to it, so it gets the end of file alone.
+        # From a client nothing more is wanted; a world still answers what was sent to it.
         if self.sock.server_side:
-            try:
-                self.sock.unwrap()
-            except (OSError, ValueError):
-                pass                            # sent or not, the end of file follows
+            self._say_goodbye()
         super()._shut()
+
+    def _say_goodbye(self):
+        """Send close_notify. unwrap() reads on, too, and what comes then is lost."""
+        try:
+            self.sock.unwrap()
+        except (OSError, ValueError):
+            pass                                # sent or not, the end of file follows
+
+    def drop(self):
+        """Close now, so that the other side can tell the end from a cut (RFC 8446 6.1)."""
+        if not (self.closed or self.connecting or self.out or self._broken):
+            self._say_goodbye()
+        super().drop()
 
 
 # ======================================================================
@@ -2566,6 +2583,7 @@ CONNECT_SECONDS = 10
 OFFERS_SECONDS = 10                # a server's own offers, repeated or not, come no later than this on a new link
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
+EXPECT_SECONDS = 5                 # the world answers a setting that HAS repeats sooner than that
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NOTHING = {}
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
@@ -2736,7 +2754,7 @@ class Session:
                  "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
                  "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
                  "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at",
-                 "braked", "announced", "spelling", "first")
+                 "braked", "behind", "announced", "spelling", "first")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
@@ -2772,6 +2790,7 @@ class Session:
         self.iced = b""                         # lines passed on since the world has fallen silent
         self.spoke_at = 0                       # when the world last said something at the login screen of this link
         self.braked = None                      # a login line that waits: arguments of _pass_login
+        self.behind = b""                       # what came behind it in the same read
         self.announced = False                  # the log has a line about him: who says nothing may be a probe
         self.told_at = 0                        # when the waiting user was last told how long it has lasted
         self.backlog = b""                      # typed, and left for later turns
@@ -2846,6 +2865,8 @@ class Session:
             self.hub.later(max(0.0, self.slow_until - self.hub.now), self._resume_client)
         if self.braked:
             self.hub.later(max(0.0, self.slow_until - self.hub.now), self.try_login)
+        if self.expected:
+            self._later(EXPECT_SECONDS, self.expected.clear)
         if self.hidden:
             self._show_hidden()
         if self.state is State.CLOSING:
@@ -2872,10 +2893,11 @@ class Session:
                 self.connect_again()
 
     def announce(self):
-        """Say in the log that he is here: when he says something, or stays for a while."""
+        """Say in the log that he is here, when he has spoken or stayed; of too many a minute only the number."""
         if not self.announced and not self.client.closed:
-            self.announced = True
-            log.info("%s: connected%s", self, " (TLS)" if self.tls else "")
+            line = f"{self}: connected{' (TLS)' if self.tls else ''}"
+            what = "connected and spoke or stayed"
+            self.announced = self.hub.quiet.note(self.host, what, line, free=60)
 
     def on_noise(self):
         """Arrivals begin to be hidden."""
@@ -2886,7 +2908,7 @@ class Session:
         old = getattr(self, name)
         new = Stream(self.hub.selector, sock, self, old.on_data)
         packed = {**old.pack(), "out": pack(b""), "broken": False}
-        old.drop()
+        Stream.drop(old)                        # not TLS's own: that would end it for the other process
         setattr(self, name, new)
         new.take_up(packed)
         if packed["finishing"]:
@@ -2987,7 +3009,7 @@ class Session:
     def _read_in_turn(self, data):
         """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
         hub = self.hub
-        if data and not self.announced:
+        if data and not self.announced and self.bytes_in == len(data):
             self.announce()
             hub.look_at_first_words(self.host, data)
         # a line end or a telnet command costs about the same, a byte nearly nothing
@@ -3084,18 +3106,31 @@ class Session:
             data = data.replace(b"\r", b"")
         if self.from_client is None and IAC in data:
             self.from_client = Scanner(strict=True)
-        out = []
-        for is_command, piece in self.from_client.feed(data) if self.from_client else [(False, data)]:
-            if is_command:
-                out.append(self._client_command(piece))
-            elif is_command is False:
-                out.append(self._client_text(piece))
-            elif self._can_forward() and self.dialect.telnet:
-                out.append(piece)               # a part of a sub-negotiation that is too long to look at
-        out = b"".join(out)
+        pieces = iter(self.from_client.feed(data) if self.from_client else [(False, data)])
+        out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
         if out and self.link:
             self.link.send(out)
         self._refresh()
+
+    def _read_piece(self, is_command, piece, others):
+        """A piece of what the client sent, before the `others`; returns what the world gets of it now."""
+        if is_command:
+            return self._client_command(piece)
+        if is_command is None:                  # of a sub-negotiation that is too long to look at
+            return piece if self._can_forward() and self.dialect.telnet else b""
+        out = self._client_text(piece)
+        if self.braked:
+            self._put_back(others)
+        return out
+
+    def _put_back(self, pieces):
+        """A login waits: so does what was typed behind it. The scanner begins anew there."""
+        held = self.from_client.held if self.from_client else b""
+        rest, self.behind = self.behind + b"".join(piece for _, piece in pieces) + held, b""
+        if self.from_client:
+            self.from_client = Scanner(strict=True)
+        self.backlog = rest + self.backlog
+        self._queue_backlog()
 
     def _client_command(self, piece):
         """A telnet command of the client; returns what the world gets of it."""
@@ -3178,8 +3213,13 @@ class Session:
 
     def _read_lines(self, text, whole, part):
         """Split typed text; `whole(line, bytes)` and `part(bytes)` return what goes on to the world."""
-        return b"".join([part(raw) if line is None else whole(line, raw)
-                         for raw, line in self.typed.lines(self.dialect, text)])
+        out = []
+        for raw, line in self.typed.lines(self.dialect, text):
+            out.append(part(raw) if line is None else whole(line, raw))
+            if self.braked:                     # LOGOUT and many logins may come in one read
+                self.behind = self.typed.break_off()
+                break
+        return b"".join(out)
 
     def _spells_out(self):
         """Whether the world gets finished lines only, as HAS has understood them: then it reads the same."""
@@ -3276,7 +3316,9 @@ class Session:
             self._answer("# NOTICE # That line is too long.")
             return b""
         if self._is_handover(line):
-            log.warning("%s: typed the word that hands over addresses; the line was not passed on", self)
+            what = "typed the word that hands over addresses"
+            line = f"{self}: {what}; the line was not passed on"
+            self.hub.quiet.note(self.host, what, line, level=logging.WARNING)
             return b""
         if dialect.harms(line):
             self._answer("# NOTICE # This world cannot read that line.")
@@ -3346,7 +3388,7 @@ class Session:
             return
         if self.announced:
             log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
-        else:
+        elif not self.bytes_in:
             self.hub.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
         if self._can_talk() and not reason:
             self._read_client(self._release())  # what he typed last is still carried out and answered
@@ -3622,10 +3664,7 @@ class Session:
             self._follow_change(text)
         elif self.state is State.LOGIN:
             self._look_for_refusals(text)
-        for line in [line for line in self.expected if line in text]:
-            text = text.replace(line, b"", 1)
-            self.expected.remove(line)
-        if text and (self.hub.noise or self.hidden):
+        if text and (self.hub.noise or self.hidden or self.expected):
             text = self._hide_arrivals(text)
         return text
 
@@ -3696,15 +3735,25 @@ class Session:
             self.changing = None
 
     def _hide_arrivals(self, text):
-        """Hide arrival lines about users that HAS itself is bringing back (rule 6)."""
+        """Hide arrival lines about users that HAS is bringing back (rule 6), and answers to its own lines."""
         noise = self.hub.noise
         text, self.hidden = self.hidden + text, b""
         start = text.find(b"\n") + 1 or len(text) if self.tail else 0
         cut = max(start, text.rfind(b"\n") + 1)
-        if noise.may_begin(text[cut:]):
+        tail = text[cut:]
+        if noise.may_begin(tail) or tail and any(line.startswith(tail) for line in self.expected):
             self._later(0.3, self._show_hidden)
             text, self.hidden = text[:cut], text[cut:]
-        return text[:start] + noise.removed(text[start:])
+        return text[:start] + noise.removed(self._without_expected(text[start:]))
+
+    def _without_expected(self, text):
+        """`text`, which starts a line, without the first whole line like each expected one."""
+        for line in list(self.expected):
+            found = re.search(rb"(?m)^" + re.escape(line), text)
+            if found:
+                self.expected.remove(line)
+                text = text[:found.start()] + text[found.end():]
+        return text
 
     def _show_hidden(self):
         hidden, self.hidden = self.hidden, b""
@@ -3975,6 +4024,7 @@ class Session:
         if suffix and self.dialect.wraps_settings:
             prefix = self.settings.get(b"OUTPUTPREFIX")
             self.expected = [line + b"\r\n" for line in (prefix, suffix) if line]
+            self._later(EXPECT_SECONDS, self.expected.clear)
         self._arrived()
         self._enter(State.PLAYING)
         log.info("%s: is back in the game%s", self, " with the name and password of before the last change of them, "
@@ -5368,7 +5418,7 @@ class LoginBrake:
 
     def count(self, address, character, now):
         """A login goes on to the world."""
-        tries = (self._recent(address, now) + [(now, character)])[-20:]
+        tries = (self._recent(address, now) + [(now, character[:64])])[-20:]
         self.tries.pop(address, None)
         self.tries[address] = tries
         if len(self.tries) > self.MOST:
@@ -5376,7 +5426,7 @@ class LoginBrake:
 
     def forgive(self, address, character):
         """This login took."""
-        left = [it for it in self.tries.pop(address, ()) if it[1] != character]
+        left = [it for it in self.tries.pop(address, ()) if it[1] != character[:64]]
         if left:
             self.tries[address] = left
 

@@ -6376,6 +6376,42 @@ class NewConnections(RigCase):
                 self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
 
 
+class ExpectedLines(RigCase):
+    """What the world says to settings HAS repeats is hidden: whole lines, once, not for ever."""
+
+    def back(self):
+        rig = self.rig()
+        client, link = rig.player("Alice")
+        client.send("OUTPUTPREFIX ab\r\nOUTPUTSUFFIX cd\r\n")
+        rig.settle()
+        rig.down()
+        rig.found("life 2")
+        link = rig.game.accept()
+        rig.let_in(link)
+        self.assertEqual(state_of(client), "PLAYING")
+        client.read()
+        return rig, client, link
+
+    def test_only_whole_lines_in_every_split(self):
+        text = b"xab\r\nab\r\nabc\r\ncd\r\nab\r\nend\r\n"
+        for cut in range(1, len(text)):
+            rig, client, link = self.back()
+            shown = b""
+            for part in (text[:cut], text[cut:]):
+                link.send(part)
+                rig.settle()
+                shown += client.read()
+            self.assertEqual(shown, b"xab\r\nabc\r\nab\r\nend\r\n", cut)
+            rig.close()
+
+    def test_they_expire(self):
+        rig, client, link = self.back()
+        rig.pass_time(has.EXPECT_SECONDS + 0.1)
+        link.send(b"ab\r\n")
+        rig.settle()
+        self.assertEqual((client.lines(), client.session.scan), (["ab"], False))
+
+
 class ArrivalNoise(RigCase):
     """Rule 6."""
 
@@ -7889,6 +7925,21 @@ class LoginBrake(RigCase):
         rig.found("life 2")
         self.assertIn("connect Alice secret", rig.game.accept().lines())
 
+    def test_logins_behind_a_logout_in_one_packet_wait_in_order(self):
+        rig = self.rig()
+        alice, link = rig.player("Alice")
+        link.read()
+        typed = [line for n in range(6) for line in (f"connect bob x{n}", f"WHO {n}")]
+        alice.send("LOGOUT\r\n" + "".join(line + "\r\n" for line in typed[:9]))
+        alice.send(b"\xff\xf1" + "".join(line + "\r\n" for line in typed[9:]).encode())
+        rig.settle()
+        read = []
+        for wait in (0.1, 3, 6, 9):
+            rig.pass_time(wait)
+            lines = link.read().replace(b"\xff\xf1", b"").decode().split("\r\n")
+            read.append([line for line in lines if line in typed])
+        self.assertEqual(read, [typed[:6], typed[6:8], typed[8:10], typed[10:]])
+
     def test_logins_typed_before_the_link_is_open_are_braked_too(self):
         rig = self.rig(up=False)
         client = rig.client()
@@ -8026,6 +8077,45 @@ class TestQuietLog(unittest.TestCase):
         self.assertEqual((seconds, len(said)), (60, 2 + 98 + 2 + 1))
         self.assertIn("clients from 203.0.113.2 refused: full: 999 more in the last minute", said)
         self.assertIn("902 more such lines in the last minute, about other addresses", said)
+
+
+class StrangersInTheLog(RigCase):
+    """Whatever strangers do, the log grows by a bounded number of lines a minute."""
+
+    def log_of(self, rig, act):
+        with self.assertLogs(has.log, "INFO") as logged:
+            act()
+            rig.pass_time(60.1)
+        return [line.partition(":has:")[2] for line in logged.output]
+
+    def test_short_visits(self):
+        rig = self.rig(up=False)
+
+        def visits():
+            for _ in range(300):
+                client = rig.client()
+                client.send("x")
+                rig.settle()
+                client.sock.close()
+                rig.settle()
+        said = self.log_of(rig, visits)
+        self.assertEqual(len(said), 2 * 60 + 1)
+        self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the last "
+                      "minute", said)
+
+    def test_lines_that_would_hand_over_an_address(self):
+        rig = self.rig("rhostmush")
+        client = rig.client()
+        client.send("PROXY TCP4 6.6.6.6 1.1.1.1 1 2\r\n" * 500)
+        said = self.log_of(rig, rig.settle)
+        self.assertLess(len([line for line in said if "hands over addresses" in line]), 3)
+
+    def test_the_brake_does_not_keep_long_names(self):
+        brake = has.LoginBrake()
+        brake.count("203.0.113.9", b"n" * 7000, 0)
+        self.assertLess(len(repr(brake.tries)), 200)
+        brake.forgive("203.0.113.9", b"n" * 7000)
+        self.assertEqual(brake.tries, {})
 
 
 class Listeners(RigCase):
@@ -9933,6 +10023,40 @@ class TestTLS(Case):
         client.expect(re.escape(ONLINE))
         client.send("QUIT\r\n")
         self.assertIn(b"Disconnected", client.expect_end())
+
+    def test_every_end_of_ours_is_a_close_notify(self):
+        """Without it Python's ssl raises SSLEOFError here: an end and a cut look the same."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for end in (lambda sock: sock.sendall(b"QUIT\r\n"),
+                    lambda sock: socket.socket.shutdown(sock, socket.SHUT_WR)):
+            with context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), 5),
+                                     suppress_ragged_eofs=False) as sock:
+                self.assertTrue(sock.recv(4096))
+                end(sock)
+                while sock.recv(4096):
+                    pass
+
+    def test_why_a_certificate_is_not_believed_is_said(self):
+        mistrusted = has.world_context(True, "", {})
+        plain = socket.create_connection(("127.0.0.1", self.port), 5)
+        self.addCleanup(plain.close)
+        with self.assertRaises(OSError) as caught:
+            mistrusted.wrap_socket(plain, server_hostname="localhost")
+        self.assertRegex(has.tls_reason(caught.exception),
+                         "CERTIFICATE_VERIFY_FAILED: self[- ]signed certificate$")
+
+    def test_a_named_ca_is_not_held_to_what_python_3_13_is_strict_about(self):
+        made = ssl.create_default_context
+
+        def strict(*arguments, **more):
+            context = made(*arguments, **more)
+            context.verify_flags |= ssl.VERIFY_X509_STRICT
+            return context
+        with mock.patch("ssl.create_default_context", strict):
+            for named in ("", self.cert):
+                flags = has.world_context(True, named, {}).verify_flags
+                self.assertEqual(bool(flags & ssl.VERIFY_X509_STRICT), not named)
 
     def test_silent_and_broken_handshakes_disturb_nobody(self):
         silent = [Client(self.port) for _ in range(20)]
