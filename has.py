@@ -2897,7 +2897,7 @@ class Session:
         if not self.announced and not self.client.closed:
             line = f"{self}: connected{' (TLS)' if self.tls else ''}"
             what = "connected and spoke or stayed"
-            self.announced = self.hub.quiet.note(self.host, what, line, free=60)
+            self.announced = self.hub.visits.note(self.host, what, line, free=60)
 
     def on_noise(self):
         """Arrivals begin to be hidden."""
@@ -5207,8 +5207,8 @@ class QuietLog:
 
     MINUTE, MOST = 60, 100                      # so many addresses and reasons at a time; the others in one sum
 
-    def __init__(self, later):
-        self._later = later                     # Hub.later
+    def __init__(self, later, most=MOST):
+        self._later, self._most = later, most   # Hub.later
         self._counts, self._others, self._told = {}, 0, set()
 
     def note(self, host, what, line="", free=1, level=logging.INFO):
@@ -5216,7 +5216,7 @@ class QuietLog:
         key = host_group(host), what
         if not (self._counts or self._others):
             self._later(self.MINUTE, self._sum_up)
-        if key not in self._counts and len(self._counts) >= self.MOST:
+        if key not in self._counts and len(self._counts) >= self._most:
             self._others += 1
             return False
         self._counts[key] = self._counts.get(key, -free) + 1
@@ -5905,6 +5905,7 @@ class Hub:
         self.listeners, self.control = [], None
         self.arrivals, self.refused, self.most_files = Lobby(self), Lobby(self), 1 << 30
         self.quiet = QuietLog(self.later)
+        self.visits = QuietLog(self.later, 2000)        # of ordinary users; nobody crowds them out of the log
         self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
         self._numbers = itertools.count(1)
         self._per_host = collections.Counter()

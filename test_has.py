@@ -8103,6 +8103,15 @@ class StrangersInTheLog(RigCase):
         self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the last "
                       "minute", said)
 
+    def test_many_ordinary_users_are_all_in_it(self):
+        rig = self.rig(up=False)
+
+        def users():
+            for number in range(150):
+                rig.client(host=f"203.0.113.{number}").send("x")
+            rig.settle()
+        self.assertEqual(len([line for line in self.log_of(rig, users) if "connected" in line]), 150)
+
     def test_lines_that_would_hand_over_an_address(self):
         rig = self.rig("rhostmush")
         client = rig.client()
