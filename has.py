@@ -3841,7 +3841,10 @@ class Session:
 
     def on_verdict(self, left):
         """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
-        if left:
+        if left and self.pending and self.hub.world.shut:
+            self._enter(State.LOGIN)            # its login screen's time was over; his login is for its next life
+            self.hub.links.add(self)
+        elif left:
             self.close("the world ended the connection (booted, timed out, refused) and lives on")
         else:
             self.wait(self.hub.settings.offline_notice)
@@ -3948,6 +3951,12 @@ class Session:
         returns = self.trials and self.state in (State.WAITING, State.RETURNING)
         login = self.trials[0] if returns else self.login
         return login.character if login and login.character != b"guest" else self.number
+
+    @property
+    def would_be(self):
+        """The same for one who has not begun to come back."""
+        login = self.login or self.pending
+        return login.character if login and not login.is_guest else self.number
 
     @property
     def is_guest(self):
@@ -4751,6 +4760,8 @@ class Heartbeat(threading.Thread):
                     if lost.ours:
                         self._log_change(logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
                                          "nothing of the world: users on open connections play on")
+                    elif not lost.accepted:     # nobody listens: the life in which a login was refused is over
+                        self._login_after = 0.0
                     self._tell(self._hub.on_trouble if lost.ours else self._hub.on_unreachable, address, str(lost),
                                lost.accepted)
                 except (Moved, Stopped):
@@ -5698,7 +5709,7 @@ class Suspects:
     `who` is a character, or the number of a session at the login screen.
     """
 
-    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 3e-5, 4, 60
+    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
     __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
 
     def __init__(self):
@@ -5710,9 +5721,11 @@ class Suspects:
         self._streak = 0           # deaths in a row that came shortly behind somebody
         self.barred = set()
 
-    def found(self, now):
-        """The world is up, in a new life."""
+    def found(self, now, here):
+        """The world is up, in a new life; `here`: who may come. Of those who have gone only strikes are remembered."""
         self._begun, self._came = now, {}
+        self._strikes = {who: strikes for who, strikes in self._strikes.items() if strikes or who in here}
+        self.barred = {who for who in self.barred if who in here or isinstance(who, bytes)}
 
     def came(self, who, now, typed=False):
         """Somebody is let in to the world: HAS brings him (back), or he has typed a login."""
@@ -5748,14 +5761,15 @@ class Suspects:
 
     def _strike(self, who, came, now):
         when, alone = came
-        if alone and now - when <= self.WINDOW:
+        if alone and now - when <= self.WINDOW and who in self._strikes:
             strikes = [strike for strike in self._strikes[who] if now - strike[0] <= self.HOUR]
             self._strikes[who] = strikes + [(now, now - when)]
 
     def _chance(self, strikes, now):
         """How probable it is that a world that dies as often as this one died behind all these returns by chance."""
-        up = sum(end - max(begin, now - self.HOUR) for begin, end in self._lives)
-        rate = (len(self._deaths) - len(strikes) + 1) / max(up, 1.0)
+        # without the longest life: a world that was sound for long and then dies again and again is broken by itself
+        lives = sorted(end - max(begin, now - self.HOUR) for begin, end in self._lives)
+        rate = (len(self._deaths) - len(strikes) + 1) / max(sum(lives[:-1]), 1.0)
         product = 1.0
         for _, seconds in strikes:
             product *= 1 - math.exp(-rate * max(seconds, 0.02))
@@ -6278,7 +6292,7 @@ class Hub:
                 if session.life != world.life and session.link or session.state is State.ASKING:
                     self._safely(session.on_world_down, self.settings.offline_notice)
         if moved or reborn or was not in (Health.UP, Health.SILENT):
-            self.suspects.found(self.now)
+            self.suspects.found(self.now, {it.would_be for it in self.sessions.values()})
         self._set_health(Health.UP)
         if was is Health.SILENT:
             self._each("on_world_silent", False)
