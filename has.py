@@ -70,6 +70,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 
@@ -572,8 +573,23 @@ def settings_of(texts, files, conf):
     for an older program wrote them, are taken from the constants of the program that runs."""
     constants, _ = read_constants(__file__)
     texts = {**{key: text for key, (text, _) in constants.items()}, **texts}
-    values = {key: texts[key] if key in CERTIFICATES else SETTINGS[key](texts[key]) for key in SETTINGS}
+    values = {key: texts[key] if key in CERTIFICATES else _parsed(key, texts[key], constants[key][0])
+              for key in SETTINGS}
     return Settings(values, texts, files, conf)
+
+
+def _parsed(key, text, default):
+    """The value of a setting that an older program took, and that may be refused today; the next HUP says so."""
+    try:
+        return SETTINGS[key](text)
+    except ValueError:
+        good = []
+        for part in text.split(",") if key == "mush_address" else ():
+            try:
+                good += SETTINGS[key](part)
+            except ValueError:
+                pass                            # no resolver takes it: nobody can be there
+        return good or SETTINGS[key](default)
 
 
 def _remarks(script, overrides, conf, settings):
@@ -4199,6 +4215,7 @@ class Lost(Exception):
     dead = False                   # the world was silent for too long
     ours = False                   # the fault lies with this machine, not with the world
     accepted = False               # the world, or its host, took the connection
+    alive = False                  # ... and hung up, or sent something: it lives
     at_address = False             # ... and ended it when it was told a user's address
 
 
@@ -4235,6 +4252,7 @@ class Connection:
         self.dialect, self.life = PLAIN, None
         self.blind, self.checks, self.told, self.rights, self.telnet = False, False, True, True, True
         self.scanner = Scanner()
+        self.spoke = False         # anything was received
         self.text = b""            # received and not yet looked at
         self.heard = b""           # the end of the text received since send()
         self.commands = []         # telnet commands received
@@ -4267,6 +4285,7 @@ class Connection:
         except OSError as error:
             self.ended = error.strerror or str(error)
             return
+        self.spoke = self.spoke or bool(data)
         if not data:
             self.ended = "closed by the world"
         for is_command, piece in self.scanner.feed(data):
@@ -4295,7 +4314,7 @@ class Connection:
         words = printable(b" ".join(lines[-3:]))
         shown = f'; its last words: "{words[:250]}"' if words and self.settings.hb_pass not in words else ""
         lost = Lost((why or self.ended) + shown)
-        lost.accepted = True
+        lost.accepted, lost.alive = True, self.ended is not None or self.spoke
         return lost
 
     def spare(self):
@@ -4573,6 +4592,14 @@ class Connection:
         return connection
 
 
+def _address_or_none(text):
+    """An Address that an older program took; None if it is refused today."""
+    try:
+        return parse_address(text) if text else None
+    except ValueError:
+        return None
+
+
 class Heartbeat(threading.Thread):
     """The heartbeat's thread. Others may call start(), post to `mailbox`, and join(seconds); nothing else."""
 
@@ -4627,13 +4654,18 @@ class Heartbeat(threading.Thread):
         self._untold.clear()
         self._said.clear()
         self._renew = self._renew or self._lacks or any(
-            getattr(settings, key) != getattr(self._settings, key) for key in own)
+            getattr(settings, key) != getattr(self._settings, key) for key in own) or (
+            settings.files.get("mush_ssl_ca") != self._settings.files.get("mush_ssl_ca"))
         self._settings = settings
         self._login_after = self._try_at = 0.0
         if changed:
             first = settings.mush_address[0]
             self._wanted = first if first != self._current else None
             self._tell(self._hub.on_wish, None)
+
+    def on_down(self):
+        """The hub says that the world is down: another one may take over after failover_after."""
+        self._down_since = self._down_since or time.monotonic()
 
     def on_stop(self):
         """End the thread; `parked` says how a new process can go on."""
@@ -4684,12 +4716,12 @@ class Heartbeat(threading.Thread):
 
     def _unpark(self, parked):
         """Take up what _park() left; return its Connection, if it left one."""
-        self._current = parse_address(parked["current"]) if parked["current"] else None
-        self._wanted = parse_address(parked["wanted"]) if parked["wanted"] else None
+        self._current, self._wanted = (_address_or_none(parked[name]) for name in ("current", "wanted"))
         self._login_after, self._down_since = parked["login_after"], parked["down_since"]
         self._login_life, self._login_refused = parked.get("login_life"), parked.get("login_refused", False)
         self._silent_since = parked.get("silent_since")
-        self._known = {parse_address(address): DIALECTS[name] for address, name in parked["known"]}
+        known = {_address_or_none(address): DIALECTS[name] for address, name in parked["known"]}
+        self._known = {address: dialect for address, dialect in known.items() if address}
         if "connection" not in parked:
             return None
         try:
@@ -4755,19 +4787,19 @@ class Heartbeat(threading.Thread):
                 try:
                     return self._establish(address)
                 except Lost as lost:
-                    if self._down_since is None:
-                        self._down_since = time.monotonic()
                     if lost.ours:
                         self._log_change(logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
                                          "nothing of the world: users on open connections play on")
                     elif not lost.accepted:     # nobody listens: the life in which a login was refused is over
                         self._login_after = 0.0
-                    self._tell(self._hub.on_trouble if lost.ours else self._hub.on_unreachable, address, str(lost),
+                    says_nothing = lost.ours or lost.alive
+                    self._tell(self._hub.on_trouble if says_nothing else self._hub.on_unreachable, address, str(lost),
                                lost.accepted)
                 except (Moved, Stopped):
                     raise
                 except Exception as error:      # costs this try only: another address may do
-                    log.exception("%s: a fault of HAS in trying it", address)
+                    self._log_change(logging.ERROR, (address, "fault"), f"{address}: a fault of HAS in trying it: "
+                                     + traceback.format_exc())
                     self._tell(self._hub.on_trouble, address, repr(error), False)
             self._pause(self._pace())
 
@@ -4983,7 +5015,8 @@ class Heartbeat(threading.Thread):
                 raise Lost(connection.ended)
             self._consider_moving()
             if self._renew:
-                self._renew, better = False, self._try(connection.address)
+                self._renew = False             # before: a HUP may come in the middle of it
+                better = self._try(connection.address, connection)
                 if better:
                     raise Moved(better)
             if connection.renew_at and now >= min(connection.renew_at, self._login_after):
@@ -5070,10 +5103,16 @@ class Heartbeat(threading.Thread):
                 raise Moved(connection)
             self._close(connection)
 
-    def _try(self, address):
-        """A connection to another world, or another one to the same; None (logged) where that cannot be had."""
+    def _try(self, address, old=None):
+        """A connection to another world, or another one to the same, no worse than the `old` one; None (logged) where
+        that cannot be had."""
         try:
-            return self._establish(address)
+            connection = self._establish(address)
+            if old and (connection.blind and not old.blind or connection.looks and not old.looks):
+                self._close(connection)
+                raise Lost(f"it looks like a {connection.looks}" if connection.looks else
+                           "the heartbeat's login is not taken any more")
+            return connection
         except (Moved, Stopped):
             raise
         except Exception as error:
@@ -5123,30 +5162,37 @@ class Loss:
     """The heartbeat has lost its connection: does that mean that the world is down? Pure; times are the hub's.
 
     Alone it does not: it may have been booted, or this machine may have trouble of its own (look-ups, descriptors, TLS).
-    Only connects that are refused or unanswered say something, and links that end, too.
+    Connects that are refused, or taken and then answered with nothing at all, say something, and links that end; a world
+    that hangs up on the heartbeat, or shows it a banner, lives.
     """
 
     def __init__(self, since):
         self.since = since
-        self.unreachable = False                # a connect was refused, or not answered
-        self.accepted = False                   # ... or was taken by the world, or its host, and led nowhere
+        self.refused_since = self.mute_since = None     # since when connects are refused; taken, and nothing comes
 
-    def tried(self, accepted):
-        """A try to get back has failed, for a reason that lies with the world."""
-        self.unreachable, self.accepted = True, accepted
+    def tried(self, accepted, now):
+        """A try to get back was refused or not answered, or (`accepted`) taken and not answered."""
+        if accepted:
+            self.mute_since, self.refused_since = self.mute_since or now, None
+        else:
+            self.refused_since = self.refused_since or now
+
+    def heard(self):
+        """The world gave a sign of life."""
+        self.refused_since = self.mute_since = None
 
     def wait(self, now, asking, linked, dead_after):
         """Seconds until it is down if nothing else happens: 0 is now, None never. `asking`: a link has ended for a reason
         that is not known; `linked`: another is open; `dead_after` as in the settings."""
-        if self.unreachable and (asking or not linked):
-            return 0
-        if asking and not linked:               # every link has ended, and no try has had its time
-            longest = ALL_GONE_SECONDS
-        elif self.unreachable:                  # links are open: a world that takes connections lives
-            longest = dead_after if self.accepted else AWAY_SECONDS
+        if self.refused_since is not None:
+            at = self.refused_since + (0 if asking or not linked else AWAY_SECONDS)
+        elif self.mute_since is not None:
+            at = self.mute_since + (dead_after if linked else 0)
+        elif asking and not linked:             # every link has ended, and no try has had its time
+            at = self.since + ALL_GONE_SECONDS
         else:
             return None
-        return max(0, self.since + longest - now)
+        return max(0, at - now)
 
 
 class Listener:
@@ -5933,6 +5979,7 @@ class Hub:
         self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
         self.pumps, self.rescues = [], []       # process ids; times of rescues
         self.loss = None                        # a Loss, while the heartbeat has no connection
+        self.silent_until = 0.0                 # when a silent world is given up
         self._lost_at = None                    # by the wall clock: when users lost the world, if they did
         self._reasons = {}                      # Address -> why it could not be reached, since the world was found
         self._wish = None                       # what the settings ask for in vain: "address: reason"
@@ -6231,6 +6278,8 @@ class Hub:
         """Why has this session's link ended? Answered by session.on_verdict."""
         self.endings.ended(session.number, session.who, self.now)
         self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, session.serial)
+        if self.loss:
+            self.later(AWAY_SECONDS, self._give_up_asking, session, session.serial)
         self._judge_loss()
 
     def _ask_again(self, session, serial):
@@ -6338,7 +6387,7 @@ class Hub:
         if self.health is Health.STARTING:
             self._down(reason)
         elif self.loss and address == self.world.address:
-            self.loss.tried(accepted)
+            self.loss.tried(accepted, self.now)
             self._judge_loss()
 
     def on_trouble(self, address, reason, accepted):
@@ -6347,6 +6396,20 @@ class Hub:
             self.on_unreachable(address, reason, accepted)      # nobody is in it yet, and who comes must be told
         else:
             self._reasons.setdefault(address, reason)
+            if accepted and self.loss and address == self.world.address:
+                self.loss.heard()
+
+    def _give_up_asking(self, session, serial):
+        """Nobody can say why this link has ended, for the heartbeat is away: he is kept, and brought back."""
+        if self.loss and self.is_up and session.state is State.ASKING and session.serial == serial:
+            session.on_verdict(False)
+            session.begin_return()
+
+    def _judge_silence(self):
+        """The world is silent: has it been so for too long? The heartbeat, which may have been lost meanwhile, says the
+        same where it can."""
+        if self.health is Health.SILENT and self.now >= self.silent_until:
+            self._down(f"no answer for {self.settings.dead_after:g} s")
 
     def _judge_loss(self):
         """Does a lost heartbeat mean that the world is down?"""
@@ -6365,6 +6428,8 @@ class Hub:
         if self.health is Health.UP:
             log.warning("the world does not answer; users stay connected; down after %g s", self.settings.dead_after)
             self._lost_at = time.time() - self.settings.hb_timeout
+            self.silent_until = self.now + max(0.0, self.settings.dead_after - self.settings.hb_timeout) + 1
+            self.later(self.silent_until - self.now, self._judge_silence)
             self._set_health(Health.SILENT)
             self._each("on_world_silent", True)
 
@@ -6389,6 +6454,7 @@ class Hub:
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
         if self.health is not Health.STARTING:
             self.outages, self.last_outage = self.outages + 1, time.time()
+        self.heartbeat.mailbox.post(self.heartbeat.on_down)
         self._world_died()
         self._set_health(Health.DOWN, self._lost_at)
         self.loss = self._lost_at = None
@@ -6425,7 +6491,8 @@ class Hub:
                 "values": {**{name: getattr(self, name) for name in self._VALUES},
                            **{name: pack(getattr(self, name)) for name in self._PACKED}}}, fds
 
-    _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues")
+    _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues",
+               "silent_until", "_lost_at")
     _PACKED = ("noise", "doubles", "brake", "suspects")              # the same for what JSON does not know
 
     def unpack(self, state, whole=True):
@@ -6484,6 +6551,7 @@ class Hub:
     def go_on(self):
         """After unpack(): begin anew what was under way."""
         if self.health is Health.SILENT:
+            self.later(max(0.0, self.silent_until - self.now), self._judge_silence)
             self._each("on_world_silent", True)
         if self.noise:
             self._prune_noise()
