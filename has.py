@@ -4204,6 +4204,7 @@ LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH b
 LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
 RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
 FASTEST_RETRY = 0.1                # seconds between tries to reach a world that is down, at first
+START_ID_SECONDS = 1.1             # start ids tell lives apart that began a second apart, not less
 LOOK_UP_SECONDS = 10               # a world that is down: its name is looked up again this often
 OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}         # this machine's, not the world's
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
@@ -4629,6 +4630,8 @@ class Heartbeat(threading.Thread):
         self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._stopping = False
         self._parked_before = parked            # what park() of an older process left
+        self._life, self._life_since = None, 0.0            # the one we were in last, and when it was seen first
+        self._renamed = (None, None)            # a start id that proved nothing, and the name its life has here
         self._silent_since = None               # when the probe was sent that the world has not answered yet
         self.parked = None         # for a new process; read it only after join()
 
@@ -4691,6 +4694,7 @@ class Heartbeat(threading.Thread):
                 connection = moved.connection
                 continue
             except Lost as lost:
+                self._doubt_life()
                 self._tell(self._hub.on_heartbeat_lost, str(lost), lost.dead)
             except Stopped:
                 self.parked = self._park(connection)
@@ -4708,7 +4712,8 @@ class Heartbeat(threading.Thread):
         parked = {"current": str(self._current or ""), "wanted": str(self._wanted or ""),
                   "login_after": self._login_after, "login_life": self._login_life,
                   "login_refused": self._login_refused, "down_since": self._down_since,
-                  "silent_since": self._silent_since,
+                  "silent_since": self._silent_since, "life": [self._life, self._life_since],
+                  "renamed": list(self._renamed),
                   "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
         if connection and connection.ended is None and type(connection.sock) is socket.socket:
             parked["connection"] = connection.park()
@@ -4720,6 +4725,8 @@ class Heartbeat(threading.Thread):
         self._login_after, self._down_since = parked["login_after"], parked["down_since"]
         self._login_life, self._login_refused = parked.get("login_life"), parked.get("login_refused", False)
         self._silent_since = parked.get("silent_since")
+        self._life, self._life_since = parked.get("life", (None, 0.0))
+        self._renamed = tuple(parked.get("renamed", (None, None)))
         known = {_address_or_none(address): DIALECTS[name] for address, name in parked["known"]}
         self._known = {address: dialect for address, dialect in known.items() if address}
         if "connection" not in parked:
@@ -4861,7 +4868,21 @@ class Heartbeat(threading.Thread):
                         "HAS there (README), then kill -HUP, or set remotehostname_cmd = none", address, lost)
         if connection.dialect is not PLAIN:
             self._known[address] = connection.dialect
+        if connection.life == self._renamed[0]:
+            connection.life = self._renamed[1]
         return connection
+
+    def _note_life(self, life):
+        """We are in that life of the world."""
+        if life != self._life:
+            self._life, self._life_since = life, time.monotonic()
+
+    def _doubt_life(self):
+        """The connection was lost. A world that dies in the second in which it was started, and is started again at once,
+        has the same start id: then that proves nothing, and what follows has another name."""
+        if self._life and time.monotonic() - self._life_since < START_ID_SECONDS:
+            start_id = self._renamed[0] if self._life == self._renamed[1] else self._life
+            self._renamed = (start_id, f"{start_id} ({secrets.token_hex(4)})")
 
     def _log_in(self, connection):
         """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
@@ -5003,6 +5024,7 @@ class Heartbeat(threading.Thread):
         self._current, self._down_since = connection.address, None
         if self._wanted == self._current:
             self._wanted = None
+        self._note_life(connection.life)
         self._lacks = connection.lacks_something
         if self._parked_before:                 # an older process found this world; does it still answer?
             self._parked_before = None
