@@ -4873,9 +4873,9 @@ class Heartbeat(threading.Thread):
         return connection
 
     def _note_life(self, life):
-        """We are in that life of the world."""
+        """We are in that life of the world; the first one began before we looked, nobody knows when."""
         if life != self._life:
-            self._life, self._life_since = life, time.monotonic()
+            self._life, self._life_since = life, time.monotonic() if self._life else 0.0
 
     def _doubt_life(self):
         """The connection was lost. A world that dies in the second in which it was started, and is started again at once,
