@@ -34,7 +34,9 @@ The parts, in reading order; each uses only the parts above it:
 
 Two threads: the main thread runs the hub, owns every session and never
 blocks; the heartbeat thread owns the one blocking connection and every DNS
-look-up. They share nothing but two mailboxes, one each way.
+look-up. They share nothing but two mailboxes, one each way. (While users are
+served, the name of another world is looked up by a thread that lives only for
+that, and posts to the heartbeat's mailbox: nobody's verdict waits for DNS.)
 
 Signals: HUP reads the settings again (a changed mush_address moves everybody
 once the new world is confirmed) and opens log_file anew, USR1 writes the
@@ -149,17 +151,31 @@ class SettingsError(Exception):
         self.problems = problems
 
 
+LONGEST_UNIX_PATH = 107 if sys.platform.startswith("linux") else 103   # sun_path, with a NUL behind it (unix(7))
+
+
 def parse_address(text):
     """One world address from `host:port`, `[v6]:port` or `unix:/path`; ValueError says what is wrong."""
     if text.startswith("unix:"):
         if not text.startswith("unix:/") or not hasattr(socket, "AF_UNIX"):
             raise ValueError("a unix socket needs a full path: unix:/path/to/netmush.sock")
+        if len(os.fsencode(text[5:])) > LONGEST_UNIX_PATH or "\0" in text:
+            raise ValueError(f"the path of a unix socket may have {LONGEST_UNIX_PATH} bytes, and no NUL")
         return Address(None, 0, text[5:])
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", text)
     if not match or not 0 < int(match.group(3)) < 65536:
         raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path with a port from 1 to 65535")
     _check_host(match.group(1), match.group(2))
     return Address(match.group(1) or match.group(2), int(match.group(3)), None)
+
+
+def _is_numeric(host):
+    """Whether a host is an address, so that nothing has to be looked up."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_host(in_brackets, name):
@@ -3352,6 +3368,7 @@ class Session:
         wait = self.hub.login_wait(self, login.character)
         if wait:
             self.braked, self.slow_until = (login, raw), self.hub.now + wait
+            self._answer(f"# NOTICE # Too many logins were tried from your address: yours goes on in {math.ceil(wait)} s.")
             self.client.pause()
             self.hub.later(wait, self.try_login)
             return b""
@@ -4206,7 +4223,9 @@ RENEW_SECONDS = 60                 # a connection left at the login screen is cl
 FASTEST_RETRY = 0.1                # seconds between tries to reach a world that is down, at first
 START_ID_SECONDS = 1.1             # start ids tell lives apart that began a second apart, not less
 LOOK_UP_SECONDS = 10               # a world that is down: its name is looked up again this often
-OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}         # this machine's, not the world's
+# What a connect says of the world: that nobody answers, or listens. All else is trouble of this machine's own.
+OF_THE_WORLD = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+                errno.EHOSTDOWN, errno.ENOENT, errno.EAGAIN}
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
 
 
@@ -4623,6 +4642,7 @@ class Heartbeat(threading.Thread):
         self._targets = {}         # Address -> (socket family, numeric address) that led to its world the last time
         self._targets_age = {}     # Address -> since when that has led nowhere, or when it was looked up since then
         self._round_trip = 0.0     # of the last probe that was answered at once, in seconds
+        self._looking, self._looked_up = set(), {}          # addresses; Address -> numeric forms, or an exception
         self._shut_out = False     # the last try to log in was not taken, and the log says so
         self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
         self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
@@ -4651,8 +4671,8 @@ class Heartbeat(threading.Thread):
         own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca", "remotehostname_cmd")
         if changed or settings.mush_type != self._settings.mush_type:
             self._known.clear()
-        if changed:
-            self._targets.clear()
+        if changed:                             # where users are is still known, whatever DNS says
+            self._targets = {address: it for address, it in self._targets.items() if address == self._current}
             self._targets_age.clear()
         self._untold.clear()
         self._said.clear()
@@ -4839,7 +4859,10 @@ class Heartbeat(threading.Thread):
 
     def _confirmed(self, address):
         connection = self._identified(address)
-        if not connection.dialect.logs_in or self._or_close(connection, self._log_in, connection):
+        if not connection.dialect.logs_in:
+            self._or_close(connection, connection.question, 1)
+            return connection
+        if self._or_close(connection, self._log_in, connection):
             return connection
         if connection.ended is not None:
             self._close(connection)
@@ -4930,7 +4953,7 @@ class Heartbeat(threading.Thread):
         except (OSError, UnicodeError) as error:
             self._targets_age.setdefault(address, time.monotonic())
             lost = Lost(getattr(error, "strerror", None) or str(error))
-            lost.ours = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno in OWN_TROUBLE
+            lost.ours = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno not in OF_THE_WORLD
             raise lost from None
         if self._settings.world_tls:
             try:
@@ -4954,16 +4977,40 @@ class Heartbeat(threading.Thread):
             return [known]
         self._targets_age[address] = time.monotonic()
         try:
-            return self._resolve(address)
+            found = self._looked_up.pop(address, None) or self._resolve(address)
+            if isinstance(found, Exception):
+                raise found
+            return found
         except (OSError, UnicodeError) as error:
             if not known:
                 raise
             log.log(logging.DEBUG, "%s: cannot be looked up: %s; tried on where it was", address, error)
             return [known]
 
+    def _is_looked_up(self, address):
+        """Whether another address can be tried without a look-up in the way of answers; if not, one is begun."""
+        if address.path or address in self._targets or address in self._looked_up or _is_numeric(address.host):
+            return True
+        if address not in self._looking:
+            self._looking.add(address)
+            threading.Thread(target=self._look_up, args=(address,), name="look-up", daemon=True).start()
+        return False
+
+    def _look_up(self, address):
+        """The life of a thread of its own: it reads nothing of this object but the mailbox."""
+        try:
+            found = self._resolve(address)
+        except Exception as error:              # told where the address is tried
+            found = error
+        self.mailbox.post(self._on_looked_up, address, found)
+
+    def _on_looked_up(self, address, found):
+        self._looking.discard(address)
+        self._looked_up[address] = found
+
     @staticmethod
     def _resolve(address):
-        """The numeric forms of an address. Blocks for DNS, which is this thread's right."""
+        """The numeric forms of an address. Blocks for DNS."""
         if address.path:
             return [(socket.AF_UNIX, address.path)]
         found = socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
@@ -5042,7 +5089,7 @@ class Heartbeat(threading.Thread):
                 if better:
                     raise Moved(better)
             if connection.renew_at and now >= min(connection.renew_at, self._login_after):
-                raise Moved(self._establish(connection.address))
+                self._renew_outside(connection)
             if self._asks or now >= beat_at:
                 self._probe(connection)
                 beat_at = time.monotonic() + self._settings.beat
@@ -5050,6 +5097,17 @@ class Heartbeat(threading.Thread):
                 self._check(connection)
             else:
                 self._wait(min(beat_at, now + 1) if self._checks or self._wanted or connection.renew_at else beat_at)
+
+    def _renew_outside(self, connection):
+        """Before the world's login screen closes on us; later, where this machine has trouble."""
+        try:
+            raise Moved(self._establish(connection.address))
+        except Lost as lost:
+            if not lost.ours:
+                raise
+            self._log_change(logging.ERROR, (connection.address, "ours"), f"the heartbeat: {lost}; tried again in 10 s")
+            connection.renew_at = time.monotonic() + 10
+            self._login_after = max(self._login_after, connection.renew_at)
 
     def _probe(self, connection):
         """One probe serves all who asked before it was sent. Lost when the world is silent for dead_after."""
@@ -5106,7 +5164,7 @@ class Heartbeat(threading.Thread):
         """While users are served: confirm the address a HUP asked for, or the preferred one; Moved if so."""
         now, settings = time.monotonic(), self._settings
         preferred = settings.mush_address[0]
-        if now < self._try_at:
+        if now < self._try_at or not self._is_looked_up(self._wanted or preferred):
             return
         if self._wanted:
             self._try_at = now + max(5.0, settings.retry)

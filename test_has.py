@@ -2849,6 +2849,8 @@ class TestSettings(SettingsCase):
                 ("mush_address = ::1:4096", "C:1: mush_address = ::1:4096: '::1:4096' " + bad_address),
                 ("mush_address = unix:x", "C:1: mush_address = unix:x: a unix socket needs a full path: "
                                           "unix:/path/to/netmush.sock"),
+                (f"mush_address = unix:/{'x' * 200}", f"C:1: mush_address = unix:/{'x' * 200}: the path of a unix socket may "
+                 f"have {has.LONGEST_UNIX_PATH} bytes, and no NUL"),
                 ("add_epoch_time = maybe", "C:1: add_epoch_time = maybe: is neither yes nor no"),
                 ("remotehostname_cmd = a b", "C:1: remotehostname_cmd = a b: must be one word without blanks"),
                 ("hb_user = a\"b", "C:1: hb_user = a\"b: must be a character's name"),
@@ -8794,6 +8796,36 @@ class TestHeartbeat(Case):
             world.boot("heartbeat")
             hub.wait("on_world_found", 2)
         self.assertEqual((asked.call_count, hub._of("on_trouble"), hub._of("on_unreachable")), (0, [], []))
+
+    def test_a_look_up_of_another_world_keeps_no_verdict_waiting(self):
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        asked, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def slow(*arguments):
+            asked.set()
+            go_on.wait(10)
+            raise socket.gaierror(-2, "Name or service not known")
+        with mock.patch.object(socket, "getaddrinfo", side_effect=slow):
+            changed = settings_of((("beat", 1000), ("mush_address", "mush.example:9"), ("mush_type", "pennmush")))
+            heartbeat.mailbox.post(heartbeat.on_settings, changed)
+            self.assertTrue(asked.wait(5))
+            heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)
+            self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
+            with self.assertLogs(has.log, "ERROR"):
+                go_on.set()
+                self.assertIn("not known", hub.wait("on_wish", 2)[1][0])
+        self.assertEqual(hub._of("on_heartbeat_lost"), [])
+
+    def test_only_what_connects_say_of_the_world_counts(self):
+        heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
+        for number, ours in ((errno.ECONNREFUSED, False), (errno.ETIMEDOUT, False), (errno.EHOSTUNREACH, False),
+                             (errno.ENETUNREACH, True), (errno.EACCES, True), (errno.EADDRNOTAVAIL, True),
+                             (errno.EMFILE, True), (errno.ENOMEM, True)):
+            with mock.patch.object(heartbeat, "_connect", side_effect=OSError(number, "x")):
+                with self.assertRaises(has.Lost) as lost:
+                    heartbeat._open(HOME)
+            self.assertEqual(lost.exception.ours, ours, errno.errorcode[number])
 
     def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
         world, hub, heartbeat = self.start(silent_start=0.05, name=True)
