@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import faulthandler
 import functools
 import heapq
@@ -300,15 +301,45 @@ class TLSClient(Client):
         self.sock = context.wrap_socket(self.sock)
 
 
-def free_port():
-    """A port that nobody uses, below those that the kernel gives to connects: it stays free until it is used."""
-    while True:
+class Ports:
+    """Ports for programs that bind them later: no other test, of this process or another, is given the same.
+
+    They lie below those that the kernel gives to connects. A lock on one byte of a common file for each port,
+    held until the process ends, is what other processes of the suite see; the set is for this one.
+    """
+
+    given = set()
+    file = None
+
+    @classmethod
+    def free(cls):
+        if cls.file is None:
+            cls.file = open(os.path.join(tempfile.gettempdir(), f"has-test-ports-{os.getuid()}"), "ab")
+        while True:
+            port = random.SystemRandom().randrange(5000, 32000)
+            if port not in cls.given and cls.lock(port) and cls.unused(port):
+                cls.given.add(port)
+                return port
+
+    @classmethod
+    def lock(cls, port):
+        try:
+            fcntl.lockf(cls.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        except OSError:
+            return False                        # another process of the suite has it
+        return True
+
+    @staticmethod
+    def unused(port):
         with socket.socket() as sock:
             try:
-                sock.bind(("127.0.0.1", random.SystemRandom().randrange(5000, 15000)))
-                return sock.getsockname()[1]
+                sock.bind(("127.0.0.1", port))
             except OSError:
-                pass                            # taken: the next
+                return False                    # another program has it
+        return True
+
+
+free_port = Ports.free
 
 
 # ======================================================================
