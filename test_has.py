@@ -12466,13 +12466,13 @@ class Job:
 
 
 def pieces():
-    """Lists of tests for a process each: what starts programs by a few tests, the largest classes first; the rest."""
+    """Lists of tests for a process each: what starts programs by a few tests, the longest first; the rest."""
     loader = unittest.defaultTestLoader
     classes = [it for it in vars(sys.modules[__name__]).values() if isinstance(it, type)
                and issubclass(it, unittest.TestCase) and loader.getTestCaseNames(it)]
     apart = [[f"{it.__name__}.{name}" for name in loader.getTestCaseNames(it)] for it in classes if issubclass(it, APART)]
     result = [[it.__name__ for it in classes if not issubclass(it, APART)]]
-    for tests in sorted(apart, key=len, reverse=True):
+    for tests in sorted(apart, key=lambda tests: (not tests[0].startswith(SLOW), -len(tests))):
         result += [tests[start::-(-len(tests) // PIECE)] for start in range(-(-len(tests) // PIECE))]
     return result
 
@@ -12494,6 +12494,7 @@ def run_all():
 
 
 APART = (Case, Scenarios, TelnetCase)            # these start programs
+SLOW = "TestCrashes", "TestTeenyStable"          # few tests, that wait long
 SIDE_BY_SIDE, PIECE = 6, 6                      # processes (they mostly wait), tests for one of them
 LONGEST_RUN = 600                                # seconds for a class; then it fails and shows where it hangs
 
