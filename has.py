@@ -4234,6 +4234,7 @@ class Lost(Exception):
 
     dead = False                   # the world was silent for too long
     ours = False                   # the fault lies with this machine, not with the world
+    refused = False                # nobody listens
     accepted = False               # the world, or its host, took the connection
     alive = False                  # ... and hung up, or sent something: it lives
     at_address = False             # ... and ended it when it was told a user's address
@@ -4253,6 +4254,17 @@ class Stopped(Exception):
 
 _OWN_MARK = re.compile(rb"=[0-9a-f]{10,12}=[aze]?")
 _INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
+
+
+def _age_by_start_id(life):
+    """Seconds since the start that a start id names, by this machine's clock; a day if it does not tell."""
+    text = life.rpartition(" since ")[2]
+    try:
+        began = int(text) if text.isdigit() else time.mktime(time.strptime(text))
+    except (ValueError, OverflowError):
+        return 86400.0
+    age = time.time() - began
+    return age if age >= 0 else 86400.0         # another clock
 
 
 def _new_nonce():
@@ -4819,6 +4831,8 @@ class Heartbeat(threading.Thread):
                                          "nothing of the world: users on open connections play on")
                     elif not lost.accepted:     # nobody listens: the life in which a login was refused is over
                         self._login_after = 0.0
+                    if lost.refused and address == self._current:
+                        self._rename_life()
                     says_nothing = lost.ours or lost.alive
                     self._tell(self._hub.on_trouble if says_nothing else self._hub.on_unreachable, address, str(lost),
                                lost.accepted)
@@ -4896,14 +4910,20 @@ class Heartbeat(threading.Thread):
         return connection
 
     def _note_life(self, life):
-        """We are in that life of the world; the first one began before we looked, nobody knows when."""
+        """We are in that life of the world; the first one that we see began before we looked."""
         if life != self._life:
-            self._life, self._life_since = life, time.monotonic() if self._life else 0.0
+            age = 0.0 if self._life else _age_by_start_id(life)
+            self._life, self._life_since = life, time.monotonic() - age
 
     def _doubt_life(self):
-        """The connection was lost. A world that dies in the second in which it was started, and is started again at once,
-        has the same start id: then that proves nothing, and what follows has another name."""
-        if self._life and time.monotonic() - self._life_since < START_ID_SECONDS:
+        """The connection was lost: a start id tells only whole seconds, and this life may have ended in its first one."""
+        if time.monotonic() - self._life_since < START_ID_SECONDS:
+            self._rename_life()
+
+    def _rename_life(self):
+        """A world that dies in the second in which it was started, and is started again at once, has the same start id:
+        then that proves nothing, and what follows has another name. Nor does it where nobody listened in between."""
+        if self._life:
             start_id = self._renamed[0] if self._life == self._renamed[1] else self._life
             self._renamed = (start_id, f"{start_id} ({secrets.token_hex(4)})")
 
@@ -4954,6 +4974,7 @@ class Heartbeat(threading.Thread):
             self._targets_age.setdefault(address, time.monotonic())
             lost = Lost(getattr(error, "strerror", None) or str(error))
             lost.ours = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno not in OF_THE_WORLD
+            lost.refused = not lost.ours and error.errno in (errno.ECONNREFUSED, errno.ENOENT)
             raise lost from None
         if self._settings.world_tls:
             try:

@@ -359,7 +359,7 @@ free_port = Ports.free
 IAC, AYT, LINEMODE, MSSP = 255, 246, 34, 70
 VERBS = {DONT: "DONT", DO: "DO", WONT: "WONT", WILL: "WILL"}
 PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw", "Wizard": "wizpw", "Mary Ann": "marypw"}
-_start_ids = itertools.count(int(time.time()))      # every start of any world gets one of its own
+_start_ids = itertools.count(int(time.time()) - 10 ** 6)    # every start of any world gets one of its own, long past
 
 
 def offer(*pairs):
@@ -8964,6 +8964,31 @@ class TestHeartbeat(Case):
             self.assertEqual((lives[1], lives[3]), (lives[0], lives[2]))
             self.assertNotEqual(lives[2], lives[1])
 
+    def test_the_first_life_may_have_begun_in_this_second(self):
+        """HAS is started with the world, which is restarted before the second is over: nobody may be thrown out."""
+        now = time.time()
+        for told, young in ((str(int(now)), True), (time.ctime(now), True), (str(int(now) - 5), False),
+                            (time.ctime(now - 3600), False), (time.ctime(now + 3600), False), ("today", False),
+                            ("9" * 99, False), ("Wed Feb 31 25:00:00 2026", False)):
+            heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
+            life = f"127.0.0.1:4201 since {told}"
+            heartbeat._note_life(life)
+            heartbeat._doubt_life()
+            self.assertEqual(heartbeat._renamed[0] == life, young, told)
+
+    def test_a_start_id_proves_nothing_where_nobody_listened_in_between(self):
+        with mock.patch.object(has.Connection, "_start_id", return_value="world since today"):
+            world, hub, heartbeat = self.start(silent_start=0.05)
+            lives = [hub.wait("on_world_found")[-1][0].life]
+            for number in (1, 2):
+                refused = len(hub._of("on_unreachable"))
+                world.kill()
+                hub.wait("on_unreachable", refused + 1)
+                world.start()
+                lives.append(hub.wait("on_world_found", number + 1)[-1][0].life)
+                heartbeat._life_since = 0.0                         # nobody knows when it began
+            self.assertEqual(len(set(lives)), 3)
+
     def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
         with mock.patch.object(has.Connection, "verdicts", side_effect=[RuntimeError("planted"), [True]]):
@@ -9464,8 +9489,12 @@ class RealWorld:
         case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         self.mux = RealMux(folder, players=dict(players), conf=conf)
         case.addCleanup(self.mux.close)
-        self.address, self.start, self.kill, self.stop = self.mux.address, self.mux.start, self.mux.kill, self.mux.close
+        self.address, self.kill, self.stop = self.mux.address, self.mux.kill, self.mux.close
         self.crash_losing, self.command = self.mux.kill, self.mux.command
+
+    def start(self):
+        self.mux.start()
+        self.started = time.time()
 
     @property
     def running(self):
@@ -9489,6 +9518,8 @@ class RealWorld:
         self.mux.wait()
 
     def boot(self, name):
+        """@boot, once the start id tells this life from another: the second in which it began is over."""
+        self.wait(lambda w: time.time() > self.started + 1.2, what="a second has passed")
         self.command(f"@boot *{name}")
 
     def disable_logins(self, yes=True):
