@@ -1158,8 +1158,8 @@ class Replay:
 #
 # One class for each server family: data and small pure functions. Nothing
 # outside this part knows which family it talks to. The facts were recorded
-# from the real servers. A Proof follows the logins of one
-# link, a Change what becomes of the character after them.
+# from the real servers. A Proof follows the logins of one link, a Change what
+# becomes of the character after them.
 # ======================================================================
 
 class Credentials:
@@ -1240,8 +1240,8 @@ class Dialect:
     cr_first = False               # CR is taken out even before telnet is
     longest_line = 8000            # bytes the server keeps of a line; the rest up to its end it drops
     longest_login = 8000           # ... and how long a line may be at the login screen
-    mark_before = mark_behind = None            # what goes before and behind a login line so that a mark proves it
-    mark_first = None              # ... and first of all: a mark that comes only if the user is in already
+    mark_before, mark_behind = b"", None        # what goes around a login line so that a mark proves it
+    mark_first = b""               # ... and first of all: a mark that comes only if the user is in already
     block_proof = None             # what must stand between two marks for that
     end_question = b""             # asks for the end marker of a return ...
     end_mark = end_text = end_command = None    # ... which is a mark, a text or a telnet command
@@ -1351,6 +1351,10 @@ class Dialect:
     def address_line(self, host, epoch, word, path):
         """The bytes that tell the world a user's address, sent once and first; b"" where there is no way."""
         return b""
+
+    def proof(self, returning=False, telnet=True):
+        """A Proof for a new link: by marks where the family has them, else by its words."""
+        return (MarkProof if self.mark_behind else WordProof)(self, returning, telnet)
 
     def probe(self, nonce):
         """A line a logged-in character sends whose answer is the line `nonce` alone."""
@@ -1858,53 +1862,132 @@ def recognise(banner, info):
     return None
 
 
-_MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")            # a Proof's secret, a number, a letter
-_MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")     # ... what may have come of it
-
+_MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")  # secret, number, letter
+# What may follow the secret in a mark of which only the beginning has come.
+_MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")
+_AFTER_SECRET = 12                 # bytes of a mark behind its secret: the number, `=`, a letter, CR LF
+_INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
 
 MOST_TRIES = 64                    # logins of one link whose outcome may still come
+MOST_HELD = 1 << 20                # bytes of a return that are kept, the newest
+MOST_BLOCK = 4096                  # bytes behind a mark that are looked at: what proves stands first
+END_SECONDS = 1                    # a world that knows telnet has answered question() by then
+
+
+class News(enum.Enum):
+    """What a Proof has learned from text of the world, in the order in which it happens."""
+
+    TOOK = "a login took: see `login`"
+    ASK = "now question() is to be sent, and end() called END_SECONDS later"
+    ENDED = "the end marker of a return came: all is known"
 
 
 class Proof:
-    """Which login of a link took, told by marks (rule 5) or, without marks, by the server's first words.
+    """The logins on one link, a user's or the heartbeat's own: which of them took (rule 5). Pure.
 
-    One for each link. `wrap` prepares login lines, `feed` takes the link's text, free of telnet, and returns what
-    the user may see. While `returning`, everything up to the end marker is kept in `held` instead.
+    `script` is a whole login that HAS sends, `wrap` makes one that is typed provable. `hear` takes
+    the link's text, free of telnet, `saw_command` a telnet command. While `returning`, all up to
+    the end marker is kept in `held`. There is one for each link, of the kind Dialect.proof() says.
     """
 
-    __slots__ = ("dialect", "returning", "held", "login", "others", "refused", "ended", "asked", "telnet",
-                 "_secret", "_tries", "_count", "_tail", "_block", "_line")
+    __slots__ = ("dialect", "returning", "telnet", "held", "login", "refused", "ended", "_tries")
 
-    def __init__(self, dialect, returning=False, telnet=True):
+    is_whole = True                # `login` is proven, not only likely
+    asked = False                  # question() was due
+    others = ()                    # Credentials typed behind `login`, which may be the right ones
+
+    def __init__(self, dialect, returning, telnet, tries):
         self.dialect = dialect
         self.returning = returning # everything is held until the end marker
         self.telnet = telnet       # the server does not take telnet for text
         self.held = b""
-        self.login = None          # the Credentials that took: the first mark decides
+        self.login = None          # the Credentials that took: the first proof decides
         self.refused = False       # the server said that a login was wrong
         self.ended = False         # the end marker was seen
-        # families without marks:
-        self.others = []           # Credentials typed after `login`, which may be the right ones (see _read_outcomes)
-        self.asked = False         # it is time for question(), whose answer is the end marker
-        self._secret = b"=" + secrets.token_hex(4).encode()
-        self._tries = {} if dialect.mark_behind else collections.deque()
-        self._count = 0
-        self._tail = b""           # a held-back tail that could begin a mark
-        self._block = None         # the text since a mark `a`, removed with it
-        self._line = b""           # an unfinished line, read along only
+        self._tries = tries        # the Credentials whose outcome may still come
 
     @property
     def live(self):
-        """Whether the link's text must be fed to this proof at all."""
-        return bool(self._tries or self._block is not None or self._tail or self.returning and not self.ended)
+        """Whether the link's text must be heard at all."""
+        return bool(self._tries or self.returning and not self.ended)
 
     def retire(self):
-        """Forget the marks: none can come any more."""
+        """Forget the logins: no outcome can come any more."""
         self._tries.clear()
 
-    def _fill(self, template, nonce, settings):
-        prefix, suffix = (settings.get(word, b"") for word in (b"OUTPUTPREFIX", b"OUTPUTSUFFIX"))
-        return template % {b"n": nonce, b"p": prefix and b" " + prefix, b"s": suffix and b" " + suffix}
+    def script(self, login, settings=b""):
+        """The bytes that log `login` in on a new link, with the question for the end marker where
+        it need not wait. `settings` are lines to be answered before: see Dialect.settings_held."""
+        return self.wrap(login, unspelled(login.line()) + b"\r\n", {}, True) + settings
+
+    def no_login(self, line):
+        """A line was typed at the login screen that is no whole login."""
+
+    def hear(self, text):
+        """Take text of the world; return what the user may see of it, and a list of News."""
+        before = (self.login, self.asked, self.ended)
+        shown = self.feed(text)
+        after = (self.login, self.asked, self.ended)
+        return shown, [news for news, was, now in zip(News, before, after) if now and not was]
+
+    def saw_command(self, piece):
+        """Whether a telnet command of the world is the end marker."""
+        return False
+
+    def _hold(self, text):
+        """Keep text of a return; return what stands behind its end."""
+        if not self.returning or self.ended:
+            return text
+        self.held = (self.held + text)[-MOST_HELD:]
+        end = self._end_of_held()
+        if end is None:
+            return b""
+        after, self.held = self.held[end:], self.held[:end]
+        self.end()
+        return after
+
+    def _end_of_held(self):
+        """Where the end text stops in `held`, or None."""
+        end = self.dialect.end_text and self.dialect.end_text.search(self.held)
+        return end.end() if end else None
+
+    def end(self):
+        """The end marker was seen: all that came of the login is in `held`."""
+        self.ended = True
+        self.refused = bool(self.dialect.refused_text.search(self.held))
+
+    def words(self):
+        """What the world said up to the end marker: without its answer to HAS's own question."""
+        asked_by_info = self.dialect.end_question == b"INFO\r\n"
+        return _INFO_BLOCK.sub(b"", self.held) if asked_by_info else self.held
+
+    @property
+    def settles(self):
+        """Whether the end marker can be asked for once more, in the game."""
+        return self.dialect.settles and self.telnet
+
+    def ask_again(self):
+        """The bytes that do so; until it comes all is held and dropped."""
+        self.ended, self.held = False, b""
+        return self.question()
+
+
+class MarkProof(Proof):
+    """Marks around each login line, set with OUTPUTPREFIX and the like, tell whether it took."""
+
+    __slots__ = ("_secret", "_count", "_tail", "_block")
+
+    def __init__(self, dialect, returning=False, telnet=True):
+        super().__init__(dialect, returning, telnet, {})        # the number in its marks -> login
+        self._secret = b"=" + secrets.token_hex(4).encode()
+        self._count = 0
+        self._tail = b""           # a held-back tail that could begin a mark
+        self._block = None         # the text since a mark `a`, removed with it
+
+    @property
+    def live(self):
+        """Whether the link's text must be heard at all."""
+        return self._block is not None or bool(self._tail) or super().live
 
     def _nonce(self, login):
         number = b"%02x" % self._count          # never used again on this link
@@ -1914,38 +1997,31 @@ class Proof:
             del self._tries[old]
         return self._secret + number + b"="
 
-    def wrap(self, login, line, settings, first=False):
-        """The bytes to send for `line`, a login line. `first`: nothing was typed on this link yet."""
-        dialect = self.dialect
-        if not dialect.mark_behind:
-            self._tries.append(login)
-            return line
-        nonce = self._nonce(login)
-        front = b"" if first else dialect.mark_first
-        before, behind = (self._fill(marks or b"", nonce, settings) for marks in (
-            front + (dialect.mark_before or b""), dialect.mark_behind))
-        return before + line + behind
+    def _fill(self, template, nonce, settings):
+        prefix, suffix = (settings.get(word, b"") for word in (b"OUTPUTPREFIX", b"OUTPUTSUFFIX"))
+        return template % {b"n": nonce, b"p": prefix and b" " + prefix,
+                           b"s": suffix and b" " + suffix}
 
-    def no_login(self, line):
-        """A line that is no whole login may be answered like one: its outcome is nobody's."""
-        match = self.dialect.login_words.match(line)
-        if not self.dialect.mark_behind and match and match.group(1) and len(line[match.end():].split()) == 1:
-            self._tries.append(None)
+    def wrap(self, login, line, settings, first=False):
+        """The bytes to send for `line`, a login line; `first`: nothing was typed on this link yet.
+        `settings`: the user's own, to be set again."""
+        nonce, dialect = self._nonce(login), self.dialect
+        front = (b"" if first else dialect.mark_first) + dialect.mark_before
+        return (self._fill(front, nonce, settings) + line
+                + self._fill(dialect.mark_behind, nonce, settings))
 
     def script(self, login, settings=b""):
-        """The bytes that log `login` in on a returning link, the question for the end marker included.
+        """The bytes that log `login` in, the question for the end marker included."""
+        nonce = self._secret + b"%02x=" % self._count           # the one wrap() takes
+        return super().script(login, settings) + self._fill(self.dialect.end_question, nonce, {})
 
-        `settings` are lines whose answers should come before that: see Dialect.settings_held.
-        """
-        out = self.wrap(login, unspelled(login.line()) + b"\r\n", {}, True)
-        nonce = self._secret + b"%02x=" % (self._count - 1)
-        return out + settings + (self._fill(self.dialect.end_question, nonce, {}) if self.dialect.mark_behind else b"")
+    def question(self):
+        """The bytes that ask for the end marker alone."""
+        template = self.dialect.end_question or self.dialect.mark_behind
+        return self._fill(template, self._nonce(None), {})
 
     def feed(self, text):
-        """Take text of the world; return what the user may see of it."""
-        if not self.dialect.mark_behind:
-            self._read_outcomes(text)
-            return self._let_through(text)
+        """hear() without the news."""
         text, self._tail = self._tail + text, b""
         shown, at = [], 0
         for match in _MARK.finditer(text):
@@ -1960,7 +2036,7 @@ class Proof:
 
     def _beginning_of_a_mark(self, text, at):
         """Where a tail starts that could begin a mark, or the length of `text`."""
-        whole = len(self._secret) + 12                          # the number, `=`, a letter, CR, LF
+        whole = len(self._secret) + _AFTER_SECRET
         start = text.find(b"=", max(at, len(text) - whole + 1))
         while start >= 0:
             tail = text[start:]
@@ -1970,7 +2046,15 @@ class Proof:
             start = text.find(b"=", start + 1)
         return len(text)
 
+    def _let_through(self, text):
+        if self._block is None:
+            return self._hold(text)
+        self._block = (self._block + text)[:MOST_BLOCK]
+        return b""
+
     def _mark(self, number, letter):
+        """A mark came. Its letter: a and b begin a block, z and y end it; b, y and f stand before
+        the login line, e behind all."""
         if letter in (b"a", b"b"):
             self._block = b""
         elif letter != b"e":
@@ -1988,41 +2072,46 @@ class Proof:
         elif self.login is None:
             self.login = self._tries.get(number)
 
-    def _let_through(self, text):
-        if self._block is not None:
-            self._block = (self._block + text)[:4096]
-            return b""
-        if not self.returning or self.ended:
-            return text
-        self.held = (self.held + text)[-(1 << 20):]
-        if not self.dialect.mark_behind and (self.telnet or not self.asked):
-            return b""                          # the end is a telnet command
-        if self.asked and not self.login:
-            self.end()                          # nothing follows the words of a refusal
-            return b""
-        end = self.dialect.end_text and self.dialect.end_text.search(self.held)
-        if not end:
-            return b""
-        after, self.held = self.held[end.end():], self.held[:end.end()]
-        self.end()
-        return after
 
-    def end(self):
-        """The end marker was seen: all that came of the login is in `held`."""
-        self.ended = True
-        self.refused = bool(self.dialect.refused_text.search(self.held))
+class WordProof(Proof):
+    """Families without marks: their words for an outcome, one for each login line, in order.
 
-    def words(self):
-        """What the world said up to the end marker: without its answer to HAS's own question for that."""
-        if self.dialect.end_question != b"INFO\r\n":
-            return self.held
-        return re.sub(rb"### Begin INFO(?s:.*?)### End INFO\r?\n", b"", self.held)
+    A user can have such a line printed, so `login` is but likely. The end marker is a telnet
+    command; from builds that know no telnet it is a text, after a refusal nothing.
+    """
+
+    __slots__ = ("asked", "others", "_line")
+
+    is_whole = False
+
+    def __init__(self, dialect, returning=False, telnet=True):
+        super().__init__(dialect, returning, telnet, collections.deque())
+        self.asked, self.others = False, []
+        self._line = b""           # an unfinished line, read along only
+
+    def wrap(self, login, line, settings, first=False):
+        """The bytes to send for `line`, a login line."""
+        self._tries.append(login)
+        return line
+
+    def no_login(self, line):
+        """A line that is no whole login may be answered like one: its outcome is nobody's."""
+        match = self.dialect.login_words.match(line)
+        if match and match.group(1) and len(line[match.end():].split()) == 1:
+            self._tries.append(None)
+
+    def question(self):
+        """The bytes that ask for the end marker; none where telnet is not known."""
+        return self.dialect.end_question if self.telnet else b""
+
+    def feed(self, text):
+        """hear() without the news."""
+        self._read_outcomes(text)
+        return self._hold(text)
 
     def _read_outcomes(self, text):
-        """Families without marks answer login lines in order, one outcome each, at the start of a line.
-
-        But for lines they do not know as a login (`con` on older TeenyMUSHes): so the ones behind it may be right too.
-        """
+        """The outcome of a line begins a line. But lines that a build does not know as a login
+        (`con` on older TeenyMUSHes) have none: so the ones behind it may be right too."""
         *lines, self._line = (self._line + text).split(b"\n")
         self._line = self._line[-300:]
         for line in lines:
@@ -2035,24 +2124,13 @@ class Proof:
                 self._tries.clear()
             self.asked = self.asked or self.returning
 
-    def question(self):
-        """The bytes that ask for the end marker; none where that cannot be done by telnet (TeenyMUSH "stable")."""
-        return self.dialect.end_question if self.telnet else b""
-
-    @property
-    def settles(self):
-        """Whether the end marker can be asked for once more, in the game."""
-        return self.dialect.settles and bool(self.dialect.mark_behind or self.telnet)
-
-    def ask_again(self):
-        """The bytes that ask for the end marker once more, in the game; until it comes all is held and dropped."""
-        self.ended, self.held = False, b""
-        if self.dialect.end_command:
-            return self.dialect.end_question
-        return self._fill(self.dialect.end_question or self.dialect.mark_behind, self._nonce(None), {})
+    def _end_of_held(self):
+        if self.telnet or not self.asked:
+            return None
+        return super()._end_of_held() if self.login else len(self.held)
 
     def saw_command(self, piece):
-        """Whether a telnet command of the world is the answer to the question for the end marker."""
+        """Whether a telnet command of the world is the end marker."""
         if not self.asked or piece != self.dialect.end_command or self.ended:
             return False
         self.end()
@@ -2088,7 +2166,8 @@ class Change:
 
 
 PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
-          "Replay": lambda: Replay(Agreement()), "Proof": lambda: Proof(PLAIN), "LineReader": LineReader, "Spelling": Spelling,
+          "Replay": lambda: Replay(Agreement()), "MarkProof": lambda: MarkProof(PLAIN),
+          "WordProof": lambda: WordProof(PLAIN), "LineReader": LineReader, "Spelling": Spelling,
           "Typed": LineReader,                  # so older programs called it
           "Change": lambda: Change("", b"", 0)}
 
@@ -2105,7 +2184,12 @@ def pack(value):
         return {type(value).__name__: [pack(item) for item in value]}
     if isinstance(value, Dialect):
         return {"dialect": value.name}
-    return {"object": type(value).__name__, "slots": {name: pack(getattr(value, name)) for name in value.__slots__}}
+    slots = {name: pack(getattr(value, name)) for name in _slots_of(value)}
+    return {"object": type(value).__name__, "slots": slots}
+
+
+def _slots_of(value):
+    return {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
 
 
 def unpack(value):
@@ -2114,9 +2198,12 @@ def unpack(value):
         return value
     (kind, content), = [item for item in value.items() if item[0] != "slots"]
     if kind == "object":
+        slots = value["slots"]
+        if content == "Proof":                  # older programs had one class for both kinds
+            content = type(unpack(slots["dialect"]).proof()).__name__
         made = PACKED[content]()
-        for name in set(made.__slots__) & set(value["slots"]):
-            setattr(made, name, unpack(value["slots"][name]))
+        for name in _slots_of(made) & set(slots):
+            setattr(made, name, unpack(slots[name]))
         return made
     makers = {"bytes": lambda: content.encode("latin-1"), "dialect": lambda: DIALECTS[content],
               "dict": lambda: {unpack(key): unpack(item) for key, item in content},
@@ -3315,7 +3402,7 @@ class Session:
             log.info("%s: logged out to the login screen", self)
             self.login = self.previous = self.checked = None
             self.trials, self.unanswered, self.settings, self.proven = [], [], NOTHING, b""
-            self.proof = Proof(dialect, False, self.hub.world.telnet)
+            self.proof = dialect.proof(False, self.hub.world.telnet)
             self._enter(State.LOGIN)
             return
         password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
@@ -3476,7 +3563,7 @@ class Session:
         self.serial += 1
         returning = self.state is State.WAITING and bool(self.trials)
         world = self.hub.world
-        self.proof = Proof(world.dialect, returning, world.telnet)
+        self.proof = world.dialect.proof(returning, world.telnet)
         self.from_world, self.replay, self.settled, self.typed.charset = None, None, False, b""
         self.changing, self.hidden, self.expected, self.spoke_at = None, b"", [], 0
         self._show_last_words()
@@ -3682,14 +3769,13 @@ class Session:
         """Text of the world; returns what the client gets of it."""
         proof = self.proof
         if proof.live:
-            was_in, had_ended, had_asked = proof.login, proof.ended, proof.asked
-            text = proof.feed(text)
-            if proof.login and not was_in and self.state is State.LOGIN:
+            text, news = proof.hear(text)
+            if News.TOOK in news and self.state is State.LOGIN:
                 self._logged_in(proof.login)
-            if proof.asked and not had_asked and self.link:
+            if News.ASK in news and self.link:
                 self.link.send(proof.question())
-                self._later(1, self._end_marker_overdue)
-            if proof.ended and not had_ended and self.state is State.RETURNING:
+                self._later(END_SECONDS, self._end_marker_overdue)
+            if News.ENDED in news and self.state is State.RETURNING:
                 self._returned()
         if self.state is State.RETURNING:
             return b""                          # settled: what the others of this character cause
@@ -3719,11 +3805,11 @@ class Session:
         login, others = login.made, [other.made for other in self.proof.others]
         self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
         # without marks the text alone is half a proof: the user may have had it printed
-        self.proven = login.character if self.dialect.mark_behind else b""
+        self.proven = login.character if self.proof.is_whole else b""
         self.hub.login_took(self)
         self._enter(State.PLAYING)
         log.info("%s: logged in", self)
-        if self.dialect.mark_behind:
+        if self.proof.is_whole:
             self._later(MARK_SECONDS, self.proof.retire)
         elif self.hub.world.checks:
             self.checked = login
@@ -4253,7 +4339,6 @@ class Stopped(Exception):
 
 
 _OWN_MARK = re.compile(rb"=[0-9a-f]{10,12}=[aze]?")
-_INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
 
 
 def _age_by_start_id(life):
@@ -4483,23 +4568,22 @@ class Connection:
     def log_in(self, login):
         """Log in and have a probe answered. False if the login did not take: see `refused`, and `ended`, for a world
         may hang up on it (logins disabled, full)."""
-        proof, asked_at = Proof(self.dialect, True, self.telnet), None
-        until = time.monotonic() + self.settings.hb_timeout
+        proof = self.dialect.proof(True, self.telnet)
+        until = overdue = time.monotonic() + self.settings.hb_timeout
         self.commands.clear()
         self.send(proof.script(login))
         while not proof.ended and time.monotonic() < until:
-            text, self.text = self.text, b""
-            self.text = proof.feed(text)
-            if proof.asked and not asked_at:
-                asked_at = time.monotonic()
+            self.text, news = proof.hear(self.text)
+            if News.ASK in news:
+                overdue = time.monotonic() + END_SECONDS
                 self.send(proof.question())
-            if any(proof.saw_command(piece) for piece in self.commands) or (
-                    asked_at and time.monotonic() > asked_at + 1):
+            if proof.asked and time.monotonic() >= overdue or any(
+                    proof.saw_command(piece) for piece in self.commands):
                 proof.end()
             if not proof.ended:
                 if self.ended is not None and not proof.login:
                     return False
-                self._goes_on(min(until, asked_at + 1.01) if asked_at else until)
+                self._goes_on(min(until, overdue))
         if not proof.ended:
             raise self._silent("it does not answer to the heartbeat's login")
         self.refused = proof.refused

@@ -3800,7 +3800,7 @@ class TestProof(unittest.TestCase):
     @staticmethod
     def typed(family, *logins):
         """A Proof that wrapped `logins`."""
-        proof = has.Proof(DIALECTS[family])
+        proof = DIALECTS[family].proof()
         for login in logins:
             proof.wrap(login, login.line() + b"\r\n", {})
         return proof
@@ -3815,7 +3815,7 @@ class TestProof(unittest.TestCase):
                 ("tinymux", b"OUTPUTPREFIX Nf\r\nOUTPUTPREFIX N\r\n", b"OUTPUTPREFIX p\r\n"),
                 ("rhostmush", both % (b"b", b"y", b"SESSION"), both % (b"a", b"z", b"SESSION"))):
             for settings, prefix, suffix in (({}, b"", b""), (own, b" P", b" S")):
-                sent = has.Proof(DIALECTS[family]).wrap(GOOD, b"co A p\r\n", settings)
+                sent = DIALECTS[family].proof().wrap(GOOD, b"co A p\r\n", settings)
                 before_it, behind_it = (marks.replace(b" p\r", prefix + b"\r").replace(b" s\r", suffix + b"\r")
                                         for marks in (before, behind))
                 expected = before_it + b"co A p\r\n" + behind_it
@@ -3870,12 +3870,12 @@ class TestProof(unittest.TestCase):
 
     def test_a_link_without_live_marks_need_not_be_read(self):
         for family in FAMILIES:
-            self.assertFalse(has.Proof(DIALECTS[family]).live)
+            self.assertFalse(DIALECTS[family].proof().live)
             proof = self.typed(family, GOOD)
             self.assertTrue(proof.live)
             proof.retire()
             self.assertFalse(proof.live)
-            self.assertTrue(has.Proof(DIALECTS[family], returning=True).live)
+            self.assertTrue(DIALECTS[family].proof(returning=True).live)
 
     def test_outcomes_of_teenymush_come_in_order_at_the_start_of_a_line(self):
         other, fail = has.Credentials(b"co", b"Bob", b"b"), SHOWN["teenymush"][1]
@@ -3900,7 +3900,7 @@ class TestProof(unittest.TestCase):
                 ("pennmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n \r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\nIDLE Ne\r\n"),
                 ("tinymux", b"OUTPUTPREFIX\r\nINFO\r\n"),
                 ("rhostmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\nSESSION\r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\n")):
-            sent = has.Proof(DIALECTS[family], True).script(GOOD).replace(nonce(), b"N")
+            sent = DIALECTS[family].proof(True).script(GOOD).replace(nonce(), b"N")
             self.assertEqual(sent, (b"OUTPUTPREFIX N\r\n" if family == "tinymux" else b"") + line + behind)
 
     def test_a_return_is_held_until_the_end_marker_in_every_split(self):
@@ -3909,7 +3909,7 @@ class TestProof(unittest.TestCase):
                 data = b"banner\r\n" + answer(family, right, 0, END[family])
                 held = b"banner\r\n" + SHOWN[family][not right] + (END[family] if END[family] == INFO else b"")
                 for chunks in splits(data):
-                    proof = has.Proof(DIALECTS[family], True)
+                    proof = DIALECTS[family].proof(True)
                     proof.script(GOOD)
                     for chunk in chunks:
                         self.assertFalse(proof.ended, (family, chunks))
@@ -3924,7 +3924,7 @@ class TestProof(unittest.TestCase):
                     self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
 
     def test_teenymush_is_not_asked_for_the_end_before_the_first_outcome(self):
-        proof = has.Proof(DIALECTS["teenymush"], True)
+        proof = DIALECTS["teenymush"].proof(True)
         proof.script(GOOD)
         self.assertEqual((proof.feed(b"banner\n"), proof.asked, proof.saw_command(b"\xff\xfc\x56")), (b"", False, False))
 
@@ -3932,7 +3932,7 @@ class TestProof(unittest.TestCase):
         arrival = b"MAIL: You have 0 messages.\r\nThe Void\r\nAlice has connected.\r\n"
         for right, data in ((True, SHOWN["teenymush"][0] + arrival), (False, b"banner\n" + SHOWN["teenymush"][1])):
             for chunks in splits(data):
-                proof = has.Proof(DIALECTS["teenymush"], True, telnet=False)
+                proof = DIALECTS["teenymush"].proof(True, telnet=False)
                 proof.script(GOOD)
                 for chunk in chunks:
                     self.assertFalse(proof.ended, chunks)
@@ -3947,10 +3947,40 @@ class TestProof(unittest.TestCase):
         proof.feed(SHOWN["teenymush"][0])
         self.assertEqual((proof.login, proof.others), (unknown, [GOOD, other]))
 
+    def test_the_news_of_a_return_in_their_order(self):
+        took, ask, ended = has.News
+        for family, text, command, wanted in (
+                ("tinymux", answer("tinymux", True, 0, END["tinymux"]), b"", [took, ended]),
+                ("tinymux", answer("tinymux", False, 0, END["tinymux"]), b"", [ended]),
+                ("teenymush", SHOWN["teenymush"][0], b"\xff\xfc\x56", [took, ask]),
+                ("teenymush", SHOWN["teenymush"][1], b"\xff\xfc\x56", [ask])):
+            proof = DIALECTS[family].proof(True)
+            proof.script(GOOD)
+            self.assertEqual(proof.hear(text + b"after"), (b"after" * (not command), wanted))
+            self.assertEqual(proof.hear(b"")[1], [])                # told once
+            self.assertEqual((proof.saw_command(command), proof.ended), (bool(command), True))
+
+    def test_the_end_marker_can_be_asked_for_once_more(self):
+        for family, asked in (("pennmush", b"IDLE =0123abcd01=e\r\n"), ("tinymux", b"INFO\r\n"), ("teenymush", b"\xff\xfd\x56")):
+            proof = DIALECTS[family].proof(True)
+            proof.script(GOOD)
+            proof.end()
+            self.assertEqual((proof.settles, proof.ask_again(), proof.ended), (True, asked, False))
+            self.assertEqual(proof.feed(b"Bob has connected.\r\n"), b"")
+        self.assertFalse(DIALECTS["tinymush"].proof().settles)      # INFO answers elsewhere
+
+    def test_what_older_programs_packed_under_one_name(self):
+        for family, kind in (("tinymux", has.MarkProof), ("teenymush", has.WordProof)):
+            older = {"object": "Proof", "slots": {**has.pack(self.typed(family, GOOD))["slots"], "gone": 1}}
+            proof = has.unpack(older)
+            self.assertIs(type(proof), kind)
+            proof.feed(answer(family, True))
+            self.assertEqual(proof.login, GOOD)
+
     def test_a_refusal_that_is_none(self):
         for family, text in (("pennmush", b"Player connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
                              ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
-            proof = has.Proof(DIALECTS[family], True)
+            proof = DIALECTS[family].proof(True)
             proof.script(GOOD)
             proof.feed(text + END[family].replace(b"N", nonce()) if END[family] != INFO else text + INFO)
             self.assertEqual((proof.ended, proof.refused, proof.login), (True, False, None))
@@ -7946,7 +7976,7 @@ class BoundMarks(RigCase):
             self.assertEqual((session.state.name, session.proven, session.login), ("LOGIN", b"", None), family)
 
     def test_the_marks_never_repeat_on_a_link(self):
-        proof = has.Proof(DIALECTS["tinymux"])
+        proof = DIALECTS["tinymux"].proof()
         sent = b"".join(proof.wrap(BAD, b"connect Alice wrong\r\n", {}) for _ in range(600))
         numbers = re.findall(rb"OUTPUTPREFIX (=\w+=)f", sent)
         self.assertEqual(len(set(numbers)), 600)
