@@ -49,317 +49,25 @@ import unicodedata
 import unittest
 import unittest.mock
 from unittest import mock
-
 import has
 from has import CHARSET, DIALECTS, DO, DONT, ECHO, GMCP, NAWS, SB, SE, TTYPE, WILL, WONT, command
+
 
 HAS = os.path.abspath(has.__file__)
 HERE = os.path.dirname(HAS)
 
 
 # ======================================================================
-# Tools
+# What several layers use
 #
-# A client, HAS as a program, the scripted worlds, the real TinyMUX.
-# ======================================================================
-
-class Client:
-    """A player's connection to HAS (or straight to a world). Never sleeps: it waits for text, with a deadline."""
-
-    def __init__(self, port, host="127.0.0.1", receive_buffer=0):
-        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        if receive_buffer:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.sock.settimeout(5)
-        self.sock.connect((host, port))
-        self.text, self.seen = b"", b""
-
-    def send(self, data):
-        self.sock.sendall(data.encode() if isinstance(data, str) else data)
-        return self
-
-    def _read(self, until):
-        self.sock.settimeout(max(0.001, until - time.monotonic()))
-        data = self.sock.recv(262144)
-        self.text += data
-        self.seen += data
-        return data
-
-    def expect(self, pattern, seconds=10.0):
-        """Read until `pattern` (bytes or text, a regular expression); return all text up to its end."""
-        pattern = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
-        until = time.monotonic() + seconds
-        while True:
-            match = pattern.search(self.text)
-            if match:
-                found, self.text = self.text[:match.end()], self.text[match.end():]
-                return found
-            try:
-                ended = not self._read(until)
-            except socket.timeout:
-                raise AssertionError(f"no {pattern.pattern!r} in {seconds} s; unread: {self.text!r}") from None
-            except OSError as error:
-                raise AssertionError(f"{error} before {pattern.pattern!r}; unread: {self.text!r}") from None
-            if ended:
-                raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
-
-    def expect_notice(self, text, seconds=10.0):
-        """Read until the notice; nothing came with it but a colour reset, and that only after an escape of the world's."""
-        coloured = b"\x1b" in self.seen[:len(self.seen) - len(self.text)]
-        found, wanted = self.expect(re.escape(text) + r"\r\n", seconds), text.encode() + b"\r\n"
-        if found != (b"\x1b[0m" if coloured else b"") + wanted:
-            raise AssertionError(f"not the notice alone: {found!r}")
-
-    def expect_end(self, seconds=10.0):
-        """Read until the connection is closed; return the last text."""
-        until = time.monotonic() + seconds
-        try:
-            while self._read(until):
-                pass
-        except socket.timeout:
-            raise AssertionError(f"still open after {seconds} s; unread: {self.text!r}") from None
-        except ConnectionResetError:
-            pass
-        text, self.text = self.text, b""
-        return text
-
-    def barrier(self):
-        """Have the game answer a unique line; return what came before it: the proof that nothing else came."""
-        mark = f"barrier-{next(_marks)}"
-        before = self.send(f"say {mark}\r\n").expect(rb'"?%s"?\r?\n' % mark.encode())
-        return before.rpartition(b"You say")[0]
-
-    def reset(self):
-        """Close with RST."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
-
-    def close(self):
-        self.sock.close()
-
-
-_marks = itertools.count(1)
-
-
-@functools.lru_cache(None)
-@functools.lru_cache(maxsize=None)
-def calm_program():
-    """A has.py that suspects nobody (in most tests worlds die just behind logins, see has.Suspects), compiled once.
-
-    Returns the path of a program that starts it: half of what a start costs is compiling.
-    """
-    folder = tempfile.mkdtemp(prefix="has-calm-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    text = pathlib.Path(HAS).read_text(encoding="utf-8")
-    calm = text.replace("    WINDOW, APART,", "    WINDOW, APART = -1, 2\n    _, _,", 1)
-    assert calm != text
-    pathlib.Path(folder, "has.py").write_text(calm, encoding="utf-8")
-    py_compile.compile(os.path.join(folder, "has.py"), doraise=True)
-    start = pathlib.Path(folder, "start.py")
-    start.write_text("import sys, has\nhas.prepare_output()\nsys.exit(has.main())\n", encoding="utf-8")
-    return str(start)
-
-
-class Has:
-    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once."""
-
-    faults = False                  # True: the test has planted one
-
-    def __init__(self, case, python=sys.executable, script=None, **settings):
-        self.script = script = script or calm_program()
-        self.folder = tempfile.mkdtemp(prefix="has-test-")
-        case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.conf = os.path.join(self.folder, "has.conf")
-        self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1, "hb_timeout": 2,
-                         "max_per_host": 0, "log_level": "debug", "login_hold": 0, "hold": 0, "log_file": "",
-                         "hb_user": "heartbeat", "hb_pass": "heartbeat", "remotehostname_cmd": "auto",
-                         "mush_type": "auto", "resume_rate": "auto", "max_clients": 0, "failover_after": 60,
-                         "failback_after": 0, "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
-                         "output_limit": 1048576,
-                         "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
-                         "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
-        self.configure(**settings)
-        self._log, self._change = b"", threading.Condition()
-        self.process = subprocess.Popen([python, script, "--config", self.conf], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
-        case.addCleanup(self.end)
-        self.port = int(self.wait_log(rb"listening on 127\.0\.0\.1:(\d+)").group(1))
-
-    def configure(self, **settings):
-        """Write has.conf anew."""
-        self.settings.update(settings)
-        with open(self.conf, "w") as file:
-            file.write("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
-        os.chmod(self.conf, 0o600)
-
-    def _read_log(self):
-        for line in self.process.stderr:
-            with self._change:
-                self._log += line
-                self._change.notify_all()
-
-    @property
-    def log(self):
-        with self._change:
-            return self._log
-
-    def wait_log(self, pattern, seconds=10.0, after=0):
-        """Wait for a log line that matches; return the match."""
-        found = []
-
-        def seen():
-            found[:] = [re.compile(pattern).search(self._log, after)]
-            return found[0] or self.process.poll() is not None and not self._reader.is_alive()
-        with self._change:
-            self._change.wait_for(seen, seconds)
-        if not found[0]:
-            raise AssertionError(f"no {pattern!r} in the log within {seconds} s:\n{self._log.decode()}")
-        return found[0]
-
-    def wait_count(self, text, count, seconds=10.0):
-        """Wait until `text` stands in the log `count` times."""
-        with self._change:
-            if not self._change.wait_for(lambda: self._log.count(text) >= count, seconds):
-                raise AssertionError(f"{self._log.count(text)} of {count} times {text!r} in the log")
-
-    def wait_up(self):
-        self.wait_log(rb"is up")
-        return self
-
-    def wait_down(self):
-        """Wait until it knows that there is no world: the main loop runs, which obeys TERM."""
-        self.wait_log(rb"cannot be reached")
-        return self
-
-    def signal(self, number):
-        self.process.send_signal(number)
-
-    def client(self, **more):
-        return Client(self.port, **more)
-
-    def probe(self):
-        """What `--check --probe` prints with the same has.conf."""
-        return subprocess.run([sys.executable, HAS, "--config", self.conf, "--check", "--probe"], timeout=20,
-                              stdout=subprocess.PIPE, universal_newlines=True).stdout
-
-    def memory(self):
-        """Resident kilobytes."""
-        with open(f"/proc/{self.process.pid}/status") as file:
-            return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
-
-    def cpu_seconds(self):
-        with open(f"/proc/{self.process.pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self):
-        """TERM, and the exit status."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(6)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self._reader.join(5)
-        self.process.stderr.close()
-        return self.process.returncode
-
-    def check_log(self):
-        """Nothing has gone wrong inside HAS: a fault is survived, and only the log tells."""
-        wrong = re.search(rb"Traceback|\ba fault\b|Exception ignored", self.log)
-        if wrong and not self.faults:
-            around = self.log[max(0, wrong.start() - 500):][:6000]
-            raise AssertionError(f"HAS logged:\n{around.decode('utf-8', 'replace')}")
-
-    def end(self):
-        """What every test ends with: TERM is obeyed, and nothing went wrong."""
-        status = self.stop()
-        self.check_log()
-        if status and not self.faults:
-            raise AssertionError(f"HAS ended with status {status}:\n{self.log[-6000:].decode('utf-8', 'replace')}")
-
-
-OFFLINE, ONLINE = "# NOTICE # This world is OFFLINE. Please wait till it returns.", "# NOTICE # This world is ONLINE again."
-UNSENT, MOVED = "# NOTICE # This world is OFFLINE. Not sent:", "# NOTICE # This world is moving to another machine."
-SILENT, REFUSED = "# NOTICE # This world does not answer just now.", "# NOTICE # This world did not take your login."
-
-
-def certificate(folder):
-    """A self-signed certificate and its key; the tests need the openssl program for it."""
-    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
-                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return cert, key
-
-
-class TLSClient(Client):
-    """The same over TLS."""
-
-    def __init__(self, port, host="127.0.0.1"):
-        super().__init__(port, host)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.sock = context.wrap_socket(self.sock)
-
-
-class Ports:
-    """Ports for programs that bind them later: no other test, of this process or another, is given the same.
-
-    They lie below those that the kernel gives to connects: while nobody listens none takes them, and a client that
-    keeps trying is not connected to itself. A lock on one byte of a common file for each port,
-    held until the process ends, is what other processes of the suite see; the set is for this one.
-    """
-
-    given = set()
-    file = None
-
-    @classmethod
-    def free(cls):
-        if cls.file is None:
-            cls.file = open(os.path.join(tempfile.gettempdir(), f"has-test-ports-{os.getuid()}"), "ab")
-        while True:
-            port = random.SystemRandom().randrange(5000, 32000)
-            if port not in cls.given and cls.lock(port) and cls.unused(port):
-                cls.given.add(port)
-                return port
-
-    @classmethod
-    def lock(cls, port):
-        try:
-            fcntl.lockf(cls.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
-        except OSError:
-            return False                        # another process of the suite has it
-        return True
-
-    @staticmethod
-    def unused(port):
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                return False                    # another program has it
-        return True
-
-
-free_port = Ports.free
-
-
-# ======================================================================
-# Scripted worlds
-#
-# Small fake MUSH servers that behave as strangely as the real ones. One daemon thread per world runs a selectors
-# loop and owns every socket; methods called by a test run in that thread and are waited for. Where a recording
-# disagrees with the facts files the recording won.
+# Telnet bytes and text.
 # ======================================================================
 
 IAC, AYT, LINEMODE, MSSP = 255, 246, 34, 70
 VERBS = {DONT: "DONT", DO: "DO", WONT: "WONT", WILL: "WILL"}
-PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw", "Wizard": "wizpw", "Mary Ann": "marypw"}
-_start_ids = itertools.count(int(time.time()) - 10 ** 6)    # every start of any world gets one of its own, long past
+
+
+BINARY, SGA, EOR = 0, 3, 25
 
 
 def offer(*pairs):
@@ -371,2378 +79,61 @@ def sub(option, body):
     return bytes((IAC, SB, option)) + body + bytes((IAC, SE))
 
 
+def naws(width, height):
+    return sub(NAWS, struct.pack(">HH", width, height).replace(b"\xff", b"\xff\xff"))
+
+
 SEND_TTYPE = sub(TTYPE, b"\x01")
+TTYPES = [b"TINTIN++", b"XTERM-256COLOR", b"MTTS 269"]
+CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(GMCP, b'Core.Supports.Set ["Char 1"]')
+TOKEN = re.compile(rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
 
 
-class Connection:
-    """One accepted socket and everything the world knows about it."""
+def tokens(data):
+    """Whole telnet commands and runs of text; and what is left, an unfinished command."""
+    found, at = [], 0
+    match = TOKEN.match(data)
+    while match:
+        found.append(match.group())
+        at = match.end()
+        match = TOKEN.match(data, at)
+    return found, data[at:]
 
-    def __init__(self, world, sock, local):
-        self.world, self.sock, self.local = world, sock, local
-        self.id = next(world._ids)
-        self.opened = time.monotonic()
-        self.player = self.address_given = self.size = self.ttype = self.charset = self.epoch = None
-        self.host, self.ip, self.utf8 = world.HOST, "127.0.0.1", False
-        self.prefix = self.suffix = ""
-        self.settings, self.options = {}, {}            # SCREENWIDTH ... ; option -> set of verbs the client sent
-        self.lines, self.raw = [], bytearray()
-        self.partial, self.queue, self.out = [], collections.deque(), bytearray()    # partial: one entry a character
-        self.telnet_state, self.telnet_sub, self.begun = "text", bytearray(), b""
-        self.tail = b""                                 # the beginning of a telnet sequence
-        self.failures, self.login_number, self.used = 0, 0, 0
-        self.tokens, self.refilled = 100, time.monotonic()
-        self.greeted = self.offered = self.telnet_ok = self.spoken = self.proxied = False
-        self.closing = self.ghost = self.gone = False
 
-    def __repr__(self):
-        return "<Connection %d %s%s>" % (self.id, self.player or "login screen", " gone" if self.gone else "")
+def is_command(token):
+    return token[:1] == b"\xff" and token != b"\xff\xff"
 
-    def write(self, data):
-        """One write, as the server does it: what the kernel takes goes out at once."""
-        if not data or self.gone or self.closing or self.ghost:
-            return
-        self.world._note("<", self.id, data)
-        self.out += data
-        self.world._flush(self)
 
-    def tell(self, text):
-        self.write(self.world.encode(self, text))
+def read_text(path):
+    with open(path) as file:
+        return file.read()
 
-    def finish(self, text=""):
-        """Say the last words, then close (FIN) once they are out."""
-        self.tell(text)
-        self.closing = True
-        self.queue.clear()
-        self.world._flush(self)
 
+def secrets_seed():
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"fresh seed {seed}", file=sys.stderr)
+    return seed
 
-class World:
-    """What all families share: sockets, timers, telnet, line editing, players, the methods tests call."""
-    family = "plain"
-    HOST, EOL, BANNER, BACKLOG, FIRST_NUMBER = "127.0.0.1", "\r\n", "Welcome\r\n", 64, 2
-    ANSWERS = {}                # (verb, option) -> reply, where it is not a plain refusal
-    ON_CONNECT = ()             # telnet offers, one write each
-    EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
-    MAX_LINE = 8000
-    TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
-    RESTART = None              # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
 
-    def __init__(self, players=None, port=0, backlog=None, unix_path=None, **quirks):
-        self.players = dict(PLAYERS if players is None else players)
-        self.wizards = {"heartbeat", "Wizard"}
-        self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
-        self.backlog = self.BACKLOG if backlog is None else backlog
-        self.reset_on_kill = self.silent_banner = self.guests = self.logins_disabled = self.accept_bug = False
-        self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
-        self.start_id = self.max_players = self.sconnect_cmd = None
-        self.silent_start, self.address_window, self.shutdown_delay = 1.0, 0.1, 2.0
-        for name, value in quirks.items():
-            if not hasattr(self, name):
-                raise TypeError("unknown quirk: " + name)
-            setattr(self, name, value)
-        self._given_id = self.start_id
-        self.connections, self.all_connections, self.lines, self.logins = [], [], [], []
-        self.evaluated, self.forged, self.errors = [], [], []
-        self.accepted = self.starts = 0
-        self.running = self.frozen = False
-        self.aliases, self.numbers, self.last_seen, self.failed, self.ip_failures = {}, {}, {}, {}, {}
-        for name in self.players:
-            self.number(name)
-        self._ids, self._login_ids, self._timer_ids = itertools.count(1), itertools.count(1), itertools.count()
-        self._timers, self._calls, self._listeners, self._stranded = [], collections.deque(), [], []
-        self._changed = threading.Condition()
-        self._record = collections.deque(maxlen=3000)
-        self._asleep = self._ended = False
-        self._thread = self._reserve = None
-        self._began = time.monotonic()
-        self.dump()
+PARTS = [b"\xff\xff", b"\xff\xf1", b"\xff\xf9", naws(255, 10), SEND_TTYPE, CORE_HELLO, sub(CHARSET, b"\x02UTF-8"), b"\xff\xfb\x56",
+         b"\xff\xfd\x1f", b"\xff\xfe\x01", b"caf\xc3\xa9", b"\x1b[31mred\x1b[0m", b"hello there", b"\xff", b"\xff\xfa", b"\xff\xf0", b"\0"]
 
-    # -- what tests call ---------------------------------------------------------------------------------------------
 
-    @property
-    def address(self):
-        return "unix:" + self.unix_path if self.unix_path else "%s:%d" % (self.host, self.port)
+def wild(rng):
+    """A random or mutated piece of a telnet stream, without line ends (those would be commands to the game)."""
+    if rng.random() < 0.2:
+        return bytes(rng.choice(b"\xff\xff\xfa\xf0\xfb\xfd\x1f\x18UVWab\0\x80") for _ in range(rng.randrange(12)))
+    data = bytearray(b"".join(rng.choices(PARTS, k=rng.randrange(1, 5))).replace(b"\n", b"\x0b"))
+    if data and rng.random() < 0.4:
+        data[rng.randrange(len(data))] = rng.choice(b"\xff\xfa\xf0\xfdUq\x01")
+    return bytes(data)
 
-    def online(self, name=None):
-        """The connections logged in (as `name`, any case), oldest login first."""
-        found = [c for c in list(self.connections) if c.player and (name is None or c.player.lower() == name.lower())]
-        return sorted(found, key=lambda c: c.login_number)
 
-    def wait(self, predicate, seconds=10.0, what=""):
-        """Block until predicate(world) is true; it is looked at after every turn of the world."""
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            while not self.errors:
-                result = predicate(self)
-                if result:
-                    return result
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            raise AssertionError("%s: %s did not happen in %.1f s\n%s\n%s" % (
-                self.family, what or "what was waited for", seconds, "\n".join(self.errors), self.transcript(60)))
-
-    def transcript(self, last=None):
-        with self._changed:
-            return "\n".join("%8.3f %s #%s %r" % entry for entry in list(self._record)[-(last or 0):])
-
-    def start(self):
-        """A real start: new start id, same port, nothing remembered of connections."""
-        self._do(self._start)
-        return self
-
-    def kill(self):
-        """kill -9: every socket closed at once, nothing said."""
-        self._do(self._die, self.reset_on_kill)
-
-    def crash_losing(self):
-        """kill -9 with what that loses: everything since the last dump (not on TinyMUSH, whose LMDB keeps it)."""
-        self._do(self._crash_losing)
-
-    def dump(self):
-        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers), set(self.wizards))
-
-    def shutdown(self, by="Wizard", delay=None):
-        """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running)."""
-        self._do(self._shutdown, by, self.shutdown_delay if delay is None else delay)
-
-    def sigterm(self):
-        self._do(self._sigterm)
-
-    def restart_in_place(self, by="Wizard"):
-        """@restart, @reboot, @shutdown/reboot: the sockets survive; back when it is finished."""
-        assert self.RESTART, self.family + " has no in-place restart"
-        self._do(self._restart, by)
-        self.wait(lambda w: not w._asleep, what="the in-place restart ends")
-
-    def freeze(self):
-        """SIGSTOP: the kernel goes on accepting up to the backlog, nothing is read or answered."""
-        self._do(self._pause, True)
-
-    def thaw(self):
-        self._do(self._pause, False)
-
-    def boot(self, name, by="Wizard", quiet=False):
-        self._do(self._boot, name, by, quiet)
-
-    def say(self, text):
-        """A line to everybody who is logged in."""
-        self._do(self._broadcast, text + self.EOL)
-
-    def emit(self, name, raw):
-        self._do(lambda: [c.write(raw) for c in self.online(name)])
-
-    def keepalive(self):
-        """TeenyMUSH: IAC NOP to every socket, also before login, without a line end (every 60 s there)."""
-        self._do(lambda: [c.write(b"\xff\xf1") for c in self.connections])
-
-    def hang_up(self, conn, last_words=""):
-        """The server ends one connection (login timeout, idle timeout)."""
-        self._do(conn.finish, last_words)
-
-    def disable_logins(self, yes=True):
-        self._do(setattr, self, "logins_disabled", yes)
-
-    def stop(self):
-        """Close everything and end the thread."""
-        if self._thread:
-            self._do(self._die, False)
-            self._do(setattr, self, "_ended", True)
-            self._thread.join(5)
-            self._thread = None
-        if self._reserve:
-            self._reserve.close()
-            self._reserve = None
-        if self.unix_path and os.path.exists(self.unix_path):
-            os.unlink(self.unix_path)
-        if self.errors:
-            raise AssertionError("%s: errors of the fake world:\n%s" % (self.family, "\n".join(self.errors)))
-
-    # -- the thread --------------------------------------------------------------------------------------------------
-
-    def _do(self, function, *args):
-        """Run it in the world's thread and wait for it."""
-        if threading.current_thread() is self._thread:
-            return function(*args)
-        if not self._thread:
-            self._launch()
-        outcome, done = [], threading.Event()
-        self._calls.append((functools.partial(function, *args), outcome, done))
-        with contextlib.suppress(OSError):              # full, or the thread has done it already and ended
-            self._wake.send(b"!")
-        if not done.wait(10):
-            raise AssertionError(self.family + ": the world's thread is stuck\n" + self.transcript(60))
-        if outcome:
-            raise outcome[0]
-
-    def _launch(self):
-        self._ended = False
-        self._selector = selectors.DefaultSelector()
-        self._awake, self._wake = socket.socketpair()
-        self._awake.setblocking(False)
-        self._wake.setblocking(False)
-        self._selector.register(self._awake, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._loop, name=self.family, daemon=True)
-        self._thread.start()
-
-    def _loop(self):
-        while not self._ended:
-            ready = self._selector.select(self._patience())
-            with self._changed:
-                try:
-                    self._turn(ready)
-                except Exception:           # a bug in the fake world must fail the test, not hang it
-                    self.errors.append(traceback.format_exc())
-                self._changed.notify_all()
-        self._selector.close()
-        self._awake.close()
-        self._wake.close()
-
-    def _patience(self):
-        if self._calls:
-            return 0
-        if self.frozen or not self._timers:
-            return None
-        return max(0, self._timers[0][0] - time.monotonic())
-
-    def _turn(self, ready):
-        """Read everything that is ready, then run commands in turns: one of each connection, as the C servers do."""
-        for key, events in ready:
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    self._awake.recv(4096)
-            elif key.fileobj.fileno() >= 0 and not self._stopped():
-                key.data(key.fileobj, events)
-        self._run_calls()
-        while self._timers and not self.frozen and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
-        self._run_commands()
-
-    def _run_calls(self):
-        while self._calls:
-            function, outcome, done = self._calls.popleft()
-            try:
-                function()
-            except Exception as error:
-                outcome.append(error)
-            done.set()
-
-    def _at(self, delay, function, *args):
-        """A timer; it is void if the world has died meanwhile."""
-        life = self.starts
-        def fire():
-            if self.running and self.starts == life:
-                function(*args)
-        heapq.heappush(self._timers, (time.monotonic() + delay, next(self._timer_ids), fire))
-
-    def _stopped(self):
-        return self.frozen or self._asleep
-
-    def _note(self, direction, number, data):
-        self._record.append((time.monotonic() - self._began, direction, number, bytes(data[:2000])))
-
-    # -- life and death ----------------------------------------------------------------------------------------------
-
-    def _start(self):
-        assert not self.running, "already started"
-        self.starts += 1
-        self.start_id = next(_start_ids) if self._given_id is None else self._given_id + self.starts - 1
-        self._note("!", 0, b"start")
-        self.ip_failures.clear()
-        self.frozen = self._asleep = False
-        self.running = True
-        self._listen()
-
-    def _listen(self):
-        self._listeners = [self._tcp_listener()]
-        if self.unix_path:
-            if os.path.exists(self.unix_path):
-                os.unlink(self.unix_path)
-            self._listeners.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            self._listeners[1].bind(self.unix_path)
-        for listener in self._listeners:
-            listener.setblocking(False)
-            listener.listen(self.backlog)
-            if not self._stopped():
-                self._selector.register(listener, selectors.EVENT_READ, self._accept)
-
-    def _bound(self):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((self.host, self.port))
-        self.port = sock.getsockname()[1]
-        return sock
-
-    def _tcp_listener(self):
-        """A second, never listening socket keeps the port ours while the world is down (connects are refused)."""
-        if self._reserve is None:
-            self._reserve = self._bound()
-        try:
-            return self._bound()
-        except OSError:                     # not every system lets two sockets be bound to one port
-            self._reserve.close()
-            return self._bound()
-
-    def _close_listeners(self):
-        for listener in self._listeners:
-            self._unwatch(listener)
-            listener.close()
-        self._listeners = []
-
-    def _die(self, reset=False):
-        self._note("!", 0, b"dead")
-        for conn in self.connections:
-            if not conn.ghost:
-                if reset:
-                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self._unwatch(conn.sock)
-                conn.sock.close()
-            conn.gone = True
-        self.connections.clear()
-        self._close_listeners()
-        self._timers.clear()
-        self.running = self.frozen = self._asleep = False
-
-    def _crash_losing(self):
-        if not self.KEEPS_PLAYERS:
-            self.players, self.aliases, self.numbers, self.wizards = (type(part)(part) for part in self._dumped)
-        self._die(self.reset_on_kill)
-
-    def _clean_exit(self):
-        """Saved, and the unix socket's file removed (after a kill -9 it stays behind)."""
-        self.dump()
-        self._die()
-        if self.unix_path and os.path.exists(self.unix_path):
-            os.unlink(self.unix_path)
-
-    def _shutdown(self, by, delay):
-        self._clean_exit()
-
-    def _sigterm(self):
-        self._clean_exit()
-
-    def _pause(self, frozen):
-        self.frozen = frozen
-        self._watch_all()
-
-    def _watch_all(self):
-        """Nothing is watched while frozen or in an in-place restart."""
-        for sock in [c.sock for c in self.connections if not c.ghost] + self._listeners:
-            self._unwatch(sock)
-        if not self._stopped():
-            for listener in self._listeners:
-                self._selector.register(listener, selectors.EVENT_READ, self._accept)
-            for conn in self.connections:
-                self._flush(conn)
-
-    def _unwatch(self, sock):
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(sock)
-
-    def _restart(self, by):
-        seconds, before, after, deaf, telnet = self.RESTART
-        self._broadcast(before.format(by=by))
-        self._asleep = True
-        if deaf:                            # RhostMUSH: connects are refused for 40 ms, all sockets are fine
-            self._close_listeners()
-        self._watch_all()
-        self._at(seconds, self._restarted, after, deaf, telnet)
-
-    def _restarted(self, after, deaf, telnet):
-        self._asleep = False
-        if deaf:
-            self._listen()
-        for conn in self.connections:
-            conn.write(telnet if self.telnet else b"")
-        self._broadcast(after)
-        self._watch_all()
-
-    # -- sockets -----------------------------------------------------------------------------------------------------
-
-    def _accept(self, listener, _events):
-        fresh, self._stranded = self._stranded, []
-        if self.accept_bug:
-            time.sleep(0.001)                   # as long as that is one instant (choreography.md 2)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                fresh.append(listener.accept()[0])
-        if self.accept_bug and len(fresh) > 2:  # PennMUSH: one of three connects in the same instant is not served
-            self._stranded.append(fresh.pop())  # until somebody else connects
-        for sock in fresh:
-            self._adopt(sock)
-
-    def _adopt(self, sock):
-        sock.setblocking(False)
-        local = sock.family != socket.AF_INET
-        if not local:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        conn = Connection(self, sock, local)
-        self.accepted += 1
-        self.connections.append(conn)
-        self.all_connections.append(conn)
-        self._note("!", conn.id, b"accepted")
-        self._flush(conn)
-        self.connected(conn)
-
-    def connected(self, conn):
-        """What the family says unasked."""
-        if self.telnet:
-            for part in self.ON_CONNECT:
-                conn.write(part)
-        if not self.silent_banner:
-            conn.greeted = True
-            conn.tell(self.BANNER)
-
-    def _flush(self, conn):
-        """Send what is held, watch for what is needed now, close when the last words are out."""
-        try:
-            while conn.out and not conn.gone and not conn.ghost:
-                del conn.out[:conn.sock.send(conn.out)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            conn.out.clear()
-        if conn.gone or conn.ghost:
-            return
-        if conn.closing and not conn.out:
-            return self._drop(conn)
-        if self._stopped():
-            return
-        events = (0 if conn.closing else selectors.EVENT_READ) | (selectors.EVENT_WRITE if conn.out else 0)
-        handler = functools.partial(self._ready, conn)
-        try:
-            self._selector.modify(conn.sock, events, handler)
-        except KeyError:
-            self._selector.register(conn.sock, events, handler)
-
-    def _ready(self, conn, _sock, events):
-        if events & selectors.EVENT_WRITE:
-            self._flush(conn)
-        if conn.gone or conn.closing or not events & selectors.EVENT_READ:
-            return
-        try:
-            data = conn.sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._note(">", conn.id, data)
-            conn.raw += data
-            self.received(conn, data)
-        else:
-            self._hung_up(conn)
-
-    def _hung_up(self, conn):
-        """TinyMUX and RhostMUSH keep a closed connection in the game until its queued commands are done."""
-        self._run_commands()
-        if conn.gone:
-            return
-        if self.GHOSTS and conn.queue and conn.player:
-            self._unwatch(conn.sock)
-            conn.sock.close()
-            conn.ghost = True
-        else:
-            self._drop(conn)
-
-    def _drop(self, conn):
-        if conn.gone:
-            return
-        self._note("!", conn.id, b"closed")
-        self._unwatch(conn.sock)
-        conn.sock.close()
-        conn.gone = True
-        conn.queue.clear()
-        if conn in self.connections:
-            self.connections.remove(conn)
-        self._leave(conn)
-
-    # -- input: telnet, editing, lines -------------------------------------------------------------------------------
-
-    # Byte by byte as worlds/bytes.md has it for each family; nothing of it is shared with has.py.
-
-    ENDS, DROPPED, ERASERS = b"\n", b"\r\0", {}         # ERASERS: byte -> what the server answers
-
-    def received(self, conn, data):
-        lines = []
-        self.read(conn, self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data, lines)
-        self.arrived(conn, lines)
-
-    def read(self, conn, text, lines):
-        for byte in text:
-            self.byte(conn, byte, lines)
-
-    def byte(self, conn, byte, lines):
-        if byte in self.ENDS:
-            self.end_line(conn, lines)
-        elif byte in self.ERASERS:
-            conn.write(self.ERASERS[byte])
-            del conn.partial[-1:]
-        elif byte not in self.DROPPED:
-            self.store(conn, bytes((byte,)))
-
-    def store(self, conn, *characters):
-        conn.partial.extend(characters[:max(0, self.MAX_LINE - len(conn.partial))])
-
-    def end_line(self, conn, lines):
-        line = b"".join(conn.partial)
-        conn.partial.clear()
-        if line or self.EMPTY_LINES:
-            lines.append(line)
-
-    def arrived(self, conn, lines):
-        for line in lines:
-            self._heard(conn, line)
-            conn.queue.append(self.decode(conn, line))
-
-    def _heard(self, conn, line):
-        conn.lines.append(line)
-        self.lines.append((conn.id, line))
-
-    def decode(self, conn, line):
-        return line.decode("latin-1")
-
-    def encode(self, conn, text):
-        return text.encode("latin-1", "replace")
-
-    def _strip_telnet(self, conn, data):
-        """The text in `data`; telnet is obeyed. The state is kept over packets."""
-        text = bytearray()
-        for byte in data:
-            getattr(self, "_telnet_" + conn.telnet_state)(conn, byte, text)
-        return bytes(text)
-
-    def _telnet_text(self, conn, byte, text):
-        if byte == IAC:
-            conn.telnet_state = "iac"
-        else:
-            text.append(byte)
-
-    def _telnet_iac(self, conn, byte, text):
-        conn.telnet_state = "text"
-        if byte == IAC:
-            self.doubled(conn, text)
-        elif byte in VERBS:
-            conn.telnet_state, conn.telnet_sub = "option", byte
-        elif byte == SB:
-            conn.telnet_state, conn.telnet_sub = "sub", bytearray()
-        else:
-            self.other_command(conn, byte, text)
-
-    def doubled(self, conn, text):
-        text.append(IAC)
-
-    def other_command(self, conn, byte, text):
-        self.telnet_command(conn, byte)
-
-    def _telnet_option(self, conn, byte, text):
-        conn.telnet_state = "text"
-        self.negotiate(conn, conn.telnet_sub, byte)
-
-    def _telnet_sub(self, conn, byte, text):
-        if byte == IAC:
-            conn.telnet_state = "sub_iac"
-        else:
-            conn.telnet_sub.append(byte)
-
-    def _telnet_sub_iac(self, conn, byte, text):
-        if byte == SE:
-            conn.telnet_state = "text"
-            self.subnegotiation(conn, bytes(conn.telnet_sub))
-        elif byte == IAC:
-            conn.telnet_state = "sub"
-            conn.telnet_sub.append(byte)
-        else:
-            self.broken_sub(conn, byte, text)
-
-    def broken_sub(self, conn, byte, text):
-        """TeenyMUSH, RhostMUSH: it ends here, and the command is obeyed."""
-        self._telnet_iac(conn, byte, text)
-
-    def negotiate(self, conn, verb, option):
-        known = conn.options.setdefault(option, set())
-        known.discard(VERBS[{DO: DONT, DONT: DO, WILL: WONT, WONT: WILL}[verb]])
-        known.add(VERBS[verb])
-        refusal = {DO: offer((WONT, option)), WILL: offer((DONT, option))}.get(verb, b"")
-        reply = self.ANSWERS.get((verb, option), refusal)
-        conn.write(self.mssp() if reply == "mssp" else reply)
-
-    def subnegotiation(self, conn, body):
-        option, rest = body[:1], body[1:]
-        if option == bytes((NAWS,)) and len(rest) == 4:
-            conn.size = struct.unpack(">HH", rest)
-        elif option == bytes((TTYPE,)) and rest[:1] == b"\0":
-            conn.ttype = rest[1:].decode("latin-1")
-        elif option == bytes((CHARSET,)) and rest[:1] == b"\x02":
-            conn.charset = rest[1:].decode("latin-1")
-            conn.utf8 = conn.charset.upper() == "UTF-8"
-
-    def telnet_command(self, conn, command):
-        pass
-
-    def mssp(self):
-        """Name, players and start id; TeenyMUSH has no other start id."""
-        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
-        return sub(MSSP, pairs.encode("latin-1"))
-
-    # -- commands ----------------------------------------------------------------------------------------------------
-
-    def _run_commands(self):
-        """In turns, the newest connection first, one command each: C servers' order when several arrive together."""
-        busy = True
-        while busy and self.running and not self._stopped():
-            busy = False
-            for conn in reversed(list(self.connections)):
-                if conn.queue and not conn.gone and not self._stopped() and self._affordable(conn):
-                    busy = True
-                    self.command(conn, conn.queue.popleft())
-        for conn in [c for c in self.connections if c.ghost and not c.queue]:
-            self._drop(conn)
-
-    def _affordable(self, conn):
-        """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
-        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA") == "YES":
-            return True
-        seconds = int(time.monotonic() - conn.refilled)
-        conn.refilled += seconds
-        conn.tokens = min(100, conn.tokens + seconds)
-        if conn.tokens < 1:
-            self._at(conn.refilled + 1 - time.monotonic(), int)      # only to wake up
-            return False
-        conn.tokens -= 1
-        return True
-
-    def command(self, conn, line):
-        if line == "QUIT":
-            return conn.finish()
-        conn.tell("you said: %s\r\n" % line)
-
-    # -- players -----------------------------------------------------------------------------------------------------
-
-    def number(self, name):
-        return self.numbers.setdefault(name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
-
-    def find(self, text, connected_part=False):
-        """A player by name or alias (any case), *name, #dbref; PennMUSH's softcode takes parts of connected ones."""
-        if text.startswith("#"):
-            return next((n for n in self.players if "#%d" % self.number(n) == text), None)
-        wanted = text.lstrip("*").lower()
-        for name in self.players:
-            if wanted in (name.lower(), self.aliases.get(name, name).lower()):
-                return name
-        parts = {c.player for c in self.online() if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
-        return parts.pop() if len(parts) == 1 else None
-
-    def is_wizard(self, name):
-        return name in self.wizards
-
-    def _rename(self, old, new):
-        self.players = {new if name == old else name: word for name, word in self.players.items()}
-        for table in (self.numbers, self.last_seen, self.failed, self.aliases):
-            if old in table:
-                table[new] = table.pop(old)
-        if old in self.wizards:
-            self.wizards = self.wizards - {old} | {new}
-        for conn in self.online(old):
-            conn.player = new
-
-    def _broadcast(self, text):
-        for conn in self.online():
-            conn.tell(text)
-
-    def _others(self, name, text):
-        for conn in self.online():
-            if conn.player != name:
-                conn.tell(text)
-
-    def _player(self, name, text):
-        for conn in self.online(name):
-            conn.tell(text)
-
-    def _leave(self, conn):
-        """A logged in connection is gone from the game; the others are told."""
-        name, conn.player = conn.player, None
-        if name and not conn.settings.get("DARK"):
-            how = "partially disconnected" if self.online(name) else "disconnected"
-            self._others(name, "%s has %s.%s" % (name, how, self.EOL))
-
-    def _boot(self, name, by, quiet):
-        for conn in self.online(name):
-            conn.finish()
-
-
-class Plain(World):
-    """No login, no telnet: echoes lines."""
-
-
-class Deadly(Exception):
-    """What kills a real server: an error of the scripted one, which fails the test."""
-
-
-class Halt(Exception):
-    """No reply at all (TeenyMUSH with CJK text)."""
-
-
-class Softcode:
-    """A small softcode evaluator: [ ], functions, { }, \\, %x, nested parentheses. What is not escaped is evaluated."""
-    HIDDEN = "\x01"                     # %b and "\ ": a blank that is not trimmed or squeezed
-
-    def __init__(self, world, conn):
-        self.world, self.conn, self.wizard = world, conn, world.is_wizard(conn.player)
-
-    def run(self, text):
-        return self.evaluate(text, 0, "", True)[0].replace(self.HIDDEN, " ")
-
-    def evaluate(self, text, at, stops, function):
-        """Text up to one of `stops`; `function`: a name( at the beginning is a call, in brackets also an unknown one."""
-        out = ""
-        while at < len(text) and text[at] not in stops:
-            char = text[at]
-            if char == "\\":
-                out += text[at + 1:at + 2].replace(" ", self.HIDDEN)
-                at += 2
-            elif char == "%":
-                piece, at = self.percent(text, at + 1)
-                out += piece
-            elif char == "[":
-                piece, at = self.evaluate(text, at + 1, "]", "must")
-                out, at = out + piece, at + 1
-            elif char == "{":
-                piece, at = self.evaluate(text, at + 1, "}", False)
-                keep = "{%s}" if self.world.KEEPS_BRACES and "," not in stops else "%s"
-                out, at = out + keep % piece, at + 1
-            elif char == "(":
-                out, at = self.parenthesis(text, at, out, function)
-                function = False
-            else:
-                out, at = out + char, at + 1
-        return out, at
-
-    def percent(self, text, at):
-        char = text[at:at + 1]
-        if char in ("q", "v", "Q", "V"):
-            return "", at + 2
-        known = {"b": self.HIDDEN, "r": "\r\n", "t": "\t", "n": self.conn.player, "N": self.conn.player}
-        known.update({"#": "#%d" % self.world.number(self.conn.player)}, **dict.fromkeys("0123456789", ""))
-        known.update(dict.fromkeys(self.world.EMPTY_PERCENTS, ""))      # RhostMUSH: %< %$ %c are substitutions too
-        known["!"] = known["#"]
-        return known.get(char, char), at + 1
-
-    def parenthesis(self, text, at, out, function):
-        """A call when the name before it is one, else plain text with balanced parentheses."""
-        name = out.strip().lower()
-        known = name in self.world.FUNCTIONS or name in ("create", "pemit", "shutdown")
-        if function and re.fullmatch(r"[a-z0-9_]+", name) and (known or function == "must"):
-            if not known and self.world.family == "tinymush":           # its arguments come out as plain text
-                return self.missing(name), at + 1
-            args, at = self.arguments(text, at + 1)
-            return (self.call(name, out.strip(), args) if known else self.missing(out.strip())), at
-        piece, at = self.evaluate(text, at + 1, ")", False)
-        return out + "(" + piece + text[at:at + 1], at + 1
-
-    def arguments(self, text, at):
-        args = []
-        while True:
-            piece, at = self.evaluate(text, at, ",)", True)
-            args.append(piece.strip(" ").replace(self.HIDDEN, " "))
-            if text[at:at + 1] != ",":
-                return args, at + 1
-            at += 1
-
-    def missing(self, name):
-        return "#-1 FUNCTION (%s) NOT FOUND" % (name if self.world.family == "rhostmush" else name.upper())
-
-    def call(self, name, typed, args):
-        if name in ("create", "pemit", "shutdown"):
-            self.world.evaluated.append("%s(%s)" % (name, ",".join(args)))
-        if name not in self.world.FUNCTIONS:
-            return self.missing(typed)
-        return getattr(self, "f_" + name)(args)
-
-    def f_name(self, args):
-        return self.conn.player if args[0] in ("me", "") else (self.world.find(args[0]) or "#-1")
-
-    def f_strcat(self, args):
-        return "".join(args)
-
-    def f_lit(self, args):
-        return ",".join(args)
-
-    def f_strlen(self, args):
-        return str(len(args[0]))
-
-    def f_chr(self, args):
-        return chr(int(args[0])) if args[0].isdigit() else "#-1 ARGUMENT MUST BE A NUMBER"
-
-    def f_add(self, args):
-        return str(sum(int(a) for a in args if re.fullmatch(r"-?\d+", a)))
-
-    def f_create(self, args):
-        return "#-1 PERMISSION DENIED" if self.world.family == "rhostmush" else "#99"
-
-    def f_pemit(self, args):
-        """Side effect: seen by the target at once, in front of the line it stands in (not on by default on RhostMUSH)."""
-        if self.world.family == "rhostmush":
-            return "#-1 PERMISSION DENIED"
-        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
-        self.world._player(name or "", ",".join(args[1:]) + self.world.EOL)
-        return ""
-
-    def f_ports(self, args):
-        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
-        return " ".join(str(c.id) for c in reversed(self.world.online(name))) if name or not args[0] else ""
-
-    def f_lports(self, args):
-        if not self.wizard:
-            return "#-1 PERMISSION DENIED"
-        return " ".join("#%d:%d" % (self.world.number(c.player), c.id) for c in reversed(self.world.online()))
-
-    def f_lwho(self, args):
-        form = "#{0}:{1}" if args[0] else "#{0}"
-        return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
-
-    def f_hasflag(self, args):
-        return str(int(self.wizard and args == ["me", "wizard"]))
-
-    def f_version(self, args):
-        return self.world.VERSION
-
-    def f_decode64(self, args):
-        """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out wrong."""
-        try:
-            raw = base64.b64decode(args[0].encode("ascii"), validate=True)
-        except ValueError:
-            return "#-1 INVALID BASE64"
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return re.sub("[^ -~]", "?", raw.decode("latin-1"))
-
-    def f_password(self, args):
-        """TeenyMUSH: *NAME in full or #5."""
-        if not self.wizard:
-            return "#-1 PERMISSION DENIED"
-        if re.search("[\u0100-\U0010ffff]", "".join(args)):
-            raise Halt()
-        name = self.world.find(args[0]) if args[0][:1] in ("*", "#") else None
-        if name is None:
-            return "#-1 NO SUCH OBJECT"
-        return str(int(args[1:] == [self.world.players[name]]))
-
-    def f_checkpass(self, args):
-        world = self.world
-        if not self.wizard:
-            return "#-1 PERMISSION DENIED"
-        if len(args) != 2:
-            return "#-1 FUNCTION (CHECKPASS) EXPECTS 2 ARGUMENTS " + world.GOT_ARGUMENTS % len(args)
-        name = self.conn.player if args[0] == "me" else world.find(args[0], connected_part=world.family == "pennmush")
-        if name:
-            return str(int(world.players[name] == args[1]))
-        if world.family == "pennmush" and args[0] != "here":
-            world._player(self.conn.player, "I can't see that here.\r\n")
-        return world.NO_PLAYER
-
-
-def first_word(text, blanks=" \t"):
-    """(word, rest): separated by any run of blanks."""
-    text = text.lstrip(blanks)
-    word = re.match("[^%s]*" % blanks, text).group()
-    return word, text[len(word):].lstrip(blanks)
-
-
-class Mush(World):
-    """Logins and the game, as far as all five families agree."""
-    HAS_TELNET = True
-    FUNCTIONS = "name strcat lit strlen chr add create pemit lwho version".split()
-    KEEPS_BRACES, EMPTY_PERCENTS, SQUEEZE, AGAIN = True, "", True, "reconnected"
-    HUH = 'Huh?  (Type "help" for help.)\r\n'
-    FAILED = "Either that player does not exist, or has a different password."
-    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_", "@pemit": "pemit",
-            "@password": "password", "@newpassword": "newpassword", "@name": "name", "@boot": "atboot",
-            "@shutdown": "atshutdown", "@dump": "atdump", "look": "look"}
-    MORE_GAME, TEXTS = {}, {}
-
-    def command(self, conn, line):
-        conn.used = int(time.time())
-        (self.game if conn.player else self.login_screen)(conn, line)
-
-    def encode(self, conn, text):
-        return text.encode("utf-8", "replace")
-
-    def date(self, when=None):
-        return time.ctime(when)
-
-    # -- logging in --
-
-    def try_connect(self, conn, name_text, password, dark=False):
-        if self.guests and name_text.lower() == "guest":
-            self.players.setdefault("Guest", password)
-            return self.welcome(conn, "Guest")
-        name = self.login_name(name_text)
-        if name is None or self.players[name] != password:
-            if name:
-                count = self.failed.get(name, (0,))[0] + 1
-                self.failed[name] = (count, conn.host, self.date())
-            return self.failure(conn, name)
-        if not self.is_wizard(name) and self.refused(conn):
-            return None
-        return self.welcome(conn, name, dark=dark and self.is_wizard(name))
-
-    def login_name(self, text):
-        return self.find(text)
-
-    def full(self):
-        return self.max_players is not None and len(self.online()) >= self.max_players
-
-    def refused(self, conn):
-        return False
-
-    def welcome(self, conn, name, created=False, dark=False):
-        again = bool(self.online(name))
-        conn.player, conn.login_number = name, next(self._login_ids)
-        conn.settings["DARK"] = dark
-        self.logins.append((name, conn.id, time.monotonic()))
-        self.greet(conn, name, created, again)
-        self.last_seen[name] = (conn.host, self.date())
-        self.failed.pop(name, None)
-        if not dark:
-            self.announce(name, "%s has %s.%s" % (name, self.AGAIN if again else "connected", self.EOL))
-
-    def announce(self, name, text):
-        self._others(name, text)
-
-    def tag(self, name):
-        return "(#%d%s)" % (self.number(name), self.FLAGS[self.is_wizard(name)])
-
-    def look_text(self, name):
-        """The room; wizards see numbers."""
-        others = list(dict.fromkeys(c.player for c in self.online() if c.player != name and not c.settings.get("DARK")))
-        lines = [self.THING % (other, self.tag(other) if self.is_wizard(name) else "") for other in others]
-        return self.ROOM[self.is_wizard(name)] + (self.CONTENTS + "".join(lines) if lines else "")
-
-    # -- in the game --
-
-    def play(self, conn, line):
-        if line.startswith('"'):
-            return self.do_say(conn, line[1:])
-        word, rest = first_word(line, " ")
-        word, _, switch = word.partition("/")
-        verb = self.verb(word)
-        if verb is None:
-            return conn.tell(self.HUH)
-        method = getattr(self, "do_" + verb)
-        return method(conn, rest, switch.lower()) if verb.startswith("at") else method(conn, rest)
-
-    def verb(self, word):
-        return self.MORE_GAME.get(word.lower()) or self.GAME.get(word.lower())
-
-    def do_nothing(self, conn, rest):
-        pass
-
-    def do_look(self, conn, rest):
-        conn.tell(self.look_text(conn.player))
-
-    def do_say(self, conn, text):
-        self._player(conn.player, 'You say, "%s"%s' % (text, self.EOL))
-        self._others(conn.player, '%s says, "%s"%s' % (conn.player, text, self.EOL))
-
-    def do_think(self, conn, text):
-        """To all connections of the character, not only the one that asked."""
-        if self.SQUEEZE:
-            text = re.sub("[ \t]+", " ", text).strip()
-        with contextlib.suppress(Halt):
-            result = Softcode(self, conn).run(text)
-            if result.strip() or text and self.SQUEEZE or self.family == "tinymush":
-                self._player(conn.player, result + self.EOL)
-
-    def do_emit_(self, conn, text):
-        self._broadcast(text + self.EOL)
-
-    def do_pemit(self, conn, rest):
-        target, _, text = rest.partition("=")
-        name = conn.player if target.strip() == "me" else self.find(target.strip())
-        self._player(name or "", text + self.EOL)
-
-    def do_password(self, conn, rest):
-        old, _, new = rest.partition("=")
-        old, new = old if self.family == "pennmush" else old.strip(), new.strip()
-        if self.players[conn.player] != old:
-            return conn.tell(self.TEXTS["wrong old"])
-        if not new or " " in new or (self.family == "pennmush" and "=" in new):
-            return conn.tell(self.TEXTS["blank" if new else "empty"])
-        self.players[conn.player] = new
-        conn.tell(self.TEXTS["password"])
-
-    def do_newpassword(self, conn, rest):
-        target, _, new = rest.partition("=")
-        name = self.find(target.strip())
-        if not self.is_wizard(conn.player):
-            return conn.tell("Permission denied." + self.EOL)
-        if name is None:
-            return conn.tell("I don't see that here." + self.EOL)
-        self.players[name] = new.strip()
-        self._player(name, "Your password has been changed by %s.%s" % (conn.player, self.EOL))
-        conn.tell("Password changed." + self.EOL)
-
-    def do_name(self, conn, rest):
-        """No password wanted; on Tiny and MUX what stands behind the name becomes part of it."""
-        target, _, new = rest.partition("=")
-        if target.strip().lstrip("*").lower() not in ("me", conn.player.lower()):
-            return conn.tell("Permission denied." + self.EOL)
-        new = self.new_name(conn, new.strip())
-        owner = new and self.find(new)
-        if not new or owner and owner != conn.player:
-            return conn.tell(self.TEXTS["taken" if new else "bad name"])
-        self._rename(conn.player, new)
-        conn.tell(self.TEXTS["name"])
-
-    def new_name(self, conn, new):
-        return "" if re.search(r'[";=*#\[\]]', new) else new
-
-    def do_alias(self, conn, rest):
-        self.aliases[conn.player] = rest.partition("=")[2].strip()
-        conn.tell("Alias set." + self.EOL)
-
-    def allowed(self, conn):
-        if not self.is_wizard(conn.player):
-            conn.tell("Permission denied." + self.EOL)
-        return self.is_wizard(conn.player)
-
-    def do_atboot(self, conn, rest, switch):
-        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
-        if self.allowed(conn):
-            if name is None or not self.online(name):
-                return conn.tell("I don't see that here." + self.EOL)
-            conn.tell("You booted %s off!%s" % (name, self.EOL))
-            count = len(self.online(name))
-            self._boot(name, conn.player, switch in ("quiet", "silent"))
-            conn.tell("" if self.family == "pennmush" else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
-
-    def do_atshutdown(self, conn, rest, switch):
-        if self.allowed(conn):
-            if switch == "reboot" and self.RESTART:
-                self._restart(conn.player)
-            else:
-                self._shutdown(conn.player, self.shutdown_delay)
-
-    def do_atrestart(self, conn, rest, switch):
-        if self.allowed(conn):
-            self._restart(conn.player)
-
-    def do_atdump(self, conn, rest, switch):
-        if self.allowed(conn):
-            self.dump()
-
-
-class TeenyMUSH(Mush):
-    """Perl, one process: LF in the game, CRLF at the login screen, lines that arrive together run last first."""
-    family, HOST, EOL, BACKLOG, FIRST_NUMBER, AGAIN = "teenymush", "localhost", "\n", 1, 4, "re-connected"
-    BANNER = ("Welcome to TeenyMUSH\r\n\r\nType the below command to customize this screen after loging in as God.\r\n\r\n"
-              "    &conf.login #0= Login screen\r\n\r\n")
-    MOTD = ("   -------------------------------[ MOTD ]-------------------------------\n\n"
-            "                           There is no MOTD today                        \n"
-            "                   &conf.motd #0=<message> for your MOTD                 \n\n"
-            "   " + "-" * 70 + "\n")
-    EMPTY_LINES, MAX_LINE, DROPPED = True, 1 << 24, b""
-    WHITE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    ON_CONNECT = tuple(offer(pair) for pair in ((WILL, 3), (DO, NAWS), (DO, TTYPE), (WILL, MSSP)))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)), (DO, 3): b"", (WILL, NAWS): b""}
-    MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01CODEBASE\x02TeenyMUSH 0.91"
-                  "\x01FAMILY\x02Custom\x01PORT\x024096,4201,6250\x01CRAWL\x021")
-    ROOM = ("The Void\nYou see nothing special.\n", "The Void(#1Rn)\nYou see nothing special.\n")
-    FLAGS, THING, CONTENTS, HUH = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n", 'Huh? (Type "HELP" for help.)\n'
-    FUNCTIONS = Mush.FUNCTIONS + ["password"]
-    KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
-    MORE_GAME = {"quit": "atquit", "who": "who"}
-    USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
-    stable = False              # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
-
-    def __init__(self, *args, **quirks):
-        super().__init__(*args, **quirks)
-        self.telnet = self.telnet and not self.stable
-
-    def received(self, conn, data):
-        """CR goes first, even inside telnet. Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
-        data = data.replace(b"\r", b"")
-        super().received(conn, bytes(byte for byte in data if byte < 128) if self.stable else data)
-
-    def decode(self, conn, line):
-        return line.decode("utf-8", "replace")
-
-    def encode(self, conn, text):
-        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player else text)
-
-    def arrived(self, conn, lines):
-        """Login commands run at once; in the game the lines of one read run last first."""
-        batch = []
-        for line in lines:
-            self._heard(conn, line)
-            if conn.player:
-                batch.append(self.decode(conn, line))
-            elif not conn.closing:
-                self.command(conn, self.decode(conn, line))
-        conn.queue.extend(reversed(batch))
-
-    def login_screen(self, conn, line):
-        word, _, rest = line.lstrip(" " if self.stable else re.sub("-.", "".join(map(chr, range(0x2001, 0x200b))), self.WHITE)
-                                    ).partition(" ")
-        low = word.lower()
-        if not low or self.means(low, "who"):
-            self.do_who(conn, rest)
-        elif self.means(low, "quit"):
-            conn.finish("\n")
-        elif len(low) > 1 and self.means(low, "connect"):
-            self.connect_line(conn, rest)
-        elif self.means(low, "create"):                         # "c NAME PASS" is create
-            self.create_line(conn, rest)
-        elif self.means(low, "@remotehostname"):
-            self.remotehostname(conn, rest)
-        elif low in ("screenwidth", "screenheight"):
-            conn.settings[low.upper()] = rest
-        else:
-            conn.tell(self.BANNER)
-
-    def means(self, typed, word):
-        return typed == word if self.stable else word.startswith(typed)
-
-    def connect_line(self, conn, rest):
-        rest = rest.strip(" ")
-        match = re.fullmatch('(?:"([^"]*)"|([^ ]+))[%s]+([^ ]+)|([^ ]+)' % self.WHITE, rest)
-        if not match:
-            return conn.tell(self.USAGE)
-        if match.group(4):
-            return self.failure(conn, None)
-        password = match.group(3)
-        if re.search("[\u0100-\U0010ffff]", password):
-            text = "god crashed the server with: connect %s %s\r\n" % (match.group(1) or match.group(2), password)
-            self._broadcast(text)
-            return conn.tell(text)
-        return self.try_connect(conn, match.group(1) or match.group(2), password)
-
-    def login_name(self, text):
-        return None if text.startswith("*") else self.find(text)
-
-    def failure(self, conn, name):
-        conn.tell(self.FAILED + "\n")
-
-    def create_line(self, conn, rest):
-        words = rest.split(" ")
-        if len(words) != 2:
-            return conn.tell(self.USAGE.replace("cOnnect", "cReate"))
-        if self.find(words[0]):
-            return conn.tell("That name is already in use.\r\n")
-        self.players[words[0]] = words[1]
-        return self.welcome(conn, words[0], True)
-
-    def remotehostname(self, conn, rest):
-        """HOST or HOST=EPOCH, no reply; only the first counts, and only from the address in its source."""
-        if conn.proxied:
-            return self.forged.append((conn.id, rest))
-        if not self.trusted_address:
-            return None
-        conn.proxied = True
-        match = re.fullmatch(r"(.*?)(?:=(\d+))?\s*", rest)
-        conn.address_given = (match.group(1), int(match.group(2)) if match.group(2) else None)
-        conn.host, conn.epoch = conn.address_given
-        return None
-
-    def greet(self, conn, name, created, again):
-        conn.write(self.MOTD.encode())                          # these two with LF in every build
-        conn.write(b"Last connect was from %s on %s\n\n" % (conn.host.encode(), self.date().encode()))  # this very one
-        for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
-            self._player(name, text)
-
-    def announce(self, name, text):
-        self._broadcast(text)
-
-    def game(self, conn, line):
-        if line.strip(" "):
-            self.play(conn, line)
-
-    def do_atquit(self, conn, rest, switch):
-        conn.write(b"\n")
-        conn.finish()
-
-    def do_who(self, conn, rest):
-        wizard = conn.player and self.is_wizard(conn.player)
-        head = "Player Name        On For Idle  " + ("Loc Port Hostname\r\n" if wizard else " @doing\r\n")
-        rows = []
-        for c in self.online():
-            seconds = time.time() - c.epoch if c.epoch else time.monotonic() - c.opened
-            on_for = "%02d:%02d" % divmod(int(seconds) // 60, 60)
-            rows.append("%-19s %s   0s  %s\r\n" % (c.player, on_for, "#1  %-4d %s" % (c.id, c.host) if wizard else ""))
-        conn.tell(head + "".join(rows) + "%d Players logged in.\r\n" % len(rows))
-
-    def do_password(self, conn, rest):
-        match = re.fullmatch(r" *([^ =]+) *= *([^ ]+) *", rest)
-        if not match:
-            return conn.tell("usage: @password <old_password> = <new_password>\n")
-        if match.group(1) != self.players[conn.player]:
-            return conn.tell("Invalid old password.\n")
-        self.players[conn.player] = match.group(2)
-        return conn.tell("Password changed.\n")
-
-    def do_newpassword(self, conn, rest):
-        """No old password wanted, not even by mortals for themselves."""
-        target, _, new = rest.partition("=")
-        name = conn.player if target.strip() == "me" else self.find(target.strip())
-        if name is None or name != conn.player and not self.is_wizard(conn.player):
-            return conn.tell("Permission denied.\n")
-        self.players[name] = new.strip()
-        return conn.tell("The password for %s has been updated.\n" % name)
-
-    TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n", "bad name": "That name is already in use\n"}
-
-    def new_name(self, conn, new):
-        return new
-
-    def _boot(self, name, by, quiet):
-        self._player(by, "You @booted %s%s off!\n" % (name, self.tag(name)))
-        for conn in self.online(name):
-            conn.tell("%s has @booted you.\n" % by)
-            self._others(by, "%s has been @booted.\n" % name)
-            conn.finish()
-
-    def do_atboot(self, conn, rest, switch):
-        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
-        if not name or not self.online(name) or name != conn.player and not self.is_wizard(conn.player):
-            return conn.tell("Unknown connected person specified.\n")
-        return self._boot(name, conn.player, False)
-
-    def _shutdown(self, by, delay):
-        """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are silent), then everybody."""
-        self._boot("heartbeat", by, False)
-        self._asleep = True
-        self._watch_all()
-        self._at(delay, self._shutdown_rest, by)
-
-    def _shutdown_rest(self, by):
-        self._broadcast("TeenyMUSH has been sHutdown by %s%s.\n" % (by, self.tag(by)))
-        for name in list(dict.fromkeys(c.player for c in self.online())):
-            self._boot(name, by, False)
-        self._clean_exit()
-
-    def _sigterm(self):
-        self._die()                                     # silent, nothing saved
-
-
-class CMush(Mush):
-    """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota."""
-    QUOTA = True
-    ERASERS = {8: b" \b", 127: b"\b \b"}
-    DROPPED = bytes(n for n in range(32) if n not in b"\b\n")
-    SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX", "PUEBLOCLIENT")
-    WRAPPED = ("WHO", "DOING", "SESSION", "INFO")       # at the login screen; these also in the game:
-    WRAPPED_GAME = SCREEN
-    LOGIN_ANY_CASE, GAME_ANY_CASE, QUOTED_NAMES, RETRIES, FINAL_MAIL = False, True, True, 3, ""
-    NULL_PASSWORD = ""
-    BYE, ANNOUNCES_DOWN = "Going down - Bye\r\n", False       # TinyMUSH, RhostMUSH: the leaving of each is told the rest
-    WHO_LOGIN = WHO_GAME = "Player Name        On For Idle  Doing\r\n"
-    SESSION = (" " * 36 + "Characters Input----  Characters Output---\r\n"
-               "Player Name        On For Idle Port Pend  Lost     Total  Pend  Lost     Total\r\n")
-    TAKEN = "Either there is already a player with that name, or that name is illegal.\r\n"
-    SHUTDOWN_TEXT, INFO_VERSION, MAX_LOGIN = "GAME: Shutdown by {by}\r\n", "1", 8000
-    TEXTS = {"password": "Password changed.\r\n", "wrong old": "Sorry.\r\n", "empty": "Null passwords are not allowed.\r\n",
-             "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n", "taken": "That name is already in use.\r\n",
-             "bad name": "You can't use that name.\r\n"}
-    MORE_GAME = {"@alias": "alias", "@restart": "atrestart"}
-    ALREADY = "**** {0} failed connect{1} since your last successful connect. ****\r\nMost recent attempt was from {2} on {3}.\r\n"
-
-    # -- the commands that exist at the login screen and in the game --
-
-    def screen_command(self, line, in_game):
-        """(name, argument) of a command of the login screen, or None."""
-        word, rest = first_word(line, " ")
-        if word != line[:len(word)]:
-            return None
-        name = word.upper() if (self.GAME_ANY_CASE if in_game else self.LOGIN_ANY_CASE) else word
-        return (name, rest) if name in self.SCREEN else None
-
-    def login_screen(self, conn, line):
-        found = self.screen_command(line, False)
-        if not found:
-            return self.login(conn, line)
-        with self.wrapped(conn, found[0] in self.WRAPPED):
-            self.screen(conn, *found)
-
-    def game(self, conn, line):
-        found = self.screen_command(line, True)
-        with self.wrapped(conn, not found or found[0] in self.WRAPPED_GAME):
-            if found:
-                self.screen(conn if found[0] in ("QUIT", "LOGOUT") else self.acted_on(conn), *found)
-            else:
-                self.play(conn, line)
-
-    @contextlib.contextmanager
-    def wrapped(self, conn, yes):
-        """The prefix as it was before the command, the suffix as it is behind it; of the typing connection."""
-        conn.tell(conn.prefix + "\r\n" if yes and conn.prefix else "")
-        yield
-        conn.tell(conn.suffix + "\r\n" if yes and conn.suffix else "")
-
-    def acted_on(self, conn):
-        return conn
-
-    def screen(self, conn, name, rest):
-        if name in ("OUTPUTPREFIX", "OUTPUTSUFFIX"):
-            setattr(conn, name[6:].lower(), rest.strip(" "))
-        elif name in ("WHO", "DOING"):
-            conn.tell(self.who(conn))
-        elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
-            getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
-        else:
-            self.setting(conn, name, rest.strip(" "))
-
-    def setting(self, conn, name, rest):
-        conn.settings[name] = rest
-
-    def screen_quit(self, conn, rest):
-        conn.finish((self.QUIT_TEXT + self.last_mail(conn)) if conn.player else "")
-
-    def last_mail(self, conn):
-        return self.FINAL_MAIL if len(self.online(conn.player)) == 1 else ""
-
-    def screen_logout(self, conn, rest):
-        if not conn.player:
-            return self.logout_again(conn)
-        conn.tell(self.LOGOUT_TEXT + self.last_mail(conn))
-        self._leave(conn)
-        conn.prefix, conn.suffix, conn.failures = "", "", 0
-        return conn.tell(self.BANNER)
-
-    def logout_again(self, conn):
-        conn.finish()
-
-    def screen_idle(self, conn, rest):
-        pass
-
-    def screen_info(self, conn, rest):
-        conn.tell("### Begin INFO %s\r\n%sUptime: %s\r\nConnected: %d\r\nSize: %d\r\nVersion: %s\r\n### End INFO\r\n" % (
-            self.INFO_VERSION, self.INFO_NAME, time.ctime(self.start_id), len(self.online()), len(self.players) + 2, self.INFO_TAIL))
-
-    def screen_session(self, conn, rest):
-        rows = ["%-19s 00:00   0s %4d    0     0 %9d     0     0 %9d\r\n" % (c.player, c.id, len(c.raw), 1) for c in self.online()]
-        conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
-
-    def who(self, conn):
-        """Wizards and the login screen see other columns; what a proxy needs is a list and its last line."""
-        rows = []
-        for c in reversed(self.online()):
-            on_for = "00:%02d" % ((time.monotonic() - c.opened) // 60)
-            where = " #0          0   " + c.host if conn.player and self.is_wizard(conn.player) else ""
-            rows.append("%-19s %s   0s %s\r\n" % (c.player, on_for, where))
-        return (self.WHO_GAME if conn.player else self.WHO_LOGIN) + "".join(rows) + self.count(len(rows))
-
-    def count(self, players):
-        return "%d Player%s logged in, %d record, no maximum.\r\n" % (players, "" if players == 1 else "s", max(players, 1))
-
-    # -- login --
-
-    def login(self, conn, line):
-        word, rest = first_word(line)
-        kind = self.login_verb(word) if len(line) <= self.MAX_LOGIN else None
-        if not kind:
-            return self.unknown(conn)
-        name, password = self.credentials(rest)
-        if kind == "create":
-            return self.try_create(conn, name, password)
-        return self.try_connect(conn, name, password, kind == "dark")
-
-    def login_verb(self, word):
-        """TinyMUSH and TinyMUX: case sensitive, and only the first two letters count."""
-        return {"co": "connect", "cd": "dark", "cr": "create"}.get(word[:2])
-
-    def unknown(self, conn):
-        conn.tell(self.BANNER)
-
-    def credentials(self, text):
-        if self.QUOTED_NAMES and text.startswith('"'):
-            name, _, rest = text[1:].partition('"')
-            name = " ".join(name.split())
-        else:
-            name, rest = first_word(text)
-        return name, first_word(rest)[0]
-
-    def failure(self, conn, name):
-        conn.failures += 1
-        conn.tell(self.FAILED + "\r\n")
-        if conn.failures >= self.RETRIES:
-            conn.finish()
-
-    def try_create(self, conn, name, password):
-        if self.logins_disabled and self.refused(conn):
-            return
-        if not password:
-            conn.tell(self.NULL_PASSWORD or self.TAKEN)
-        elif self.find(name) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_' -]*", name):
-            conn.tell(self.TAKEN)
-        elif not self.refused(conn):
-            self.players[name] = password
-            self.number(name)
-            self.welcome(conn, name, True)
-
-    def failed_text(self, name):
-        """N failed connects: shown at the next success."""
-        if name not in self.failed:
-            return ""
-        count, host, date = self.failed[name]
-        return self.ALREADY.format(count, "" if count == 1 else "s", host, date)
-
-    def last_text(self, name):
-        """Not at a player's first login, so it is no sign of success."""
-        return "Last connect was from %s on %s.\r\n" % self.last_seen[name] if name in self.last_seen else ""
-
-    def greet(self, conn, name, created, again):
-        conn.tell(self.NEWUSER if created else self.motd(name, again))
-        self._player(name, self.login_text(conn, name))     # the character's other connections see it too
-        self._player(name, self.look_text(name))
-
-    # -- leaving and dying --
-
-    def _boot(self, name, by, quiet):
-        for conn in self.online(name):
-            conn.tell("" if quiet else self.BOOTED.format(by=by))
-            conn.finish(self.QUIT_TEXT + self.last_mail(conn))
-
-    def _shutdown(self, by, delay):
-        """The same farewell as a QUIT gives: text does not tell them apart."""
-        self._broadcast(self.SHUTDOWN_TEXT.format(by=by))
-        for conn in list(self.connections):
-            conn.tell(self.BYE + (self.DOWN_TEXT + self.last_mail(conn) if conn.player else ""))
-            conn.player = conn.player if self.ANNOUNCES_DOWN else None
-            conn.finish()
-        self._clean_exit()
-
-    def _sigterm(self):
-        self._broadcast(self.TERM_TEXT)
-        for conn in list(self.connections):
-            conn.finish(self.term_bye(conn))
-        self._clean_exit()
-
-    def term_bye(self, conn):
-        return ""
-
-
-class PennMUSH(CMush):
-    """Silent for a second, negotiates after the first IAC, takes a user's address on its unix socket."""
-    family, BACKLOG, FIRST_NUMBER = "pennmush", 5, 4
-    BANNER = (
-        "<This is where you announce that they've connected to your MUSH>\r\n"
-        "<It's a good idea to include the version/patchlevel of MUSH you're running>\r\n"
-        "<It's a good idea to include an email address for questions about the MUSH>\r\n" + "-" * 77 + "\r\n"
-        "Use create <name> <password> to create a character.\r\n"
-        "Use connect <name> <password> to connect to your existing character.\r\n"
-        "Use 'ch <name> <pass>' to connect hidden, and cd to connect DARK (admin)\r\nUse QUIT to logout.\r\n"
-        "Use the WHO command to find out who is online currently.\r\n" + "-" * 77 + "\r\n"
-        "Yell at your local god to personalize this file!\r\n\r\n")
-    MOTD = "Welcome to PennMUSH!\r\n" + "-" * 74 + "\r\nYell at your god to personalize this file\r\n\r\n"
-    WIZMOTD = "Wizards, tell your friendly neighborhood god to personalize this file!\r\n\r\n"
-    NEWUSER = "-" * 73 + "\r\nCongratulations on your newly created character. PennMUSH welcomes you.\r\n"
-    DOWN = ("*" * 75 + "\r\nThere has been an emergency which necessitated the disabling of non-wizard\r\n"
-            "logins.  Please be patient, and you will be re-allowed to login as soon\r\n"
-            "as the emergency has been controlled.  Thank you.\r\n" + "*" * 75 + "\r\n\r\n")
-    FULL = "The maximum number of players this game can support are currently\r\nlogged in. Please try back in a few minutes.\r\n"
-    LOCKED = "This IP address has failed too many times. Please try again in 10 minutes.\r\n"
-    QUIT_TEXT = LOGOUT_TEXT = ("Thank you for visiting.\r\n\r\nPlease return soon.\r\n\r\n"
-                               "*********** D I S C O N N E C T E D ***********\r\n\r\n")
-    DOWN_TEXT, BOOTED = "", "You are politely shown to the door.\r\n"
-    TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
-    ENDS, DROPPED, ERASERS, MAX_LINE = b"\r\n", b"", {8: b""}, 4095
-    OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE, (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"),
-               (DO, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
-               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;UTF-8;US-ASCII;ASCII;x-penn-def"), (WILL, CHARSET): b"",
-               (DO, MSSP): "mssp", (WILL, MSSP): "mssp", (DO, NAWS): b"", (WILL, NAWS): b"", (DO, GMCP): b"", (WILL, GMCP): b""}
-    MSSP_PAIRS = ("\x01NAME\x02PennMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01PORT\x02{port}\x01PUEBLO\x020"
-                  "\x01CODEBASE\x02PennMUSH 1.8.8p0\x01FAMILY\x02TinyMUD\x01ANSI\x021\x01XTERM 256 COLORS\x021")
-    RESTART = (0.16, "GAME: Reboot w/o disconnect by {by}, please wait.\r\nGAME: Saving database. Game may freeze for a few "
-               "moments.\r\nGAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
-    ROOM = ("\x1b[1mRoom Zero\x1b[0m(#0RL)\r\nYou are in Room Zero.\r\n",) * 2
-    FLAGS, THING, CONTENTS = ("PenAc", "PWenAc"), "\x1b[1m%s\x1b[0m%s\r\n", "Contents:\r\n"
-    EXACT = ("QUIT", "LOGOUT", "INFO", "MSSP-REQUEST")
-    SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET", "SCREENWIDTH",
-                      "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
-    WRAPPED_GAME = CMush.WRAPPED
-    WHO_LOGIN = "Player Name          On For   Idle  Doing\r\n"
-    WHO_GAME = "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
-    SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
-    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: PennMUSH\r\nAddress: \r\n", "PennMUSH 1.8.8p0"
-    FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
-    NO_PLAYER, GOT_ARGUMENTS, VERSION = "#-1 NO SUCH PLAYER", "BUT GOT %d", "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
-    TEXTS = {"password": "You have changed your password.\r\n", "wrong old": "The old password that you entered was incorrect.\r\n",
-             "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n", "name": "Name set.\r\n",
-             "taken": "You can't give a player that name or alias.\r\n",
-             "bad name": "You can't give a player that name or alias.\r\n"}
-    MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
-    TAKEN = "There is already a player with that name.\r\n"
-    SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
-                       "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
-
-    # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
-
-    def connected(self, conn):
-        self._at(self.silent_start, self._ask_telnet, conn)
-        self._at(2 * self.silent_start, self._greeting, conn)
-
-    def _ask_telnet(self, conn):
-        if self.telnet and not conn.telnet_ok and not conn.gone:
-            conn.telnet_ok = True
-            conn.write(offer((DO, LINEMODE)))
-
-    def _greeting(self, conn):
-        if not conn.greeted:
-            self._ask_telnet(conn)
-            conn.greeted = True
-            conn.tell("" if self.silent_banner else self.BANNER)
-
-    def received(self, conn, data):
-        first = conn.local and not conn.proxied
-        if first:
-            conn.proxied = conn.spoken = True
-            data = self._address_line(conn, data)
-        if not data:
-            return
-        if not conn.spoken and data[0] == IAC and self.telnet:
-            conn.telnet_ok = True               # telnet as the very first bytes; after a line only once it was asked for
-        conn.spoken = True
-        lines = []
-        self._read_packet(conn, data, lines)
-        self.arrived(conn, lines)
-
-    def _read_packet(self, conn, data, lines):
-        """Nothing of a telnet sequence is remembered over the end of a packet."""
-        at = 0
-        while at < len(data):
-            if data[at] != IAC or not self.telnet:
-                self.byte(conn, data[at], lines)
-                at += 1
-            elif not conn.telnet_ok:
-                self.stray(conn, data[at + 1:at + 2])
-                at += 2
-            else:
-                at = self._sequence(conn, data, at + 1)
-
-    def stray(self, conn, byte):
-        """It is stored, and not acted on: no line end, no eraser."""
-        self.store(conn, b"?" if byte in (b"", b"\b", b"\r", b"\n", b"\xff") else byte)
-
-    def _sequence(self, conn, data, at):
-        """Handle what is behind an IAC; returns where to go on."""
-        verb = data[at:at + 1]
-        if verb in (b"\xf1", b"\xf6"):
-            self.telnet_command(conn, verb[0])
-        elif verb and verb[0] in VERBS:
-            if len(data) > at + 1:
-                self.negotiate(conn, verb[0], data[at + 1])
-            return at + 2
-        elif verb == bytes((SB,)):
-            return self._sub(conn, data, at + 1)
-        else:
-            self.stray(conn, verb)
-        return at + 1
-
-    def _sub(self, conn, data, at):
-        body = re.compile(rb"((?:[^\xff]|\xff\xff)*)(\xff\xf0|\xff?)", re.S).match(data, at)
-        if body.group(2) == b"\xff\xf0":
-            self.subnegotiation(conn, body.group(1).replace(b"\xff\xff", b"\xff"))
-        elif body.group(2) and body.end() < len(data):
-            self.stray(conn, data[body.end():body.end() + 1])
-            return body.end() + 1
-        return body.end()
-
-    def end_line(self, conn, lines):
-        line = b"".join(conn.partial).partition(b"\0")[0]
-        conn.partial.clear()
-        if line:
-            lines.append(line)
-
-    def _address_line(self, conn, data):
-        """IP^HOST\\r\\n at once and in one piece; returns what is left as input."""
-        conn.host = conn.ip = "(Unknown)"
-        if time.monotonic() - conn.opened > self.address_window:
-            return data
-        if len(data) <= 4:
-            conn.finish()
-            return b""
-        data = data.partition(b"\0")[0]         # a NUL (NAWS holds one) cuts off all that follows
-        line, _, rest = data.partition(b"\r\n")
-        ip, caret, host = line.partition(b"^")
-        if caret and not host:
-            conn.finish()
-        elif caret:
-            conn.ip, conn.host = ip.decode("latin-1"), host[:99].decode("latin-1")
-            conn.address_given = (conn.ip, conn.host)
-        return rest
-
-    def negotiate(self, conn, verb, option):
-        self._offer(conn)
-        if (verb, option) == (DO, CHARSET) and conn.utf8:
-            raise Deadly("DO CHARSET behind CHARSET ACCEPTED UTF-8")        # after 68 kB of its own memory
-        super().negotiate(conn, verb, option)
-
-    def repeat_offers(self):
-        """It offers again on its connections' telnet (worlds/pennmush.md h)."""
-        self._do(lambda: [conn.write(self.OFFERS) for conn in self.connections if conn.offered])
-
-    def telnet_command(self, conn, command):
-        self._offer(conn)
-        if command == AYT:
-            conn.write(b"\r\n*** AYT received, I'm here ***\r\n")
-
-    def _offer(self, conn):
-        if not conn.offered:
-            conn.offered = True
-            conn.write(self.OFFERS)
-
-    def decode(self, conn, line):
-        """What is not printable in the locale is ?, one a byte; after CHARSET UTF-8 a character is spelled in ASCII."""
-        if not conn.utf8:
-            return re.sub("[^ -~]", "?", line.decode("latin-1"))
-        return "".join(self.SPELLED.get(c) or (c if " " <= c <= "~" else "?") for c in line.decode("utf-8", "replace"))
-
-    # some of its table
-    SPELLED = {"\u0130": "I", "\u0391": "A", "\u041e": "O", "\u010d": "c", "\u0416": "Zh", "\u0429": "Shch", "\ufb00": "ff",
-               "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2026": "...", "\u2014": "--"}
-
-    # -- commands --
-
-    def command(self, conn, line):
-        if not line.startswith("IDLE"):
-            self._greeting(conn)                # any other line cuts the silent start
-        super().command(conn, line)
-
-    def screen_command(self, line, in_game):
-        for name in self.SCREEN:
-            if line == name or name not in self.EXACT and line.startswith(name):
-                return name, line[len(name):]
-        return None
-
-    def screen_idle(self, conn, rest):
-        conn.tell(re.sub("^ ", "", rest) + "\r\n" if rest else "")
-
-    def screen_quit(self, conn, rest):
-        goodbye = sub(GMCP, b"Core.Goodbye") if "DO" in conn.options.get(GMCP, ()) else b""
-        conn.tell(self.QUIT_TEXT if conn.player else "")
-        conn.write(goodbye)
-        conn.finish()
-
-    def logout_again(self, conn):
-        conn.tell(self.BANNER)
-
-    def screen_session(self, conn, rest):
-        if not conn.player:
-            return conn.tell(self.who(conn))
-        rows = ["%-19s  #0        0s    0s     1 %3d     100     100       0\r\n" % (c.player, c.id) for c in self.online()]
-        return conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
-
-    def screen_mssp_request(self, conn, rest):
-        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
-        conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
-
-    def setting(self, conn, name, rest):
-        """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
-        if name != "SOCKSET":
-            return super().setting(conn, name, rest)
-        option, equals, value = rest.upper().partition("=")
-        if not equals:
-            return conn.tell("\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
-        if option == "NOQUOTA" and not (conn.player and self.is_wizard(conn.player)):
-            return None
-        conn.settings[option] = value
-        return conn.tell(self.SOCKSET_ANSWERS.get(option, ""))
-
-    def count(self, players):
-        return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
-            players, "There are %d players connected.\r\n" % players)
-
-    def login(self, conn, line):
-        if not line.strip(" "):
-            return                              # a line of blanks is silent here and wrapped in the game
-        failures = [t for t in self.ip_failures.get(conn.ip, ()) if time.monotonic() - t < 600]
-        if len(failures) >= 10:                 # whatever it says and whoever it is
-            return conn.tell(self.LOCKED)
-        return super().login(conn, line)
-
-    def login_verb(self, word):
-        forms = (("connect", "connect"), ("cd", "dark"), ("ch", "dark"), ("cv", "connect"), ("create", "create"))
-        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
-
-    def try_connect(self, conn, name_text, password, dark=False):
-        if not name_text:
-            return conn.tell(self.FAILED + "\r\n")
-        return super().try_connect(conn, name_text, password, dark)
-
-    def failure(self, conn, name):
-        self.ip_failures.setdefault(conn.ip, []).append(time.monotonic())
-        conn.tell("That is not the correct password.\r\n" if name else "There is no player with that name.\r\n")
-
-    def refused(self, conn):
-        text = self.DOWN if self.logins_disabled else self.FULL if self.full() else ""
-        if text:
-            conn.finish(text)
-        return bool(text)
-
-    def motd(self, name, again):
-        """A wizard gets in while logins are disabled, and sees what the others are told."""
-        full = self.max_players is not None and len(self.online()) > self.max_players
-        warning = self.DOWN if self.logins_disabled else self.FULL if full else ""
-        return warning + ("" if again else self.MOTD + (self.WIZMOTD if self.is_wizard(name) else ""))
-
-    def login_text(self, conn, name):
-        host, date = self.last_seen.get(name, ("None", time.ctime(self.start_id)))
-        failed = "Last FAILED connect was from %s on %s.\r\n" % self.failed[name][1:] if name in self.failed else ""
-        return " \r\nLast connect was from %s on %s.\r\n%s\r\n\r\nMAIL: You have no mail.\r\n\r\n" % (host, date, failed)
-
-    def _leave(self, conn):
-        if conn.player and len(self.online(conn.player)) > 1:
-            for other in self.online(conn.player):
-                other.tell("" if other is conn else "MAIL: Mailbox purged.\r\n")
-        super()._leave(conn)
-
-    def term_bye(self, conn):
-        return self.BYE
-
-    # -- in the game --
-
-    def play(self, conn, line):
-        if line.startswith("]"):
-            word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
-        return super().play(conn, line) if line.strip(" ") else None
-
-    def verb(self, word):
-        """Unique prefixes work."""
-        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and w.startswith(word.lower())]
-        return super().verb(full[0] if len(full) == 1 else word)
-
-    def new_name(self, conn, new):
-        new, _, alias = new.strip('"').partition(";")
-        if alias:
-            self.do_alias(conn, "me=" + alias)
-        return super().new_name(conn, new)
-
-    def do_atboot(self, conn, rest, switch):
-        if rest.strip() == "me":
-            return conn.tell("None of your connections are idle. If you want to quit, use QUIT.\r\n")
-        return super().do_atboot(conn, rest, switch)
-
-
-class TinyMUSH(CMush):
-    """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9 loses nothing."""
-    family, HOST, BACKLOG, FIRST_NUMBER, KEEPS_PLAYERS, ANNOUNCES_DOWN = "tinymush", "localhost", 5, 3, True, True
-    BANNER = (
-        "This world is Pueblo 1.0 enhanced\r\n\r\nWelcome to TinyMUSH\r\n" + "-" * 78 + "\r\n"
-        '  "connect <name> <password>"   connects you to an existing character.\r\n'
-        '  "create <name> <password>"    creates a new character.\r\n'
-        '  "WHO"    tells you who is logged in to the game (case sensitive).\r\n'
-        '  "QUIT"   exits the game and saves your character.\r\n'
-        '  "news"   informs you about recent program changes and items of interest.\r\n'
-        '  "help"   gives help on the commands, "help commands" for a list.\r\n' + "-" * 78 + "\r\n")
-    MOTD = "There is no Message of The Day today.\r\n\r\n### end of messages ###\r\n"
-    NEWUSER = "Welcome to the world of TinyMUSH.  Explore places.  Meet people.  Have fun!\r\n"
-    QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
-    LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
-    TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
-    ENDS, ERASERS, MAX_LINE = b"\r\n", {127: b"\b \b"}, 16375
-    DROPPED = bytes(n for n in range(256) if n < 32 and n not in (7, 9, 10, 13, 27) or n > 127)
-    ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)), (WILL, 1): offer((DO, 1))}
-    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
-    ROOM = ("Limbo\r\nYou see nothing special.\r\n", "Limbo(#0R)\r\nYou see nothing special.\r\n")
-    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
-    SCREEN = CMush.SCREEN + ("IDLE",)
-    WRAPPED_GAME = CMush.SCREEN
-    WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
-    INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
-    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
-    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
-
-    def received(self, conn, data):
-        """Nothing is put together over reads."""
-        conn.telnet_state = "text"
-        super().received(conn, data)
-
-    def _telnet_iac(self, conn, byte, text):
-        """Sub-negotiations are not known: what is inside is text."""
-        if byte == SB:
-            conn.telnet_state = "text"
-        else:
-            super()._telnet_iac(conn, byte, text)
-
-    def decode(self, conn, line):
-        return line.decode("ascii")
-
-    def encode(self, conn, text):
-        return text.encode("ascii", "ignore")
-
-    def screen_command(self, line, in_game):
-        if line == "IDLE":
-            return "IDLE", ""
-        found = super().screen_command(line, in_game)
-        return found if found and found[0] != "IDLE" else None
-
-    def acted_on(self, conn):
-        """In the game these act on the character's most recently used connection: whole seconds, newest login wins."""
-        return max(self.online(conn.player), key=lambda c: (c.used, c.login_number))
-
-    def refused(self, conn):
-        """A refusal crashes it: it restarts in place, settings as in its conf file; the refused user sees nothing."""
-        if not self.logins_disabled and not self.full():
-            return False
-        self.segv()
-        return True
-
-    def segv(self):
-        self._do(self._segv)
-
-    def _segv(self):
-        self._broadcast("GAME: Fatal signal SIGSEGV caught, restarting with previous database.\r\n")
-        self.logins_disabled, self.max_players = False, None
-        self._asleep = True
-        self._watch_all()
-        self._at(0.03, self._restarted, self.RESTART[2], False, b"")
-
-    def motd(self, name, again):
-        return self.MOTD + ("Welcome, wizard.\r\n\r\n" if self.is_wizard(name) else "")
-
-    def login_text(self, conn, name):
-        return "MAIL: You have no mail.\r\n" + self.failed_text(name) + self.last_text(name)
-
-
-class TinyMUX(CMush):
-    """TinyMUX 2.12: offers telnet at once, characters depend on CHARSET."""
-    family, BACKLOG, FIRST_NUMBER, GHOSTS = "tinymux", 4096, 12, True
-    BANNER = (
-        "Welcome to TinyMUX\r\n" + "-" * 78 + "\r\n"
-        '  "connect <name> <password>" connects you to an existing character.\r\n'
-        '  "connect guest" connects you to a guest account if one is prepared.\r\n'
-        '  "create <name> <password>" creates a new character.\r\n\r\n'
-        '  "WHO" tells you who is logged in to the game (case sensitive).\r\n'
-        '  "QUIT" exits the game and saves your character.\r\n\r\n'
-        '  Once logged on, "help" gives help on specific commands, functions, and\r\n'
-        "  special topics.  Other 'help' commands include \"+help\" and \"news\".\r\n" + "-" * 78 + "\r\n")
-    NEWUSER = "Welcome to the world of TinyMUX.  Explore places.  Meet people.  Have fun!\r\n" + "-" * 78 + "\r\n"
-    QUIT_TEXT = DOWN_TEXT = "*** TinyMUX Disconnected ***\r\n"
-    LOGOUT_TEXT, FINAL_MAIL, BOOTED = "", "MAIL: Mailbox purged.\r\n", "{by} gently shows you the door.\r\n"
-    TERM_TEXT = "GAME: Caught signal SIGTERM, exiting.\r\n"
-    ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39), (WILL, CHARSET), (DO, CHARSET)),)
-    BINARY = offer((WILL, 0), (DO, 0))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, 39): b"\xff\xfa\x27\x01\x00\x03\xff\xf0", (WILL, NAWS): b"", (WILL, 3): b"",
-               (DO, 25): b"", (WILL, 25): b"", (DO, 0): offer((WILL, 0)), (WILL, 0): offer((DO, 0)), (WILL, CHARSET): b"",
-               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;ISO-8859-1;ISO-8859-2;US-ASCII;CP437")}
-    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
-    ROOM = ("Limbo\r\n", "Limbo(#0R)\r\n")
-    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
-    WHO_GAME = TinyMUSH.WHO_GAME
-    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
-    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
-    VERSION, MAX_LOGIN, MAX_LINE = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400, 7990
-    MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
-    NULL_PASSWORD = "Null passwords are not allowed.\r\n"
-
-    def date(self, when=None):
-        """With a fraction: Sat Nov 21 23:16:57.301512 2026"""
-        day, year = time.ctime(when).rsplit(" ", 1)
-        return "%s.%06d %s" % (day, time.time() % 1 * 1000000, year)
-
-    def received(self, conn, data):
-        """A character set counts at once, in the middle of a line too."""
-        lines = []
-        for part in re.findall(rb"[^\xf0\xff]+|\xf0|\xff", data):
-            self.read(conn, self._strip_telnet(conn, part) if self.telnet else part, lines)
-        self.arrived(conn, lines)
-
-    def byte(self, conn, byte, lines):
-        if conn.utf8 and byte not in b"\r\n":
-            return self._byte_of_utf8(conn, byte, lines)
-        if byte >= 128 and byte in self.LOST.get(conn.charset, b""):
-            return None
-        if byte == 10:
-            conn.begun = b""
-        return super().byte(conn, byte, lines)
-
-    LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)), "CP437": b"\xff",
-            "ISO-8859-2": bytes(range(128, 160))}
-    LOST["ISO-8859-1"] = LOST[None]
-    LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3), 0xf0: 4, 0xf3: 4}
-    del LENGTHS[0xcc]                                   # only combining marks begin so
-
-    def _byte_of_utf8(self, conn, byte, lines):
-        begun, conn.begun = conn.begun, b""
-        if byte in self.ERASERS:
-            super().byte(conn, byte, lines)
-        elif begun and 0x80 <= byte < 0xc0:
-            conn.begun = begun + bytes((byte,))
-            if len(conn.begun) == self.LENGTHS[begun[0]]:
-                whole, conn.begun = conn.begun, b""
-                if self._printable(whole):
-                    self.store(conn, whole)
-        elif begun:
-            pass                                        # the byte goes with what it broke
-        elif byte in self.LENGTHS:
-            conn.begun = bytes((byte,))
-        elif byte < 128:
-            super().byte(conn, byte, lines)
-
-    @staticmethod
-    def _printable(whole):
-        with contextlib.suppress(UnicodeDecodeError):
-            return unicodedata.category(whole.decode("utf-8")) not in ("Cc", "Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc")
-        return False
-
-    def doubled(self, conn, text):
-        text.append(IAC)
-
-    def other_command(self, conn, byte, text):
-        if byte == 247:
-            text.append(8)                              # IAC EC
-        super().other_command(conn, byte, text)
-
-    def broken_sub(self, conn, byte, text):
-        conn.telnet_state = "sub_lost"
-
-    def _telnet_sub_lost(self, conn, byte, text):
-        """All is ignored up to the next IAC, which is data."""
-        if byte == IAC:
-            conn.telnet_state = "sub"
-            conn.telnet_sub.append(byte)
-
-    CODECS = {"UTF-8": "utf-8", "CP437": "cp437", "ISO-8859-2": "iso8859-2", "US-ASCII": "ascii"}
-
-    def decode(self, conn, line):
-        return line.decode(self.CODECS.get(conn.charset, "cp1252"), "replace")
-
-    def encode(self, conn, text):
-        return text.encode("utf-8" if conn.utf8 else "latin-1", "replace")
-
-    def subnegotiation(self, conn, body):
-        before = conn.charset
-        super().subnegotiation(conn, body)
-        if body[:2] == bytes((CHARSET, 3)):
-            conn.charset = "US-ASCII"
-        if conn.charset != before and conn.charset not in self.LOST and conn.charset != "UTF-8":
-            conn.charset = before
-        conn.utf8 = conn.charset == "UTF-8"
-        old, new = (self.CODECS.get(name, "cp1252") for name in (before, conn.charset))
-        if old != new:                          # what stands in the line already are characters, not bytes
-            conn.begun = b""
-            lost = self.LOST.get(conn.charset, b"")                 # ? stands for what has no byte now
-            conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
-                c.decode(old).encode(new, "replace") for c in conn.partial)]
-        conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
-
-    def telnet_command(self, conn, command):
-        conn.write(b"\r\n[Yes]\r\n" if command == AYT else b"")
-
-    def login_name(self, text):
-        return None if text.startswith("#") else self.find(text)
-
-    def game(self, conn, line):
-        super().game(conn, line.lstrip(" "))
-
-    def new_name(self, conn, new):
-        return super().new_name(conn, Softcode(self, conn).run(new))
-
-    def try_connect(self, conn, name_text, password, dark=False):
-        if name_text.lower() == "guest" and not self.guests:
-            return conn.tell("Guest logins are disabled.\r\n")
-        if self.logins_disabled and self.is_wizard(self.login_name(name_text)):
-            conn.tell("*** Logins are disabled.\r\n")
-        return super().try_connect(conn, name_text, password, dark)
-
-    def refused(self, conn):
-        if self.logins_disabled:
-            text = "Sorry, logins are temporarily disabled.  Try again in a half hour or so.\r\n"
-        elif self.full():
-            text = "Sorry, there are too many players connected right now.  Please try again\r\nin a few minutes.\r\n"
-        else:
-            return False
-        conn.finish("-" * 78 + "\r\n" + text)
-        return True
-
-    def motd(self, name, again):
-        return ""
-
-    def login_text(self, conn, name):
-        return self.failed_text(name) + self.last_text(name) + "\r\nMAIL: You have no mail.\r\n\r\n"
-
-
-class RhostMUSH(CMush):
-    """Negotiates after the client's first bytes; PROXY lines give the user's address, a second one is fatal for all."""
-    family, HOST, BACKLOG, FIRST_NUMBER, GHOSTS, ANNOUNCES_DOWN = "rhostmush", "localhost", 5, 2, True, True
-    TOP, BOTTOM = " " + "/~\\=" * 18 + "/~\\ \r\n", " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
-    BANNER = (
-        " " * 27 + "Welcome to RhostMUSH\r\n\r\n" + TOP +
-        "((  To create new character     ----------=>   create <player> <password>  ))\r\n"
-        " )) To continue old character   ----------=>   connect <player> <password>(( \r\n"
-        "((  To connect a guest          ----------=>   connect guest guest         ))\r\n"
-        " )) To see who is on            ----------=>   WHO                        (( \r\n"
-        "((  To quit your character      ----------=>   QUIT                        ))\r\n"
-        " )) To get help once connected  ----------=>   help (i.e. : help commands)(( \r\n"
-        "((" + " " * 73 + "))\r\n"
-        " )) Note: use double quotes around name for names with spaces.            (( \r\n"
-        '((  Example: cr "player with spaces" password                              ))\r\n' + BOTTOM)
-    MOTD = ("/" * 78 + "\r\n" + "NOTICE " * 11 + "\r\n\r\n\t\t\t\t   No News.\r\n  \r\n" + " ".join(["NOTICE"] * 11) + "\r\n"
-            + "/" * 78 + "\r\n")
-    NEWUSER = TOP + "((  Welcome to the world of RhostMUSH.  Explore places.  Meet people.      ))\r\n" + BOTTOM
-    QUIT_TEXT = DOWN_TEXT = (TOP + "((" + " " * 73 + "))\r\n ))" + " " * 19 + "*** RhostMUSH Disconnected. ***" + " " * 21 +
-                             "((\r\n((" + " " * 73 + "))\r\n" + BOTTOM)
-    LOGOUT_TEXT, BOOTED, SHUTDOWN_TEXT = "", "{by} gently shows you the door.\r\n", "Game: Shutdown by {by}\r\n"
-    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\nGame: This might be caused by the hosting server "
-                 "going down.\r\nGame: Emergency dump complete, exiting...\r\n")
-    OFFERS = (offer((DO, NAWS)), offer((DO, TTYPE)), sub(CHARSET, b"\x01 UTF-8"))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, NAWS): b"", (WILL, CHARSET): offer((DO, CHARSET))}
-    RESTART = (0.04, "Game: Restart by {by}.\r\nGame: Your connection will pause, but will remain connected. Please wait...\r\n",
-               "Game: New server image successfully loaded.\r\n", True, b"".join(OFFERS))
-    ROOM = ("Limbo\x1b[0m\x1b[0m\r\n", "Limbo\x1b[0m(#0R)\x1b[0m\r\n")
-    FLAGS, THING, CONTENTS = ("P><^c", "PU><^c"), "%s\x1b[0m%s\x1b[0m\r\n", "\x1b[1mContents:\x1b[0m\x1b[0m\r\n"
-    WRAPPED_GAME = ("QUIT", "LOGOUT", "PUEBLOCLIENT") + CMush.WRAPPED
-    LOGIN_ANY_CASE, QUOTED_NAMES, KEEPS_BRACES, EMPTY_PERCENTS = True, False, False, "$<c"
-    WHO_LOGIN = "Player Name          On For Idle  Guild       Doing\r\n"
-    WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
-    MAX_LINE = 16375
-    INFO_NAME, INFO_TAIL, VERSION = "Name: TestRhost\r\n", "RhostMUSH 5.8.4", "RhostMUSH 5.8.4 [2026-07-23] #"
-    FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
-    NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
-    ALREADY = " \r\n" + CMush.ALREADY + " \r\n"
-    MORE_GAME = {"@alias": "alias", "@reboot": "atrestart", "idle": "nothing", "@pass": "password"}
-    NULL_PASSWORD = "Invalid password specified.\r\n" + CMush.TAKEN
-    TEXTS = dict(CMush.TEXTS, empty="Bad new password.\r\n", blank="Bad new password.\r\n")
-
-    def received(self, conn, data):
-        """Its telnet comes with the client's first bytes, in front of the first reply, in several writes."""
-        if not conn.offered and self.telnet:
-            conn.offered = True
-            for part in self.OFFERS:
-                conn.write(part)
-        super().received(conn, data)
-
-    def read(self, conn, text, lines):
-        at = 0
-        while at < len(text):
-            at = self._character(conn, text, at, lines)
-
-    def _character(self, conn, text, at, lines):
-        """Read one character; returns where the next one is."""
-        first = text[at]
-        if first == IAC:
-            after = text[at + 1:at + 2]
-            self.store(conn, *(b"%", b"<", b"2", b"5", b"5", b">") if after in (b"", b"\xff") else ())
-            return at + 2
-        length = 2 if 0xc0 <= first < 0xe0 else 3 if 0xe0 <= first < 0xf0 else 4 if 0xf0 <= first < 0xf8 else 0
-        rest = text[at + 1:at + length] if length else b""
-        if length and len(rest) == length - 1 and all(0x80 <= byte < 0xc0 for byte in rest):
-            value = first & (0xff >> (length + 1))
-            for byte in rest:
-                value = value * 64 + byte % 64
-            known = {32: " ", 0x201c: '"', 0x201d: '"', 0x201f: '"', 0xff1a: ":"}
-            self.store(conn, *[c.encode() for c in known.get(value) or "%%<u%04x>" % value])
-            return at + length
-        if first > 0xa0:
-            self.store(conn, *[c.encode() for c in "%%<%d>" % first])
-        elif first < 128:
-            self.byte(conn, first, lines)
-        return at + 1
-
-    def decode(self, conn, line):
-        """Its own spelling of characters is kept; the players of the tests have names and passwords in UTF-8."""
-        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16)) if m.group(1) > "00a0" else m.group(),
-                      line.decode("ascii"))
-
-    def encode(self, conn, text):
-        """Made ASCII on output: é becomes e, what has no base letter ?"""
-        plain = unicodedata.normalize("NFKD", text)
-        return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace")
-
-    def login(self, conn, line):
-        word, rest = first_word(line, " ")
-        if len(line) > 2000:
-            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
-        if line[:1] == " ":                     # whatever the word
-            return self.try_connect(conn, *self.credentials(rest)) if word else self.unknown(conn)
-        secret = self.sconnect_cmd and word == self.sconnect_cmd
-        if word == "PROXY" and self.proxy_enabled or secret:
-            return self.proxy(conn, line, rest.split() if secret else rest.split()[1:])
-        return super().login(conn, line)
-
-    def proxy(self, conn, line, words):
-        if not self.proxy_enabled:
-            return conn.finish("SSL attempt to negotiate without SSL enabled.\r\n")
-        if conn.proxied:
-            self.forged.append((conn.id, line))
-            self.proxy_enabled = False          # for everybody, until an admin sets sconnect_reip again
-            return conn.finish("SSL attempt to negotiate twice.\r\n")
-        if not words:
-            return None                         # PROXY UNKNOWN
-        if not self.trusted_address:
-            return conn.finish("SSL Connections are not allowed from your site.\r\n")
-        conn.proxied = True
-        conn.address_given = conn.host = conn.ip = words[0]
-        return self._show_banner(conn)
-
-    def _show_banner(self, conn):
-        """ssl_welcome 1: the banner waits for the PROXY line."""
-        if not conn.greeted:
-            conn.greeted = True
-            conn.tell(self.BANNER)
-
-    def login_verb(self, word):
-        forms = (("connect", "connect"), ("cdark", "dark"), ("chide", "dark"), ("create", "create"))
-        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
-
-    def try_connect(self, conn, name_text, password, dark=False):
-        if len(password) >= 200:
-            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
-        if name_text.lower() == "guest" and not password:
-            conn.tell("Use 'connect guest guest' to connect to a guest character.\r\n")
-            return self.failure(conn, None)
-        return super().try_connect(conn, name_text, password, dark)
-
-    def refused(self, conn):
-        refused = self.logins_disabled or self.full()
-        if refused:
-            conn.finish("Sorry, logins are temporarily disabled.\r\n" if self.logins_disabled else "Sorry, the game is full.\r\n")
-        return refused
-
-    def motd(self, name, again):
-        return self.MOTD + ("No current wizard motd news.\r\n" if self.is_wizard(name) else "")
-
-    def login_text(self, conn, name):
-        return self.failed_text(name) + self.last_text(name)
-
-    def screen_session(self, conn, rest):
-        if conn.player:                         # prints nothing at the login screen
-            super().screen_session(conn, rest)
-
-    def count(self, players):
-        return "%d Player%s logged in. (Bummer.)\r\n" % (players, "" if players == 1 else "s")
-
-    def play(self, conn, line):
-        if line.startswith("]"):
-            word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
-        if line.strip(" ").lower().startswith("idle "):
-            return conn.tell("A great book falls into your lap.  Its titled 'help'.\r\n")
-        return super().play(conn, line)
-
-    def new_name(self, conn, new):
-        return "" if " " in new else super().new_name(conn, new)
-
-
-WORLDS = {cls.family: cls for cls in (TeenyMUSH, PennMUSH, TinyMUSH, TinyMUX, RhostMUSH, Plain)}
-
-
-# ======================================================================
-# The real TinyMUX
-#
-# Private copies of Debian's tinymux, each in a folder of its own.
-# ======================================================================
-
-def poll_until(test, failure, interval=0.002):
-    """Wait for something that sends no event; `failure()` says what went wrong."""
-    deadline = time.monotonic() + RealMux.DEADLINE
-    while not test():
-        if time.monotonic() > deadline:
-            raise TimeoutError(failure())
-        time.sleep(interval)
-
-
-class RealMux:
-    """One TinyMUX server and its game folder; each start() makes a new process of it."""
-
-    INSTALL = "/usr/games/tinymux-install"      # often not in PATH
-    NETMUX = "/usr/lib/tinymux/game/bin/netmux"
-    PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw"}
-    FAMILY = ("netmux", "slave", "stubslave")   # the server and the helpers it starts
-    DEADLINE = 20                               # seconds; only a broken run waits so long
-
-    @staticmethod
-    def available():
-        """Return None, or why TinyMUX cannot run here."""
-        needed = (RealMux.INSTALL, RealMux.NETMUX, "/proc/self/cwd")
-        missing = [path for path in needed if not os.path.exists(path)]
-        return "no %s (apt-get install tinymux)" % ", ".join(missing) if missing else None
-
-    def __init__(self, folder, port=0, players=None, conf=None, source=None):
-        """Copy a game to folder/game, with `players` and netmux.conf lines `conf` added.
-
-        `source`, the game folder of a server that is down, is copied instead of a fresh game.
-        """
-        self.host = "127.0.0.1"
-        self.port = port or Ports.free()
-        self.address = "%s:%d" % (self.host, self.port)
-        self.game = pathlib.Path(folder).resolve() / "game"
-        self._server = None
-        everybody = dict(self.PLAYERS, **(players or {}))
-        shutil.copytree(source or self._prepared_game(tuple(everybody.items())), self.game,
-                        symlinks=True, ignore=shutil.ignore_patterns("*.log", "*.pid"))
-        with open(self.game / "netmux.conf", "a") as file:      # the last line on a key counts
-            for option in {"port": self.port, "ip_address": self.host, **(conf or {})}.items():
-                file.write("%s %s\n" % option)
-
-    @staticmethod
-    @functools.lru_cache(maxsize=None)
-    def _prepared_game(players):
-        """Make a game with these (name, password) pairs, once in this process, to be copied."""
-        folder = tempfile.mkdtemp(prefix="realmux-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        subprocess.run([RealMux.INSTALL], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        maker = RealMux(folder, source=os.path.join(folder, "tinymux", "game"))
-        maker.start()
-        answer = maker.command("\r\n".join("@pcreate %s=%s" % pair for pair in players))
-        if answer.count("New player '") != len(players):
-            raise RuntimeError("@pcreate: " + answer)
-        # Wizard stands elsewhere, so that nobody in Limbo sees command() come and go.
-        maker.command("@set *heartbeat=wizard\r\n@teleport me=#2\r\n@shutdown")
-        maker.wait()
-        return maker.game
-
-    @property
-    def pid(self):
-        """The server's process id, None when it is not running."""
-        running = self._server and self._server.poll() is None
-        return self._server.pid if running else None
-
-    def start(self):
-        """Start the server (an @shutdown may still be going on); return when it serves."""
-        self.wait()
-        poll_until(lambda: self._port_is_free(self.port), lambda: "port %d is taken" % self.port)
-        self._rotate_database()
-        atexit.register(self.close)
-        with open(self.game / "console.log", "ab") as console:
-            self._server = subprocess.Popen(
-                ["./bin/netmux", "-c", "netmux.conf", "-p", "netmux.pid", "-e", "."],
-                cwd=self.game, env=dict(os.environ, LD_LIBRARY_PATH="./bin"),
-                start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-        poll_until(self._answers, lambda: "TinyMUX does not answer\n" + self.log_tail())
-
-    def stop(self):
-        """End the server by SIGTERM: it saves its database first."""
-        if self.pid:
-            self._server.terminate()
-            self.sigcont()
-        self.wait()
-
-    def kill(self):
-        """Crash the server by SIGKILL: what happened since its last dump is lost."""
-        if self.pid:
-            self._server.kill()
-            self._server.wait()
-        poll_until(self._sweep, lambda: "cannot kill %s" % self._family())
-
-    def wait(self):
-        """Return when the server has gone by itself (@shutdown), and its helpers too."""
-        poll_until(lambda: not self.pid, lambda: "TinyMUX still runs\n" + self.log_tail())
-        self.kill()
-
-    def sigstop(self):
-        """Freeze the server: the kernel still accepts connections, but nobody answers."""
-        self._server.send_signal(signal.SIGSTOP)
-        stat = pathlib.Path("/proc/%d/stat" % self._server.pid)
-        poll_until(lambda: ") T " in stat.read_text(), stat.read_text)
-
-    def sigcont(self):
-        """Thaw the server."""
-        self._server.send_signal(signal.SIGCONT)
-
-    def close(self):
-        """End all processes; the folder stays."""
-        atexit.unregister(self.close)
-        self.kill()
-
-    def command(self, line, user="Wizard", password="potrzebie"):
-        """Run a command (several: CRLF between) on a fresh connection; return what it prints.
-
-        It prints less when the server closes first (@shutdown), and nothing of what the server
-        queues (@dolist). ConnectionError: not logged in. TimeoutError: no answer. All other
-        connections of `user` see it too.
-        """
-        first, last = secrets.token_hex(8), secrets.token_hex(8)
-        begin = "connect %s %s\r\nthink %s\r\n%s\r\n" % (user, password, first, line)
-        end = ("think %s\r\nQUIT\r\n" % last).encode()
-        text, restarts = b"", 0
-        with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
-            try:
-                link.sendall(begin.encode() + end)
-                for data in iter(lambda: link.recv(65536), b""):
-                    text += data
-                    if text.count(b"GAME: Restart finished.") > restarts:
-                        restarts += 1
-                        link.sendall(end)       # @restart forgets the lines it had read
-            except socket.timeout:
-                raise TimeoutError("no answer to %s: %r" % (line, text)) from None
-            except ConnectionError:
-                pass                            # it closed with some of our lines unread
-        lines = text.decode(errors="replace").replace("\r\n", "\n")
-        before, logged_in, after = lines.partition(first + "\n")
-        if not logged_in:
-            raise ConnectionError("%s cannot log in: %s" % (user, before))
-        return after.partition(last + "\n")[0].rstrip("\n")
-
-    def who(self):
-        """Return the sorted names of the players in the game, without Wizard."""
-        names = self.command("think [iter(lwho(),name(##),,|)]").split("|")
-        return sorted(set(names) - {"", "Wizard"})
-
-    def restart_in_place(self):
-        """@restart: same pid, sockets survive. Refused until 15 s after start(): this waits."""
-        poll_until(lambda: "Restart finished" in self.command("@restart"),
-                   lambda: "@restart is still refused", interval=0.25)
-
-    def log_tail(self, lines=20):
-        """Return the end of what the server wrote, for error messages."""
-        logs = sorted(self.game.glob("*.log"), key=os.path.getmtime)[-2:]
-        ends = (log.read_text(errors="replace").splitlines()[-lines:] for log in logs)
-        return "\n".join(itertools.chain.from_iterable(ends))
-
-    @staticmethod
-    def _port_is_free(port):
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            return False
-        return True
-
-    def _rotate_database(self):
-        """Do as the package's Startmux: the last dump, if there is one, becomes the database."""
-        data = self.game / "data"
-        if (data / "netmux.db.new").exists():
-            (data / "netmux.db").replace(data / "netmux.db.old")
-            (data / "netmux.db.new").replace(data / "netmux.db")
-        for path in (self.game / "restart.db", data / "netmux.db.CRASH"):
-            if path.exists():
-                path.unlink()
-
-    def _answers(self):
-        if not self.pid:
-            raise RuntimeError("TinyMUX ended at once\n" + self.log_tail())
-        try:
-            with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
-                return link.recv(1)             # its banner: more than a place in the backlog
-        except OSError:
-            return False
-
-    def _sweep(self):
-        """Kill what is left of this game (helpers outlive a crash); True if nothing was."""
-        left = self._family()
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        return not left
-
-    def _family(self):
-        """Return the pids of this game's processes; zombies, having no cwd, are not in it."""
-        found, homes = [], (str(self.game), "%s (deleted)" % self.game)
-        for proc in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(str(proc / "cwd")) in homes:
-                    if (proc / "comm").read_text().strip() in self.FAMILY:
-                        found.append(int(proc.name))
-            except OSError:                     # gone meanwhile, or another user's
-                continue
-        return found
+def chop(rng, stream):
+    while stream:
+        size = rng.choice((1, 2, 3, 7, 40, 400))
+        yield stream[:size]
+        stream = stream[size:]
 
 
 # ======================================================================
@@ -4407,7 +1798,6 @@ class TestPump(unittest.TestCase):
 # ======================================================================
 
 # ---- helpers: all that knows the inside of has.py is here
-
 
 class Clock:
     """Time that passes only when a test says so."""
@@ -6827,7 +4217,6 @@ class Browsers(RigCase):
             self.assertEqual(there.read(), self.FRAMES)
 
 
-
 # ---- 6. isolation
 
 class TakenOver(RigCase):
@@ -7414,7 +4803,6 @@ class TestLoginBrake(unittest.TestCase):
                 brake.count(str(number), b"x", 1000.0)
         self.assertEqual(len(brake.tries), brake.MOST)
         self.assertLess(max(map(len, brake.tries.values())), 21)
-
 
 
 # What five real servers made of typed lines (worlds/bytes.md 6): packets -> outcome, the line understood, where it is not
@@ -8444,9 +5832,272 @@ class Limits(RigCase):
 
 
 # ======================================================================
-# Part 7: the health of the world
+# What can be had of the program without a process of its own
 #
-# HAS as a program in front of scripted worlds: silence, death, moves.
+# Telnet at length, the log, what the files promise each other.
+# ======================================================================
+
+class TestScannerAtLength(unittest.TestCase):
+    def test_fuzz(self):
+        import has
+        rng = random.Random(secrets_seed())
+        pool = [wild(rng) for _ in range(2000)]
+        for _ in range(100000):
+            stream = pool[int(rng.random() * 2000)] + pool[int(rng.random() * 2000)]
+            cut = int(rng.random() * (len(stream) + 1))
+            scanner = has.Scanner()
+            pieces = scanner.feed(stream[:cut]) + scanner.feed(stream[cut:])
+            self.assertEqual(b"".join(p for _, p in pieces) + scanner.held, stream)
+            if _ % 20 == 0:
+                found, rest = tokens(stream)
+                self.assertEqual([p for yes, p in pieces if yes], [t for t in found if is_command(t)], stream)
+                self.assertEqual(scanner.held, rest)
+
+
+class TestPartsOfTheProgram(unittest.TestCase):
+    """What can be had of part 9 without a process of its own."""
+
+    def handler(self, path):
+        """A LogHandler, and how to log one line by it."""
+        handler = has.LogHandler(path)
+        self.addCleanup(lambda: os.close(handler._fd))
+
+        def say(text):
+            handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
+        return handler, say
+
+    def test_no_core_dump_where_a_pipe_ignores_the_limit(self):
+        for pattern, limit in (("|/usr/lib/systemd/systemd-coredump %P", 1), ("core", 0), ("", 0)):
+            with mock.patch("builtins.open", mock.mock_open(read_data=pattern)):
+                self.assertEqual(has.core_limit(), limit)
+        with mock.patch("builtins.open", side_effect=FileNotFoundError):
+            self.assertEqual(has.core_limit(), 0)
+
+    def test_a_text_of_the_command_line_under_an_ascii_locale(self):
+        self.assertEqual(has.typed_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")), "caf\u00e9")
+        self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
+
+    def test_the_owner_of_a_socket_is_looked_at_before_it_is_believed(self):
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+            path = folder + "/has.sock"
+            server.bind(path)
+            server.listen(1)
+            options = types.SimpleNamespace(script=path, config=path, notice=None, kick=None, json=False)
+            with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch("sys.stderr", io.StringIO()) as said:
+                self.assertEqual(has.ask_running(options, path), 3)
+            self.assertRegex(said.getvalue(), "belongs to user 12345, who may be anybody: not believed")
+
+    def test_usr2_without_memfd_is_refused(self):
+        with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
+            has.Upgrade(None, "has.py", "has.conf", b"").begin()
+        self.assertIn("no memory files", logged.output[0])
+
+    def test_lines_that_nobody_reads_are_dropped_and_counted(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pipe")
+            os.mkfifo(path)
+            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self.addCleanup(os.close, reader)
+            _, say = self.handler(path)
+            for number in range(5000):
+                say(f"{number:0100}")
+            read, last = os.read(reader, 1 << 20), 5000
+            while b"dropped" not in read and last < 5100:
+                say(f"{last:0100}")
+                read, last = read + os.read(reader, 1 << 20), last + 1
+        numbers = [int(number) for number in re.findall(rb"INFO (\d+)\n", read)]
+        (dropped,) = re.findall(rb"^\((\d+) log lines were dropped\)$", read, re.M)
+        self.assertEqual((int(dropped) + len(numbers), numbers[-1]), (last, last - 1))
+        self.assertEqual(numbers, sorted(set(numbers)))
+        self.assertEqual(numbers[:600], list(range(600)))           # more than the pipe holds
+
+    def test_a_log_file_that_cannot_be_opened_anew_costs_no_line(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler, say = self.handler(path)
+            say("one")
+            with mock.patch.object(has.log, "handlers", [handler]):
+                handler.reload(settings_of((("log_file", "/nonexistent/has.log"),)))
+            say("two")
+            say("three")
+            self.assertRegex(read_text(path), r"\A.* one\n.* ERROR cannot open log_file /nonexistent/has\.log: .*\n"
+                             r".* two\n.* three\n\Z")
+
+    def test_a_dead_terminal_stops_nobody(self):
+        master, slave = pty.openpty()
+        with mock.patch.object(os, "ttyname", return_value=os.ttyname(slave)):
+            handler, say = self.handler("")
+        os.close(slave)
+        say("alive")
+        self.assertIn(b"INFO alive", os.read(master, 1000))
+        os.close(master)                        # every write is an error (EIO) from here on
+        for _ in range(3):
+            say("dead")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            handler.reload(settings_of((("log_file", path),)))
+            say("on file")
+            self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
+
+
+def parts_of_has():
+    """has.py cut at its banners: [(title, first line, last line)]."""
+    lines = pathlib.Path(HAS).read_text().split("\n")
+    starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d\. ", line)]
+    return [(lines[start - 1][2:], start, end) for start, end in zip(starts, starts[1:] + [len(lines)])]
+
+
+class TestFiles(unittest.TestCase):
+    """What the files promise each other."""
+
+    def read(self, name):
+        return (pathlib.Path(HERE) / name).read_text()
+
+    def test_the_list_of_parts_is_the_banners(self):
+        listed = re.findall(r"^    (\d\. \w[\w ]*?)  ", has.__doc__, re.M)
+        self.assertEqual(listed, [title for title, _, _ in parts_of_has()])
+
+    def test_a_part_uses_only_the_parts_above_it(self):
+        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
+
+        def part(line):
+            return sum(start <= line for _, start, _ in parts)
+        defined = {}
+        for node in tree.body:
+            names = [node.name] if hasattr(node, "name") else [
+                name.id for target in getattr(node, "targets", []) for name in getattr(target, "elts", [target])
+                if isinstance(name, ast.Name)]
+            defined.update({name: part(node.lineno) for name in names})
+        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree) if isinstance(node, ast.Name)
+                 and defined.get(node.id, 0) > part(node.lineno)]
+        self.assertEqual(wrong, [])
+
+    def test_families_are_named_in_part_3_and_the_settings_only(self):
+        lines = self.read("has.py").split("\n")
+        allowed = [range(start, end) for title, start, end in parts_of_has() if title[0] in "13"]
+        begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
+        end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
+        names = [f for f in has.FAMILIES if f != "plain"]
+        tree, wrong = ast.parse(self.read("has.py")), []
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else (
+                node.id if isinstance(node, ast.Name) else "")
+            text = text.decode("latin-1") if isinstance(text, bytes) else text
+            if text.lower() in names and not begin < node.lineno < end and not any(
+                    node.lineno in lines_ for lines_ in allowed):
+                wrong.append(f"line {node.lineno}: {text}")
+        self.assertEqual(wrong, [])
+
+    def shipped(self):
+        """has.conf's commented-out settings: {key: default}."""
+        return dict(re.findall(r"^#(\w+) =[ ]?(.*)$", self.read("has.conf"), re.M))
+
+    def test_has_conf_has_every_key_with_its_default(self):
+        constants = {key: text for key, (text, _) in has.read_constants(HAS)[0].items()}
+        shipped = self.shipped()
+        self.assertEqual(list(shipped), list(constants))
+        edited = [key for key in shipped if shipped[key] != constants[key]]
+        if edited and not os.environ.get("CI"):
+            self.skipTest(f"constants were edited: {', '.join(edited)}")
+        self.assertEqual(edited, [])
+
+    def test_has_conf_uncommented_is_right(self):
+        with tempfile.TemporaryDirectory() as folder:
+            conf = os.path.join(folder, "has.conf")
+            with open(conf, "w") as file:
+                file.write(re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
+            self.assertEqual(set(has.load_settings(HAS, conf)[0].texts), set(has.SETTINGS))
+
+    def readme(self):
+        """README.md, and its prose without the blocks of code."""
+        text = self.read("README.md")
+        return text, re.sub(r"(?m)^ {4,}.*$", "", text)
+
+    def help(self):
+        return subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE,
+                              universal_newlines=True, check=True).stdout
+
+    def test_the_readme_is_short(self):
+        self.assertLessEqual(len(self.readme()[0].encode()), 20000)
+
+    def test_the_contents_of_the_readme_are_its_headings(self):
+        _, prose = self.readme()
+        headings = [title for title in re.findall(r"(?m)^## (.*)$", prose) if title != "Contents"]
+        listed = re.findall(r"(?m)^- \[(.*)\]\(#(.*)\)$", prose)
+        self.assertEqual([title for title, _ in listed], headings)
+
+        def anchor(title):
+            return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        self.assertEqual([target for _, target in listed], [anchor(title) for title in headings])
+        links = set(re.findall(r"\]\(#(.*?)\)", prose))
+        self.assertLessEqual(links, {anchor(title) for title in re.findall(r"(?m)^#+ (.*)$", prose)})
+
+    def test_the_readme_names_settings_that_exist_only(self):
+        text, prose = self.readme()
+        # of the servers: their settings, which look like ours
+        others = set("cmd_remotehost connect_fail_limit forbid_site register_site suspect_site ip_addr ip_address "
+                     "max_sitecons sconnect_cmd sconnect_host sconnect_reip socket_file".split())
+        named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[ `]", prose))
+        blocks = "".join(re.findall(r"(?m)^ {4,}(\w+ = .*\n)", text))
+        set_there = set(re.findall(r"(?m)^([a-z]+_[a-z_]+) = ", blocks))
+        self.assertIn("dead_after", named)
+        self.assertIn("mush_address", set_there)
+        self.assertEqual((named | set_there) - others - set(has.SETTINGS), set())
+
+    def test_the_readme_names_options_that_exist_and_every_one(self):
+        ours = re.findall(r"--[a-z]+", self.help())
+        text, _ = self.readme()
+        self.assertIn("--check", ours)
+        self.assertEqual([it for it in ours if it not in text and it != "--help"], [])
+        known = {"": ours, "test_": re.findall(r"--[a-z]+", tool_parser().format_help())}
+        commands = re.findall(r"\b(test_|)has\.py((?: +[^\s`#]+)+)", text)
+        self.assertIn(("test_", " --demo"), commands)
+        wrong = [option for program, arguments in commands for option in arguments.split()
+                 if option.startswith("--") and option not in known[program]]
+        self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours], [])
+
+    def test_the_readme_names_every_signal(self):
+        told = self.help().partition("signals:")[2].partition("exit status:")[0]
+        signals = re.findall(r"(?m)^  ([A-Z0-9]+)", told)
+        self.assertIn("USR2", signals)
+        text, _ = self.readme()
+        self.assertEqual([it for it in signals if not re.search(rf"\b{it}\b", text)], [])
+
+    def test_the_readme_has_the_test_command_that_ci_runs(self):
+        ci = self.read(".ci/run")
+        command_line = re.search(r'"\$python" (test_has\.py.*?) 2>', ci).group(1)
+        self.assertRegex(self.readme()[0], r"(?m)^    python3 %s +#" % re.escape(command_line))
+
+    def test_the_test_classes_in_the_readme_exist(self):
+        named = re.findall(r"`([A-Z][A-Za-z]+)`", self.readme()[0].partition("## Working on HAS")[2])
+        self.assertIn("StateTable", named)
+        known = {**vars(has), **globals()}
+        self.assertEqual([name for name in named if not isinstance(known.get(name), (type, dict, tuple))], [])
+
+    def test_the_log_lines_in_the_readme_are_those_of_has(self):
+        rows = re.search(r"(?ms)^## Log lines that need more$(.*?)^## ", self.readme()[0]).group(1)
+        quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows) for it in re.findall(r"`(.*?)`", row)]
+        strings = "\n".join(node.value for node in ast.walk(ast.parse(self.read("has.py")))
+                            if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        strings = re.sub(r"%[sdg]", "...", strings)
+        self.assertGreater(len(quoted), 10)
+        wrong = [line for line in quoted for piece in re.split(r"\.\.\.|[:;] ", line)
+                 if piece.strip() not in strings]
+        self.assertEqual(wrong, [])
+
+    def test_the_top_level_is_what_it_should_be(self):
+        listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                universal_newlines=True).stdout.split()
+        if not listed:
+            self.skipTest("not a git checkout")
+        self.assertEqual(sorted(name for name in listed if not name.startswith(".")),
+                         ["LICENSE", "README.md", "has.conf", "has.py", "test_has.py"])
+
+
+# ======================================================================
+# The heartbeat alone
+#
+# Its thread in this process, in front of a scripted world (Tools); a Witness in place of the hub.
 # ======================================================================
 
 class Case(unittest.TestCase):
@@ -8467,308 +6118,6 @@ class Case(unittest.TestCase):
             client.barrier()
             client.text = b""
         return client
-
-
-
-
-class TestWorldHealth(Case):
-    """Silence, death, moves."""
-
-    def test_a_short_freeze_disturbs_nobody(self):
-        world = self.world()
-        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1, dead_after=30).wait_up()
-        typist = self.client(has, "connect Alice alicepw", world, "Alice")
-        listener = self.client(has, "connect Bob bobpw", world, "Bob")
-        logins, after = len(world.logins), len(has.log)
-        world.freeze()
-        has.wait_log(rb"does not answer", after=after)
-        typist.send("say anybody?\r\n").expect(re.escape(SILENT) + r"\r\n")
-        typist.send("say hello?\r\n")
-        newcomer = self.client(has)
-        world.thaw()
-        has.wait_log(rb"answers again", after=after)
-        typist.expect("hello")
-        self.assertEqual(typist.seen.count(SILENT.encode()), 1)
-        newcomer.expect("Welcome")
-        listener.barrier()
-        self.assertNotIn(b"NOTICE", listener.seen)
-        self.assertEqual(len(world.logins), logins)
-
-    def test_an_upgrade_does_not_thaw_a_world(self):
-        """USR2 at a frozen one: it stays silent, and dead_after goes on."""
-        world = self.world()
-        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5).wait_up()
-        alice = self.client(has, "connect Alice alicepw", world, "Alice")
-        after = len(has.log)
-        world.freeze()
-        has.wait_log(rb"does not answer", after=after)
-        began = time.monotonic()
-        for _ in range(2):
-            after = len(has.log)
-            has.signal(signal.SIGUSR2)
-            has.wait_log(rb"goes on where", after=after)
-        passed = time.monotonic() - began
-        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status", "--json"], timeout=20,
-                                stdout=subprocess.PIPE, universal_newlines=True)
-        state = json.loads(status.stdout)["world"]
-        self.assertEqual((state["health"], status.returncode), ("silent", 1))
-        self.assertGreaterEqual(state["since"], passed - 1)      # since the first unanswered probe, not anew
-        self.assertNotRegex(has.log[after:], rb"is up|answers again")
-        world.thaw()
-        has.wait_log(rb"answers again", after=after)
-        alice.send("say hello\r\n").expect("You say")
-        self.assertNotIn(OFFLINE.encode(), alice.seen)
-
-    def test_a_hup_that_cannot_come_true_changes_nothing_for_newcomers(self):
-        """mush_ssl switched on for a world that speaks none: newcomers still come in as before, over an upgrade, too."""
-        world = self.world("teenymush")
-        has = Has(self, mush_address=world.address, beat=0.2).wait_up()
-        after = len(has.log)
-        has.configure(mush_ssl="yes", mush_ssl_verify="no")
-        has.signal(signal.SIGHUP)
-        has.wait_log(rb"the new settings do not work with", after=after)
-        self.client(has, "connect Alice alicepw", world, "Alice")
-        has.signal(signal.SIGUSR2)
-        has.wait_log(rb"goes on where", after=after)
-        self.client(has, "connect Bob bobpw", world, "Bob")
-
-    def test_a_hup_that_would_cost_the_heartbeat_its_login_or_its_family_changes_nothing(self):
-        world = self.world()
-        has = Has(self, mush_address=world.address, beat=0.2).wait_up()
-        for change, back in ((dict(hb_pass="wrong"), dict(hb_pass="heartbeat")), (dict(mush_type="rhostmush"), dict(mush_type="auto"))):
-            after = len(has.log)
-            has.configure(**change)
-            has.signal(signal.SIGHUP)
-            has.wait_log(rb"the new settings do not work with .*the old connection is kept", 15, after)
-            self.client(has, "connect Alice alicepw", world, "Alice").close()
-            status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
-                                    stdout=subprocess.PIPE, universal_newlines=True)
-            self.assertRegex(status.stdout, r"\(tinymux\)(?s:.*)logged in")
-            has.configure(**back)
-            has.signal(signal.SIGHUP)
-            has.wait_log(rb"HUP: settings read", 10, after)
-
-    def test_a_heartbeat_that_gets_in_after_a_hup_is_said_to(self):
-        world = self.world()
-        has = Has(self, mush_address=world.address, hb_pass="wrong", beat=0.2)
-        has.wait_log(rb"refuses the heartbeat's login")
-        has.configure(hb_pass="heartbeat")
-        has.signal(signal.SIGHUP)
-        has.wait_log(rb"the heartbeat heartbeat is logged in now")
-        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
-                                stdout=subprocess.PIPE, universal_newlines=True)
-        self.assertRegex(status.stdout, "heartbeat: heartbeat logged in")
-
-    def test_a_long_freeze_is_a_death(self):
-        world = self.world()
-        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5, dead_after=1.5).wait_up()
-        alice = self.client(has, "connect Alice alicepw", world, "Alice")
-        after = len(has.log)
-        world.freeze()
-        has.wait_log(rb"the world is down", after=after)
-        alice.expect(re.escape(OFFLINE))
-        world.thaw()
-        alice.expect(re.escape(ONLINE))
-        alice.barrier()
-
-    def test_failover_and_failback(self):
-        first, second = self.world(), self.world("rhostmush")
-        has = Has(self, mush_address=f"{first.address}, {second.address}", beat=0.1, failover_after=0.5,
-                  failback_after=0.5).wait_up()
-        alice = self.client(has, "connect Alice alicepw", first, "Alice")
-        first.kill()
-        alice.expect(re.escape(OFFLINE))
-        alice.expect(re.escape(ONLINE))
-        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
-        alice.barrier()
-        has.wait_log(rb"moves from .* to .*: 1 user taken along")
-        first.start()
-        alice.expect(re.escape(MOVED))
-        alice.expect(re.escape(ONLINE))
-        first.wait(lambda w: w.online("Alice"), what="Alice on the first")
-        alice.barrier()
-        second.wait(lambda w: not w.online("Alice"), what="nobody left on the second")
-
-    def test_hup_moves_users_only_once_the_new_world_is_confirmed(self):
-        first, second = self.world(), self.world("teenymush")
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))
-            typo = f"127.0.0.1:{closed.getsockname()[1]}"
-            has = Has(self, mush_address=first.address, beat=0.2).wait_up()
-            alice = self.client(has, "connect Alice alicepw", first, "Alice")
-            has.configure(mush_address=typo)
-            has.signal(signal.SIGHUP)
-            has.wait_log(rb"cannot take over")
-            alice.barrier()
-        has.configure(mush_address="nonsense", beat="soon")
-        has.signal(signal.SIGHUP)
-        has.wait_log(rb"old settings stay in force")
-        has.configure(mush_address=second.address, beat=0.2)
-        has.signal(signal.SIGHUP)
-        alice.expect(re.escape(MOVED))
-        alice.expect(re.escape(ONLINE))
-        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
-        first.wait(lambda w: not w.online("Alice"), what="nobody left on the first")
-        self.assertNotIn(OFFLINE.encode(), alice.seen)
-
-    def test_hup_without_a_change_moves_nobody(self):
-        world = self.world()
-        has = Has(self, mush_address=world.address).wait_up()
-        alice = self.client(has, "connect Alice alicepw", world, "Alice")
-        for _ in range(3):
-            after = len(has.log)
-            has.signal(signal.SIGHUP)
-            has.wait_log(rb"HUP: settings read", after=after)
-        alice.barrier()
-        self.assertNotIn(b"NOTICE", alice.seen)
-
-    def test_hup_to_a_third_world_while_two_are_dead(self):
-        worlds_ = [self.world() for _ in range(3)]
-        has = Has(self, mush_address=f"{worlds_[0].address},{worlds_[1].address}", beat=0.1, failover_after=0.2).wait_up()
-        alice = self.client(has, "connect Alice alicepw", worlds_[0], "Alice")
-        worlds_[0].kill(), worlds_[1].kill()
-        alice.expect(re.escape(OFFLINE))
-        has.configure(mush_address=worlds_[2].address)
-        has.signal(signal.SIGHUP)
-        alice.expect(re.escape(ONLINE))
-        worlds_[2].wait(lambda w: w.online("Alice"), what="Alice on the third")
-
-    def test_both_dead_and_one_returns(self):
-        first, second = self.world(), self.world()
-        has = Has(self, mush_address=f"{first.address},{second.address}", beat=0.1, failover_after=0.3).wait_up()
-        alice = self.client(has, "connect Alice alicepw", first, "Alice")
-        second.kill(), first.kill()
-        alice.expect(re.escape(OFFLINE))
-        second.start()
-        alice.expect(re.escape(ONLINE))
-        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
-
-    def test_restart_in_place_disturbs_nobody(self):
-        for family in ("tinymux", "rhostmush", "pennmush", "tinymush"):
-            with self.subTest(family):
-                world = self.world(family)
-                has = Has(self, mush_address=world.address, beat=0.05, hb_timeout=0.5).wait_up()
-                alice = self.client(has, "connect Alice alicepw", world, "Alice")
-                world.restart_in_place()
-                alice.barrier()
-                newcomer = self.client(has)
-                newcomer.expect("(?i)connect")
-                self.assertNotIn(OFFLINE.encode(), alice.seen + newcomer.seen)
-                self.assertEqual(len(world.online("Alice")), 1)
-
-    def test_heartbeat_that_may_not_log_in(self):
-        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
-            with self.subTest(family):
-                world = self.world(family, players={"Alice": "alicepw", "Bob": "bobpw"}, **(
-                    {"silent_start": 0.05} if family == "pennmush" else {}))
-                has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1).wait_up()
-                has.wait_log(rb"refuses the heartbeat's login")
-                alice = self.client(has, "connect Alice alicepw", world, "Alice")
-                bob = self.client(has, "connect Bob bobpw", world, "Bob")
-                world.boot("Bob")
-                bob.expect_end()
-                world.kill()
-                alice.expect(re.escape(OFFLINE))
-                world.start()
-                alice.expect(re.escape(ONLINE))
-                alice.barrier()
-
-    def test_heartbeat_without_rights(self):
-        for family in ("teenymush", "pennmush", "rhostmush"):
-            with self.subTest(family):
-                world = self.world(family)
-                world.wizards = {"Wizard"}
-                has = Has(self, mush_address=world.address, beat=0.1).wait_up()
-                has.wait_log(rb"may not check passwords: set its (WIZARD|ROYALTY or IMMORTAL) flag")
-                alice = self.client(has, "connect Alice alicepw", world, "Alice")
-                world.kill()
-                alice.expect(re.escape(OFFLINE))
-                world.start()
-                alice.expect(re.escape(ONLINE))
-
-    def test_heartbeat_without_the_flag_it_needs_while_logins_are_disabled(self):
-        for family in ("tinymux", "tinymush"):
-            with self.subTest(family):
-                world = self.world(family)
-                has = Has(self, mush_address=world.address).wait_up()
-                self.assertRegex(has.probe(), "heartbeat's flag: nothing is missing")
-                self.assertNotIn(b"WARNING 127", has.log)
-                world.wizards = {"Wizard"}
-                world.boot("heartbeat")
-                has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
-                self.assertRegex(has.probe(), "heartbeat's flag: lacks WIZARD")
-
-    def test_a_heartbeat_shut_out_tries_seldom_and_gets_in_by_itself(self):
-        text = pathlib.Path(HAS).read_text().replace("LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-            script.write(text)
-            script.flush()
-            world = self.world()
-            world.wizards = {"Wizard"}
-            has = Has(self, script=script.name, mush_address=world.address, beat=0.05).wait_up()
-            alice = self.client(has, "connect Alice alicepw", world, "Alice")
-            world.disable_logins()
-            started, before = time.monotonic(), len(world.lines)
-            world.boot("heartbeat")
-            world.wait(lambda w: len(self.tries(w.lines[before:])) == 2, what="two tries")
-            self.assertGreater(time.monotonic() - started, 1)
-            has.wait_count(b"does not take the heartbeat's login", 2)
-            self.assertEqual(len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
-            world.disable_logins(False)
-            world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is in")
-            alice.barrier()
-            self.assertNotIn(b"NOTICE", alice.seen)
-
-    @staticmethod
-    def tries(lines):
-        return [line for _, line in lines if line.startswith(b"connect heartbeat")]
-
-    def test_families_are_recognised(self):
-        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
-            with self.subTest(family):
-                has = Has(self, mush_address=self.world(family).address)
-                self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
-
-    def test_failover_after_0_waits_for_a_hup(self):
-        other = self.world()
-        with socket.create_server(("127.0.0.1", 0)) as dud:
-            dud.settimeout(5)
-            address = f"127.0.0.1:{dud.getsockname()[1]}"
-            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0, retry=0.05)
-            for _ in range(10):
-                dud.accept()[0].close()
-        self.assertEqual(other.accepted, 0)
-        has.configure(mush_address=f"{other.address}, {address}")
-        has.signal(signal.SIGHUP)
-        has.wait_up()
-
-    def test_backlog_of_one_and_many_users(self):
-        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
-        has = Has(self, mush_address=world.address).wait_up()
-        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(100)]
-        world.kill()
-        for user in users:
-            user.expect(re.escape(OFFLINE))
-        world.start()
-        for user in users:
-            user.expect(re.escape(ONLINE))
-        world.wait(lambda w: all(w.online(f"u{n}") for n in range(100)), what="all are in")
-        for user in users:
-            self.assertNotRegex(user.barrier(), rb" has (re-?)?connected")
-        users[0].send("QUIT\r\n").expect_end()
-        users[1].barrier()
-
-    def test_plain_world(self):
-        world = self.world("plain")
-        has = Has(self, mush_address=world.address, mush_type="plain", beat=0.2).wait_up()
-        one, two = self.client(has), self.client(has)
-        one.expect("Welcome"), two.expect("Welcome")
-        one.send("QUIT\r\n").expect_end()
-        world.kill()
-        two.expect(re.escape(OFFLINE))
-        world.start()
-        two.expect(re.escape(ONLINE))
-        two.expect("Welcome")
 
 
 class Witness:
@@ -9035,9 +6384,10 @@ class TestHeartbeat(Case):
 
 
 # ======================================================================
-# The main job, family by family
+# HAS as a program in front of scripted worlds
 #
-# One suite of scenarios over all five families, scripted, and the real TinyMUX.
+# The main job: one suite of scenarios over all five families. Then the health of the world, telnet
+# from end to end, bytes, addresses.
 # ======================================================================
 
 EVIL = ["[name(me)]", "x),shutdown(", "x)][create(PWNED,10)][strcat(", "%r", "a\\b", '"q"', "a;b", "50%off", "a,b",
@@ -9511,94 +6861,917 @@ class TestRhost(Scenarios, unittest.TestCase):
     test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None   # see Scenarios
 
 
-class RealWorld:
-    """A real TinyMUX with the manners of a scripted world."""
+# ---- The health of the world
 
-    def __init__(self, case, players=(), conf=None):
-        folder = tempfile.mkdtemp(prefix="has-mux-")
-        case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        self.mux = RealMux(folder, players=dict(players), conf=conf)
-        case.addCleanup(self.mux.close)
-        self.address, self.kill, self.stop = self.mux.address, self.mux.kill, self.mux.close
-        self.crash_losing, self.command = self.mux.kill, self.mux.command
+class TestWorldHealth(Case):
+    """Silence, death, moves."""
 
-    def start(self):
-        self.mux.start()
-        self.started = time.time()
+    def test_a_short_freeze_disturbs_nobody(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1, dead_after=30).wait_up()
+        typist = self.client(has, "connect Alice alicepw", world, "Alice")
+        listener = self.client(has, "connect Bob bobpw", world, "Bob")
+        logins, after = len(world.logins), len(has.log)
+        world.freeze()
+        has.wait_log(rb"does not answer", after=after)
+        typist.send("say anybody?\r\n").expect(re.escape(SILENT) + r"\r\n")
+        typist.send("say hello?\r\n")
+        newcomer = self.client(has)
+        world.thaw()
+        has.wait_log(rb"answers again", after=after)
+        typist.expect("hello")
+        self.assertEqual(typist.seen.count(SILENT.encode()), 1)
+        newcomer.expect("Welcome")
+        listener.barrier()
+        self.assertNotIn(b"NOTICE", listener.seen)
+        self.assertEqual(len(world.logins), logins)
 
-    @property
-    def running(self):
-        return self.mux.pid is not None
+    def test_an_upgrade_does_not_thaw_a_world(self):
+        """USR2 at a frozen one: it stays silent, and dead_after goes on."""
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        after = len(has.log)
+        world.freeze()
+        has.wait_log(rb"does not answer", after=after)
+        began = time.monotonic()
+        for _ in range(2):
+            after = len(has.log)
+            has.signal(signal.SIGUSR2)
+            has.wait_log(rb"goes on where", after=after)
+        passed = time.monotonic() - began
+        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status", "--json"], timeout=20,
+                                stdout=subprocess.PIPE, universal_newlines=True)
+        state = json.loads(status.stdout)["world"]
+        self.assertEqual((state["health"], status.returncode), ("silent", 1))
+        self.assertGreaterEqual(state["since"], passed - 1)      # since the first unanswered probe, not anew
+        self.assertNotRegex(has.log[after:], rb"is up|answers again")
+        world.thaw()
+        has.wait_log(rb"answers again", after=after)
+        alice.send("say hello\r\n").expect("You say")
+        self.assertNotIn(OFFLINE.encode(), alice.seen)
 
-    def online(self, name):
-        return [found for found in self.command("think [iter(lwho(),name(##),,|)]").strip().split("|") if found == name]
+    def test_a_hup_that_cannot_come_true_changes_nothing_for_newcomers(self):
+        """mush_ssl switched on for a world that speaks none: newcomers still come in as before, over an upgrade, too."""
+        world = self.world("teenymush")
+        has = Has(self, mush_address=world.address, beat=0.2).wait_up()
+        after = len(has.log)
+        has.configure(mush_ssl="yes", mush_ssl_verify="no")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"the new settings do not work with", after=after)
+        self.client(has, "connect Alice alicepw", world, "Alice")
+        has.signal(signal.SIGUSR2)
+        has.wait_log(rb"goes on where", after=after)
+        self.client(has, "connect Bob bobpw", world, "Bob")
 
-    def wait(self, predicate, seconds=5.0, what=""):
-        until = time.monotonic() + seconds
-        while not predicate(self):
-            if time.monotonic() > until:
-                raise AssertionError(f"not within {seconds} s: {what}")
+    def test_a_hup_that_would_cost_the_heartbeat_its_login_or_its_family_changes_nothing(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.2).wait_up()
+        for change, back in ((dict(hb_pass="wrong"), dict(hb_pass="heartbeat")), (dict(mush_type="rhostmush"), dict(mush_type="auto"))):
+            after = len(has.log)
+            has.configure(**change)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"the new settings do not work with .*the old connection is kept", 15, after)
+            self.client(has, "connect Alice alicepw", world, "Alice").close()
+            status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
+                                    stdout=subprocess.PIPE, universal_newlines=True)
+            self.assertRegex(status.stdout, r"\(tinymux\)(?s:.*)logged in")
+            has.configure(**back)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"HUP: settings read", 10, after)
 
-    def dump(self):
-        self.command("@dump")
-        self.wait(lambda w: os.path.exists(self.mux.game / "data" / "netmux.db.new"), what="the dump")
+    def test_a_heartbeat_that_gets_in_after_a_hup_is_said_to(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, hb_pass="wrong", beat=0.2)
+        has.wait_log(rb"refuses the heartbeat's login")
+        has.configure(hb_pass="heartbeat")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"the heartbeat heartbeat is logged in now")
+        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
+                                stdout=subprocess.PIPE, universal_newlines=True)
+        self.assertRegex(status.stdout, "heartbeat: heartbeat logged in")
 
-    def shutdown(self):
-        self.command("@shutdown")
-        self.mux.wait()
+    def test_a_long_freeze_is_a_death(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5, dead_after=1.5).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        after = len(has.log)
+        world.freeze()
+        has.wait_log(rb"the world is down", after=after)
+        alice.expect(re.escape(OFFLINE))
+        world.thaw()
+        alice.expect(re.escape(ONLINE))
+        alice.barrier()
 
-    def boot(self, name):
-        """@boot, once the start id tells this life from another: the second in which it began is over."""
-        self.wait(lambda w: time.time() > self.started + 1.2, what="a second has passed")
-        self.command(f"@boot *{name}")
+    def test_failover_and_failback(self):
+        first, second = self.world(), self.world("rhostmush")
+        has = Has(self, mush_address=f"{first.address}, {second.address}", beat=0.1, failover_after=0.5,
+                  failback_after=0.5).wait_up()
+        alice = self.client(has, "connect Alice alicepw", first, "Alice")
+        first.kill()
+        alice.expect(re.escape(OFFLINE))
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+        alice.barrier()
+        has.wait_log(rb"moves from .* to .*: 1 user taken along")
+        first.start()
+        alice.expect(re.escape(MOVED))
+        alice.expect(re.escape(ONLINE))
+        first.wait(lambda w: w.online("Alice"), what="Alice on the first")
+        alice.barrier()
+        second.wait(lambda w: not w.online("Alice"), what="nobody left on the second")
 
-    def disable_logins(self, yes=True):
-        self.command("@disable logins" if yes else "@enable logins")
+    def test_hup_moves_users_only_once_the_new_world_is_confirmed(self):
+        first, second = self.world(), self.world("teenymush")
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            typo = f"127.0.0.1:{closed.getsockname()[1]}"
+            has = Has(self, mush_address=first.address, beat=0.2).wait_up()
+            alice = self.client(has, "connect Alice alicepw", first, "Alice")
+            has.configure(mush_address=typo)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"cannot take over")
+            alice.barrier()
+        has.configure(mush_address="nonsense", beat="soon")
+        has.signal(signal.SIGHUP)
+        has.wait_log(rb"old settings stay in force")
+        has.configure(mush_address=second.address, beat=0.2)
+        has.signal(signal.SIGHUP)
+        alice.expect(re.escape(MOVED))
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+        first.wait(lambda w: not w.online("Alice"), what="nobody left on the first")
+        self.assertNotIn(OFFLINE.encode(), alice.seen)
+
+    def test_hup_without_a_change_moves_nobody(self):
+        world = self.world()
+        has = Has(self, mush_address=world.address).wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        for _ in range(3):
+            after = len(has.log)
+            has.signal(signal.SIGHUP)
+            has.wait_log(rb"HUP: settings read", after=after)
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+
+    def test_hup_to_a_third_world_while_two_are_dead(self):
+        worlds_ = [self.world() for _ in range(3)]
+        has = Has(self, mush_address=f"{worlds_[0].address},{worlds_[1].address}", beat=0.1, failover_after=0.2).wait_up()
+        alice = self.client(has, "connect Alice alicepw", worlds_[0], "Alice")
+        worlds_[0].kill(), worlds_[1].kill()
+        alice.expect(re.escape(OFFLINE))
+        has.configure(mush_address=worlds_[2].address)
+        has.signal(signal.SIGHUP)
+        alice.expect(re.escape(ONLINE))
+        worlds_[2].wait(lambda w: w.online("Alice"), what="Alice on the third")
+
+    def test_both_dead_and_one_returns(self):
+        first, second = self.world(), self.world()
+        has = Has(self, mush_address=f"{first.address},{second.address}", beat=0.1, failover_after=0.3).wait_up()
+        alice = self.client(has, "connect Alice alicepw", first, "Alice")
+        second.kill(), first.kill()
+        alice.expect(re.escape(OFFLINE))
+        second.start()
+        alice.expect(re.escape(ONLINE))
+        second.wait(lambda w: w.online("Alice"), what="Alice on the second")
+
+    def test_restart_in_place_disturbs_nobody(self):
+        for family in ("tinymux", "rhostmush", "pennmush", "tinymush"):
+            with self.subTest(family):
+                world = self.world(family)
+                has = Has(self, mush_address=world.address, beat=0.05, hb_timeout=0.5).wait_up()
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.restart_in_place()
+                alice.barrier()
+                newcomer = self.client(has)
+                newcomer.expect("(?i)connect")
+                self.assertNotIn(OFFLINE.encode(), alice.seen + newcomer.seen)
+                self.assertEqual(len(world.online("Alice")), 1)
+
+    def test_heartbeat_that_may_not_log_in(self):
+        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
+            with self.subTest(family):
+                world = self.world(family, players={"Alice": "alicepw", "Bob": "bobpw"}, **(
+                    {"silent_start": 0.05} if family == "pennmush" else {}))
+                has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1).wait_up()
+                has.wait_log(rb"refuses the heartbeat's login")
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                bob = self.client(has, "connect Bob bobpw", world, "Bob")
+                world.boot("Bob")
+                bob.expect_end()
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+                alice.barrier()
+
+    def test_heartbeat_without_rights(self):
+        for family in ("teenymush", "pennmush", "rhostmush"):
+            with self.subTest(family):
+                world = self.world(family)
+                world.wizards = {"Wizard"}
+                has = Has(self, mush_address=world.address, beat=0.1).wait_up()
+                has.wait_log(rb"may not check passwords: set its (WIZARD|ROYALTY or IMMORTAL) flag")
+                alice = self.client(has, "connect Alice alicepw", world, "Alice")
+                world.kill()
+                alice.expect(re.escape(OFFLINE))
+                world.start()
+                alice.expect(re.escape(ONLINE))
+
+    def test_heartbeat_without_the_flag_it_needs_while_logins_are_disabled(self):
+        for family in ("tinymux", "tinymush"):
+            with self.subTest(family):
+                world = self.world(family)
+                has = Has(self, mush_address=world.address).wait_up()
+                self.assertRegex(has.probe(), "heartbeat's flag: nothing is missing")
+                self.assertNotIn(b"WARNING 127", has.log)
+                world.wizards = {"Wizard"}
+                world.boot("heartbeat")
+                has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+                self.assertRegex(has.probe(), "heartbeat's flag: lacks WIZARD")
+
+    def test_a_heartbeat_shut_out_tries_seldom_and_gets_in_by_itself(self):
+        text = pathlib.Path(HAS).read_text().replace("LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(text)
+            script.flush()
+            world = self.world()
+            world.wizards = {"Wizard"}
+            has = Has(self, script=script.name, mush_address=world.address, beat=0.05).wait_up()
+            alice = self.client(has, "connect Alice alicepw", world, "Alice")
+            world.disable_logins()
+            started, before = time.monotonic(), len(world.lines)
+            world.boot("heartbeat")
+            world.wait(lambda w: len(self.tries(w.lines[before:])) == 2, what="two tries")
+            self.assertGreater(time.monotonic() - started, 1)
+            has.wait_count(b"does not take the heartbeat's login", 2)
+            self.assertEqual(len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
+            world.disable_logins(False)
+            world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is in")
+            alice.barrier()
+            self.assertNotIn(b"NOTICE", alice.seen)
+
+    @staticmethod
+    def tries(lines):
+        return [line for _, line in lines if line.startswith(b"connect heartbeat")]
+
+    def test_families_are_recognised(self):
+        for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
+            with self.subTest(family):
+                has = Has(self, mush_address=self.world(family).address)
+                self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
+
+    def test_failover_after_0_waits_for_a_hup(self):
+        other = self.world()
+        with socket.create_server(("127.0.0.1", 0)) as dud:
+            dud.settimeout(5)
+            address = f"127.0.0.1:{dud.getsockname()[1]}"
+            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0, retry=0.05)
+            for _ in range(10):
+                dud.accept()[0].close()
+        self.assertEqual(other.accepted, 0)
+        has.configure(mush_address=f"{other.address}, {address}")
+        has.signal(signal.SIGHUP)
+        has.wait_up()
+
+    def test_backlog_of_one_and_many_users(self):
+        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
+        has = Has(self, mush_address=world.address).wait_up()
+        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(100)]
+        world.kill()
+        for user in users:
+            user.expect(re.escape(OFFLINE))
+        world.start()
+        for user in users:
+            user.expect(re.escape(ONLINE))
+        world.wait(lambda w: all(w.online(f"u{n}") for n in range(100)), what="all are in")
+        for user in users:
+            self.assertNotRegex(user.barrier(), rb" has (re-?)?connected")
+        users[0].send("QUIT\r\n").expect_end()
+        users[1].barrier()
+
+    def test_plain_world(self):
+        world = self.world("plain")
+        has = Has(self, mush_address=world.address, mush_type="plain", beat=0.2).wait_up()
+        one, two = self.client(has), self.client(has)
+        one.expect("Welcome"), two.expect("Welcome")
+        one.send("QUIT\r\n").expect_end()
+        world.kill()
+        two.expect(re.escape(OFFLINE))
+        world.start()
+        two.expect(re.escape(ONLINE))
+        two.expect("Welcome")
 
 
-@unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
-class TestRealTinyMUX(Scenarios, unittest.TestCase):
-    """The same, in front of the real server."""
+class TestCrashes(Case):
+    def test_guests_without_a_password_are_held_and_told(self):
+        for family in ("tinymux", "pennmush"):
+            with self.subTest(family):
+                world = self.world(family, guests=True, silent_start=0.1)
+                has = Has(self, mush_address=world.address, login_hold=0.2).wait_up()
+                newcomer, guest = self.client(has), self.client(has, "connect guest", world, "Guest")
+                newcomer.expect("(?i)connect")
+                world.kill()
+                guest.expect(re.escape(OFFLINE))
+                self.assertIn(b"come back later", newcomer.expect_end())
+                guest.send("anybody?\r\n").expect(re.escape(UNSENT) + r" anybody\?")
+                world.start()
+                guest.expect(r"ONLINE again\. Guests have to log in again\.\r\n")
+                guest.expect("(?i)connect")
+                self.assertFalse(world.online("Guest"))
 
-    family, logouts = "tinymux", TestTinyMUX.logouts
-    test_logins_disabled_after_return = None    # @disable does not outlive a real start
-    test_full_is_no_refusal = None              # nor does a limit of players
+    def test_twenty_crashes_with_eight_users_and_resets(self):
+        world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
+        has = Has(self, mush_address=world.address, beat=0.5).wait_up()
+        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(8)]
+        for round_ in range(20):
+            world.kill()
+            if round_ % 2:
+                for user in users:
+                    user.expect(re.escape(OFFLINE))
+            world.start()
+            for user in users:
+                user.expect(re.escape(ONLINE))
+            world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)), what="160 of 160")
+        for user in users:
+            user.barrier()
 
-    def make_world(self):
-        return RealWorld(self, {f"Evil{n}": password for n, password in enumerate(EVIL)})
+    def test_who_kills_the_world_is_brought_back_no_more(self):
+        world = self.world("tinymux")
+        has = Has(self, script=HAS, mush_address=world.address, suspect_notice="# SUSPECT").wait_up()
+        alice = self.client(has, "connect Alice alicepw", world, "Alice")
+        mallory = self.client(has, "connect Bob bobpw", world, "Bob")
+        deaths = 0
+        while b"brings it back no more" not in has.log and deaths < 7:
+            world.wait(lambda w: w.online("Bob"), 15, what="Bob is in, and kills it")
+            deaths += 1
+            alice.text = b""
+            world.kill()
+            alice.expect(re.escape(OFFLINE))
+            world.start()
+            has.wait_count(b"is up", deaths + 1)
+        self.assertLessEqual(deaths, 5)         # 4 where the world has lived for long before
+        mallory.expect("# SUSPECT(?s:.*)Welcome")
+        alice.expect(re.escape(ONLINE), 15)
+        alice.barrier()
+        self.assertFalse(world.online("Bob"))
+        self.assertIn(b"just after bob had come back", has.log)
 
-    def evil_players(self):
-        """They were made with the world."""
+    def test_a_thousand_users_are_told_and_back_in_time(self):
+        count = 300                             # the test's own sockets and threads set the pace above this
+        world = self.world("tinymux", quota=False, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
+        has = Has(self, mush_address=world.address).wait_up()
+        users = [has.client() for _ in range(count)]
+        for number, user in enumerate(users):
+            self.addCleanup(user.close)
+            user.send(f"connect u{number} pw\r\n")
+        world.wait(lambda w: len(w.logins) == count + 1, 20, "all in")
+        has.wait_count(b": logged in", count)
+        world.kill()
+        for user in users:
+            user.expect(re.escape(OFFLINE))
+        world.start()
+        for user in users:
+            user.expect(re.escape(ONLINE))
 
-    def evil_done(self):
-        return re.findall("#[0-9]+", self.world.command("think [search(name=PWNED)]"))
 
-    def test_evil_passwords(self):
-        super().test_evil_passwords()
-        self.world.command("think [create(PWNED,10)]", "heartbeat", "heartbeat")
-        self.assertEqual(len(self.evil_done()), 1, "such a deed is not found")
+# ---- Telnet: what a new world must be told, and what a client must not see twice
 
-    def take_the_heartbeats_flag(self):
-        self.world.command("@set *heartbeat=!wizard")
+EVERYTHING = {BINARY, ECHO, SGA, EOR, TTYPE, NAWS, CHARSET, MSSP, GMCP}
+DATE = re.compile(rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d(?:\.\d+)? \d{4}|(?<=C\.)\d+")
 
-    def test_heartbeat_without_its_flag(self):
-        self.assertRegex(self.has.probe(), "heartbeat's flag: nothing is missing")
-        self.take_the_heartbeats_flag()
-        self.world.boot("heartbeat")
-        self.has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
-        self.assertRegex(self.has.probe(), "heartbeat's flag: lacks WIZARD")
 
-    def change_password_while_down(self):
-        self.world.command("@newpassword *Alice=changed")
-        self.world.dump()
+class TelnetCase(unittest.TestCase):
+    """What all tests here use."""
+
+    def setup_world(self, family, **quirks):
+        world = WORLDS[family](**{"silent_start": 0.1, "quota": False, **quirks})
+        world.start()
+        self.addCleanup(world.stop)
+        return world
+
+    def login(self, name="Alice", agrees=EVERYTHING, first=b"", has=None, world=None):
+        client = Terminal((has or self.has).port, agrees)
+        self.addCleanup(client.close)
+        client.send(first)
+        client.expect("(?i)welcome|connect")
+        client.send(f"connect {name} {name.lower()}pw\r\n")
+        (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")
+        self.addCleanup((world or self.world).wait, lambda w: not w.online(name), what=f"{name} has left")
+        self.addCleanup(client.close)
+        client.barrier()
+        return client
+
+    def crash(self, *clients):
         self.world.kill()
+        for client in clients:
+            client.expect(re.escape(OFFLINE) + r"\r\n")
+
+    def came_back(self, client, world=None, name="Alice"):
+        """Only the notice was shown."""
+        client.expect_notice(ONLINE, 8)
+        conn = (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")[0]
+        self.assertEqual(re.sub(rb"\S+ says.*\r?\n", b"", client.barrier()).strip(), b"")
+        return conn
+
+    def read_by_has(self, bob):
+        """HAS has read what other clients sent before: it answered one that sent later."""
+        bob.barrier()
 
 
-# ======================================================================
-# The program
-#
-# Relay, crashes, addresses, command line, log, control socket, TLS, upgrades.
-# ======================================================================
+class TelnetFamily:
+    """Shared by the five families: one world and one HAS for the whole class."""
+    family, quirks, knows, offers, gmcp = None, {}, (), (), False
+    first = b""                                     # what the client says unasked
+    address_kept = True
+
+    @classmethod
+    def setUpClass(cls):
+        owner = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
+        cls.world = cls.make_world(owner)
+        cls.agree_to_echo()
+        cls.world.start()
+        cls.addClassCleanup(cls.world.stop)
+        cls.has = Has(owner, mush_address=cls.world.address, mush_type=cls.family, beat=0.5).wait_up()
+
+    @classmethod
+    def make_world(cls, owner):
+        return WORLDS[cls.family](quota=False, **cls.quirks)
+
+    @classmethod
+    def agree_to_echo(cls):
+        """The world does not answer the answer to its own WILL ECHO."""
+        cls.world.ANSWERS = {**cls.world.ANSWERS, (DO, ECHO): b""}
+
+    def setUp(self):
+        if not self.world.running:                  # another test failed half-way
+            self.world.start()
+        self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+
+    def tearDown(self):
+        self.has.check_log()                        # now, for it serves the whole class
+
+    def settled(self, name="Alice", size=(132, 43)):
+        """Wait until the world knows of the client what it can know; return the connection."""
+        def seen(world):
+            conn = (world.online(name) or [None])[0]
+            return (conn and (NAWS not in self.knows or conn.size == size) and
+                    (TTYPE not in self.knows or conn.ttype == "TINTIN++") and
+                    (CHARSET not in self.knows or conn.charset == "UTF-8") and
+                    (not self.gmcp or CORE_HELLO in conn.raw and CORE_SUPPORTS in conn.raw) and conn)
+        return self.world.wait(seen, what=f"{name}'s terminal is known")
+
+    def test_return_restores_everything_and_asks_nothing(self):
+        alice = self.login(first=self.first)
+        before = self.settled()
+        alice.barrier(), alice.barrier()            # the second follows all answers to what came before the first
+        told = {option: set(verbs) for option, verbs in before.options.items()}
+        count, on = len(alice.commands), set(alice.on)
+        self.crash(alice)
+        self.world.start()
+        conn = self.came_back(alice)
+        self.assertIs(self.settled(), conn)
+        alice.barrier()
+        asked = [c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))]
+        self.assertEqual(asked, [])
+        self.assertEqual(alice.on, on)
+        if self.family != "tinymush":
+            self.assertEqual({o: v for o, v in conn.options.items() if v & {"DO", "WILL"} and o != 86},
+                             {o: v for o, v in told.items() if v & {"DO", "WILL"}})
+        self.assertLess(len(conn.raw), 2000)        # no loop
+
+    def test_size_changed_during_the_outage_and_during_the_return(self):
+        alice, bob = self.login(first=self.first), self.login("Bob", ())
+        self.settled()
+        self.crash(alice, bob)
+        alice.resize(254, 10)
+        alice.send("nobody hears\r\n").expect("nobody hears\r\n")
+        self.world.start()
+        self.came_back(alice)
+        self.settled(size=(254, 10)) if NAWS in self.knows else None
+        bob.expect(re.escape(ONLINE))
+        self.crash(alice, bob)
+        self.world.start()
+        self.world.wait(lambda w: len(w.connections) > 0, what="the heartbeat is back")
+        alice.resize(90, 10)                        # before, in or behind the return: wherever it falls
+        self.came_back(alice)
+        self.settled(size=(90, 10)) if NAWS in self.knows else None
+        bob.expect(re.escape(ONLINE))
+
+    def test_echo_left_on_is_switched_off(self):
+        alice, lurker = self.login(first=self.first), Terminal(self.has.port)
+        self.addCleanup(lurker.close)
+        lurker.expect("(?i)welcome|connect")
+        conn = self.settled()
+        alice.barrier()
+        self.world._do(lambda: [c.write(offer((WILL, ECHO))) for c in self.world.connections])
+        for client in (alice, lurker):
+            client.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
+        self.world.wait(lambda w: "DO" in conn.options.get(ECHO, ()), what="echo was agreed")
+        count = len(alice.commands)
+        self.crash(alice, lurker)
+        self.world.start()
+        conn = self.came_back(alice)
+        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
+        alice.barrier()
+        self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))], [offer((WONT, ECHO))])
+        self.assertNotIn(offer((DONT, ECHO)), conn.raw)
+        lurker.expect(re.escape(ONLINE))
+        lurker.expect("(?i)welcome|connect")
+        lurker.wait(lambda c: (DO, ECHO) not in c.on, "echo is off at the login screen too")
+
+    def test_unnegotiating_client_gets_the_bytes_of_a_direct_connection(self):
+        self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"}, what="all have left")
+        twin = self.setup_world(self.family, **self.quirks)
+        beat = Terminal(twin.port, ())
+        self.addCleanup(beat.close)
+        beat.send("connect heartbeat heartbeat\r\n")
+        twin.wait(lambda w: w.online("heartbeat"), what="a heartbeat of its own")
+        near, far = self.conversation(twin, twin.port), self.conversation(self.world, self.has.port)
+        commands = [[t for t in tokens(raw)[0] if is_command(t)] for raw in (near, far)]
+        self.assertEqual(*commands)
+        if self.family == "rhostmush":              # HAS spoke first (PROXY): the same offers come before the banner
+            near, far = (b"".join(t for t in tokens(raw)[0] if not is_command(t)) for raw in (near, far))
+        self.assertEqual(near, far)
+
+    def conversation(self, world, port):
+        client = Terminal(port, ())
+        self.addCleanup(client.close)
+        client.expect("(?i)welcome|connect")
+        client.send("connect Carol wrong\r\n").expect("password")
+        client.send("connect Carol carolpw\r\n")
+        world.wait(lambda w: w.online("Carol"), what="Carol is in")
+        client.send("say one\r\n").expect('You say,? "one"')
+        if world.RESTART:
+            world.restart_in_place()
+        client.send("say two\r\n").expect('You say,? "two"\r?\n')
+        if self.family == "teenymush":
+            world.keepalive()
+        client.send("say three\r\n").expect('You say,? "three"\r?\n')
+        client.close()
+        world.wait(lambda w: not w.online("Carol"), what="Carol has left")
+        return DATE.sub(b"DATE", client.raw).replace(b"from localhost", b"from 127.0.0.1")
+
+    def test_silent_client_gets_no_telnet_on_return(self):
+        alice = self.login(agrees=())
+        count = len(alice.commands)
+        self.crash(alice)
+        self.world.start()
+        self.came_back(alice)
+        self.assertEqual(alice.commands[count:], [])
+
+    def test_character_at_a_time(self):
+        client, bob = Terminal(self.has.port), self.login("Bob", ())
+        self.addCleanup(client.close)
+        client.send(self.first).expect("(?i)welcome|connect")
+        rub = {"teenymush": b"", "tinymush": b"x\x7f"}.get(self.family, b"x\b")      # TeenyMUSH keeps BS in the text
+        for byte in b"con%snect Alice alic%sepw\r\n" % (rub, rub):
+            client.send(bytes([byte]))
+            self.read_by_has(bob)
+        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
+        self.addCleanup(self.world.wait, lambda w: not w.online("Alice"), what="Alice has left")
+        self.addCleanup(client.close)
+        for byte in b"say by bytes\r\n":
+            client.send(bytes([byte]))
+        client.expect("by bytes")
+        client.barrier()
+        self.crash(client, bob)
+        self.world.start()
+        self.came_back(client)
+        bob.expect(re.escape(ONLINE))
+        self.settled()
+
+    def test_restart_in_place_offers_again(self):
+        if not self.world.RESTART:
+            self.skipTest("no in-place restart")
+        alice = self.login(first=self.first)
+        self.settled()
+        for returned in (False, True):
+            alice.barrier()
+            conn = self.settled()
+            alice.barrier(), alice.barrier()        # the last answers are on their way; now they are there
+            on, raw = set(alice.on), len(alice.raw)
+            sent = len(conn.raw)
+            self.world.restart_in_place()
+            alice.barrier(), alice.barrier()
+            self.assertEqual(alice.on, on)
+            expected = self.world.RESTART[4]
+            if returned:                            # what HAS has answered a moment ago is swallowed
+                expected = b"".join(re.findall(rb"(?s)\xff\xfa.*?\xff\xf0", expected))
+            self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)), expected)
+            answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
+            self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
+            self.crash(alice)
+            self.world.start()
+            self.came_back(alice)
+
+    def test_compression_is_refused(self):
+        alice, lurker = self.login(first=self.first), Terminal(self.has.port, {86})
+        self.addCleanup(lurker.close)
+        lurker.expect("(?i)welcome|connect")
+        self.settled()
+        conn = self.world.online("Alice")[0]
+        if self.family != "tinymush":
+            offers = offer((WILL, 85), (WILL, 86), (WILL, 87), (DO, 86)) + b"x\r\n"
+            everybody = lambda: [c.write(offers) for c in self.world.connections]
+            self.world._do(everybody)
+            for client in (alice, lurker):
+                client.expect("x\r\n")
+                self.assertFalse([c for c in client.commands if c[2:] in (b"U", b"V", b"W")])
+            for conn in [c for c in self.world.connections if c.player != "heartbeat"]:
+                self.world.wait(lambda w: offer((DONT, 85), (DONT, 86), (DONT, 87), (WONT, 86)) in
+                                b"".join(re.findall(rb"\xff[\xfb-\xfe][UVW]", conn.raw)), what="refusals")
+        mark, conn = len(conn.raw), self.world.online("Alice")[0]
+        for client in (alice, lurker):
+            client.send(offer((DO, 86), (DO, 85), (DO, 87), (WILL, 87), (DONT, 86), (WONT, 86)))
+            client.wait(lambda c: offer((WONT, 86), (WONT, 85), (WONT, 87), (DONT, 87)) in c.raw, "HAS refuses")
+        alice.barrier()
+        self.assertNotRegex(bytes(conn.raw[mark:]), rb"\xff[\xfb\xfd][UVW]")
+
+    def test_notice_inside_what_is_unfinished(self):
+        alice = self.login(first=self.first)
+        for tail, shown in ((b"\x1b[1;3", b"\x1b[1;3m\x1b[0m\r\n"), (b"\x1b]0;title", b"\x1b]0;title\x1b\\\x1b[0m\r\n"),
+                            (b"caf\xc3", b"caf\xc3\x1b[0m\r\n"), (b"Prompt> \xff\xfa\xc9Core.Pi", b"Prompt> \x1b[0m\r\n")):
+            alice.text, start = b"", len(alice.raw)
+            self.world.emit("Alice", tail)
+            alice.expect(re.escape(tail.partition(b"\xff")[0]))
+            self.crash(alice)
+            text = b"".join(it for it in tokens(alice.raw[start:])[0] if not is_command(it))    # BINARY comes late
+            self.assertIn(shown + OFFLINE.encode(), text)
+            self.assertEqual(alice.rest, b"")
+            self.world.start()
+            self.came_back(alice)
+
+    def test_settings_are_replayed(self):
+        if self.family == "teenymush":
+            self.skipTest("no such settings")
+        alice = self.login(first=self.first)
+        lines = ["PUEBLOCLIENT 2.50", "OUTPUTPREFIX <<", "OUTPUTSUFFIX >>"]
+        lines += ["SCREENWIDTH 132", "SCREENHEIGHT 43"] * (self.family == "pennmush")
+        alice.send("\r\n".join(lines) + "\r\n")
+        alice.barrier()
+        before = self.world.online("Alice")[0]
+        alice.text = b""
+        self.crash(alice)
+        self.world.start()
+        alice.expect_notice(ONLINE, 8)
+        conn = self.world.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
+        shown = alice.barrier()
+        self.assertEqual((conn.prefix, conn.suffix, conn.settings), (before.prefix, before.suffix, before.settings))
+        self.assertIn(shown, (b"", b"<<\r\n"), "the replay is not to be seen")
+
+
+class TestTelnetTeeny(TelnetFamily, TelnetCase):
+    family, knows, offers = "teenymush", (NAWS, TTYPE), True
+
+
+class TestTelnetPenn(TelnetFamily, TelnetCase):
+    family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+
+    def test_a_client_that_answers_every_offer_kills_nobody(self):
+        """Not as RFC 1143 wants it: each repeated WILL CHARSET brings another DO."""
+        class Eager(Terminal):
+            def _answer(self, token):
+                self.on.clear()
+                return super()._answer(token)
+        eager = Eager(self.has.port)
+        self.addCleanup(eager.close)
+        eager.expect("(?i)connect")
+        eager.send(self.first + b"connect Alice alicepw\r\n")
+        self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8, what="CHARSET is settled")
+        for _ in range(2):                          # before and after a return
+            self.world.repeat_offers()
+            eager.wait(lambda c: c.raw.endswith(offer((WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))) or True, "the offers")
+            eager.barrier(), eager.barrier()
+            eager.send(offer((DO, CHARSET)) + sub(CHARSET, b"\x02UTF-8") + offer((DO, CHARSET)))
+            eager.barrier()
+            self.crash(eager)
+            self.world.start()
+            self.came_back(eager)
+        eager.close()
+        self.world.wait(lambda w: not w.online("Alice"), what="Alice has left")
+
+    def test_a_password_with_an_accent(self):
+        """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
+        for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
+            with self.subTest(name):
+                self.world.players[name] = read_as
+                client = Terminal(self.has.port, agrees)
+                self.addCleanup(client.close)
+                client.expect("(?i)connect")
+                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees), what="CHARSET is settled")
+                client.send(f"connect {name} p\u00e9pin\r\n")
+                self.world.wait(lambda w: w.online(name), what=f"{name} is in")
+                client.barrier()
+                self.crash(client)
+                self.world.start()
+                conn = self.came_back(client, name=name)
+                self.assertEqual(conn.utf8, bool(agrees))
+                client.close()
+                self.world.wait(lambda w: not w.online(name), what=f"{name} has left")
+
+
+class TestTelnetPennUnix(TestTelnetPenn):
+    @classmethod
+    def make_world(cls, owner):
+        folder = tempfile.mkdtemp()
+        owner.addCleanup(shutil.rmtree, folder)
+        return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", address_window=5, **cls.quirks)
+
+    def test_a_client_that_negotiates_at_once_can_log_in(self):
+        """As PuTTY does; telnet in front of the server's first is text on the unix socket."""
+        client = self.login(first=command(WILL, NAWS) + naws(100, 40) + command(WILL, TTYPE))
+        conn = self.world.online("Alice")[0]
+        self.assertEqual((conn.host, conn.size), ("127.0.0.1", client.size))
+        client.barrier()
+
+    test_unnegotiating_client_gets_the_bytes_of_a_direct_connection = None     # the twin is TCP
+    test_size_changed_during_the_outage_and_during_the_return = test_silent_client_gets_no_telnet_on_return = None
+    test_compression_is_refused = test_settings_are_replayed = test_notice_inside_what_is_unfinished = None
+
+
+class TestTelnetTinyMUX(TelnetFamily, TelnetCase):
+    family, knows, offers = "tinymux", (NAWS, TTYPE, CHARSET), True
+
+    @classmethod
+    def make_world(cls, owner):
+        return RealisticMUX(quota=False)
+
+
+class TestTelnetRhost(TelnetFamily, TelnetCase):
+    family, knows, offers = "rhostmush", (NAWS, TTYPE, CHARSET), True
+
+
+class TestTelnetTinyMUSH(TelnetFamily, TelnetCase):
+    family = "tinymush"
+    first = offer((WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, SGA), (DO, ECHO)) + naws(132, 43)
+
+    def tearDown(self):
+        super().tearDown()
+        for conn in self.world.all_connections:
+            self.assertNotIn(b"\xff", conn.raw, "the world sees no telnet")
+
+    test_echo_left_on_is_switched_off = None        # telnet of a world that has none does not reach the client
+
+    def test_has_answers_for_the_world(self):
+        alice = self.login(first=self.first)
+        alice.wait(lambda c: {offer((DO, NAWS)), offer((DO, TTYPE)), offer((DO, CHARSET)), offer((WONT, SGA)),
+                              offer((WONT, ECHO))} <= set(c.commands), "HAS answers")
+        alice.send(b"\xff\xf6say x\xff\xffy\r\n" + offer((WILL, 39), (DO, 200)))
+        alice.expect(r"\[Yes\]\r\n")
+        alice.expect('"xy"')
+        alice.wait(lambda c: {offer((DONT, 39)), offer((WONT, 200))} <= set(c.commands), "HAS refuses")
+
+    def test_lines_are_capped(self):
+        alice, bob = self.login(first=self.first), self.login("Bob", ())
+        for parts in ([b"say " + b"a" * 20000 + b"\r\n"], [b"say ", b"b" * 20000, b"\r\n"], [b"think " + b"c" * 9000, b"c\n"]):
+            for part in parts:
+                alice.send(part)
+                self.read_by_has(bob)
+            alice.barrier()
+        conn = self.world.online("Alice")[0]
+        self.assertLess(max(map(len, re.split(b"[\\r\\n]", conn.raw))), 8001)
+
+
+FAST = {"beat": 0.2, "hb_timeout": 1}
+
+
+class TestAcrossFamilies(TelnetCase):
+    """Fail-over: each world learns what the one before knew."""
+
+    def move(self, client, old, new):
+        old.kill()
+        client.expect(re.escape(OFFLINE))
+        client.expect(re.escape(ONLINE), 6)
+        conn = new.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
+        client.barrier()
+        return conn
+
+    def chain(self, *families):
+        chain = [self.setup_world(family) for family in families]
+        has = Has(self, mush_address=", ".join(w.address for w in chain), failover_after=0.2, **FAST).wait_up()
+        return chain, has, self.login(has=has, world=chain[0])
+
+    def test_tinymux_rhostmush_teenymush(self):
+        (mux, rhost, teeny), has, alice = self.chain("tinymux", "rhostmush", "teenymush")
+        mux.wait(lambda w: w.online("Alice")[0].charset, what="charset")
+        for _ in range(2):                          # it asks for all three terminal types
+            mux.emit("Alice", SEND_TTYPE)
+        mux.wait(lambda w: w.online("Alice")[0].ttype == "MTTS 269", what="MTTS")
+        conn = self.move(alice, mux, rhost)
+        rhost.wait(lambda w: (conn.size, conn.charset, conn.ttype) == ((132, 43), "UTF-8", "TINTIN++"), what="Rhost knows")
+        for answer in ("XTERM-256COLOR", "MTTS 269"):
+            rhost.emit("Alice", SEND_TTYPE)
+            rhost.wait(lambda w: conn.ttype == answer, what=answer)
+        alice.barrier()
+        self.assertNotIn((DO, EOR), alice.on)       # RhostMUSH offered none
+        conn = self.move(alice, rhost, teeny)
+        teeny.wait(lambda w: (conn.size, conn.ttype) == ((132, 43), "TINTIN++"), what="Teeny knows")
+        alice.wait(lambda c: (DO, SGA) in c.on, "a new offer reached the client")
+
+    def test_all_telnet_is_switched_off_for_tinymush(self):
+        (mux, tiny), has, alice = self.chain("tinymux", "tinymush")
+        mux.ANSWERS = {**mux.ANSWERS, (DO, ECHO): b""}
+        mux.emit("Alice", offer((WILL, ECHO)))
+        alice.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
+        conn = self.move(alice, mux, tiny)
+        self.assertNotIn(b"\xff", conn.raw)
+        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
+        alice.barrier()
+        self.assertNotIn(b"\xff", conn.raw)
+
+
+class TestStreams(TelnetCase):
+    """Bytes both ways through a running HAS, in one TinyMUX session."""
+
+    def setUp(self):
+        self.world = self.setup_world("tinymux")
+        self.has = Has(self, mush_address=self.world.address, mush_type="tinymux").wait_up()
+        self.alice, self.bob = self.login(agrees=()), self.login("Bob", ())
+        self.conn = self.world.online("Alice")[0]
+        self.alice.barrier()
+
+    def upward(self, pieces, sync=True):
+        """What the world gets of what Alice sends, piece by piece."""
+        self.alice.barrier()
+        start, end = len(self.conn.raw), b"\r\nsay mark %d\r\n" % next(_marks)
+        for piece in pieces:
+            self.alice.send(piece)
+            if sync:
+                self.bob.barrier()
+        self.alice.send(end)
+        self.world.wait(lambda w: self.conn.raw.endswith(end), what="all has arrived")
+        return bytes(self.conn.raw[start:-len(end)])
+
+    def downward(self, pieces):
+        """What Alice gets of what the world sends, piece by piece."""
+        self.alice.barrier()
+        start, end = len(self.alice.raw), b"\r\nmark %d\r\n" % next(_marks)
+        for piece in pieces:
+            self.world.emit("Alice", piece)
+        self.world.emit("Alice", end)
+        self.alice.wait(lambda c: c.raw.endswith(end), "all has arrived")
+        return self.alice.raw[start:-len(end)]
+
+    @staticmethod
+    def is_well_formed(token):
+        if token[:2] == b"\xff\xfa":
+            return b"\xff" not in token[2:-2].replace(b"\xff\xff", b"")
+        return not re.match(rb"\xff(?:[\0-\xef]|\xf7)\Z", token, re.S)
+
+    def test_newline_inside_a_command_in_pieces(self):
+        pieces = [b"\xff\xfa\x1f\x00\x84\x00", b"\x0a", b"\xff\xf0"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+        pieces = [b"\xff\xfa\xc9Core.Hello {\n", b'"a": 1\n', b"}\n", b"\xff", b"\xf0say hi\n", b"\xff\xfb", b"\n"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+
+    def test_long_subnegotiations_pass(self):
+        body = b"\xff\xfa\xc9" + b"x" * 70000
+        pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0", b"text"]
+        self.assertEqual(self.upward(pieces), b"".join(pieces))
+        self.alice.barrier()
+        start, self.alice.raw = b"", b""
+        for piece in pieces:                        # each arrives before the next is sent
+            self.world.emit("Alice", piece)
+            start += piece
+            self.alice.wait(lambda c: len(c.raw) >= len(start) - 1, f"{piece[:20]!r} arrives")
+        self.assertEqual(self.alice.raw, start)
+
+    def test_notice_inside_a_long_subnegotiation(self):
+        self.world.emit("Alice", b"\xff\xfa\xc9" + b"x" * 70000)
+        self.alice.wait(lambda c: len(c.raw) > 70000, "it passes")
+        self.alice.text = self.alice.fresh = b""
+        self.world.kill()
+        self.alice.expect(re.escape(OFFLINE) + r"\r\n")
+
+    def test_rubbed_out_login_line(self):
+        client = Terminal(self.has.port, ())
+        self.addCleanup(client.close)
+        client.expect("Welcome")
+        for byte in b"c\bWHO\r\n":
+            client.send(bytes([byte]))
+            self.bob.barrier()
+        client.expect("logged in")
+        self.assertNotRegex(client.raw, rb"=[0-9a-f]{8}")
+
+    def test_fuzz(self):
+        for seed in [*range(20), secrets_seed()]:
+            with self.subTest(seed=seed):
+                rng = random.Random(seed)
+                for way in (self.upward, self.downward):
+                    stream = b"".join(wild(rng) for _ in range(50)) + b"\xff\xf0\xff\xf0"
+                    if way == self.upward:      # what servers read in different ways does not go on (TypedThroughHAS)
+                        stream = b"".join(filter(self.is_well_formed, tokens(stream)[0]))
+                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfa-\xfe][UVW\x13&.]", t))
+                    pieces = list(chop(rng, stream))
+                    self.assertEqual(way(pieces, False) if way == self.upward else way(pieces), kept)
+        before = self.has.cpu_seconds()
+        self.alice.barrier()
+        self.assertRaises(socket.timeout, self.alice._read, time.monotonic() + 0.5)
+        self.assertLess(self.has.cpu_seconds() - before, 0.1)
+
+
+# ---- Bytes, and who the user is
 
 class TestRelay(Case):
     """Bytes go through untouched and at once (rule 1); the original's faults stay mended."""
@@ -9704,78 +7877,6 @@ class TestRelay(Case):
         world.start()
         for client in (alice, bob):
             client.expect(re.escape(ONLINE))
-
-
-class TestCrashes(Case):
-    def test_guests_without_a_password_are_held_and_told(self):
-        for family in ("tinymux", "pennmush"):
-            with self.subTest(family):
-                world = self.world(family, guests=True, silent_start=0.1)
-                has = Has(self, mush_address=world.address, login_hold=0.2).wait_up()
-                newcomer, guest = self.client(has), self.client(has, "connect guest", world, "Guest")
-                newcomer.expect("(?i)connect")
-                world.kill()
-                guest.expect(re.escape(OFFLINE))
-                self.assertIn(b"come back later", newcomer.expect_end())
-                guest.send("anybody?\r\n").expect(re.escape(UNSENT) + r" anybody\?")
-                world.start()
-                guest.expect(r"ONLINE again\. Guests have to log in again\.\r\n")
-                guest.expect("(?i)connect")
-                self.assertFalse(world.online("Guest"))
-
-    def test_twenty_crashes_with_eight_users_and_resets(self):
-        world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
-        has = Has(self, mush_address=world.address, beat=0.5).wait_up()
-        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(8)]
-        for round_ in range(20):
-            world.kill()
-            if round_ % 2:
-                for user in users:
-                    user.expect(re.escape(OFFLINE))
-            world.start()
-            for user in users:
-                user.expect(re.escape(ONLINE))
-            world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)), what="160 of 160")
-        for user in users:
-            user.barrier()
-
-    def test_who_kills_the_world_is_brought_back_no_more(self):
-        world = self.world("tinymux")
-        has = Has(self, script=HAS, mush_address=world.address, suspect_notice="# SUSPECT").wait_up()
-        alice = self.client(has, "connect Alice alicepw", world, "Alice")
-        mallory = self.client(has, "connect Bob bobpw", world, "Bob")
-        deaths = 0
-        while b"brings it back no more" not in has.log and deaths < 7:
-            world.wait(lambda w: w.online("Bob"), 15, what="Bob is in, and kills it")
-            deaths += 1
-            alice.text = b""
-            world.kill()
-            alice.expect(re.escape(OFFLINE))
-            world.start()
-            has.wait_count(b"is up", deaths + 1)
-        self.assertLessEqual(deaths, 5)         # 4 where the world has lived for long before
-        mallory.expect("# SUSPECT(?s:.*)Welcome")
-        alice.expect(re.escape(ONLINE), 15)
-        alice.barrier()
-        self.assertFalse(world.online("Bob"))
-        self.assertIn(b"just after bob had come back", has.log)
-
-    def test_a_thousand_users_are_told_and_back_in_time(self):
-        count = 300                             # the test's own sockets and threads set the pace above this
-        world = self.world("tinymux", quota=False, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
-        has = Has(self, mush_address=world.address).wait_up()
-        users = [has.client() for _ in range(count)]
-        for number, user in enumerate(users):
-            self.addCleanup(user.close)
-            user.send(f"connect u{number} pw\r\n")
-        world.wait(lambda w: len(w.logins) == count + 1, 20, "all in")
-        has.wait_count(b": logged in", count)
-        world.kill()
-        for user in users:
-            user.expect(re.escape(OFFLINE))
-        world.start()
-        for user in users:
-            user.expect(re.escape(ONLINE))
 
 
 class TestAddress(Case):
@@ -9885,6 +7986,12 @@ class TestAddress(Case):
         for client in (told, bad):
             client.barrier()
 
+
+# ======================================================================
+# The program
+#
+# Command line, log, control socket, TLS, upgrades.
+# ======================================================================
 
 class TestProgram(Case):
     """Command line, log, signals, control socket, TLS."""
@@ -10169,100 +8276,9 @@ class TestProgram(Case):
         self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 0)
 
 
-class TestPartsOfTheProgram(unittest.TestCase):
-    """What can be had of part 9 without a process of its own."""
-
-    def handler(self, path):
-        """A LogHandler, and how to log one line by it."""
-        handler = has.LogHandler(path)
-        self.addCleanup(lambda: os.close(handler._fd))
-
-        def say(text):
-            handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
-        return handler, say
-
-    def test_no_core_dump_where_a_pipe_ignores_the_limit(self):
-        for pattern, limit in (("|/usr/lib/systemd/systemd-coredump %P", 1), ("core", 0), ("", 0)):
-            with mock.patch("builtins.open", mock.mock_open(read_data=pattern)):
-                self.assertEqual(has.core_limit(), limit)
-        with mock.patch("builtins.open", side_effect=FileNotFoundError):
-            self.assertEqual(has.core_limit(), 0)
-
-    def test_a_text_of_the_command_line_under_an_ascii_locale(self):
-        self.assertEqual(has.typed_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")), "caf\u00e9")
-        self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
-
-    def test_the_owner_of_a_socket_is_looked_at_before_it_is_believed(self):
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
-            path = folder + "/has.sock"
-            server.bind(path)
-            server.listen(1)
-            options = types.SimpleNamespace(script=path, config=path, notice=None, kick=None, json=False)
-            with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch("sys.stderr", io.StringIO()) as said:
-                self.assertEqual(has.ask_running(options, path), 3)
-            self.assertRegex(said.getvalue(), "belongs to user 12345, who may be anybody: not believed")
-
-    def test_usr2_without_memfd_is_refused(self):
-        with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
-            has.Upgrade(None, "has.py", "has.conf", b"").begin()
-        self.assertIn("no memory files", logged.output[0])
-
-    def test_lines_that_nobody_reads_are_dropped_and_counted(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "pipe")
-            os.mkfifo(path)
-            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            self.addCleanup(os.close, reader)
-            _, say = self.handler(path)
-            for number in range(5000):
-                say(f"{number:0100}")
-            read, last = os.read(reader, 1 << 20), 5000
-            while b"dropped" not in read and last < 5100:
-                say(f"{last:0100}")
-                read, last = read + os.read(reader, 1 << 20), last + 1
-        numbers = [int(number) for number in re.findall(rb"INFO (\d+)\n", read)]
-        (dropped,) = re.findall(rb"^\((\d+) log lines were dropped\)$", read, re.M)
-        self.assertEqual((int(dropped) + len(numbers), numbers[-1]), (last, last - 1))
-        self.assertEqual(numbers, sorted(set(numbers)))
-        self.assertEqual(numbers[:600], list(range(600)))           # more than the pipe holds
-
-    def test_a_log_file_that_cannot_be_opened_anew_costs_no_line(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "has.log")
-            handler, say = self.handler(path)
-            say("one")
-            with mock.patch.object(has.log, "handlers", [handler]):
-                handler.reload(settings_of((("log_file", "/nonexistent/has.log"),)))
-            say("two")
-            say("three")
-            self.assertRegex(read_text(path), r"\A.* one\n.* ERROR cannot open log_file /nonexistent/has\.log: .*\n"
-                             r".* two\n.* three\n\Z")
-
-    def test_a_dead_terminal_stops_nobody(self):
-        master, slave = pty.openpty()
-        with mock.patch.object(os, "ttyname", return_value=os.ttyname(slave)):
-            handler, say = self.handler("")
-        os.close(slave)
-        say("alive")
-        self.assertIn(b"INFO alive", os.read(master, 1000))
-        os.close(master)                        # every write is an error (EIO) from here on
-        for _ in range(3):
-            say("dead")
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "has.log")
-            handler.reload(settings_of((("log_file", path),)))
-            say("on file")
-            self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
-
-
 def shell_command(arguments, before=""):
     """has.py run by a shell that has done something before."""
     return ["sh", "-c", f"{before}exec {sys.executable} {HAS} {arguments}"]
-
-
-def read_text(path):
-    with open(path) as file:
-        return file.read()
 
 
 class TestTLS(Case):
@@ -10630,20 +8646,6 @@ class TestUpgrade(Case):
         self.assertEqual(self.has.process.wait(10), 1)
 
 
-@unittest.skipIf(RealMux.available(), f"TinyMUX: {RealMux.available()}")
-@again("test_every_line_typed_during_upgrades_is_answered_once")
-class TestUpgradeRealTinyMUX(TestUpgrade):
-    """The same, in front of the real server."""
-
-    def make_world(self):
-        mush = RealWorld(self, conf={"command_quota_max": 100000, "command_quota_increment": 100000})
-        mush.start()
-        return mush
-
-    def logins(self):
-        return len(re.findall(r"Connected to (?:heartbeat|Alice|Bob)\(", self.mush.mux.log_tail(10 ** 6)))
-
-
 def pythons():
     """The oldest and the newest Python that HAS supports, if pyenv has both."""
     root = pathlib.Path(os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))) / "versions"
@@ -10671,36 +8673,201 @@ class TestUpgradeOfPython(TestUpgrade):
 
 
 # ======================================================================
-# Telnet, end to end
+# HAS in front of a real TinyMUX
 #
-# What a new world must be told, and what a client must not see twice.
+# Where one is installed (apt-get install tinymux).
 # ======================================================================
 
-BINARY, SGA, EOR = 0, 3, 25
-EVERYTHING = {BINARY, ECHO, SGA, EOR, TTYPE, NAWS, CHARSET, MSSP, GMCP}
-TTYPES = [b"TINTIN++", b"XTERM-256COLOR", b"MTTS 269"]
-CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(GMCP, b'Core.Supports.Set ["Char 1"]')
-TOKEN = re.compile(rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
-DATE = re.compile(rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d(?:\.\d+)? \d{4}|(?<=C\.)\d+")
+class TestRealTinyMUX(Scenarios, unittest.TestCase):
+    """The same, in front of the real server."""
+
+    family, logouts = "tinymux", TestTinyMUX.logouts
+    test_logins_disabled_after_return = None    # @disable does not outlive a real start
+    test_full_is_no_refusal = None              # nor does a limit of players
+
+    def make_world(self):
+        return RealWorld(self, {f"Evil{n}": password for n, password in enumerate(EVIL)})
+
+    def evil_players(self):
+        """They were made with the world."""
+
+    def evil_done(self):
+        return re.findall("#[0-9]+", self.world.command("think [search(name=PWNED)]"))
+
+    def test_evil_passwords(self):
+        super().test_evil_passwords()
+        self.world.command("think [create(PWNED,10)]", "heartbeat", "heartbeat")
+        self.assertEqual(len(self.evil_done()), 1, "such a deed is not found")
+
+    def take_the_heartbeats_flag(self):
+        self.world.command("@set *heartbeat=!wizard")
+
+    def test_heartbeat_without_its_flag(self):
+        self.assertRegex(self.has.probe(), "heartbeat's flag: nothing is missing")
+        self.take_the_heartbeats_flag()
+        self.world.boot("heartbeat")
+        self.has.wait_log(rb"WARNING .*the heartbeat heartbeat has no WIZARD flag")
+        self.assertRegex(self.has.probe(), "heartbeat's flag: lacks WIZARD")
+
+    def change_password_while_down(self):
+        self.world.command("@newpassword *Alice=changed")
+        self.world.dump()
+        self.world.kill()
 
 
-def tokens(data):
-    """Whole telnet commands and runs of text; and what is left, an unfinished command."""
-    found, at = [], 0
-    match = TOKEN.match(data)
-    while match:
-        found.append(match.group())
-        at = match.end()
-        match = TOKEN.match(data, at)
-    return found, data[at:]
+class TestTelnetRealTinyMUX(TelnetCase):
+    """Size, terminal, character set and a password with an accent survive a kill -9."""
+
+    def test_return(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        mux = RealMux(folder)
+        mux.start()
+        self.addCleanup(mux.close)
+        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
+        alice = Terminal(has.port)
+        self.addCleanup(alice.close)
+        alice.expect("Welcome")
+        alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on, "UTF-8 is agreed")
+        alice.send("create Zoe caf\u00e9\r\n")
+        self.look(alice)
+        mux.command("@dump")
+        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
+        for _ in range(2):
+            count, on = len(alice.commands), set(alice.on)
+            mux.kill()
+            alice.expect(re.escape(OFFLINE) + r"\r\n")
+            mux.start()
+            alice.expect_notice(ONLINE, 8)
+            self.look(alice)
+            self.assertEqual(alice.on, on)
+            self.assertEqual(alice.commands[count:], [])
+
+    def test_a_password_with_an_accent_and_utf_8_by_lang(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        mux = RealMux(folder)
+        mux.start()
+        self.addCleanup(mux.close)
+        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
+        zoe = Client(has.port)
+        self.addCleanup(zoe.close)
+        zoe.expect("Welcome")
+        zoe.send(b"\xff\xfb\x27\xff\xfa\x27\0\0LANG\1de_DE.UTF-8\xff\xf0create Zoe caf\xc3\xa9\r\n")
+        zoe.expect("Limbo")
+        mux.command("@dump")
+        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
+        for _ in range(2):
+            mux.kill()
+            zoe.expect(re.escape(OFFLINE) + r"\r\n")
+            mux.start()
+            zoe.expect_notice(ONLINE, 8)
+            zoe.send("think <[name(me)] \u00e9>\r\n").expect("<Zoe \u00e9>\r\n")
+
+    def look(self, alice):
+        alice.send("think <[name(me)] [width(me)] [height(me)] \u00e9>\r\n")
+        shown = alice.expect("<Zoe.*>\\r\\n")
+        self.assertTrue(shown.endswith("<Zoe 132 43 \u00e9>\r\n".encode()), shown)
 
 
-def is_command(token):
-    return token[:1] == b"\xff" and token != b"\xff\xff"
+@again("test_every_line_typed_during_upgrades_is_answered_once")
+class TestUpgradeRealTinyMUX(TestUpgrade):
+    """The same, in front of the real server."""
+
+    def make_world(self):
+        mush = RealWorld(self, conf={"command_quota_max": 100000, "command_quota_increment": 100000})
+        mush.start()
+        return mush
+
+    def logins(self):
+        return len(re.findall(r"Connected to (?:heartbeat|Alice|Bob)\(", self.mush.mux.log_tail(10 ** 6)))
 
 
-def naws(width, height):
-    return sub(NAWS, struct.pack(">HH", width, height).replace(b"\xff", b"\xff\xff"))
+# ======================================================================
+# Tools
+#
+# Clients, HAS as a program, scripted worlds, the real TinyMUX; --bench, --demo, --soak; how tests
+# are run. No test stands behind this line.
+# ======================================================================
+
+# ---- A client, and HAS in a process of its own
+
+class Client:
+    """A player's connection to HAS (or straight to a world). Never sleeps: it waits for text, with a deadline."""
+
+    def __init__(self, port, host="127.0.0.1", receive_buffer=0):
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(5)
+        self.sock.connect((host, port))
+        self.text, self.seen = b"", b""
+
+    def send(self, data):
+        self.sock.sendall(data.encode() if isinstance(data, str) else data)
+        return self
+
+    def _read(self, until):
+        self.sock.settimeout(max(0.001, until - time.monotonic()))
+        data = self.sock.recv(262144)
+        self.text += data
+        self.seen += data
+        return data
+
+    def expect(self, pattern, seconds=10.0):
+        """Read until `pattern` (bytes or text, a regular expression); return all text up to its end."""
+        pattern = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
+        until = time.monotonic() + seconds
+        while True:
+            match = pattern.search(self.text)
+            if match:
+                found, self.text = self.text[:match.end()], self.text[match.end():]
+                return found
+            try:
+                ended = not self._read(until)
+            except socket.timeout:
+                raise AssertionError(f"no {pattern.pattern!r} in {seconds} s; unread: {self.text!r}") from None
+            except OSError as error:
+                raise AssertionError(f"{error} before {pattern.pattern!r}; unread: {self.text!r}") from None
+            if ended:
+                raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
+
+    def expect_notice(self, text, seconds=10.0):
+        """Read until the notice; nothing came with it but a colour reset, and that only after an escape of the world's."""
+        coloured = b"\x1b" in self.seen[:len(self.seen) - len(self.text)]
+        found, wanted = self.expect(re.escape(text) + r"\r\n", seconds), text.encode() + b"\r\n"
+        if found != (b"\x1b[0m" if coloured else b"") + wanted:
+            raise AssertionError(f"not the notice alone: {found!r}")
+
+    def expect_end(self, seconds=10.0):
+        """Read until the connection is closed; return the last text."""
+        until = time.monotonic() + seconds
+        try:
+            while self._read(until):
+                pass
+        except socket.timeout:
+            raise AssertionError(f"still open after {seconds} s; unread: {self.text!r}") from None
+        except ConnectionResetError:
+            pass
+        text, self.text = self.text, b""
+        return text
+
+    def barrier(self):
+        """Have the game answer a unique line; return what came before it: the proof that nothing else came."""
+        mark = f"barrier-{next(_marks)}"
+        before = self.send(f"say {mark}\r\n").expect(rb'"?%s"?\r?\n' % mark.encode())
+        return before.rpartition(b"You say")[0]
+
+    def reset(self):
+        """Close with RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self):
+        self.sock.close()
+
+
+_marks = itertools.count(1)
 
 
 class Terminal(Client):
@@ -10786,353 +8953,2222 @@ class Terminal(Client):
         super().close()
 
 
-class TelnetCase(unittest.TestCase):
-    """What all tests here use."""
+@functools.lru_cache(None)
+def calm_program():
+    """A has.py that suspects nobody (in most tests worlds die just behind logins, see has.Suspects), compiled once.
 
-    def setup_world(self, family, **quirks):
-        world = WORLDS[family](**{"silent_start": 0.1, "quota": False, **quirks})
-        world.start()
-        self.addCleanup(world.stop)
-        return world
+    Returns the path of a program that starts it: half of what a start costs is compiling.
+    """
+    folder = tempfile.mkdtemp(prefix="has-calm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    text = pathlib.Path(HAS).read_text(encoding="utf-8")
+    calm = text.replace("    WINDOW, APART,", "    WINDOW, APART = -1, 2\n    _, _,", 1)
+    assert calm != text
+    pathlib.Path(folder, "has.py").write_text(calm, encoding="utf-8")
+    py_compile.compile(os.path.join(folder, "has.py"), doraise=True)
+    start = pathlib.Path(folder, "start.py")
+    start.write_text("import sys, has\nhas.prepare_output()\nsys.exit(has.main())\n", encoding="utf-8")
+    return str(start)
 
-    def login(self, name="Alice", agrees=EVERYTHING, first=b"", has=None, world=None):
-        client = Terminal((has or self.has).port, agrees)
-        self.addCleanup(client.close)
-        client.send(first)
-        client.expect("(?i)welcome|connect")
-        client.send(f"connect {name} {name.lower()}pw\r\n")
-        (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")
-        self.addCleanup((world or self.world).wait, lambda w: not w.online(name), what=f"{name} has left")
-        self.addCleanup(client.close)
-        client.barrier()
-        return client
 
-    def crash(self, *clients):
-        self.world.kill()
-        for client in clients:
-            client.expect(re.escape(OFFLINE) + r"\r\n")
+class Has:
+    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once."""
 
-    def came_back(self, client, world=None, name="Alice"):
-        """Only the notice was shown."""
-        client.expect_notice(ONLINE, 8)
-        conn = (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")[0]
-        self.assertEqual(re.sub(rb"\S+ says.*\r?\n", b"", client.barrier()).strip(), b"")
+    faults = False                  # True: the test has planted one
+
+    def __init__(self, case, python=sys.executable, script=None, **settings):
+        self.script = script = script or calm_program()
+        self.folder = tempfile.mkdtemp(prefix="has-test-")
+        case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.conf = os.path.join(self.folder, "has.conf")
+        self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1, "hb_timeout": 2,
+                         "max_per_host": 0, "log_level": "debug", "login_hold": 0, "hold": 0, "log_file": "",
+                         "hb_user": "heartbeat", "hb_pass": "heartbeat", "remotehostname_cmd": "auto",
+                         "mush_type": "auto", "resume_rate": "auto", "max_clients": 0, "failover_after": 60,
+                         "failback_after": 0, "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
+                         "output_limit": 1048576,
+                         "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
+                         "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
+        self.configure(**settings)
+        self._log, self._change = b"", threading.Condition()
+        self.process = subprocess.Popen([python, script, "--config", self.conf], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        case.addCleanup(self.end)
+        self.port = int(self.wait_log(rb"listening on 127\.0\.0\.1:(\d+)").group(1))
+
+    def configure(self, **settings):
+        """Write has.conf anew."""
+        self.settings.update(settings)
+        with open(self.conf, "w") as file:
+            file.write("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
+        os.chmod(self.conf, 0o600)
+
+    def _read_log(self):
+        for line in self.process.stderr:
+            with self._change:
+                self._log += line
+                self._change.notify_all()
+
+    @property
+    def log(self):
+        with self._change:
+            return self._log
+
+    def wait_log(self, pattern, seconds=10.0, after=0):
+        """Wait for a log line that matches; return the match."""
+        found = []
+
+        def seen():
+            found[:] = [re.compile(pattern).search(self._log, after)]
+            return found[0] or self.process.poll() is not None and not self._reader.is_alive()
+        with self._change:
+            self._change.wait_for(seen, seconds)
+        if not found[0]:
+            raise AssertionError(f"no {pattern!r} in the log within {seconds} s:\n{self._log.decode()}")
+        return found[0]
+
+    def wait_count(self, text, count, seconds=10.0):
+        """Wait until `text` stands in the log `count` times."""
+        with self._change:
+            if not self._change.wait_for(lambda: self._log.count(text) >= count, seconds):
+                raise AssertionError(f"{self._log.count(text)} of {count} times {text!r} in the log")
+
+    def wait_up(self):
+        self.wait_log(rb"is up")
+        return self
+
+    def wait_down(self):
+        """Wait until it knows that there is no world: the main loop runs, which obeys TERM."""
+        self.wait_log(rb"cannot be reached")
+        return self
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def client(self, **more):
+        return Client(self.port, **more)
+
+    def probe(self):
+        """What `--check --probe` prints with the same has.conf."""
+        return subprocess.run([sys.executable, HAS, "--config", self.conf, "--check", "--probe"], timeout=20,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+
+    def memory(self):
+        """Resident kilobytes."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+    def cpu_seconds(self):
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        """TERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(6)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+        self.process.stderr.close()
+        return self.process.returncode
+
+    def check_log(self):
+        """Nothing has gone wrong inside HAS: a fault is survived, and only the log tells."""
+        wrong = re.search(rb"Traceback|\ba fault\b|Exception ignored", self.log)
+        if wrong and not self.faults:
+            around = self.log[max(0, wrong.start() - 500):][:6000]
+            raise AssertionError(f"HAS logged:\n{around.decode('utf-8', 'replace')}")
+
+    def end(self):
+        """What every test ends with: TERM is obeyed, and nothing went wrong."""
+        status = self.stop()
+        self.check_log()
+        if status and not self.faults:
+            raise AssertionError(f"HAS ended with status {status}:\n{self.log[-6000:].decode('utf-8', 'replace')}")
+
+
+OFFLINE, ONLINE = "# NOTICE # This world is OFFLINE. Please wait till it returns.", "# NOTICE # This world is ONLINE again."
+UNSENT, MOVED = "# NOTICE # This world is OFFLINE. Not sent:", "# NOTICE # This world is moving to another machine."
+SILENT, REFUSED = "# NOTICE # This world does not answer just now.", "# NOTICE # This world did not take your login."
+
+
+def certificate(folder):
+    """A self-signed certificate and its key; the tests need the openssl program for it."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return cert, key
+
+
+class TLSClient(Client):
+    """The same over TLS."""
+
+    def __init__(self, port, host="127.0.0.1"):
+        super().__init__(port, host)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.sock = context.wrap_socket(self.sock)
+
+
+class Ports:
+    """Ports for programs that bind them later: no other test, of this process or another, is given the same.
+
+    They lie below those that the kernel gives to connects: while nobody listens none takes them, and a client that
+    keeps trying is not connected to itself. A lock on one byte of a common file for each port,
+    held until the process ends, is what other processes of the suite see; the set is for this one.
+    """
+
+    given = set()
+    file = None
+
+    @classmethod
+    def free(cls):
+        if cls.file is None:
+            cls.file = open(os.path.join(tempfile.gettempdir(), f"has-test-ports-{os.getuid()}"), "ab")
+        while True:
+            port = random.SystemRandom().randrange(5000, 32000)
+            if port not in cls.given and cls.lock(port) and cls.unused(port):
+                cls.given.add(port)
+                return port
+
+    @classmethod
+    def lock(cls, port):
+        try:
+            fcntl.lockf(cls.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        except OSError:
+            return False                        # another process of the suite has it
+        return True
+
+    @staticmethod
+    def unused(port):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                return False                    # another program has it
+        return True
+
+
+free_port = Ports.free
+
+
+# ---- Scripted worlds
+#
+# Small fake MUSH servers that behave as strangely as the real ones. One daemon thread per world runs a
+# selectors loop and owns every socket; methods called by a test run in that thread and are waited for.
+# Where a recording disagrees with the facts files the recording won.
+PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw", "Wizard": "wizpw", "Mary Ann": "marypw"}
+_start_ids = itertools.count(int(time.time()) - 10 ** 6)    # every start of any world gets one of its own, long past
+
+
+class Connection:
+    """One accepted socket and everything the world knows about it."""
+
+    def __init__(self, world, sock, local):
+        self.world, self.sock, self.local = world, sock, local
+        self.id = next(world._ids)
+        self.opened = time.monotonic()
+        self.player = self.address_given = self.size = self.ttype = self.charset = self.epoch = None
+        self.host, self.ip, self.utf8 = world.HOST, "127.0.0.1", False
+        self.prefix = self.suffix = ""
+        self.settings, self.options = {}, {}            # SCREENWIDTH ... ; option -> set of verbs the client sent
+        self.lines, self.raw = [], bytearray()
+        self.partial, self.queue, self.out = [], collections.deque(), bytearray()    # partial: one entry a character
+        self.telnet_state, self.telnet_sub, self.begun = "text", bytearray(), b""
+        self.tail = b""                                 # the beginning of a telnet sequence
+        self.failures, self.login_number, self.used = 0, 0, 0
+        self.tokens, self.refilled = 100, time.monotonic()
+        self.greeted = self.offered = self.telnet_ok = self.spoken = self.proxied = False
+        self.closing = self.ghost = self.gone = False
+
+    def __repr__(self):
+        return "<Connection %d %s%s>" % (self.id, self.player or "login screen", " gone" if self.gone else "")
+
+    def write(self, data):
+        """One write, as the server does it: what the kernel takes goes out at once."""
+        if not data or self.gone or self.closing or self.ghost:
+            return
+        self.world._note("<", self.id, data)
+        self.out += data
+        self.world._flush(self)
+
+    def tell(self, text):
+        self.write(self.world.encode(self, text))
+
+    def finish(self, text=""):
+        """Say the last words, then close (FIN) once they are out."""
+        self.tell(text)
+        self.closing = True
+        self.queue.clear()
+        self.world._flush(self)
+
+
+class World:
+    """What all families share: sockets, timers, telnet, line editing, players, the methods tests call."""
+    family = "plain"
+    HOST, EOL, BANNER, BACKLOG, FIRST_NUMBER = "127.0.0.1", "\r\n", "Welcome\r\n", 64, 2
+    ANSWERS = {}                # (verb, option) -> reply, where it is not a plain refusal
+    ON_CONNECT = ()             # telnet offers, one write each
+    EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
+    MAX_LINE = 8000
+    TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
+    RESTART = None              # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
+
+    def __init__(self, players=None, port=0, backlog=None, unix_path=None, **quirks):
+        self.players = dict(PLAYERS if players is None else players)
+        self.wizards = {"heartbeat", "Wizard"}
+        self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
+        self.backlog = self.BACKLOG if backlog is None else backlog
+        self.reset_on_kill = self.silent_banner = self.guests = self.logins_disabled = self.accept_bug = False
+        self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
+        self.start_id = self.max_players = self.sconnect_cmd = None
+        self.silent_start, self.address_window, self.shutdown_delay = 1.0, 0.1, 2.0
+        for name, value in quirks.items():
+            if not hasattr(self, name):
+                raise TypeError("unknown quirk: " + name)
+            setattr(self, name, value)
+        self._given_id = self.start_id
+        self.connections, self.all_connections, self.lines, self.logins = [], [], [], []
+        self.evaluated, self.forged, self.errors = [], [], []
+        self.accepted = self.starts = 0
+        self.running = self.frozen = False
+        self.aliases, self.numbers, self.last_seen, self.failed, self.ip_failures = {}, {}, {}, {}, {}
+        for name in self.players:
+            self.number(name)
+        self._ids, self._login_ids, self._timer_ids = itertools.count(1), itertools.count(1), itertools.count()
+        self._timers, self._calls, self._listeners, self._stranded = [], collections.deque(), [], []
+        self._changed = threading.Condition()
+        self._record = collections.deque(maxlen=3000)
+        self._asleep = self._ended = False
+        self._thread = self._reserve = None
+        self._began = time.monotonic()
+        self.dump()
+
+    # -- what tests call ---------------------------------------------------------------------------------------------
+
+    @property
+    def address(self):
+        return "unix:" + self.unix_path if self.unix_path else "%s:%d" % (self.host, self.port)
+
+    def online(self, name=None):
+        """The connections logged in (as `name`, any case), oldest login first."""
+        found = [c for c in list(self.connections) if c.player and (name is None or c.player.lower() == name.lower())]
+        return sorted(found, key=lambda c: c.login_number)
+
+    def wait(self, predicate, seconds=10.0, what=""):
+        """Block until predicate(world) is true; it is looked at after every turn of the world."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self.errors:
+                result = predicate(self)
+                if result:
+                    return result
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            raise AssertionError("%s: %s did not happen in %.1f s\n%s\n%s" % (
+                self.family, what or "what was waited for", seconds, "\n".join(self.errors), self.transcript(60)))
+
+    def transcript(self, last=None):
+        with self._changed:
+            return "\n".join("%8.3f %s #%s %r" % entry for entry in list(self._record)[-(last or 0):])
+
+    def start(self):
+        """A real start: new start id, same port, nothing remembered of connections."""
+        self._do(self._start)
+        return self
+
+    def kill(self):
+        """kill -9: every socket closed at once, nothing said."""
+        self._do(self._die, self.reset_on_kill)
+
+    def crash_losing(self):
+        """kill -9 with what that loses: everything since the last dump (not on TinyMUSH, whose LMDB keeps it)."""
+        self._do(self._crash_losing)
+
+    def dump(self):
+        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers), set(self.wizards))
+
+    def shutdown(self, by="Wizard", delay=None):
+        """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running)."""
+        self._do(self._shutdown, by, self.shutdown_delay if delay is None else delay)
+
+    def sigterm(self):
+        self._do(self._sigterm)
+
+    def restart_in_place(self, by="Wizard"):
+        """@restart, @reboot, @shutdown/reboot: the sockets survive; back when it is finished."""
+        assert self.RESTART, self.family + " has no in-place restart"
+        self._do(self._restart, by)
+        self.wait(lambda w: not w._asleep, what="the in-place restart ends")
+
+    def freeze(self):
+        """SIGSTOP: the kernel goes on accepting up to the backlog, nothing is read or answered."""
+        self._do(self._pause, True)
+
+    def thaw(self):
+        self._do(self._pause, False)
+
+    def boot(self, name, by="Wizard", quiet=False):
+        self._do(self._boot, name, by, quiet)
+
+    def say(self, text):
+        """A line to everybody who is logged in."""
+        self._do(self._broadcast, text + self.EOL)
+
+    def emit(self, name, raw):
+        self._do(lambda: [c.write(raw) for c in self.online(name)])
+
+    def keepalive(self):
+        """TeenyMUSH: IAC NOP to every socket, also before login, without a line end (every 60 s there)."""
+        self._do(lambda: [c.write(b"\xff\xf1") for c in self.connections])
+
+    def hang_up(self, conn, last_words=""):
+        """The server ends one connection (login timeout, idle timeout)."""
+        self._do(conn.finish, last_words)
+
+    def disable_logins(self, yes=True):
+        self._do(setattr, self, "logins_disabled", yes)
+
+    def stop(self):
+        """Close everything and end the thread."""
+        if self._thread:
+            self._do(self._die, False)
+            self._do(setattr, self, "_ended", True)
+            self._thread.join(5)
+            self._thread = None
+        if self._reserve:
+            self._reserve.close()
+            self._reserve = None
+        if self.unix_path and os.path.exists(self.unix_path):
+            os.unlink(self.unix_path)
+        if self.errors:
+            raise AssertionError("%s: errors of the fake world:\n%s" % (self.family, "\n".join(self.errors)))
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _do(self, function, *args):
+        """Run it in the world's thread and wait for it."""
+        if threading.current_thread() is self._thread:
+            return function(*args)
+        if not self._thread:
+            self._launch()
+        outcome, done = [], threading.Event()
+        self._calls.append((functools.partial(function, *args), outcome, done))
+        with contextlib.suppress(OSError):              # full, or the thread has done it already and ended
+            self._wake.send(b"!")
+        if not done.wait(10):
+            raise AssertionError(self.family + ": the world's thread is stuck\n" + self.transcript(60))
+        if outcome:
+            raise outcome[0]
+
+    def _launch(self):
+        self._ended = False
+        self._selector = selectors.DefaultSelector()
+        self._awake, self._wake = socket.socketpair()
+        self._awake.setblocking(False)
+        self._wake.setblocking(False)
+        self._selector.register(self._awake, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._loop, name=self.family, daemon=True)
+        self._thread.start()
+
+    def _loop(self):
+        while not self._ended:
+            ready = self._selector.select(self._patience())
+            with self._changed:
+                try:
+                    self._turn(ready)
+                except Exception:           # a bug in the fake world must fail the test, not hang it
+                    self.errors.append(traceback.format_exc())
+                self._changed.notify_all()
+        self._selector.close()
+        self._awake.close()
+        self._wake.close()
+
+    def _patience(self):
+        if self._calls:
+            return 0
+        if self.frozen or not self._timers:
+            return None
+        return max(0, self._timers[0][0] - time.monotonic())
+
+    def _turn(self, ready):
+        """Read everything that is ready, then run commands in turns: one of each connection, as the C servers do."""
+        for key, events in ready:
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    self._awake.recv(4096)
+            elif key.fileobj.fileno() >= 0 and not self._stopped():
+                key.data(key.fileobj, events)
+        self._run_calls()
+        while self._timers and not self.frozen and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+        self._run_commands()
+
+    def _run_calls(self):
+        while self._calls:
+            function, outcome, done = self._calls.popleft()
+            try:
+                function()
+            except Exception as error:
+                outcome.append(error)
+            done.set()
+
+    def _at(self, delay, function, *args):
+        """A timer; it is void if the world has died meanwhile."""
+        life = self.starts
+        def fire():
+            if self.running and self.starts == life:
+                function(*args)
+        heapq.heappush(self._timers, (time.monotonic() + delay, next(self._timer_ids), fire))
+
+    def _stopped(self):
+        return self.frozen or self._asleep
+
+    def _note(self, direction, number, data):
+        self._record.append((time.monotonic() - self._began, direction, number, bytes(data[:2000])))
+
+    # -- life and death ----------------------------------------------------------------------------------------------
+
+    def _start(self):
+        assert not self.running, "already started"
+        self.starts += 1
+        self.start_id = next(_start_ids) if self._given_id is None else self._given_id + self.starts - 1
+        self._note("!", 0, b"start")
+        self.ip_failures.clear()
+        self.frozen = self._asleep = False
+        self.running = True
+        self._listen()
+
+    def _listen(self):
+        self._listeners = [self._tcp_listener()]
+        if self.unix_path:
+            if os.path.exists(self.unix_path):
+                os.unlink(self.unix_path)
+            self._listeners.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._listeners[1].bind(self.unix_path)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            listener.listen(self.backlog)
+            if not self._stopped():
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def _bound(self):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((self.host, self.port))
+        self.port = sock.getsockname()[1]
+        return sock
+
+    def _tcp_listener(self):
+        """A second, never listening socket keeps the port ours while the world is down (connects are refused)."""
+        if self._reserve is None:
+            self._reserve = self._bound()
+        try:
+            return self._bound()
+        except OSError:                     # not every system lets two sockets be bound to one port
+            self._reserve.close()
+            return self._bound()
+
+    def _close_listeners(self):
+        for listener in self._listeners:
+            self._unwatch(listener)
+            listener.close()
+        self._listeners = []
+
+    def _die(self, reset=False):
+        self._note("!", 0, b"dead")
+        for conn in self.connections:
+            if not conn.ghost:
+                if reset:
+                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._unwatch(conn.sock)
+                conn.sock.close()
+            conn.gone = True
+        self.connections.clear()
+        self._close_listeners()
+        self._timers.clear()
+        self.running = self.frozen = self._asleep = False
+
+    def _crash_losing(self):
+        if not self.KEEPS_PLAYERS:
+            self.players, self.aliases, self.numbers, self.wizards = (type(part)(part) for part in self._dumped)
+        self._die(self.reset_on_kill)
+
+    def _clean_exit(self):
+        """Saved, and the unix socket's file removed (after a kill -9 it stays behind)."""
+        self.dump()
+        self._die()
+        if self.unix_path and os.path.exists(self.unix_path):
+            os.unlink(self.unix_path)
+
+    def _shutdown(self, by, delay):
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._clean_exit()
+
+    def _pause(self, frozen):
+        self.frozen = frozen
+        self._watch_all()
+
+    def _watch_all(self):
+        """Nothing is watched while frozen or in an in-place restart."""
+        for sock in [c.sock for c in self.connections if not c.ghost] + self._listeners:
+            self._unwatch(sock)
+        if not self._stopped():
+            for listener in self._listeners:
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+            for conn in self.connections:
+                self._flush(conn)
+
+    def _unwatch(self, sock):
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def _restart(self, by):
+        seconds, before, after, deaf, telnet = self.RESTART
+        self._broadcast(before.format(by=by))
+        self._asleep = True
+        if deaf:                            # RhostMUSH: connects are refused for 40 ms, all sockets are fine
+            self._close_listeners()
+        self._watch_all()
+        self._at(seconds, self._restarted, after, deaf, telnet)
+
+    def _restarted(self, after, deaf, telnet):
+        self._asleep = False
+        if deaf:
+            self._listen()
+        for conn in self.connections:
+            conn.write(telnet if self.telnet else b"")
+        self._broadcast(after)
+        self._watch_all()
+
+    # -- sockets -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener, _events):
+        fresh, self._stranded = self._stranded, []
+        if self.accept_bug:
+            time.sleep(0.001)                   # as long as that is one instant (choreography.md 2)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                fresh.append(listener.accept()[0])
+        if self.accept_bug and len(fresh) > 2:  # PennMUSH: one of three connects in the same instant is not served
+            self._stranded.append(fresh.pop())  # until somebody else connects
+        for sock in fresh:
+            self._adopt(sock)
+
+    def _adopt(self, sock):
+        sock.setblocking(False)
+        local = sock.family != socket.AF_INET
+        if not local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        conn = Connection(self, sock, local)
+        self.accepted += 1
+        self.connections.append(conn)
+        self.all_connections.append(conn)
+        self._note("!", conn.id, b"accepted")
+        self._flush(conn)
+        self.connected(conn)
+
+    def connected(self, conn):
+        """What the family says unasked."""
+        if self.telnet:
+            for part in self.ON_CONNECT:
+                conn.write(part)
+        if not self.silent_banner:
+            conn.greeted = True
+            conn.tell(self.BANNER)
+
+    def _flush(self, conn):
+        """Send what is held, watch for what is needed now, close when the last words are out."""
+        try:
+            while conn.out and not conn.gone and not conn.ghost:
+                del conn.out[:conn.sock.send(conn.out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            conn.out.clear()
+        if conn.gone or conn.ghost:
+            return
+        if conn.closing and not conn.out:
+            return self._drop(conn)
+        if self._stopped():
+            return
+        events = (0 if conn.closing else selectors.EVENT_READ) | (selectors.EVENT_WRITE if conn.out else 0)
+        handler = functools.partial(self._ready, conn)
+        try:
+            self._selector.modify(conn.sock, events, handler)
+        except KeyError:
+            self._selector.register(conn.sock, events, handler)
+
+    def _ready(self, conn, _sock, events):
+        if events & selectors.EVENT_WRITE:
+            self._flush(conn)
+        if conn.gone or conn.closing or not events & selectors.EVENT_READ:
+            return
+        try:
+            data = conn.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._note(">", conn.id, data)
+            conn.raw += data
+            self.received(conn, data)
+        else:
+            self._hung_up(conn)
+
+    def _hung_up(self, conn):
+        """TinyMUX and RhostMUSH keep a closed connection in the game until its queued commands are done."""
+        self._run_commands()
+        if conn.gone:
+            return
+        if self.GHOSTS and conn.queue and conn.player:
+            self._unwatch(conn.sock)
+            conn.sock.close()
+            conn.ghost = True
+        else:
+            self._drop(conn)
+
+    def _drop(self, conn):
+        if conn.gone:
+            return
+        self._note("!", conn.id, b"closed")
+        self._unwatch(conn.sock)
+        conn.sock.close()
+        conn.gone = True
+        conn.queue.clear()
+        if conn in self.connections:
+            self.connections.remove(conn)
+        self._leave(conn)
+
+    # -- input: telnet, editing, lines -------------------------------------------------------------------------------
+
+    # Byte by byte as worlds/bytes.md has it for each family; nothing of it is shared with has.py.
+
+    ENDS, DROPPED, ERASERS = b"\n", b"\r\0", {}         # ERASERS: byte -> what the server answers
+
+    def received(self, conn, data):
+        lines = []
+        self.read(conn, self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data, lines)
+        self.arrived(conn, lines)
+
+    def read(self, conn, text, lines):
+        for byte in text:
+            self.byte(conn, byte, lines)
+
+    def byte(self, conn, byte, lines):
+        if byte in self.ENDS:
+            self.end_line(conn, lines)
+        elif byte in self.ERASERS:
+            conn.write(self.ERASERS[byte])
+            del conn.partial[-1:]
+        elif byte not in self.DROPPED:
+            self.store(conn, bytes((byte,)))
+
+    def store(self, conn, *characters):
+        conn.partial.extend(characters[:max(0, self.MAX_LINE - len(conn.partial))])
+
+    def end_line(self, conn, lines):
+        line = b"".join(conn.partial)
+        conn.partial.clear()
+        if line or self.EMPTY_LINES:
+            lines.append(line)
+
+    def arrived(self, conn, lines):
+        for line in lines:
+            self._heard(conn, line)
+            conn.queue.append(self.decode(conn, line))
+
+    def _heard(self, conn, line):
+        conn.lines.append(line)
+        self.lines.append((conn.id, line))
+
+    def decode(self, conn, line):
+        return line.decode("latin-1")
+
+    def encode(self, conn, text):
+        return text.encode("latin-1", "replace")
+
+    def _strip_telnet(self, conn, data):
+        """The text in `data`; telnet is obeyed. The state is kept over packets."""
+        text = bytearray()
+        for byte in data:
+            getattr(self, "_telnet_" + conn.telnet_state)(conn, byte, text)
+        return bytes(text)
+
+    def _telnet_text(self, conn, byte, text):
+        if byte == IAC:
+            conn.telnet_state = "iac"
+        else:
+            text.append(byte)
+
+    def _telnet_iac(self, conn, byte, text):
+        conn.telnet_state = "text"
+        if byte == IAC:
+            self.doubled(conn, text)
+        elif byte in VERBS:
+            conn.telnet_state, conn.telnet_sub = "option", byte
+        elif byte == SB:
+            conn.telnet_state, conn.telnet_sub = "sub", bytearray()
+        else:
+            self.other_command(conn, byte, text)
+
+    def doubled(self, conn, text):
+        text.append(IAC)
+
+    def other_command(self, conn, byte, text):
+        self.telnet_command(conn, byte)
+
+    def _telnet_option(self, conn, byte, text):
+        conn.telnet_state = "text"
+        self.negotiate(conn, conn.telnet_sub, byte)
+
+    def _telnet_sub(self, conn, byte, text):
+        if byte == IAC:
+            conn.telnet_state = "sub_iac"
+        else:
+            conn.telnet_sub.append(byte)
+
+    def _telnet_sub_iac(self, conn, byte, text):
+        if byte == SE:
+            conn.telnet_state = "text"
+            self.subnegotiation(conn, bytes(conn.telnet_sub))
+        elif byte == IAC:
+            conn.telnet_state = "sub"
+            conn.telnet_sub.append(byte)
+        else:
+            self.broken_sub(conn, byte, text)
+
+    def broken_sub(self, conn, byte, text):
+        """TeenyMUSH, RhostMUSH: it ends here, and the command is obeyed."""
+        self._telnet_iac(conn, byte, text)
+
+    def negotiate(self, conn, verb, option):
+        known = conn.options.setdefault(option, set())
+        known.discard(VERBS[{DO: DONT, DONT: DO, WILL: WONT, WONT: WILL}[verb]])
+        known.add(VERBS[verb])
+        refusal = {DO: offer((WONT, option)), WILL: offer((DONT, option))}.get(verb, b"")
+        reply = self.ANSWERS.get((verb, option), refusal)
+        conn.write(self.mssp() if reply == "mssp" else reply)
+
+    def subnegotiation(self, conn, body):
+        option, rest = body[:1], body[1:]
+        if option == bytes((NAWS,)) and len(rest) == 4:
+            conn.size = struct.unpack(">HH", rest)
+        elif option == bytes((TTYPE,)) and rest[:1] == b"\0":
+            conn.ttype = rest[1:].decode("latin-1")
+        elif option == bytes((CHARSET,)) and rest[:1] == b"\x02":
+            conn.charset = rest[1:].decode("latin-1")
+            conn.utf8 = conn.charset.upper() == "UTF-8"
+
+    def telnet_command(self, conn, command):
+        pass
+
+    def mssp(self):
+        """Name, players and start id; TeenyMUSH has no other start id."""
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
+        return sub(MSSP, pairs.encode("latin-1"))
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _run_commands(self):
+        """In turns, the newest connection first, one command each: C servers' order when several arrive together."""
+        busy = True
+        while busy and self.running and not self._stopped():
+            busy = False
+            for conn in reversed(list(self.connections)):
+                if conn.queue and not conn.gone and not self._stopped() and self._affordable(conn):
+                    busy = True
+                    self.command(conn, conn.queue.popleft())
+        for conn in [c for c in self.connections if c.ghost and not c.queue]:
+            self._drop(conn)
+
+    def _affordable(self, conn):
+        """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
+        if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA") == "YES":
+            return True
+        seconds = int(time.monotonic() - conn.refilled)
+        conn.refilled += seconds
+        conn.tokens = min(100, conn.tokens + seconds)
+        if conn.tokens < 1:
+            self._at(conn.refilled + 1 - time.monotonic(), int)      # only to wake up
+            return False
+        conn.tokens -= 1
+        return True
+
+    def command(self, conn, line):
+        if line == "QUIT":
+            return conn.finish()
+        conn.tell("you said: %s\r\n" % line)
+
+    # -- players -----------------------------------------------------------------------------------------------------
+
+    def number(self, name):
+        return self.numbers.setdefault(name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
+
+    def find(self, text, connected_part=False):
+        """A player by name or alias (any case), *name, #dbref; PennMUSH's softcode takes parts of connected ones."""
+        if text.startswith("#"):
+            return next((n for n in self.players if "#%d" % self.number(n) == text), None)
+        wanted = text.lstrip("*").lower()
+        for name in self.players:
+            if wanted in (name.lower(), self.aliases.get(name, name).lower()):
+                return name
+        parts = {c.player for c in self.online() if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
+        return parts.pop() if len(parts) == 1 else None
+
+    def is_wizard(self, name):
+        return name in self.wizards
+
+    def _rename(self, old, new):
+        self.players = {new if name == old else name: word for name, word in self.players.items()}
+        for table in (self.numbers, self.last_seen, self.failed, self.aliases):
+            if old in table:
+                table[new] = table.pop(old)
+        if old in self.wizards:
+            self.wizards = self.wizards - {old} | {new}
+        for conn in self.online(old):
+            conn.player = new
+
+    def _broadcast(self, text):
+        for conn in self.online():
+            conn.tell(text)
+
+    def _others(self, name, text):
+        for conn in self.online():
+            if conn.player != name:
+                conn.tell(text)
+
+    def _player(self, name, text):
+        for conn in self.online(name):
+            conn.tell(text)
+
+    def _leave(self, conn):
+        """A logged in connection is gone from the game; the others are told."""
+        name, conn.player = conn.player, None
+        if name and not conn.settings.get("DARK"):
+            how = "partially disconnected" if self.online(name) else "disconnected"
+            self._others(name, "%s has %s.%s" % (name, how, self.EOL))
+
+    def _boot(self, name, by, quiet):
+        for conn in self.online(name):
+            conn.finish()
+
+
+# ---- Softcode, and what the families share
+
+class Plain(World):
+    """No login, no telnet: echoes lines."""
+
+
+class Deadly(Exception):
+    """What kills a real server: an error of the scripted one, which fails the test."""
+
+
+class Halt(Exception):
+    """No reply at all (TeenyMUSH with CJK text)."""
+
+
+class Softcode:
+    """A small softcode evaluator: [ ], functions, { }, \\, %x, nested parentheses. What is not escaped is evaluated."""
+    HIDDEN = "\x01"                     # %b and "\ ": a blank that is not trimmed or squeezed
+
+    def __init__(self, world, conn):
+        self.world, self.conn, self.wizard = world, conn, world.is_wizard(conn.player)
+
+    def run(self, text):
+        return self.evaluate(text, 0, "", True)[0].replace(self.HIDDEN, " ")
+
+    def evaluate(self, text, at, stops, function):
+        """Text up to one of `stops`; `function`: a name( at the beginning is a call, in brackets also an unknown one."""
+        out = ""
+        while at < len(text) and text[at] not in stops:
+            char = text[at]
+            if char == "\\":
+                out += text[at + 1:at + 2].replace(" ", self.HIDDEN)
+                at += 2
+            elif char == "%":
+                piece, at = self.percent(text, at + 1)
+                out += piece
+            elif char == "[":
+                piece, at = self.evaluate(text, at + 1, "]", "must")
+                out, at = out + piece, at + 1
+            elif char == "{":
+                piece, at = self.evaluate(text, at + 1, "}", False)
+                keep = "{%s}" if self.world.KEEPS_BRACES and "," not in stops else "%s"
+                out, at = out + keep % piece, at + 1
+            elif char == "(":
+                out, at = self.parenthesis(text, at, out, function)
+                function = False
+            else:
+                out, at = out + char, at + 1
+        return out, at
+
+    def percent(self, text, at):
+        char = text[at:at + 1]
+        if char in ("q", "v", "Q", "V"):
+            return "", at + 2
+        known = {"b": self.HIDDEN, "r": "\r\n", "t": "\t", "n": self.conn.player, "N": self.conn.player}
+        known.update({"#": "#%d" % self.world.number(self.conn.player)}, **dict.fromkeys("0123456789", ""))
+        known.update(dict.fromkeys(self.world.EMPTY_PERCENTS, ""))      # RhostMUSH: %< %$ %c are substitutions too
+        known["!"] = known["#"]
+        return known.get(char, char), at + 1
+
+    def parenthesis(self, text, at, out, function):
+        """A call when the name before it is one, else plain text with balanced parentheses."""
+        name = out.strip().lower()
+        known = name in self.world.FUNCTIONS or name in ("create", "pemit", "shutdown")
+        if function and re.fullmatch(r"[a-z0-9_]+", name) and (known or function == "must"):
+            if not known and self.world.family == "tinymush":           # its arguments come out as plain text
+                return self.missing(name), at + 1
+            args, at = self.arguments(text, at + 1)
+            return (self.call(name, out.strip(), args) if known else self.missing(out.strip())), at
+        piece, at = self.evaluate(text, at + 1, ")", False)
+        return out + "(" + piece + text[at:at + 1], at + 1
+
+    def arguments(self, text, at):
+        args = []
+        while True:
+            piece, at = self.evaluate(text, at, ",)", True)
+            args.append(piece.strip(" ").replace(self.HIDDEN, " "))
+            if text[at:at + 1] != ",":
+                return args, at + 1
+            at += 1
+
+    def missing(self, name):
+        return "#-1 FUNCTION (%s) NOT FOUND" % (name if self.world.family == "rhostmush" else name.upper())
+
+    def call(self, name, typed, args):
+        if name in ("create", "pemit", "shutdown"):
+            self.world.evaluated.append("%s(%s)" % (name, ",".join(args)))
+        if name not in self.world.FUNCTIONS:
+            return self.missing(typed)
+        return getattr(self, "f_" + name)(args)
+
+    def f_name(self, args):
+        return self.conn.player if args[0] in ("me", "") else (self.world.find(args[0]) or "#-1")
+
+    def f_strcat(self, args):
+        return "".join(args)
+
+    def f_lit(self, args):
+        return ",".join(args)
+
+    def f_strlen(self, args):
+        return str(len(args[0]))
+
+    def f_chr(self, args):
+        return chr(int(args[0])) if args[0].isdigit() else "#-1 ARGUMENT MUST BE A NUMBER"
+
+    def f_add(self, args):
+        return str(sum(int(a) for a in args if re.fullmatch(r"-?\d+", a)))
+
+    def f_create(self, args):
+        return "#-1 PERMISSION DENIED" if self.world.family == "rhostmush" else "#99"
+
+    def f_pemit(self, args):
+        """Side effect: seen by the target at once, in front of the line it stands in (not on by default on RhostMUSH)."""
+        if self.world.family == "rhostmush":
+            return "#-1 PERMISSION DENIED"
+        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
+        self.world._player(name or "", ",".join(args[1:]) + self.world.EOL)
+        return ""
+
+    def f_ports(self, args):
+        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
+        return " ".join(str(c.id) for c in reversed(self.world.online(name))) if name or not args[0] else ""
+
+    def f_lports(self, args):
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        return " ".join("#%d:%d" % (self.world.number(c.player), c.id) for c in reversed(self.world.online()))
+
+    def f_lwho(self, args):
+        form = "#{0}:{1}" if args[0] else "#{0}"
+        return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
+
+    def f_hasflag(self, args):
+        return str(int(self.wizard and args == ["me", "wizard"]))
+
+    def f_version(self, args):
+        return self.world.VERSION
+
+    def f_decode64(self, args):
+        """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out wrong."""
+        try:
+            raw = base64.b64decode(args[0].encode("ascii"), validate=True)
+        except ValueError:
+            return "#-1 INVALID BASE64"
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return re.sub("[^ -~]", "?", raw.decode("latin-1"))
+
+    def f_password(self, args):
+        """TeenyMUSH: *NAME in full or #5."""
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        if re.search("[\u0100-\U0010ffff]", "".join(args)):
+            raise Halt()
+        name = self.world.find(args[0]) if args[0][:1] in ("*", "#") else None
+        if name is None:
+            return "#-1 NO SUCH OBJECT"
+        return str(int(args[1:] == [self.world.players[name]]))
+
+    def f_checkpass(self, args):
+        world = self.world
+        if not self.wizard:
+            return "#-1 PERMISSION DENIED"
+        if len(args) != 2:
+            return "#-1 FUNCTION (CHECKPASS) EXPECTS 2 ARGUMENTS " + world.GOT_ARGUMENTS % len(args)
+        name = self.conn.player if args[0] == "me" else world.find(args[0], connected_part=world.family == "pennmush")
+        if name:
+            return str(int(world.players[name] == args[1]))
+        if world.family == "pennmush" and args[0] != "here":
+            world._player(self.conn.player, "I can't see that here.\r\n")
+        return world.NO_PLAYER
+
+
+def first_word(text, blanks=" \t"):
+    """(word, rest): separated by any run of blanks."""
+    text = text.lstrip(blanks)
+    word = re.match("[^%s]*" % blanks, text).group()
+    return word, text[len(word):].lstrip(blanks)
+
+
+class Mush(World):
+    """Logins and the game, as far as all five families agree."""
+    HAS_TELNET = True
+    FUNCTIONS = "name strcat lit strlen chr add create pemit lwho version".split()
+    KEEPS_BRACES, EMPTY_PERCENTS, SQUEEZE, AGAIN = True, "", True, "reconnected"
+    HUH = 'Huh?  (Type "help" for help.)\r\n'
+    FAILED = "Either that player does not exist, or has a different password."
+    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_", "@pemit": "pemit",
+            "@password": "password", "@newpassword": "newpassword", "@name": "name", "@boot": "atboot",
+            "@shutdown": "atshutdown", "@dump": "atdump", "look": "look"}
+    MORE_GAME, TEXTS = {}, {}
+
+    def command(self, conn, line):
+        conn.used = int(time.time())
+        (self.game if conn.player else self.login_screen)(conn, line)
+
+    def encode(self, conn, text):
+        return text.encode("utf-8", "replace")
+
+    def date(self, when=None):
+        return time.ctime(when)
+
+    # -- logging in --
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if self.guests and name_text.lower() == "guest":
+            self.players.setdefault("Guest", password)
+            return self.welcome(conn, "Guest")
+        name = self.login_name(name_text)
+        if name is None or self.players[name] != password:
+            if name:
+                count = self.failed.get(name, (0,))[0] + 1
+                self.failed[name] = (count, conn.host, self.date())
+            return self.failure(conn, name)
+        if not self.is_wizard(name) and self.refused(conn):
+            return None
+        return self.welcome(conn, name, dark=dark and self.is_wizard(name))
+
+    def login_name(self, text):
+        return self.find(text)
+
+    def full(self):
+        return self.max_players is not None and len(self.online()) >= self.max_players
+
+    def refused(self, conn):
+        return False
+
+    def welcome(self, conn, name, created=False, dark=False):
+        again = bool(self.online(name))
+        conn.player, conn.login_number = name, next(self._login_ids)
+        conn.settings["DARK"] = dark
+        self.logins.append((name, conn.id, time.monotonic()))
+        self.greet(conn, name, created, again)
+        self.last_seen[name] = (conn.host, self.date())
+        self.failed.pop(name, None)
+        if not dark:
+            self.announce(name, "%s has %s.%s" % (name, self.AGAIN if again else "connected", self.EOL))
+
+    def announce(self, name, text):
+        self._others(name, text)
+
+    def tag(self, name):
+        return "(#%d%s)" % (self.number(name), self.FLAGS[self.is_wizard(name)])
+
+    def look_text(self, name):
+        """The room; wizards see numbers."""
+        others = list(dict.fromkeys(c.player for c in self.online() if c.player != name and not c.settings.get("DARK")))
+        lines = [self.THING % (other, self.tag(other) if self.is_wizard(name) else "") for other in others]
+        return self.ROOM[self.is_wizard(name)] + (self.CONTENTS + "".join(lines) if lines else "")
+
+    # -- in the game --
+
+    def play(self, conn, line):
+        if line.startswith('"'):
+            return self.do_say(conn, line[1:])
+        word, rest = first_word(line, " ")
+        word, _, switch = word.partition("/")
+        verb = self.verb(word)
+        if verb is None:
+            return conn.tell(self.HUH)
+        method = getattr(self, "do_" + verb)
+        return method(conn, rest, switch.lower()) if verb.startswith("at") else method(conn, rest)
+
+    def verb(self, word):
+        return self.MORE_GAME.get(word.lower()) or self.GAME.get(word.lower())
+
+    def do_nothing(self, conn, rest):
+        pass
+
+    def do_look(self, conn, rest):
+        conn.tell(self.look_text(conn.player))
+
+    def do_say(self, conn, text):
+        self._player(conn.player, 'You say, "%s"%s' % (text, self.EOL))
+        self._others(conn.player, '%s says, "%s"%s' % (conn.player, text, self.EOL))
+
+    def do_think(self, conn, text):
+        """To all connections of the character, not only the one that asked."""
+        if self.SQUEEZE:
+            text = re.sub("[ \t]+", " ", text).strip()
+        with contextlib.suppress(Halt):
+            result = Softcode(self, conn).run(text)
+            if result.strip() or text and self.SQUEEZE or self.family == "tinymush":
+                self._player(conn.player, result + self.EOL)
+
+    def do_emit_(self, conn, text):
+        self._broadcast(text + self.EOL)
+
+    def do_pemit(self, conn, rest):
+        target, _, text = rest.partition("=")
+        name = conn.player if target.strip() == "me" else self.find(target.strip())
+        self._player(name or "", text + self.EOL)
+
+    def do_password(self, conn, rest):
+        old, _, new = rest.partition("=")
+        old, new = old if self.family == "pennmush" else old.strip(), new.strip()
+        if self.players[conn.player] != old:
+            return conn.tell(self.TEXTS["wrong old"])
+        if not new or " " in new or (self.family == "pennmush" and "=" in new):
+            return conn.tell(self.TEXTS["blank" if new else "empty"])
+        self.players[conn.player] = new
+        conn.tell(self.TEXTS["password"])
+
+    def do_newpassword(self, conn, rest):
+        target, _, new = rest.partition("=")
+        name = self.find(target.strip())
+        if not self.is_wizard(conn.player):
+            return conn.tell("Permission denied." + self.EOL)
+        if name is None:
+            return conn.tell("I don't see that here." + self.EOL)
+        self.players[name] = new.strip()
+        self._player(name, "Your password has been changed by %s.%s" % (conn.player, self.EOL))
+        conn.tell("Password changed." + self.EOL)
+
+    def do_name(self, conn, rest):
+        """No password wanted; on Tiny and MUX what stands behind the name becomes part of it."""
+        target, _, new = rest.partition("=")
+        if target.strip().lstrip("*").lower() not in ("me", conn.player.lower()):
+            return conn.tell("Permission denied." + self.EOL)
+        new = self.new_name(conn, new.strip())
+        owner = new and self.find(new)
+        if not new or owner and owner != conn.player:
+            return conn.tell(self.TEXTS["taken" if new else "bad name"])
+        self._rename(conn.player, new)
+        conn.tell(self.TEXTS["name"])
+
+    def new_name(self, conn, new):
+        return "" if re.search(r'[";=*#\[\]]', new) else new
+
+    def do_alias(self, conn, rest):
+        self.aliases[conn.player] = rest.partition("=")[2].strip()
+        conn.tell("Alias set." + self.EOL)
+
+    def allowed(self, conn):
+        if not self.is_wizard(conn.player):
+            conn.tell("Permission denied." + self.EOL)
+        return self.is_wizard(conn.player)
+
+    def do_atboot(self, conn, rest, switch):
+        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
+        if self.allowed(conn):
+            if name is None or not self.online(name):
+                return conn.tell("I don't see that here." + self.EOL)
+            conn.tell("You booted %s off!%s" % (name, self.EOL))
+            count = len(self.online(name))
+            self._boot(name, conn.player, switch in ("quiet", "silent"))
+            conn.tell("" if self.family == "pennmush" else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
+
+    def do_atshutdown(self, conn, rest, switch):
+        if self.allowed(conn):
+            if switch == "reboot" and self.RESTART:
+                self._restart(conn.player)
+            else:
+                self._shutdown(conn.player, self.shutdown_delay)
+
+    def do_atrestart(self, conn, rest, switch):
+        if self.allowed(conn):
+            self._restart(conn.player)
+
+    def do_atdump(self, conn, rest, switch):
+        if self.allowed(conn):
+            self.dump()
+
+
+# ---- TeenyMUSH
+
+class TeenyMUSH(Mush):
+    """Perl, one process: LF in the game, CRLF at the login screen, lines that arrive together run last first."""
+    family, HOST, EOL, BACKLOG, FIRST_NUMBER, AGAIN = "teenymush", "localhost", "\n", 1, 4, "re-connected"
+    BANNER = ("Welcome to TeenyMUSH\r\n\r\nType the below command to customize this screen after loging in as God.\r\n\r\n"
+              "    &conf.login #0= Login screen\r\n\r\n")
+    MOTD = ("   -------------------------------[ MOTD ]-------------------------------\n\n"
+            "                           There is no MOTD today                        \n"
+            "                   &conf.motd #0=<message> for your MOTD                 \n\n"
+            "   " + "-" * 70 + "\n")
+    EMPTY_LINES, MAX_LINE, DROPPED = True, 1 << 24, b""
+    WHITE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    ON_CONNECT = tuple(offer(pair) for pair in ((WILL, 3), (DO, NAWS), (DO, TTYPE), (WILL, MSSP)))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)), (DO, 3): b"", (WILL, NAWS): b""}
+    MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01CODEBASE\x02TeenyMUSH 0.91"
+                  "\x01FAMILY\x02Custom\x01PORT\x024096,4201,6250\x01CRAWL\x021")
+    ROOM = ("The Void\nYou see nothing special.\n", "The Void(#1Rn)\nYou see nothing special.\n")
+    FLAGS, THING, CONTENTS, HUH = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n", 'Huh? (Type "HELP" for help.)\n'
+    FUNCTIONS = Mush.FUNCTIONS + ["password"]
+    KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
+    MORE_GAME = {"quit": "atquit", "who": "who"}
+    USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
+    stable = False              # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
+
+    def __init__(self, *args, **quirks):
+        super().__init__(*args, **quirks)
+        self.telnet = self.telnet and not self.stable
+
+    def received(self, conn, data):
+        """CR goes first, even inside telnet. Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
+        data = data.replace(b"\r", b"")
+        super().received(conn, bytes(byte for byte in data if byte < 128) if self.stable else data)
+
+    def decode(self, conn, line):
+        return line.decode("utf-8", "replace")
+
+    def encode(self, conn, text):
+        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player else text)
+
+    def arrived(self, conn, lines):
+        """Login commands run at once; in the game the lines of one read run last first."""
+        batch = []
+        for line in lines:
+            self._heard(conn, line)
+            if conn.player:
+                batch.append(self.decode(conn, line))
+            elif not conn.closing:
+                self.command(conn, self.decode(conn, line))
+        conn.queue.extend(reversed(batch))
+
+    def login_screen(self, conn, line):
+        word, _, rest = line.lstrip(" " if self.stable else re.sub("-.", "".join(map(chr, range(0x2001, 0x200b))), self.WHITE)
+                                    ).partition(" ")
+        low = word.lower()
+        if not low or self.means(low, "who"):
+            self.do_who(conn, rest)
+        elif self.means(low, "quit"):
+            conn.finish("\n")
+        elif len(low) > 1 and self.means(low, "connect"):
+            self.connect_line(conn, rest)
+        elif self.means(low, "create"):                         # "c NAME PASS" is create
+            self.create_line(conn, rest)
+        elif self.means(low, "@remotehostname"):
+            self.remotehostname(conn, rest)
+        elif low in ("screenwidth", "screenheight"):
+            conn.settings[low.upper()] = rest
+        else:
+            conn.tell(self.BANNER)
+
+    def means(self, typed, word):
+        return typed == word if self.stable else word.startswith(typed)
+
+    def connect_line(self, conn, rest):
+        rest = rest.strip(" ")
+        match = re.fullmatch('(?:"([^"]*)"|([^ ]+))[%s]+([^ ]+)|([^ ]+)' % self.WHITE, rest)
+        if not match:
+            return conn.tell(self.USAGE)
+        if match.group(4):
+            return self.failure(conn, None)
+        password = match.group(3)
+        if re.search("[\u0100-\U0010ffff]", password):
+            text = "god crashed the server with: connect %s %s\r\n" % (match.group(1) or match.group(2), password)
+            self._broadcast(text)
+            return conn.tell(text)
+        return self.try_connect(conn, match.group(1) or match.group(2), password)
+
+    def login_name(self, text):
+        return None if text.startswith("*") else self.find(text)
+
+    def failure(self, conn, name):
+        conn.tell(self.FAILED + "\n")
+
+    def create_line(self, conn, rest):
+        words = rest.split(" ")
+        if len(words) != 2:
+            return conn.tell(self.USAGE.replace("cOnnect", "cReate"))
+        if self.find(words[0]):
+            return conn.tell("That name is already in use.\r\n")
+        self.players[words[0]] = words[1]
+        return self.welcome(conn, words[0], True)
+
+    def remotehostname(self, conn, rest):
+        """HOST or HOST=EPOCH, no reply; only the first counts, and only from the address in its source."""
+        if conn.proxied:
+            return self.forged.append((conn.id, rest))
+        if not self.trusted_address:
+            return None
+        conn.proxied = True
+        match = re.fullmatch(r"(.*?)(?:=(\d+))?\s*", rest)
+        conn.address_given = (match.group(1), int(match.group(2)) if match.group(2) else None)
+        conn.host, conn.epoch = conn.address_given
+        return None
+
+    def greet(self, conn, name, created, again):
+        conn.write(self.MOTD.encode())                          # these two with LF in every build
+        conn.write(b"Last connect was from %s on %s\n\n" % (conn.host.encode(), self.date().encode()))  # this very one
+        for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
+            self._player(name, text)
+
+    def announce(self, name, text):
+        self._broadcast(text)
+
+    def game(self, conn, line):
+        if line.strip(" "):
+            self.play(conn, line)
+
+    def do_atquit(self, conn, rest, switch):
+        conn.write(b"\n")
+        conn.finish()
+
+    def do_who(self, conn, rest):
+        wizard = conn.player and self.is_wizard(conn.player)
+        head = "Player Name        On For Idle  " + ("Loc Port Hostname\r\n" if wizard else " @doing\r\n")
+        rows = []
+        for c in self.online():
+            seconds = time.time() - c.epoch if c.epoch else time.monotonic() - c.opened
+            on_for = "%02d:%02d" % divmod(int(seconds) // 60, 60)
+            rows.append("%-19s %s   0s  %s\r\n" % (c.player, on_for, "#1  %-4d %s" % (c.id, c.host) if wizard else ""))
+        conn.tell(head + "".join(rows) + "%d Players logged in.\r\n" % len(rows))
+
+    def do_password(self, conn, rest):
+        match = re.fullmatch(r" *([^ =]+) *= *([^ ]+) *", rest)
+        if not match:
+            return conn.tell("usage: @password <old_password> = <new_password>\n")
+        if match.group(1) != self.players[conn.player]:
+            return conn.tell("Invalid old password.\n")
+        self.players[conn.player] = match.group(2)
+        return conn.tell("Password changed.\n")
+
+    def do_newpassword(self, conn, rest):
+        """No old password wanted, not even by mortals for themselves."""
+        target, _, new = rest.partition("=")
+        name = conn.player if target.strip() == "me" else self.find(target.strip())
+        if name is None or name != conn.player and not self.is_wizard(conn.player):
+            return conn.tell("Permission denied.\n")
+        self.players[name] = new.strip()
+        return conn.tell("The password for %s has been updated.\n" % name)
+
+    TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n", "bad name": "That name is already in use\n"}
+
+    def new_name(self, conn, new):
+        return new
+
+    def _boot(self, name, by, quiet):
+        self._player(by, "You @booted %s%s off!\n" % (name, self.tag(name)))
+        for conn in self.online(name):
+            conn.tell("%s has @booted you.\n" % by)
+            self._others(by, "%s has been @booted.\n" % name)
+            conn.finish()
+
+    def do_atboot(self, conn, rest, switch):
+        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
+        if not name or not self.online(name) or name != conn.player and not self.is_wizard(conn.player):
+            return conn.tell("Unknown connected person specified.\n")
+        return self._boot(name, conn.player, False)
+
+    def _shutdown(self, by, delay):
+        """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are silent), then everybody."""
+        self._boot("heartbeat", by, False)
+        self._asleep = True
+        self._watch_all()
+        self._at(delay, self._shutdown_rest, by)
+
+    def _shutdown_rest(self, by):
+        self._broadcast("TeenyMUSH has been sHutdown by %s%s.\n" % (by, self.tag(by)))
+        for name in list(dict.fromkeys(c.player for c in self.online())):
+            self._boot(name, by, False)
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._die()                                     # silent, nothing saved
+
+
+# ---- What the four C servers share
+
+class CMush(Mush):
+    """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota."""
+    QUOTA = True
+    ERASERS = {8: b" \b", 127: b"\b \b"}
+    DROPPED = bytes(n for n in range(32) if n not in b"\b\n")
+    SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX", "PUEBLOCLIENT")
+    WRAPPED = ("WHO", "DOING", "SESSION", "INFO")       # at the login screen; these also in the game:
+    WRAPPED_GAME = SCREEN
+    LOGIN_ANY_CASE, GAME_ANY_CASE, QUOTED_NAMES, RETRIES, FINAL_MAIL = False, True, True, 3, ""
+    NULL_PASSWORD = ""
+    BYE, ANNOUNCES_DOWN = "Going down - Bye\r\n", False       # TinyMUSH, RhostMUSH: the leaving of each is told the rest
+    WHO_LOGIN = WHO_GAME = "Player Name        On For Idle  Doing\r\n"
+    SESSION = (" " * 36 + "Characters Input----  Characters Output---\r\n"
+               "Player Name        On For Idle Port Pend  Lost     Total  Pend  Lost     Total\r\n")
+    TAKEN = "Either there is already a player with that name, or that name is illegal.\r\n"
+    SHUTDOWN_TEXT, INFO_VERSION, MAX_LOGIN = "GAME: Shutdown by {by}\r\n", "1", 8000
+    TEXTS = {"password": "Password changed.\r\n", "wrong old": "Sorry.\r\n", "empty": "Null passwords are not allowed.\r\n",
+             "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n", "taken": "That name is already in use.\r\n",
+             "bad name": "You can't use that name.\r\n"}
+    MORE_GAME = {"@alias": "alias", "@restart": "atrestart"}
+    ALREADY = "**** {0} failed connect{1} since your last successful connect. ****\r\nMost recent attempt was from {2} on {3}.\r\n"
+
+    # -- the commands that exist at the login screen and in the game --
+
+    def screen_command(self, line, in_game):
+        """(name, argument) of a command of the login screen, or None."""
+        word, rest = first_word(line, " ")
+        if word != line[:len(word)]:
+            return None
+        name = word.upper() if (self.GAME_ANY_CASE if in_game else self.LOGIN_ANY_CASE) else word
+        return (name, rest) if name in self.SCREEN else None
+
+    def login_screen(self, conn, line):
+        found = self.screen_command(line, False)
+        if not found:
+            return self.login(conn, line)
+        with self.wrapped(conn, found[0] in self.WRAPPED):
+            self.screen(conn, *found)
+
+    def game(self, conn, line):
+        found = self.screen_command(line, True)
+        with self.wrapped(conn, not found or found[0] in self.WRAPPED_GAME):
+            if found:
+                self.screen(conn if found[0] in ("QUIT", "LOGOUT") else self.acted_on(conn), *found)
+            else:
+                self.play(conn, line)
+
+    @contextlib.contextmanager
+    def wrapped(self, conn, yes):
+        """The prefix as it was before the command, the suffix as it is behind it; of the typing connection."""
+        conn.tell(conn.prefix + "\r\n" if yes and conn.prefix else "")
+        yield
+        conn.tell(conn.suffix + "\r\n" if yes and conn.suffix else "")
+
+    def acted_on(self, conn):
         return conn
 
-    def read_by_has(self, bob):
-        """HAS has read what other clients sent before: it answered one that sent later."""
-        bob.barrier()
+    def screen(self, conn, name, rest):
+        if name in ("OUTPUTPREFIX", "OUTPUTSUFFIX"):
+            setattr(conn, name[6:].lower(), rest.strip(" "))
+        elif name in ("WHO", "DOING"):
+            conn.tell(self.who(conn))
+        elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
+            getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
+        else:
+            self.setting(conn, name, rest.strip(" "))
+
+    def setting(self, conn, name, rest):
+        conn.settings[name] = rest
+
+    def screen_quit(self, conn, rest):
+        conn.finish((self.QUIT_TEXT + self.last_mail(conn)) if conn.player else "")
+
+    def last_mail(self, conn):
+        return self.FINAL_MAIL if len(self.online(conn.player)) == 1 else ""
+
+    def screen_logout(self, conn, rest):
+        if not conn.player:
+            return self.logout_again(conn)
+        conn.tell(self.LOGOUT_TEXT + self.last_mail(conn))
+        self._leave(conn)
+        conn.prefix, conn.suffix, conn.failures = "", "", 0
+        return conn.tell(self.BANNER)
+
+    def logout_again(self, conn):
+        conn.finish()
+
+    def screen_idle(self, conn, rest):
+        pass
+
+    def screen_info(self, conn, rest):
+        conn.tell("### Begin INFO %s\r\n%sUptime: %s\r\nConnected: %d\r\nSize: %d\r\nVersion: %s\r\n### End INFO\r\n" % (
+            self.INFO_VERSION, self.INFO_NAME, time.ctime(self.start_id), len(self.online()), len(self.players) + 2, self.INFO_TAIL))
+
+    def screen_session(self, conn, rest):
+        rows = ["%-19s 00:00   0s %4d    0     0 %9d     0     0 %9d\r\n" % (c.player, c.id, len(c.raw), 1) for c in self.online()]
+        conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
+
+    def who(self, conn):
+        """Wizards and the login screen see other columns; what a proxy needs is a list and its last line."""
+        rows = []
+        for c in reversed(self.online()):
+            on_for = "00:%02d" % ((time.monotonic() - c.opened) // 60)
+            where = " #0          0   " + c.host if conn.player and self.is_wizard(conn.player) else ""
+            rows.append("%-19s %s   0s %s\r\n" % (c.player, on_for, where))
+        return (self.WHO_GAME if conn.player else self.WHO_LOGIN) + "".join(rows) + self.count(len(rows))
+
+    def count(self, players):
+        return "%d Player%s logged in, %d record, no maximum.\r\n" % (players, "" if players == 1 else "s", max(players, 1))
+
+    # -- login --
+
+    def login(self, conn, line):
+        word, rest = first_word(line)
+        kind = self.login_verb(word) if len(line) <= self.MAX_LOGIN else None
+        if not kind:
+            return self.unknown(conn)
+        name, password = self.credentials(rest)
+        if kind == "create":
+            return self.try_create(conn, name, password)
+        return self.try_connect(conn, name, password, kind == "dark")
+
+    def login_verb(self, word):
+        """TinyMUSH and TinyMUX: case sensitive, and only the first two letters count."""
+        return {"co": "connect", "cd": "dark", "cr": "create"}.get(word[:2])
+
+    def unknown(self, conn):
+        conn.tell(self.BANNER)
+
+    def credentials(self, text):
+        if self.QUOTED_NAMES and text.startswith('"'):
+            name, _, rest = text[1:].partition('"')
+            name = " ".join(name.split())
+        else:
+            name, rest = first_word(text)
+        return name, first_word(rest)[0]
+
+    def failure(self, conn, name):
+        conn.failures += 1
+        conn.tell(self.FAILED + "\r\n")
+        if conn.failures >= self.RETRIES:
+            conn.finish()
+
+    def try_create(self, conn, name, password):
+        if self.logins_disabled and self.refused(conn):
+            return
+        if not password:
+            conn.tell(self.NULL_PASSWORD or self.TAKEN)
+        elif self.find(name) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_' -]*", name):
+            conn.tell(self.TAKEN)
+        elif not self.refused(conn):
+            self.players[name] = password
+            self.number(name)
+            self.welcome(conn, name, True)
+
+    def failed_text(self, name):
+        """N failed connects: shown at the next success."""
+        if name not in self.failed:
+            return ""
+        count, host, date = self.failed[name]
+        return self.ALREADY.format(count, "" if count == 1 else "s", host, date)
+
+    def last_text(self, name):
+        """Not at a player's first login, so it is no sign of success."""
+        return "Last connect was from %s on %s.\r\n" % self.last_seen[name] if name in self.last_seen else ""
+
+    def greet(self, conn, name, created, again):
+        conn.tell(self.NEWUSER if created else self.motd(name, again))
+        self._player(name, self.login_text(conn, name))     # the character's other connections see it too
+        self._player(name, self.look_text(name))
+
+    # -- leaving and dying --
+
+    def _boot(self, name, by, quiet):
+        for conn in self.online(name):
+            conn.tell("" if quiet else self.BOOTED.format(by=by))
+            conn.finish(self.QUIT_TEXT + self.last_mail(conn))
+
+    def _shutdown(self, by, delay):
+        """The same farewell as a QUIT gives: text does not tell them apart."""
+        self._broadcast(self.SHUTDOWN_TEXT.format(by=by))
+        for conn in list(self.connections):
+            conn.tell(self.BYE + (self.DOWN_TEXT + self.last_mail(conn) if conn.player else ""))
+            conn.player = conn.player if self.ANNOUNCES_DOWN else None
+            conn.finish()
+        self._clean_exit()
+
+    def _sigterm(self):
+        self._broadcast(self.TERM_TEXT)
+        for conn in list(self.connections):
+            conn.finish(self.term_bye(conn))
+        self._clean_exit()
+
+    def term_bye(self, conn):
+        return ""
 
 
-class TelnetFamily:
-    """Shared by the five families: one world and one HAS for the whole class."""
-    family, quirks, knows, offers, gmcp = None, {}, (), (), False
-    first = b""                                     # what the client says unasked
-    address_kept = True
+# ---- PennMUSH
 
-    @classmethod
-    def setUpClass(cls):
-        owner = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
-        cls.world = cls.make_world(owner)
-        cls.agree_to_echo()
-        cls.world.start()
-        cls.addClassCleanup(cls.world.stop)
-        cls.has = Has(owner, mush_address=cls.world.address, mush_type=cls.family, beat=0.5).wait_up()
+class PennMUSH(CMush):
+    """Silent for a second, negotiates after the first IAC, takes a user's address on its unix socket."""
+    family, BACKLOG, FIRST_NUMBER = "pennmush", 5, 4
+    BANNER = (
+        "<This is where you announce that they've connected to your MUSH>\r\n"
+        "<It's a good idea to include the version/patchlevel of MUSH you're running>\r\n"
+        "<It's a good idea to include an email address for questions about the MUSH>\r\n" + "-" * 77 + "\r\n"
+        "Use create <name> <password> to create a character.\r\n"
+        "Use connect <name> <password> to connect to your existing character.\r\n"
+        "Use 'ch <name> <pass>' to connect hidden, and cd to connect DARK (admin)\r\nUse QUIT to logout.\r\n"
+        "Use the WHO command to find out who is online currently.\r\n" + "-" * 77 + "\r\n"
+        "Yell at your local god to personalize this file!\r\n\r\n")
+    MOTD = "Welcome to PennMUSH!\r\n" + "-" * 74 + "\r\nYell at your god to personalize this file\r\n\r\n"
+    WIZMOTD = "Wizards, tell your friendly neighborhood god to personalize this file!\r\n\r\n"
+    NEWUSER = "-" * 73 + "\r\nCongratulations on your newly created character. PennMUSH welcomes you.\r\n"
+    DOWN = ("*" * 75 + "\r\nThere has been an emergency which necessitated the disabling of non-wizard\r\n"
+            "logins.  Please be patient, and you will be re-allowed to login as soon\r\n"
+            "as the emergency has been controlled.  Thank you.\r\n" + "*" * 75 + "\r\n\r\n")
+    FULL = "The maximum number of players this game can support are currently\r\nlogged in. Please try back in a few minutes.\r\n"
+    LOCKED = "This IP address has failed too many times. Please try again in 10 minutes.\r\n"
+    QUIT_TEXT = LOGOUT_TEXT = ("Thank you for visiting.\r\n\r\nPlease return soon.\r\n\r\n"
+                               "*********** D I S C O N N E C T E D ***********\r\n\r\n")
+    DOWN_TEXT, BOOTED = "", "You are politely shown to the door.\r\n"
+    TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
+    ENDS, DROPPED, ERASERS, MAX_LINE = b"\r\n", b"", {8: b""}, 4095
+    OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE, (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"),
+               (DO, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
+               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;UTF-8;US-ASCII;ASCII;x-penn-def"), (WILL, CHARSET): b"",
+               (DO, MSSP): "mssp", (WILL, MSSP): "mssp", (DO, NAWS): b"", (WILL, NAWS): b"", (DO, GMCP): b"", (WILL, GMCP): b""}
+    MSSP_PAIRS = ("\x01NAME\x02PennMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01PORT\x02{port}\x01PUEBLO\x020"
+                  "\x01CODEBASE\x02PennMUSH 1.8.8p0\x01FAMILY\x02TinyMUD\x01ANSI\x021\x01XTERM 256 COLORS\x021")
+    RESTART = (0.16, "GAME: Reboot w/o disconnect by {by}, please wait.\r\nGAME: Saving database. Game may freeze for a few "
+               "moments.\r\nGAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
+    ROOM = ("\x1b[1mRoom Zero\x1b[0m(#0RL)\r\nYou are in Room Zero.\r\n",) * 2
+    FLAGS, THING, CONTENTS = ("PenAc", "PWenAc"), "\x1b[1m%s\x1b[0m%s\r\n", "Contents:\r\n"
+    EXACT = ("QUIT", "LOGOUT", "INFO", "MSSP-REQUEST")
+    SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET", "SCREENWIDTH",
+                      "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
+    WRAPPED_GAME = CMush.WRAPPED
+    WHO_LOGIN = "Player Name          On For   Idle  Doing\r\n"
+    WHO_GAME = "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
+    SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
+    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: PennMUSH\r\nAddress: \r\n", "PennMUSH 1.8.8p0"
+    FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
+    NO_PLAYER, GOT_ARGUMENTS, VERSION = "#-1 NO SUCH PLAYER", "BUT GOT %d", "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
+    TEXTS = {"password": "You have changed your password.\r\n", "wrong old": "The old password that you entered was incorrect.\r\n",
+             "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n", "name": "Name set.\r\n",
+             "taken": "You can't give a player that name or alias.\r\n",
+             "bad name": "You can't give a player that name or alias.\r\n"}
+    MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
+    TAKEN = "There is already a player with that name.\r\n"
+    SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
+                       "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
 
-    @classmethod
-    def make_world(cls, owner):
-        return WORLDS[cls.family](quota=False, **cls.quirks)
+    # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
 
-    @classmethod
-    def agree_to_echo(cls):
-        """The world does not answer the answer to its own WILL ECHO."""
-        cls.world.ANSWERS = {**cls.world.ANSWERS, (DO, ECHO): b""}
+    def connected(self, conn):
+        self._at(self.silent_start, self._ask_telnet, conn)
+        self._at(2 * self.silent_start, self._greeting, conn)
 
-    def setUp(self):
-        if not self.world.running:                  # another test failed half-way
-            self.world.start()
-        self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
+    def _ask_telnet(self, conn):
+        if self.telnet and not conn.telnet_ok and not conn.gone:
+            conn.telnet_ok = True
+            conn.write(offer((DO, LINEMODE)))
 
-    def tearDown(self):
-        self.has.check_log()                        # now, for it serves the whole class
+    def _greeting(self, conn):
+        if not conn.greeted:
+            self._ask_telnet(conn)
+            conn.greeted = True
+            conn.tell("" if self.silent_banner else self.BANNER)
 
-    def settled(self, name="Alice", size=(132, 43)):
-        """Wait until the world knows of the client what it can know; return the connection."""
-        def seen(world):
-            conn = (world.online(name) or [None])[0]
-            return (conn and (NAWS not in self.knows or conn.size == size) and
-                    (TTYPE not in self.knows or conn.ttype == "TINTIN++") and
-                    (CHARSET not in self.knows or conn.charset == "UTF-8") and
-                    (not self.gmcp or CORE_HELLO in conn.raw and CORE_SUPPORTS in conn.raw) and conn)
-        return self.world.wait(seen, what=f"{name}'s terminal is known")
+    def received(self, conn, data):
+        first = conn.local and not conn.proxied
+        if first:
+            conn.proxied = conn.spoken = True
+            data = self._address_line(conn, data)
+        if not data:
+            return
+        if not conn.spoken and data[0] == IAC and self.telnet:
+            conn.telnet_ok = True               # telnet as the very first bytes; after a line only once it was asked for
+        conn.spoken = True
+        lines = []
+        self._read_packet(conn, data, lines)
+        self.arrived(conn, lines)
 
-    def test_return_restores_everything_and_asks_nothing(self):
-        alice = self.login(first=self.first)
-        before = self.settled()
-        alice.barrier(), alice.barrier()            # the second follows all answers to what came before the first
-        told = {option: set(verbs) for option, verbs in before.options.items()}
-        count, on = len(alice.commands), set(alice.on)
-        self.crash(alice)
-        self.world.start()
-        conn = self.came_back(alice)
-        self.assertIs(self.settled(), conn)
-        alice.barrier()
-        asked = [c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))]
-        self.assertEqual(asked, [])
-        self.assertEqual(alice.on, on)
-        if self.family != "tinymush":
-            self.assertEqual({o: v for o, v in conn.options.items() if v & {"DO", "WILL"} and o != 86},
-                             {o: v for o, v in told.items() if v & {"DO", "WILL"}})
-        self.assertLess(len(conn.raw), 2000)        # no loop
+    def _read_packet(self, conn, data, lines):
+        """Nothing of a telnet sequence is remembered over the end of a packet."""
+        at = 0
+        while at < len(data):
+            if data[at] != IAC or not self.telnet:
+                self.byte(conn, data[at], lines)
+                at += 1
+            elif not conn.telnet_ok:
+                self.stray(conn, data[at + 1:at + 2])
+                at += 2
+            else:
+                at = self._sequence(conn, data, at + 1)
 
-    def test_size_changed_during_the_outage_and_during_the_return(self):
-        alice, bob = self.login(first=self.first), self.login("Bob", ())
-        self.settled()
-        self.crash(alice, bob)
-        alice.resize(254, 10)
-        alice.send("nobody hears\r\n").expect("nobody hears\r\n")
-        self.world.start()
-        self.came_back(alice)
-        self.settled(size=(254, 10)) if NAWS in self.knows else None
-        bob.expect(re.escape(ONLINE))
-        self.crash(alice, bob)
-        self.world.start()
-        self.world.wait(lambda w: len(w.connections) > 0, what="the heartbeat is back")
-        alice.resize(90, 10)                        # before, in or behind the return: wherever it falls
-        self.came_back(alice)
-        self.settled(size=(90, 10)) if NAWS in self.knows else None
-        bob.expect(re.escape(ONLINE))
+    def stray(self, conn, byte):
+        """It is stored, and not acted on: no line end, no eraser."""
+        self.store(conn, b"?" if byte in (b"", b"\b", b"\r", b"\n", b"\xff") else byte)
 
-    def test_echo_left_on_is_switched_off(self):
-        alice, lurker = self.login(first=self.first), Terminal(self.has.port)
-        self.addCleanup(lurker.close)
-        lurker.expect("(?i)welcome|connect")
-        conn = self.settled()
-        alice.barrier()
-        self.world._do(lambda: [c.write(offer((WILL, ECHO))) for c in self.world.connections])
-        for client in (alice, lurker):
-            client.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
-        self.world.wait(lambda w: "DO" in conn.options.get(ECHO, ()), what="echo was agreed")
-        count = len(alice.commands)
-        self.crash(alice, lurker)
-        self.world.start()
-        conn = self.came_back(alice)
-        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
-        alice.barrier()
-        self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))], [offer((WONT, ECHO))])
-        self.assertNotIn(offer((DONT, ECHO)), conn.raw)
-        lurker.expect(re.escape(ONLINE))
-        lurker.expect("(?i)welcome|connect")
-        lurker.wait(lambda c: (DO, ECHO) not in c.on, "echo is off at the login screen too")
+    def _sequence(self, conn, data, at):
+        """Handle what is behind an IAC; returns where to go on."""
+        verb = data[at:at + 1]
+        if verb in (b"\xf1", b"\xf6"):
+            self.telnet_command(conn, verb[0])
+        elif verb and verb[0] in VERBS:
+            if len(data) > at + 1:
+                self.negotiate(conn, verb[0], data[at + 1])
+            return at + 2
+        elif verb == bytes((SB,)):
+            return self._sub(conn, data, at + 1)
+        else:
+            self.stray(conn, verb)
+        return at + 1
 
-    def test_unnegotiating_client_gets_the_bytes_of_a_direct_connection(self):
-        self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"}, what="all have left")
-        twin = self.setup_world(self.family, **self.quirks)
-        beat = Terminal(twin.port, ())
-        self.addCleanup(beat.close)
-        beat.send("connect heartbeat heartbeat\r\n")
-        twin.wait(lambda w: w.online("heartbeat"), what="a heartbeat of its own")
-        near, far = self.conversation(twin, twin.port), self.conversation(self.world, self.has.port)
-        commands = [[t for t in tokens(raw)[0] if is_command(t)] for raw in (near, far)]
-        self.assertEqual(*commands)
-        if self.family == "rhostmush":              # HAS spoke first (PROXY): the same offers come before the banner
-            near, far = (b"".join(t for t in tokens(raw)[0] if not is_command(t)) for raw in (near, far))
-        self.assertEqual(near, far)
+    def _sub(self, conn, data, at):
+        body = re.compile(rb"((?:[^\xff]|\xff\xff)*)(\xff\xf0|\xff?)", re.S).match(data, at)
+        if body.group(2) == b"\xff\xf0":
+            self.subnegotiation(conn, body.group(1).replace(b"\xff\xff", b"\xff"))
+        elif body.group(2) and body.end() < len(data):
+            self.stray(conn, data[body.end():body.end() + 1])
+            return body.end() + 1
+        return body.end()
 
-    def conversation(self, world, port):
-        client = Terminal(port, ())
-        self.addCleanup(client.close)
-        client.expect("(?i)welcome|connect")
-        client.send("connect Carol wrong\r\n").expect("password")
-        client.send("connect Carol carolpw\r\n")
-        world.wait(lambda w: w.online("Carol"), what="Carol is in")
-        client.send("say one\r\n").expect('You say,? "one"')
-        if world.RESTART:
-            world.restart_in_place()
-        client.send("say two\r\n").expect('You say,? "two"\r?\n')
-        if self.family == "teenymush":
-            world.keepalive()
-        client.send("say three\r\n").expect('You say,? "three"\r?\n')
-        client.close()
-        world.wait(lambda w: not w.online("Carol"), what="Carol has left")
-        return DATE.sub(b"DATE", client.raw).replace(b"from localhost", b"from 127.0.0.1")
+    def end_line(self, conn, lines):
+        line = b"".join(conn.partial).partition(b"\0")[0]
+        conn.partial.clear()
+        if line:
+            lines.append(line)
 
-    def test_silent_client_gets_no_telnet_on_return(self):
-        alice = self.login(agrees=())
-        count = len(alice.commands)
-        self.crash(alice)
-        self.world.start()
-        self.came_back(alice)
-        self.assertEqual(alice.commands[count:], [])
+    def _address_line(self, conn, data):
+        """IP^HOST\\r\\n at once and in one piece; returns what is left as input."""
+        conn.host = conn.ip = "(Unknown)"
+        if time.monotonic() - conn.opened > self.address_window:
+            return data
+        if len(data) <= 4:
+            conn.finish()
+            return b""
+        data = data.partition(b"\0")[0]         # a NUL (NAWS holds one) cuts off all that follows
+        line, _, rest = data.partition(b"\r\n")
+        ip, caret, host = line.partition(b"^")
+        if caret and not host:
+            conn.finish()
+        elif caret:
+            conn.ip, conn.host = ip.decode("latin-1"), host[:99].decode("latin-1")
+            conn.address_given = (conn.ip, conn.host)
+        return rest
 
-    def test_character_at_a_time(self):
-        client, bob = Terminal(self.has.port), self.login("Bob", ())
-        self.addCleanup(client.close)
-        client.send(self.first).expect("(?i)welcome|connect")
-        rub = {"teenymush": b"", "tinymush": b"x\x7f"}.get(self.family, b"x\b")      # TeenyMUSH keeps BS in the text
-        for byte in b"con%snect Alice alic%sepw\r\n" % (rub, rub):
-            client.send(bytes([byte]))
-            self.read_by_has(bob)
-        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
-        self.addCleanup(self.world.wait, lambda w: not w.online("Alice"), what="Alice has left")
-        self.addCleanup(client.close)
-        for byte in b"say by bytes\r\n":
-            client.send(bytes([byte]))
-        client.expect("by bytes")
-        client.barrier()
-        self.crash(client, bob)
-        self.world.start()
-        self.came_back(client)
-        bob.expect(re.escape(ONLINE))
-        self.settled()
+    def negotiate(self, conn, verb, option):
+        self._offer(conn)
+        if (verb, option) == (DO, CHARSET) and conn.utf8:
+            raise Deadly("DO CHARSET behind CHARSET ACCEPTED UTF-8")        # after 68 kB of its own memory
+        super().negotiate(conn, verb, option)
 
-    def test_restart_in_place_offers_again(self):
-        if not self.world.RESTART:
-            self.skipTest("no in-place restart")
-        alice = self.login(first=self.first)
-        self.settled()
-        for returned in (False, True):
-            alice.barrier()
-            conn = self.settled()
-            alice.barrier(), alice.barrier()        # the last answers are on their way; now they are there
-            on, raw = set(alice.on), len(alice.raw)
-            sent = len(conn.raw)
-            self.world.restart_in_place()
-            alice.barrier(), alice.barrier()
-            self.assertEqual(alice.on, on)
-            expected = self.world.RESTART[4]
-            if returned:                            # what HAS has answered a moment ago is swallowed
-                expected = b"".join(re.findall(rb"(?s)\xff\xfa.*?\xff\xf0", expected))
-            self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)), expected)
-            answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
-            self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
-            self.crash(alice)
-            self.world.start()
-            self.came_back(alice)
+    def repeat_offers(self):
+        """It offers again on its connections' telnet (worlds/pennmush.md h)."""
+        self._do(lambda: [conn.write(self.OFFERS) for conn in self.connections if conn.offered])
 
-    def test_compression_is_refused(self):
-        alice, lurker = self.login(first=self.first), Terminal(self.has.port, {86})
-        self.addCleanup(lurker.close)
-        lurker.expect("(?i)welcome|connect")
-        self.settled()
-        conn = self.world.online("Alice")[0]
-        if self.family != "tinymush":
-            offers = offer((WILL, 85), (WILL, 86), (WILL, 87), (DO, 86)) + b"x\r\n"
-            everybody = lambda: [c.write(offers) for c in self.world.connections]
-            self.world._do(everybody)
-            for client in (alice, lurker):
-                client.expect("x\r\n")
-                self.assertFalse([c for c in client.commands if c[2:] in (b"U", b"V", b"W")])
-            for conn in [c for c in self.world.connections if c.player != "heartbeat"]:
-                self.world.wait(lambda w: offer((DONT, 85), (DONT, 86), (DONT, 87), (WONT, 86)) in
-                                b"".join(re.findall(rb"\xff[\xfb-\xfe][UVW]", conn.raw)), what="refusals")
-        mark, conn = len(conn.raw), self.world.online("Alice")[0]
-        for client in (alice, lurker):
-            client.send(offer((DO, 86), (DO, 85), (DO, 87), (WILL, 87), (DONT, 86), (WONT, 86)))
-            client.wait(lambda c: offer((WONT, 86), (WONT, 85), (WONT, 87), (DONT, 87)) in c.raw, "HAS refuses")
-        alice.barrier()
-        self.assertNotRegex(bytes(conn.raw[mark:]), rb"\xff[\xfb\xfd][UVW]")
+    def telnet_command(self, conn, command):
+        self._offer(conn)
+        if command == AYT:
+            conn.write(b"\r\n*** AYT received, I'm here ***\r\n")
 
-    def test_notice_inside_what_is_unfinished(self):
-        alice = self.login(first=self.first)
-        for tail, shown in ((b"\x1b[1;3", b"\x1b[1;3m\x1b[0m\r\n"), (b"\x1b]0;title", b"\x1b]0;title\x1b\\\x1b[0m\r\n"),
-                            (b"caf\xc3", b"caf\xc3\x1b[0m\r\n"), (b"Prompt> \xff\xfa\xc9Core.Pi", b"Prompt> \x1b[0m\r\n")):
-            alice.text, start = b"", len(alice.raw)
-            self.world.emit("Alice", tail)
-            alice.expect(re.escape(tail.partition(b"\xff")[0]))
-            self.crash(alice)
-            text = b"".join(it for it in tokens(alice.raw[start:])[0] if not is_command(it))    # BINARY comes late
-            self.assertIn(shown + OFFLINE.encode(), text)
-            self.assertEqual(alice.rest, b"")
-            self.world.start()
-            self.came_back(alice)
+    def _offer(self, conn):
+        if not conn.offered:
+            conn.offered = True
+            conn.write(self.OFFERS)
 
-    def test_settings_are_replayed(self):
-        if self.family == "teenymush":
-            self.skipTest("no such settings")
-        alice = self.login(first=self.first)
-        lines = ["PUEBLOCLIENT 2.50", "OUTPUTPREFIX <<", "OUTPUTSUFFIX >>"]
-        lines += ["SCREENWIDTH 132", "SCREENHEIGHT 43"] * (self.family == "pennmush")
-        alice.send("\r\n".join(lines) + "\r\n")
-        alice.barrier()
-        before = self.world.online("Alice")[0]
-        alice.text = b""
-        self.crash(alice)
-        self.world.start()
-        alice.expect_notice(ONLINE, 8)
-        conn = self.world.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
-        shown = alice.barrier()
-        self.assertEqual((conn.prefix, conn.suffix, conn.settings), (before.prefix, before.suffix, before.settings))
-        self.assertIn(shown, (b"", b"<<\r\n"), "the replay is not to be seen")
+    def decode(self, conn, line):
+        """What is not printable in the locale is ?, one a byte; after CHARSET UTF-8 a character is spelled in ASCII."""
+        if not conn.utf8:
+            return re.sub("[^ -~]", "?", line.decode("latin-1"))
+        return "".join(self.SPELLED.get(c) or (c if " " <= c <= "~" else "?") for c in line.decode("utf-8", "replace"))
 
+    # some of its table
+    SPELLED = {"\u0130": "I", "\u0391": "A", "\u041e": "O", "\u010d": "c", "\u0416": "Zh", "\u0429": "Shch", "\ufb00": "ff",
+               "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2026": "...", "\u2014": "--"}
 
-class TestTelnetTeeny(TelnetFamily, TelnetCase):
-    family, knows, offers = "teenymush", (NAWS, TTYPE), True
+    # -- commands --
 
+    def command(self, conn, line):
+        if not line.startswith("IDLE"):
+            self._greeting(conn)                # any other line cuts the silent start
+        super().command(conn, line)
 
-class TestTelnetPenn(TelnetFamily, TelnetCase):
-    family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+    def screen_command(self, line, in_game):
+        for name in self.SCREEN:
+            if line == name or name not in self.EXACT and line.startswith(name):
+                return name, line[len(name):]
+        return None
 
-    def test_a_client_that_answers_every_offer_kills_nobody(self):
-        """Not as RFC 1143 wants it: each repeated WILL CHARSET brings another DO."""
-        class Eager(Terminal):
-            def _answer(self, token):
-                self.on.clear()
-                return super()._answer(token)
-        eager = Eager(self.has.port)
-        self.addCleanup(eager.close)
-        eager.expect("(?i)connect")
-        eager.send(self.first + b"connect Alice alicepw\r\n")
-        self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8, what="CHARSET is settled")
-        for _ in range(2):                          # before and after a return
-            self.world.repeat_offers()
-            eager.wait(lambda c: c.raw.endswith(offer((WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))) or True, "the offers")
-            eager.barrier(), eager.barrier()
-            eager.send(offer((DO, CHARSET)) + sub(CHARSET, b"\x02UTF-8") + offer((DO, CHARSET)))
-            eager.barrier()
-            self.crash(eager)
-            self.world.start()
-            self.came_back(eager)
-        eager.close()
-        self.world.wait(lambda w: not w.online("Alice"), what="Alice has left")
+    def screen_idle(self, conn, rest):
+        conn.tell(re.sub("^ ", "", rest) + "\r\n" if rest else "")
 
-    def test_a_password_with_an_accent(self):
-        """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
-        for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
-            with self.subTest(name):
-                self.world.players[name] = read_as
-                client = Terminal(self.has.port, agrees)
-                self.addCleanup(client.close)
-                client.expect("(?i)connect")
-                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees), what="CHARSET is settled")
-                client.send(f"connect {name} p\u00e9pin\r\n")
-                self.world.wait(lambda w: w.online(name), what=f"{name} is in")
-                client.barrier()
-                self.crash(client)
-                self.world.start()
-                conn = self.came_back(client, name=name)
-                self.assertEqual(conn.utf8, bool(agrees))
-                client.close()
-                self.world.wait(lambda w: not w.online(name), what=f"{name} has left")
+    def screen_quit(self, conn, rest):
+        goodbye = sub(GMCP, b"Core.Goodbye") if "DO" in conn.options.get(GMCP, ()) else b""
+        conn.tell(self.QUIT_TEXT if conn.player else "")
+        conn.write(goodbye)
+        conn.finish()
+
+    def logout_again(self, conn):
+        conn.tell(self.BANNER)
+
+    def screen_session(self, conn, rest):
+        if not conn.player:
+            return conn.tell(self.who(conn))
+        rows = ["%-19s  #0        0s    0s     1 %3d     100     100       0\r\n" % (c.player, c.id) for c in self.online()]
+        return conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
+
+    def screen_mssp_request(self, conn, rest):
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
+        conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
+
+    def setting(self, conn, name, rest):
+        """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
+        if name != "SOCKSET":
+            return super().setting(conn, name, rest)
+        option, equals, value = rest.upper().partition("=")
+        if not equals:
+            return conn.tell("\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
+        if option == "NOQUOTA" and not (conn.player and self.is_wizard(conn.player)):
+            return None
+        conn.settings[option] = value
+        return conn.tell(self.SOCKSET_ANSWERS.get(option, ""))
+
+    def count(self, players):
+        return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
+            players, "There are %d players connected.\r\n" % players)
+
+    def login(self, conn, line):
+        if not line.strip(" "):
+            return                              # a line of blanks is silent here and wrapped in the game
+        failures = [t for t in self.ip_failures.get(conn.ip, ()) if time.monotonic() - t < 600]
+        if len(failures) >= 10:                 # whatever it says and whoever it is
+            return conn.tell(self.LOCKED)
+        return super().login(conn, line)
+
+    def login_verb(self, word):
+        forms = (("connect", "connect"), ("cd", "dark"), ("ch", "dark"), ("cv", "connect"), ("create", "create"))
+        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if not name_text:
+            return conn.tell(self.FAILED + "\r\n")
+        return super().try_connect(conn, name_text, password, dark)
+
+    def failure(self, conn, name):
+        self.ip_failures.setdefault(conn.ip, []).append(time.monotonic())
+        conn.tell("That is not the correct password.\r\n" if name else "There is no player with that name.\r\n")
+
+    def refused(self, conn):
+        text = self.DOWN if self.logins_disabled else self.FULL if self.full() else ""
+        if text:
+            conn.finish(text)
+        return bool(text)
+
+    def motd(self, name, again):
+        """A wizard gets in while logins are disabled, and sees what the others are told."""
+        full = self.max_players is not None and len(self.online()) > self.max_players
+        warning = self.DOWN if self.logins_disabled else self.FULL if full else ""
+        return warning + ("" if again else self.MOTD + (self.WIZMOTD if self.is_wizard(name) else ""))
+
+    def login_text(self, conn, name):
+        host, date = self.last_seen.get(name, ("None", time.ctime(self.start_id)))
+        failed = "Last FAILED connect was from %s on %s.\r\n" % self.failed[name][1:] if name in self.failed else ""
+        return " \r\nLast connect was from %s on %s.\r\n%s\r\n\r\nMAIL: You have no mail.\r\n\r\n" % (host, date, failed)
+
+    def _leave(self, conn):
+        if conn.player and len(self.online(conn.player)) > 1:
+            for other in self.online(conn.player):
+                other.tell("" if other is conn else "MAIL: Mailbox purged.\r\n")
+        super()._leave(conn)
+
+    def term_bye(self, conn):
+        return self.BYE
+
+    # -- in the game --
+
+    def play(self, conn, line):
+        if line.startswith("]"):
+            word, rest = first_word(line[1:], " ")
+            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+        return super().play(conn, line) if line.strip(" ") else None
+
+    def verb(self, word):
+        """Unique prefixes work."""
+        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and w.startswith(word.lower())]
+        return super().verb(full[0] if len(full) == 1 else word)
+
+    def new_name(self, conn, new):
+        new, _, alias = new.strip('"').partition(";")
+        if alias:
+            self.do_alias(conn, "me=" + alias)
+        return super().new_name(conn, new)
+
+    def do_atboot(self, conn, rest, switch):
+        if rest.strip() == "me":
+            return conn.tell("None of your connections are idle. If you want to quit, use QUIT.\r\n")
+        return super().do_atboot(conn, rest, switch)
 
 
-class TestTelnetPennUnix(TestTelnetPenn):
-    @classmethod
-    def make_world(cls, owner):
-        folder = tempfile.mkdtemp()
-        owner.addCleanup(shutil.rmtree, folder)
-        return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", address_window=5, **cls.quirks)
+# ---- TinyMUSH, TinyMUX, RhostMUSH
 
-    def test_a_client_that_negotiates_at_once_can_log_in(self):
-        """As PuTTY does; telnet in front of the server's first is text on the unix socket."""
-        client = self.login(first=command(WILL, NAWS) + naws(100, 40) + command(WILL, TTYPE))
-        conn = self.world.online("Alice")[0]
-        self.assertEqual((conn.host, conn.size), ("127.0.0.1", client.size))
-        client.barrier()
+class TinyMUSH(CMush):
+    """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9 loses nothing."""
+    family, HOST, BACKLOG, FIRST_NUMBER, KEEPS_PLAYERS, ANNOUNCES_DOWN = "tinymush", "localhost", 5, 3, True, True
+    BANNER = (
+        "This world is Pueblo 1.0 enhanced\r\n\r\nWelcome to TinyMUSH\r\n" + "-" * 78 + "\r\n"
+        '  "connect <name> <password>"   connects you to an existing character.\r\n'
+        '  "create <name> <password>"    creates a new character.\r\n'
+        '  "WHO"    tells you who is logged in to the game (case sensitive).\r\n'
+        '  "QUIT"   exits the game and saves your character.\r\n'
+        '  "news"   informs you about recent program changes and items of interest.\r\n'
+        '  "help"   gives help on the commands, "help commands" for a list.\r\n' + "-" * 78 + "\r\n")
+    MOTD = "There is no Message of The Day today.\r\n\r\n### end of messages ###\r\n"
+    NEWUSER = "Welcome to the world of TinyMUSH.  Explore places.  Meet people.  Have fun!\r\n"
+    QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
+    LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
+    TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
+    ENDS, ERASERS, MAX_LINE = b"\r\n", {127: b"\b \b"}, 16375
+    DROPPED = bytes(n for n in range(256) if n < 32 and n not in (7, 9, 10, 13, 27) or n > 127)
+    ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)), (WILL, 1): offer((DO, 1))}
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    ROOM = ("Limbo\r\nYou see nothing special.\r\n", "Limbo(#0R)\r\nYou see nothing special.\r\n")
+    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
+    SCREEN = CMush.SCREEN + ("IDLE",)
+    WRAPPED_GAME = CMush.SCREEN
+    WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
+    INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
+    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
+    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
 
-    test_unnegotiating_client_gets_the_bytes_of_a_direct_connection = None     # the twin is TCP
-    test_size_changed_during_the_outage_and_during_the_return = test_silent_client_gets_no_telnet_on_return = None
-    test_compression_is_refused = test_settings_are_replayed = test_notice_inside_what_is_unfinished = None
+    def received(self, conn, data):
+        """Nothing is put together over reads."""
+        conn.telnet_state = "text"
+        super().received(conn, data)
+
+    def _telnet_iac(self, conn, byte, text):
+        """Sub-negotiations are not known: what is inside is text."""
+        if byte == SB:
+            conn.telnet_state = "text"
+        else:
+            super()._telnet_iac(conn, byte, text)
+
+    def decode(self, conn, line):
+        return line.decode("ascii")
+
+    def encode(self, conn, text):
+        return text.encode("ascii", "ignore")
+
+    def screen_command(self, line, in_game):
+        if line == "IDLE":
+            return "IDLE", ""
+        found = super().screen_command(line, in_game)
+        return found if found and found[0] != "IDLE" else None
+
+    def acted_on(self, conn):
+        """In the game these act on the character's most recently used connection: whole seconds, newest login wins."""
+        return max(self.online(conn.player), key=lambda c: (c.used, c.login_number))
+
+    def refused(self, conn):
+        """A refusal crashes it: it restarts in place, settings as in its conf file; the refused user sees nothing."""
+        if not self.logins_disabled and not self.full():
+            return False
+        self.segv()
+        return True
+
+    def segv(self):
+        self._do(self._segv)
+
+    def _segv(self):
+        self._broadcast("GAME: Fatal signal SIGSEGV caught, restarting with previous database.\r\n")
+        self.logins_disabled, self.max_players = False, None
+        self._asleep = True
+        self._watch_all()
+        self._at(0.03, self._restarted, self.RESTART[2], False, b"")
+
+    def motd(self, name, again):
+        return self.MOTD + ("Welcome, wizard.\r\n\r\n" if self.is_wizard(name) else "")
+
+    def login_text(self, conn, name):
+        return "MAIL: You have no mail.\r\n" + self.failed_text(name) + self.last_text(name)
+
+
+class TinyMUX(CMush):
+    """TinyMUX 2.12: offers telnet at once, characters depend on CHARSET."""
+    family, BACKLOG, FIRST_NUMBER, GHOSTS = "tinymux", 4096, 12, True
+    BANNER = (
+        "Welcome to TinyMUX\r\n" + "-" * 78 + "\r\n"
+        '  "connect <name> <password>" connects you to an existing character.\r\n'
+        '  "connect guest" connects you to a guest account if one is prepared.\r\n'
+        '  "create <name> <password>" creates a new character.\r\n\r\n'
+        '  "WHO" tells you who is logged in to the game (case sensitive).\r\n'
+        '  "QUIT" exits the game and saves your character.\r\n\r\n'
+        '  Once logged on, "help" gives help on specific commands, functions, and\r\n'
+        "  special topics.  Other 'help' commands include \"+help\" and \"news\".\r\n" + "-" * 78 + "\r\n")
+    NEWUSER = "Welcome to the world of TinyMUX.  Explore places.  Meet people.  Have fun!\r\n" + "-" * 78 + "\r\n"
+    QUIT_TEXT = DOWN_TEXT = "*** TinyMUX Disconnected ***\r\n"
+    LOGOUT_TEXT, FINAL_MAIL, BOOTED = "", "MAIL: Mailbox purged.\r\n", "{by} gently shows you the door.\r\n"
+    TERM_TEXT = "GAME: Caught signal SIGTERM, exiting.\r\n"
+    ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39), (WILL, CHARSET), (DO, CHARSET)),)
+    BINARY = offer((WILL, 0), (DO, 0))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, 39): b"\xff\xfa\x27\x01\x00\x03\xff\xf0", (WILL, NAWS): b"", (WILL, 3): b"",
+               (DO, 25): b"", (WILL, 25): b"", (DO, 0): offer((WILL, 0)), (WILL, 0): offer((DO, 0)), (WILL, CHARSET): b"",
+               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;ISO-8859-1;ISO-8859-2;US-ASCII;CP437")}
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    ROOM = ("Limbo\r\n", "Limbo(#0R)\r\n")
+    FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
+    WHO_GAME = TinyMUSH.WHO_GAME
+    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
+    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
+    VERSION, MAX_LOGIN, MAX_LINE = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400, 7990
+    MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
+    NULL_PASSWORD = "Null passwords are not allowed.\r\n"
+
+    def date(self, when=None):
+        """With a fraction: Sat Nov 21 23:16:57.301512 2026"""
+        day, year = time.ctime(when).rsplit(" ", 1)
+        return "%s.%06d %s" % (day, time.time() % 1 * 1000000, year)
+
+    def received(self, conn, data):
+        """A character set counts at once, in the middle of a line too."""
+        lines = []
+        for part in re.findall(rb"[^\xf0\xff]+|\xf0|\xff", data):
+            self.read(conn, self._strip_telnet(conn, part) if self.telnet else part, lines)
+        self.arrived(conn, lines)
+
+    def byte(self, conn, byte, lines):
+        if conn.utf8 and byte not in b"\r\n":
+            return self._byte_of_utf8(conn, byte, lines)
+        if byte >= 128 and byte in self.LOST.get(conn.charset, b""):
+            return None
+        if byte == 10:
+            conn.begun = b""
+        return super().byte(conn, byte, lines)
+
+    LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)), "CP437": b"\xff",
+            "ISO-8859-2": bytes(range(128, 160))}
+    LOST["ISO-8859-1"] = LOST[None]
+    LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3), 0xf0: 4, 0xf3: 4}
+    del LENGTHS[0xcc]                                   # only combining marks begin so
+
+    def _byte_of_utf8(self, conn, byte, lines):
+        begun, conn.begun = conn.begun, b""
+        if byte in self.ERASERS:
+            super().byte(conn, byte, lines)
+        elif begun and 0x80 <= byte < 0xc0:
+            conn.begun = begun + bytes((byte,))
+            if len(conn.begun) == self.LENGTHS[begun[0]]:
+                whole, conn.begun = conn.begun, b""
+                if self._printable(whole):
+                    self.store(conn, whole)
+        elif begun:
+            pass                                        # the byte goes with what it broke
+        elif byte in self.LENGTHS:
+            conn.begun = bytes((byte,))
+        elif byte < 128:
+            super().byte(conn, byte, lines)
+
+    @staticmethod
+    def _printable(whole):
+        with contextlib.suppress(UnicodeDecodeError):
+            return unicodedata.category(whole.decode("utf-8")) not in ("Cc", "Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc")
+        return False
+
+    def doubled(self, conn, text):
+        text.append(IAC)
+
+    def other_command(self, conn, byte, text):
+        if byte == 247:
+            text.append(8)                              # IAC EC
+        super().other_command(conn, byte, text)
+
+    def broken_sub(self, conn, byte, text):
+        conn.telnet_state = "sub_lost"
+
+    def _telnet_sub_lost(self, conn, byte, text):
+        """All is ignored up to the next IAC, which is data."""
+        if byte == IAC:
+            conn.telnet_state = "sub"
+            conn.telnet_sub.append(byte)
+
+    CODECS = {"UTF-8": "utf-8", "CP437": "cp437", "ISO-8859-2": "iso8859-2", "US-ASCII": "ascii"}
+
+    def decode(self, conn, line):
+        return line.decode(self.CODECS.get(conn.charset, "cp1252"), "replace")
+
+    def encode(self, conn, text):
+        return text.encode("utf-8" if conn.utf8 else "latin-1", "replace")
+
+    def subnegotiation(self, conn, body):
+        before = conn.charset
+        super().subnegotiation(conn, body)
+        if body[:2] == bytes((CHARSET, 3)):
+            conn.charset = "US-ASCII"
+        if conn.charset != before and conn.charset not in self.LOST and conn.charset != "UTF-8":
+            conn.charset = before
+        conn.utf8 = conn.charset == "UTF-8"
+        old, new = (self.CODECS.get(name, "cp1252") for name in (before, conn.charset))
+        if old != new:                          # what stands in the line already are characters, not bytes
+            conn.begun = b""
+            lost = self.LOST.get(conn.charset, b"")                 # ? stands for what has no byte now
+            conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
+                c.decode(old).encode(new, "replace") for c in conn.partial)]
+        conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
+
+    def telnet_command(self, conn, command):
+        conn.write(b"\r\n[Yes]\r\n" if command == AYT else b"")
+
+    def login_name(self, text):
+        return None if text.startswith("#") else self.find(text)
+
+    def game(self, conn, line):
+        super().game(conn, line.lstrip(" "))
+
+    def new_name(self, conn, new):
+        return super().new_name(conn, Softcode(self, conn).run(new))
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if name_text.lower() == "guest" and not self.guests:
+            return conn.tell("Guest logins are disabled.\r\n")
+        if self.logins_disabled and self.is_wizard(self.login_name(name_text)):
+            conn.tell("*** Logins are disabled.\r\n")
+        return super().try_connect(conn, name_text, password, dark)
+
+    def refused(self, conn):
+        if self.logins_disabled:
+            text = "Sorry, logins are temporarily disabled.  Try again in a half hour or so.\r\n"
+        elif self.full():
+            text = "Sorry, there are too many players connected right now.  Please try again\r\nin a few minutes.\r\n"
+        else:
+            return False
+        conn.finish("-" * 78 + "\r\n" + text)
+        return True
+
+    def motd(self, name, again):
+        return ""
+
+    def login_text(self, conn, name):
+        return self.failed_text(name) + self.last_text(name) + "\r\nMAIL: You have no mail.\r\n\r\n"
 
 
 class RealisticMUX(TinyMUX):
@@ -11145,454 +11181,432 @@ class RealisticMUX(TinyMUX):
         conn.write(self.BINARY if conn.utf8 and not again else b"")
 
 
-class TestTelnetTinyMUX(TelnetFamily, TelnetCase):
-    family, knows, offers = "tinymux", (NAWS, TTYPE, CHARSET), True
+class RhostMUSH(CMush):
+    """Negotiates after the client's first bytes; PROXY lines give the user's address, a second one is fatal for all."""
+    family, HOST, BACKLOG, FIRST_NUMBER, GHOSTS, ANNOUNCES_DOWN = "rhostmush", "localhost", 5, 2, True, True
+    TOP, BOTTOM = " " + "/~\\=" * 18 + "/~\\ \r\n", " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
+    BANNER = (
+        " " * 27 + "Welcome to RhostMUSH\r\n\r\n" + TOP +
+        "((  To create new character     ----------=>   create <player> <password>  ))\r\n"
+        " )) To continue old character   ----------=>   connect <player> <password>(( \r\n"
+        "((  To connect a guest          ----------=>   connect guest guest         ))\r\n"
+        " )) To see who is on            ----------=>   WHO                        (( \r\n"
+        "((  To quit your character      ----------=>   QUIT                        ))\r\n"
+        " )) To get help once connected  ----------=>   help (i.e. : help commands)(( \r\n"
+        "((" + " " * 73 + "))\r\n"
+        " )) Note: use double quotes around name for names with spaces.            (( \r\n"
+        '((  Example: cr "player with spaces" password                              ))\r\n' + BOTTOM)
+    MOTD = ("/" * 78 + "\r\n" + "NOTICE " * 11 + "\r\n\r\n\t\t\t\t   No News.\r\n  \r\n" + " ".join(["NOTICE"] * 11) + "\r\n"
+            + "/" * 78 + "\r\n")
+    NEWUSER = TOP + "((  Welcome to the world of RhostMUSH.  Explore places.  Meet people.      ))\r\n" + BOTTOM
+    QUIT_TEXT = DOWN_TEXT = (TOP + "((" + " " * 73 + "))\r\n ))" + " " * 19 + "*** RhostMUSH Disconnected. ***" + " " * 21 +
+                             "((\r\n((" + " " * 73 + "))\r\n" + BOTTOM)
+    LOGOUT_TEXT, BOOTED, SHUTDOWN_TEXT = "", "{by} gently shows you the door.\r\n", "Game: Shutdown by {by}\r\n"
+    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\nGame: This might be caused by the hosting server "
+                 "going down.\r\nGame: Emergency dump complete, exiting...\r\n")
+    OFFERS = (offer((DO, NAWS)), offer((DO, TTYPE)), sub(CHARSET, b"\x01 UTF-8"))
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, NAWS): b"", (WILL, CHARSET): offer((DO, CHARSET))}
+    RESTART = (0.04, "Game: Restart by {by}.\r\nGame: Your connection will pause, but will remain connected. Please wait...\r\n",
+               "Game: New server image successfully loaded.\r\n", True, b"".join(OFFERS))
+    ROOM = ("Limbo\x1b[0m\x1b[0m\r\n", "Limbo\x1b[0m(#0R)\x1b[0m\r\n")
+    FLAGS, THING, CONTENTS = ("P><^c", "PU><^c"), "%s\x1b[0m%s\x1b[0m\r\n", "\x1b[1mContents:\x1b[0m\x1b[0m\r\n"
+    WRAPPED_GAME = ("QUIT", "LOGOUT", "PUEBLOCLIENT") + CMush.WRAPPED
+    LOGIN_ANY_CASE, QUOTED_NAMES, KEEPS_BRACES, EMPTY_PERCENTS = True, False, False, "$<c"
+    WHO_LOGIN = "Player Name          On For Idle  Guild       Doing\r\n"
+    WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
+    MAX_LINE = 16375
+    INFO_NAME, INFO_TAIL, VERSION = "Name: TestRhost\r\n", "RhostMUSH 5.8.4", "RhostMUSH 5.8.4 [2026-07-23] #"
+    FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
+    NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
+    ALREADY = " \r\n" + CMush.ALREADY + " \r\n"
+    MORE_GAME = {"@alias": "alias", "@reboot": "atrestart", "idle": "nothing", "@pass": "password"}
+    NULL_PASSWORD = "Invalid password specified.\r\n" + CMush.TAKEN
+    TEXTS = dict(CMush.TEXTS, empty="Bad new password.\r\n", blank="Bad new password.\r\n")
 
-    @classmethod
-    def make_world(cls, owner):
-        return RealisticMUX(quota=False)
+    def received(self, conn, data):
+        """Its telnet comes with the client's first bytes, in front of the first reply, in several writes."""
+        if not conn.offered and self.telnet:
+            conn.offered = True
+            for part in self.OFFERS:
+                conn.write(part)
+        super().received(conn, data)
+
+    def read(self, conn, text, lines):
+        at = 0
+        while at < len(text):
+            at = self._character(conn, text, at, lines)
+
+    def _character(self, conn, text, at, lines):
+        """Read one character; returns where the next one is."""
+        first = text[at]
+        if first == IAC:
+            after = text[at + 1:at + 2]
+            self.store(conn, *(b"%", b"<", b"2", b"5", b"5", b">") if after in (b"", b"\xff") else ())
+            return at + 2
+        length = 2 if 0xc0 <= first < 0xe0 else 3 if 0xe0 <= first < 0xf0 else 4 if 0xf0 <= first < 0xf8 else 0
+        rest = text[at + 1:at + length] if length else b""
+        if length and len(rest) == length - 1 and all(0x80 <= byte < 0xc0 for byte in rest):
+            value = first & (0xff >> (length + 1))
+            for byte in rest:
+                value = value * 64 + byte % 64
+            known = {32: " ", 0x201c: '"', 0x201d: '"', 0x201f: '"', 0xff1a: ":"}
+            self.store(conn, *[c.encode() for c in known.get(value) or "%%<u%04x>" % value])
+            return at + length
+        if first > 0xa0:
+            self.store(conn, *[c.encode() for c in "%%<%d>" % first])
+        elif first < 128:
+            self.byte(conn, first, lines)
+        return at + 1
+
+    def decode(self, conn, line):
+        """Its own spelling of characters is kept; the players of the tests have names and passwords in UTF-8."""
+        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16)) if m.group(1) > "00a0" else m.group(),
+                      line.decode("ascii"))
+
+    def encode(self, conn, text):
+        """Made ASCII on output: é becomes e, what has no base letter ?"""
+        plain = unicodedata.normalize("NFKD", text)
+        return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace")
+
+    def login(self, conn, line):
+        word, rest = first_word(line, " ")
+        if len(line) > 2000:
+            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
+        if line[:1] == " ":                     # whatever the word
+            return self.try_connect(conn, *self.credentials(rest)) if word else self.unknown(conn)
+        secret = self.sconnect_cmd and word == self.sconnect_cmd
+        if word == "PROXY" and self.proxy_enabled or secret:
+            return self.proxy(conn, line, rest.split() if secret else rest.split()[1:])
+        return super().login(conn, line)
+
+    def proxy(self, conn, line, words):
+        if not self.proxy_enabled:
+            return conn.finish("SSL attempt to negotiate without SSL enabled.\r\n")
+        if conn.proxied:
+            self.forged.append((conn.id, line))
+            self.proxy_enabled = False          # for everybody, until an admin sets sconnect_reip again
+            return conn.finish("SSL attempt to negotiate twice.\r\n")
+        if not words:
+            return None                         # PROXY UNKNOWN
+        if not self.trusted_address:
+            return conn.finish("SSL Connections are not allowed from your site.\r\n")
+        conn.proxied = True
+        conn.address_given = conn.host = conn.ip = words[0]
+        return self._show_banner(conn)
+
+    def _show_banner(self, conn):
+        """ssl_welcome 1: the banner waits for the PROXY line."""
+        if not conn.greeted:
+            conn.greeted = True
+            conn.tell(self.BANNER)
+
+    def login_verb(self, word):
+        forms = (("connect", "connect"), ("cdark", "dark"), ("chide", "dark"), ("create", "create"))
+        return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
+
+    def try_connect(self, conn, name_text, password, dark=False):
+        if len(password) >= 200:
+            return conn.finish("Your attempt to crash this mush has been noted and logged.\r\n")
+        if name_text.lower() == "guest" and not password:
+            conn.tell("Use 'connect guest guest' to connect to a guest character.\r\n")
+            return self.failure(conn, None)
+        return super().try_connect(conn, name_text, password, dark)
+
+    def refused(self, conn):
+        refused = self.logins_disabled or self.full()
+        if refused:
+            conn.finish("Sorry, logins are temporarily disabled.\r\n" if self.logins_disabled else "Sorry, the game is full.\r\n")
+        return refused
+
+    def motd(self, name, again):
+        return self.MOTD + ("No current wizard motd news.\r\n" if self.is_wizard(name) else "")
+
+    def login_text(self, conn, name):
+        return self.failed_text(name) + self.last_text(name)
+
+    def screen_session(self, conn, rest):
+        if conn.player:                         # prints nothing at the login screen
+            super().screen_session(conn, rest)
+
+    def count(self, players):
+        return "%d Player%s logged in. (Bummer.)\r\n" % (players, "" if players == 1 else "s")
+
+    def play(self, conn, line):
+        if line.startswith("]"):
+            word, rest = first_word(line[1:], " ")
+            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+        if line.strip(" ").lower().startswith("idle "):
+            return conn.tell("A great book falls into your lap.  Its titled 'help'.\r\n")
+        return super().play(conn, line)
+
+    def new_name(self, conn, new):
+        return "" if " " in new else super().new_name(conn, new)
 
 
-class TestTelnetRhost(TelnetFamily, TelnetCase):
-    family, knows, offers = "rhostmush", (NAWS, TTYPE, CHARSET), True
+WORLDS = {cls.family: cls for cls in (TeenyMUSH, PennMUSH, TinyMUSH, TinyMUX, RhostMUSH, Plain)}
 
 
-class TestTelnetTinyMUSH(TelnetFamily, TelnetCase):
-    family = "tinymush"
-    first = offer((WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, SGA), (DO, ECHO)) + naws(132, 43)
+# ---- The real TinyMUX: private copies of Debian's, each in a folder of its own
 
-    def tearDown(self):
-        super().tearDown()
-        for conn in self.world.all_connections:
-            self.assertNotIn(b"\xff", conn.raw, "the world sees no telnet")
-
-    test_echo_left_on_is_switched_off = None        # telnet of a world that has none does not reach the client
-
-    def test_has_answers_for_the_world(self):
-        alice = self.login(first=self.first)
-        alice.wait(lambda c: {offer((DO, NAWS)), offer((DO, TTYPE)), offer((DO, CHARSET)), offer((WONT, SGA)),
-                              offer((WONT, ECHO))} <= set(c.commands), "HAS answers")
-        alice.send(b"\xff\xf6say x\xff\xffy\r\n" + offer((WILL, 39), (DO, 200)))
-        alice.expect(r"\[Yes\]\r\n")
-        alice.expect('"xy"')
-        alice.wait(lambda c: {offer((DONT, 39)), offer((WONT, 200))} <= set(c.commands), "HAS refuses")
-
-    def test_lines_are_capped(self):
-        alice, bob = self.login(first=self.first), self.login("Bob", ())
-        for parts in ([b"say " + b"a" * 20000 + b"\r\n"], [b"say ", b"b" * 20000, b"\r\n"], [b"think " + b"c" * 9000, b"c\n"]):
-            for part in parts:
-                alice.send(part)
-                self.read_by_has(bob)
-            alice.barrier()
-        conn = self.world.online("Alice")[0]
-        self.assertLess(max(map(len, re.split(b"[\\r\\n]", conn.raw))), 8001)
+def poll_until(test, failure, interval=0.002):
+    """Wait for something that sends no event; `failure()` says what went wrong."""
+    deadline = time.monotonic() + RealMux.DEADLINE
+    while not test():
+        if time.monotonic() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(interval)
 
 
-FAST = {"beat": 0.2, "hb_timeout": 1}
+class RealMux:
+    """One TinyMUX server and its game folder; each start() makes a new process of it."""
 
-
-class TestAcrossFamilies(TelnetCase):
-    """Fail-over: each world learns what the one before knew."""
-
-    def move(self, client, old, new):
-        old.kill()
-        client.expect(re.escape(OFFLINE))
-        client.expect(re.escape(ONLINE), 6)
-        conn = new.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
-        client.barrier()
-        return conn
-
-    def chain(self, *families):
-        chain = [self.setup_world(family) for family in families]
-        has = Has(self, mush_address=", ".join(w.address for w in chain), failover_after=0.2, **FAST).wait_up()
-        return chain, has, self.login(has=has, world=chain[0])
-
-    def test_tinymux_rhostmush_teenymush(self):
-        (mux, rhost, teeny), has, alice = self.chain("tinymux", "rhostmush", "teenymush")
-        mux.wait(lambda w: w.online("Alice")[0].charset, what="charset")
-        for _ in range(2):                          # it asks for all three terminal types
-            mux.emit("Alice", SEND_TTYPE)
-        mux.wait(lambda w: w.online("Alice")[0].ttype == "MTTS 269", what="MTTS")
-        conn = self.move(alice, mux, rhost)
-        rhost.wait(lambda w: (conn.size, conn.charset, conn.ttype) == ((132, 43), "UTF-8", "TINTIN++"), what="Rhost knows")
-        for answer in ("XTERM-256COLOR", "MTTS 269"):
-            rhost.emit("Alice", SEND_TTYPE)
-            rhost.wait(lambda w: conn.ttype == answer, what=answer)
-        alice.barrier()
-        self.assertNotIn((DO, EOR), alice.on)       # RhostMUSH offered none
-        conn = self.move(alice, rhost, teeny)
-        teeny.wait(lambda w: (conn.size, conn.ttype) == ((132, 43), "TINTIN++"), what="Teeny knows")
-        alice.wait(lambda c: (DO, SGA) in c.on, "a new offer reached the client")
-
-    def test_all_telnet_is_switched_off_for_tinymush(self):
-        (mux, tiny), has, alice = self.chain("tinymux", "tinymush")
-        mux.ANSWERS = {**mux.ANSWERS, (DO, ECHO): b""}
-        mux.emit("Alice", offer((WILL, ECHO)))
-        alice.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
-        conn = self.move(alice, mux, tiny)
-        self.assertNotIn(b"\xff", conn.raw)
-        alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
-        alice.barrier()
-        self.assertNotIn(b"\xff", conn.raw)
-
-
-class TestStreams(TelnetCase):
-    """Bytes both ways through a running HAS, in one TinyMUX session."""
-
-    def setUp(self):
-        self.world = self.setup_world("tinymux")
-        self.has = Has(self, mush_address=self.world.address, mush_type="tinymux").wait_up()
-        self.alice, self.bob = self.login(agrees=()), self.login("Bob", ())
-        self.conn = self.world.online("Alice")[0]
-        self.alice.barrier()
-
-    def upward(self, pieces, sync=True):
-        """What the world gets of what Alice sends, piece by piece."""
-        self.alice.barrier()
-        start, end = len(self.conn.raw), b"\r\nsay mark %d\r\n" % next(_marks)
-        for piece in pieces:
-            self.alice.send(piece)
-            if sync:
-                self.bob.barrier()
-        self.alice.send(end)
-        self.world.wait(lambda w: self.conn.raw.endswith(end), what="all has arrived")
-        return bytes(self.conn.raw[start:-len(end)])
-
-    def downward(self, pieces):
-        """What Alice gets of what the world sends, piece by piece."""
-        self.alice.barrier()
-        start, end = len(self.alice.raw), b"\r\nmark %d\r\n" % next(_marks)
-        for piece in pieces:
-            self.world.emit("Alice", piece)
-        self.world.emit("Alice", end)
-        self.alice.wait(lambda c: c.raw.endswith(end), "all has arrived")
-        return self.alice.raw[start:-len(end)]
+    INSTALL = "/usr/games/tinymux-install"      # often not in PATH
+    NETMUX = "/usr/lib/tinymux/game/bin/netmux"
+    PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw"}
+    FAMILY = ("netmux", "slave", "stubslave")   # the server and the helpers it starts
+    DEADLINE = 20                               # seconds; only a broken run waits so long
 
     @staticmethod
-    def is_well_formed(token):
-        if token[:2] == b"\xff\xfa":
-            return b"\xff" not in token[2:-2].replace(b"\xff\xff", b"")
-        return not re.match(rb"\xff(?:[\0-\xef]|\xf7)\Z", token, re.S)
+    def available():
+        """Return None, or why TinyMUX cannot run here."""
+        needed = (RealMux.INSTALL, RealMux.NETMUX, "/proc/self/cwd")
+        missing = [path for path in needed if not os.path.exists(path)]
+        return "no %s (apt-get install tinymux)" % ", ".join(missing) if missing else None
 
-    def test_newline_inside_a_command_in_pieces(self):
-        pieces = [b"\xff\xfa\x1f\x00\x84\x00", b"\x0a", b"\xff\xf0"]
-        self.assertEqual(self.upward(pieces), b"".join(pieces))
-        pieces = [b"\xff\xfa\xc9Core.Hello {\n", b'"a": 1\n', b"}\n", b"\xff", b"\xf0say hi\n", b"\xff\xfb", b"\n"]
-        self.assertEqual(self.upward(pieces), b"".join(pieces))
+    def __init__(self, folder, port=0, players=None, conf=None, source=None):
+        """Copy a game to folder/game, with `players` and netmux.conf lines `conf` added.
 
-    def test_long_subnegotiations_pass(self):
-        body = b"\xff\xfa\xc9" + b"x" * 70000
-        pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0", b"text"]
-        self.assertEqual(self.upward(pieces), b"".join(pieces))
-        self.alice.barrier()
-        start, self.alice.raw = b"", b""
-        for piece in pieces:                        # each arrives before the next is sent
-            self.world.emit("Alice", piece)
-            start += piece
-            self.alice.wait(lambda c: len(c.raw) >= len(start) - 1, f"{piece[:20]!r} arrives")
-        self.assertEqual(self.alice.raw, start)
+        `source`, the game folder of a server that is down, is copied instead of a fresh game.
+        """
+        if self.available():
+            raise unittest.SkipTest(f"TinyMUX: {self.available()}")
+        self.host = "127.0.0.1"
+        self.port = port or Ports.free()
+        self.address = "%s:%d" % (self.host, self.port)
+        self.game = pathlib.Path(folder).resolve() / "game"
+        self._server = None
+        everybody = dict(self.PLAYERS, **(players or {}))
+        shutil.copytree(source or self._prepared_game(tuple(everybody.items())), self.game,
+                        symlinks=True, ignore=shutil.ignore_patterns("*.log", "*.pid"))
+        with open(self.game / "netmux.conf", "a") as file:      # the last line on a key counts
+            for option in {"port": self.port, "ip_address": self.host, **(conf or {})}.items():
+                file.write("%s %s\n" % option)
 
-    def test_notice_inside_a_long_subnegotiation(self):
-        self.world.emit("Alice", b"\xff\xfa\xc9" + b"x" * 70000)
-        self.alice.wait(lambda c: len(c.raw) > 70000, "it passes")
-        self.alice.text = self.alice.fresh = b""
-        self.world.kill()
-        self.alice.expect(re.escape(OFFLINE) + r"\r\n")
+    @staticmethod
+    @functools.lru_cache(maxsize=None)
+    def _prepared_game(players):
+        """Make a game with these (name, password) pairs, once in this process, to be copied."""
+        folder = tempfile.mkdtemp(prefix="realmux-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        subprocess.run([RealMux.INSTALL], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        maker = RealMux(folder, source=os.path.join(folder, "tinymux", "game"))
+        maker.start()
+        answer = maker.command("\r\n".join("@pcreate %s=%s" % pair for pair in players))
+        if answer.count("New player '") != len(players):
+            raise RuntimeError("@pcreate: " + answer)
+        # Wizard stands elsewhere, so that nobody in Limbo sees command() come and go.
+        maker.command("@set *heartbeat=wizard\r\n@teleport me=#2\r\n@shutdown")
+        maker.wait()
+        return maker.game
 
-    def test_rubbed_out_login_line(self):
-        client = Terminal(self.has.port, ())
-        self.addCleanup(client.close)
-        client.expect("Welcome")
-        for byte in b"c\bWHO\r\n":
-            client.send(bytes([byte]))
-            self.bob.barrier()
-        client.expect("logged in")
-        self.assertNotRegex(client.raw, rb"=[0-9a-f]{8}")
+    @property
+    def pid(self):
+        """The server's process id, None when it is not running."""
+        running = self._server and self._server.poll() is None
+        return self._server.pid if running else None
 
-    def test_fuzz(self):
-        for seed in [*range(20), secrets_seed()]:
-            with self.subTest(seed=seed):
-                rng = random.Random(seed)
-                for way in (self.upward, self.downward):
-                    stream = b"".join(wild(rng) for _ in range(50)) + b"\xff\xf0\xff\xf0"
-                    if way == self.upward:      # what servers read in different ways does not go on (TypedThroughHAS)
-                        stream = b"".join(filter(self.is_well_formed, tokens(stream)[0]))
-                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfa-\xfe][UVW\x13&.]", t))
-                    pieces = list(chop(rng, stream))
-                    self.assertEqual(way(pieces, False) if way == self.upward else way(pieces), kept)
-        before = self.has.cpu_seconds()
-        self.alice.barrier()
-        self.assertRaises(socket.timeout, self.alice._read, time.monotonic() + 0.5)
-        self.assertLess(self.has.cpu_seconds() - before, 0.1)
+    def start(self):
+        """Start the server (an @shutdown may still be going on); return when it serves."""
+        self.wait()
+        poll_until(lambda: self._port_is_free(self.port), lambda: "port %d is taken" % self.port)
+        self._rotate_database()
+        atexit.register(self.close)
+        with open(self.game / "console.log", "ab") as console:
+            self._server = subprocess.Popen(
+                ["./bin/netmux", "-c", "netmux.conf", "-p", "netmux.pid", "-e", "."],
+                cwd=self.game, env=dict(os.environ, LD_LIBRARY_PATH="./bin"),
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        poll_until(self._answers, lambda: "TinyMUX does not answer\n" + self.log_tail())
+
+    def stop(self):
+        """End the server by SIGTERM: it saves its database first."""
+        if self.pid:
+            self._server.terminate()
+            self.sigcont()
+        self.wait()
+
+    def kill(self):
+        """Crash the server by SIGKILL: what happened since its last dump is lost."""
+        if self.pid:
+            self._server.kill()
+            self._server.wait()
+        poll_until(self._sweep, lambda: "cannot kill %s" % self._family())
+
+    def wait(self):
+        """Return when the server has gone by itself (@shutdown), and its helpers too."""
+        poll_until(lambda: not self.pid, lambda: "TinyMUX still runs\n" + self.log_tail())
+        self.kill()
+
+    def sigstop(self):
+        """Freeze the server: the kernel still accepts connections, but nobody answers."""
+        self._server.send_signal(signal.SIGSTOP)
+        stat = pathlib.Path("/proc/%d/stat" % self._server.pid)
+        poll_until(lambda: ") T " in stat.read_text(), stat.read_text)
+
+    def sigcont(self):
+        """Thaw the server."""
+        self._server.send_signal(signal.SIGCONT)
+
+    def close(self):
+        """End all processes; the folder stays."""
+        atexit.unregister(self.close)
+        self.kill()
+
+    def command(self, line, user="Wizard", password="potrzebie"):
+        """Run a command (several: CRLF between) on a fresh connection; return what it prints.
+
+        It prints less when the server closes first (@shutdown), and nothing of what the server
+        queues (@dolist). ConnectionError: not logged in. TimeoutError: no answer. All other
+        connections of `user` see it too.
+        """
+        first, last = secrets.token_hex(8), secrets.token_hex(8)
+        begin = "connect %s %s\r\nthink %s\r\n%s\r\n" % (user, password, first, line)
+        end = ("think %s\r\nQUIT\r\n" % last).encode()
+        text, restarts = b"", 0
+        with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
+            try:
+                link.sendall(begin.encode() + end)
+                for data in iter(lambda: link.recv(65536), b""):
+                    text += data
+                    if text.count(b"GAME: Restart finished.") > restarts:
+                        restarts += 1
+                        link.sendall(end)       # @restart forgets the lines it had read
+            except socket.timeout:
+                raise TimeoutError("no answer to %s: %r" % (line, text)) from None
+            except ConnectionError:
+                pass                            # it closed with some of our lines unread
+        lines = text.decode(errors="replace").replace("\r\n", "\n")
+        before, logged_in, after = lines.partition(first + "\n")
+        if not logged_in:
+            raise ConnectionError("%s cannot log in: %s" % (user, before))
+        return after.partition(last + "\n")[0].rstrip("\n")
+
+    def who(self):
+        """Return the sorted names of the players in the game, without Wizard."""
+        names = self.command("think [iter(lwho(),name(##),,|)]").split("|")
+        return sorted(set(names) - {"", "Wizard"})
+
+    def restart_in_place(self):
+        """@restart: same pid, sockets survive. Refused until 15 s after start(): this waits."""
+        poll_until(lambda: "Restart finished" in self.command("@restart"),
+                   lambda: "@restart is still refused", interval=0.25)
+
+    def log_tail(self, lines=20):
+        """Return the end of what the server wrote, for error messages."""
+        logs = sorted(self.game.glob("*.log"), key=os.path.getmtime)[-2:]
+        ends = (log.read_text(errors="replace").splitlines()[-lines:] for log in logs)
+        return "\n".join(itertools.chain.from_iterable(ends))
+
+    @staticmethod
+    def _port_is_free(port):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            return False
+        return True
+
+    def _rotate_database(self):
+        """Do as the package's Startmux: the last dump, if there is one, becomes the database."""
+        data = self.game / "data"
+        if (data / "netmux.db.new").exists():
+            (data / "netmux.db").replace(data / "netmux.db.old")
+            (data / "netmux.db.new").replace(data / "netmux.db")
+        for path in (self.game / "restart.db", data / "netmux.db.CRASH"):
+            if path.exists():
+                path.unlink()
+
+    def _answers(self):
+        if not self.pid:
+            raise RuntimeError("TinyMUX ended at once\n" + self.log_tail())
+        try:
+            with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
+                return link.recv(1)             # its banner: more than a place in the backlog
+        except OSError:
+            return False
+
+    def _sweep(self):
+        """Kill what is left of this game (helpers outlive a crash); True if nothing was."""
+        left = self._family()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        return not left
+
+    def _family(self):
+        """Return the pids of this game's processes; zombies, having no cwd, are not in it."""
+        found, homes = [], (str(self.game), "%s (deleted)" % self.game)
+        for proc in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(str(proc / "cwd")) in homes:
+                    if (proc / "comm").read_text().strip() in self.FAMILY:
+                        found.append(int(proc.name))
+            except OSError:                     # gone meanwhile, or another user's
+                continue
+        return found
 
 
-def secrets_seed():
-    seed = int.from_bytes(os.urandom(4), "big")
-    print(f"fresh seed {seed}", file=sys.stderr)
-    return seed
+class RealWorld:
+    """A real TinyMUX with the manners of a scripted world."""
+
+    def __init__(self, case, players=(), conf=None):
+        folder = tempfile.mkdtemp(prefix="has-mux-")
+        case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        self.mux = RealMux(folder, players=dict(players), conf=conf)
+        case.addCleanup(self.mux.close)
+        self.address, self.kill, self.stop = self.mux.address, self.mux.kill, self.mux.close
+        self.crash_losing, self.command = self.mux.kill, self.mux.command
+
+    def start(self):
+        self.mux.start()
+        self.started = time.time()
+
+    @property
+    def running(self):
+        return self.mux.pid is not None
+
+    def online(self, name):
+        return [found for found in self.command("think [iter(lwho(),name(##),,|)]").strip().split("|") if found == name]
+
+    def wait(self, predicate, seconds=5.0, what=""):
+        until = time.monotonic() + seconds
+        while not predicate(self):
+            if time.monotonic() > until:
+                raise AssertionError(f"not within {seconds} s: {what}")
+
+    def dump(self):
+        self.command("@dump")
+        self.wait(lambda w: os.path.exists(self.mux.game / "data" / "netmux.db.new"), what="the dump")
+
+    def shutdown(self):
+        self.command("@shutdown")
+        self.mux.wait()
+
+    def boot(self, name):
+        """@boot, once the start id tells this life from another: the second in which it began is over."""
+        self.wait(lambda w: time.time() > self.started + 1.2, what="a second has passed")
+        self.command(f"@boot *{name}")
+
+    def disable_logins(self, yes=True):
+        self.command("@disable logins" if yes else "@enable logins")
 
 
-PARTS = [b"\xff\xff", b"\xff\xf1", b"\xff\xf9", naws(255, 10), SEND_TTYPE, CORE_HELLO, sub(CHARSET, b"\x02UTF-8"), b"\xff\xfb\x56",
-         b"\xff\xfd\x1f", b"\xff\xfe\x01", b"caf\xc3\xa9", b"\x1b[31mred\x1b[0m", b"hello there", b"\xff", b"\xff\xfa", b"\xff\xf0", b"\0"]
-
-
-def wild(rng):
-    """A random or mutated piece of a telnet stream, without line ends (those would be commands to the game)."""
-    if rng.random() < 0.2:
-        return bytes(rng.choice(b"\xff\xff\xfa\xf0\xfb\xfd\x1f\x18UVWab\0\x80") for _ in range(rng.randrange(12)))
-    data = bytearray(b"".join(rng.choices(PARTS, k=rng.randrange(1, 5))).replace(b"\n", b"\x0b"))
-    if data and rng.random() < 0.4:
-        data[rng.randrange(len(data))] = rng.choice(b"\xff\xfa\xf0\xfdUq\x01")
-    return bytes(data)
-
-
-def chop(rng, stream):
-    while stream:
-        size = rng.choice((1, 2, 3, 7, 40, 400))
-        yield stream[:size]
-        stream = stream[size:]
-
-
-class TestScannerAtLength(unittest.TestCase):
-    def test_fuzz(self):
-        import has
-        rng = random.Random(secrets_seed())
-        pool = [wild(rng) for _ in range(2000)]
-        for _ in range(100000):
-            stream = pool[int(rng.random() * 2000)] + pool[int(rng.random() * 2000)]
-            cut = int(rng.random() * (len(stream) + 1))
-            scanner = has.Scanner()
-            pieces = scanner.feed(stream[:cut]) + scanner.feed(stream[cut:])
-            self.assertEqual(b"".join(p for _, p in pieces) + scanner.held, stream)
-            if _ % 20 == 0:
-                found, rest = tokens(stream)
-                self.assertEqual([p for yes, p in pieces if yes], [t for t in found if is_command(t)], stream)
-                self.assertEqual(scanner.held, rest)
-
-
-@unittest.skipIf(RealMux.available(), RealMux.available())
-class TestTelnetRealTinyMUX(TelnetCase):
-    """Size, terminal, character set and a password with an accent survive a kill -9."""
-
-    def test_return(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        mux = RealMux(folder)
-        mux.start()
-        self.addCleanup(mux.close)
-        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
-        alice = Terminal(has.port)
-        self.addCleanup(alice.close)
-        alice.expect("Welcome")
-        alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on, "UTF-8 is agreed")
-        alice.send("create Zoe caf\u00e9\r\n")
-        self.look(alice)
-        mux.command("@dump")
-        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
-        for _ in range(2):
-            count, on = len(alice.commands), set(alice.on)
-            mux.kill()
-            alice.expect(re.escape(OFFLINE) + r"\r\n")
-            mux.start()
-            alice.expect_notice(ONLINE, 8)
-            self.look(alice)
-            self.assertEqual(alice.on, on)
-            self.assertEqual(alice.commands[count:], [])
-
-    def test_a_password_with_an_accent_and_utf_8_by_lang(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        mux = RealMux(folder)
-        mux.start()
-        self.addCleanup(mux.close)
-        has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
-        zoe = Client(has.port)
-        self.addCleanup(zoe.close)
-        zoe.expect("Welcome")
-        zoe.send(b"\xff\xfb\x27\xff\xfa\x27\0\0LANG\1de_DE.UTF-8\xff\xf0create Zoe caf\xc3\xa9\r\n")
-        zoe.expect("Limbo")
-        mux.command("@dump")
-        poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
-        for _ in range(2):
-            mux.kill()
-            zoe.expect(re.escape(OFFLINE) + r"\r\n")
-            mux.start()
-            zoe.expect_notice(ONLINE, 8)
-            zoe.send("think <[name(me)] \u00e9>\r\n").expect("<Zoe \u00e9>\r\n")
-
-    def look(self, alice):
-        alice.send("think <[name(me)] [width(me)] [height(me)] \u00e9>\r\n")
-        shown = alice.expect("<Zoe.*>\\r\\n")
-        self.assertTrue(shown.endswith("<Zoe 132 43 \u00e9>\r\n".encode()), shown)
-
-
-# ======================================================================
-# The files
+# ---- --bench: has.py beside a direct connection and HAProxy
 #
-# What README.md, has.conf and the shape of has.py promise.
-# ======================================================================
+# The world and all clients are one process with one plain loop, so that it costs as little as Python can;
+# every figure stands beside the same figure without a relay and through HAProxy, taken in turns in the same run.
 
-def parts_of_has():
-    """has.py cut at its banners: [(title, first line, last line)]."""
-    lines = pathlib.Path(HAS).read_text().split("\n")
-    starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d\. ", line)]
-    return [(lines[start - 1][2:], start, end) for start, end in zip(starts, starts[1:] + [len(lines)])]
-
-
-class TestFiles(unittest.TestCase):
-    """What the files promise each other."""
-
-    def read(self, name):
-        return (pathlib.Path(HERE) / name).read_text()
-
-    def test_the_list_of_parts_is_the_banners(self):
-        listed = re.findall(r"^    (\d\. \w[\w ]*?)  ", has.__doc__, re.M)
-        self.assertEqual(listed, [title for title, _, _ in parts_of_has()])
-
-    def test_a_part_uses_only_the_parts_above_it(self):
-        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
-
-        def part(line):
-            return sum(start <= line for _, start, _ in parts)
-        defined = {}
-        for node in tree.body:
-            names = [node.name] if hasattr(node, "name") else [
-                name.id for target in getattr(node, "targets", []) for name in getattr(target, "elts", [target])
-                if isinstance(name, ast.Name)]
-            defined.update({name: part(node.lineno) for name in names})
-        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree) if isinstance(node, ast.Name)
-                 and defined.get(node.id, 0) > part(node.lineno)]
-        self.assertEqual(wrong, [])
-
-    def test_families_are_named_in_part_3_and_the_settings_only(self):
-        lines = self.read("has.py").split("\n")
-        allowed = [range(start, end) for title, start, end in parts_of_has() if title[0] in "13"]
-        begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
-        end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
-        names = [f for f in has.FAMILIES if f != "plain"]
-        tree, wrong = ast.parse(self.read("has.py")), []
-        for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else (
-                node.id if isinstance(node, ast.Name) else "")
-            text = text.decode("latin-1") if isinstance(text, bytes) else text
-            if text.lower() in names and not begin < node.lineno < end and not any(
-                    node.lineno in lines_ for lines_ in allowed):
-                wrong.append(f"line {node.lineno}: {text}")
-        self.assertEqual(wrong, [])
-
-    def shipped(self):
-        """has.conf's commented-out settings: {key: default}."""
-        return dict(re.findall(r"^#(\w+) =[ ]?(.*)$", self.read("has.conf"), re.M))
-
-    def test_has_conf_has_every_key_with_its_default(self):
-        constants = {key: text for key, (text, _) in has.read_constants(HAS)[0].items()}
-        shipped = self.shipped()
-        self.assertEqual(list(shipped), list(constants))
-        edited = [key for key in shipped if shipped[key] != constants[key]]
-        if edited and not os.environ.get("CI"):
-            self.skipTest(f"constants were edited: {', '.join(edited)}")
-        self.assertEqual(edited, [])
-
-    def test_has_conf_uncommented_is_right(self):
-        with tempfile.TemporaryDirectory() as folder:
-            conf = os.path.join(folder, "has.conf")
-            with open(conf, "w") as file:
-                file.write(re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
-            self.assertEqual(set(has.load_settings(HAS, conf)[0].texts), set(has.SETTINGS))
-
-    def readme(self):
-        """README.md, and its prose without the blocks of code."""
-        text = self.read("README.md")
-        return text, re.sub(r"(?m)^ {4,}.*$", "", text)
-
-    def help(self):
-        return subprocess.run([sys.executable, HAS, "--help"], stdout=subprocess.PIPE,
-                              universal_newlines=True, check=True).stdout
-
-    def test_the_readme_is_short(self):
-        self.assertLessEqual(len(self.readme()[0].encode()), 20000)
-
-    def test_the_contents_of_the_readme_are_its_headings(self):
-        _, prose = self.readme()
-        headings = [title for title in re.findall(r"(?m)^## (.*)$", prose) if title != "Contents"]
-        listed = re.findall(r"(?m)^- \[(.*)\]\(#(.*)\)$", prose)
-        self.assertEqual([title for title, _ in listed], headings)
-
-        def anchor(title):
-            return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        self.assertEqual([target for _, target in listed], [anchor(title) for title in headings])
-        links = set(re.findall(r"\]\(#(.*?)\)", prose))
-        self.assertLessEqual(links, {anchor(title) for title in re.findall(r"(?m)^#+ (.*)$", prose)})
-
-    def test_the_readme_names_settings_that_exist_only(self):
-        text, prose = self.readme()
-        # of the servers: their settings, which look like ours
-        others = set("cmd_remotehost connect_fail_limit forbid_site register_site suspect_site ip_addr ip_address "
-                     "max_sitecons sconnect_cmd sconnect_host sconnect_reip socket_file".split())
-        named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[ `]", prose))
-        blocks = "".join(re.findall(r"(?m)^ {4,}(\w+ = .*\n)", text))
-        set_there = set(re.findall(r"(?m)^([a-z]+_[a-z_]+) = ", blocks))
-        self.assertIn("dead_after", named)
-        self.assertIn("mush_address", set_there)
-        self.assertEqual((named | set_there) - others - set(has.SETTINGS), set())
-
-    def test_the_readme_names_options_that_exist_and_every_one(self):
-        ours = re.findall(r"--[a-z]+", self.help())
-        text, _ = self.readme()
-        self.assertIn("--check", ours)
-        self.assertEqual([it for it in ours if it not in text and it != "--help"], [])
-        known = {"": ours, "test_": re.findall(r"--[a-z]+", tool_parser().format_help())}
-        commands = re.findall(r"\b(test_|)has\.py((?: +[^\s`#]+)+)", text)
-        self.assertIn(("test_", " --demo"), commands)
-        wrong = [option for program, arguments in commands for option in arguments.split()
-                 if option.startswith("--") and option not in known[program]]
-        self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours], [])
-
-    def test_the_readme_names_every_signal(self):
-        told = self.help().partition("signals:")[2].partition("exit status:")[0]
-        signals = re.findall(r"(?m)^  ([A-Z0-9]+)", told)
-        self.assertIn("USR2", signals)
-        text, _ = self.readme()
-        self.assertEqual([it for it in signals if not re.search(rf"\b{it}\b", text)], [])
-
-    def test_the_readme_has_the_test_command_that_ci_runs(self):
-        ci = self.read(".ci/run")
-        command_line = re.search(r'"\$python" (test_has\.py.*?) 2>', ci).group(1)
-        self.assertRegex(self.readme()[0], r"(?m)^    python3 %s +#" % re.escape(command_line))
-
-    def test_the_test_classes_in_the_readme_exist(self):
-        named = re.findall(r"`([A-Z][A-Za-z]+)`", self.readme()[0].partition("## Working on HAS")[2])
-        self.assertIn("StateTable", named)
-        known = {**vars(has), **globals()}
-        self.assertEqual([name for name in named if not isinstance(known.get(name), (type, dict, tuple))], [])
-
-    def test_the_log_lines_in_the_readme_are_those_of_has(self):
-        rows = re.search(r"(?ms)^## Log lines that need more$(.*?)^## ", self.readme()[0]).group(1)
-        quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows) for it in re.findall(r"`(.*?)`", row)]
-        strings = "\n".join(node.value for node in ast.walk(ast.parse(self.read("has.py")))
-                            if isinstance(node, ast.Constant) and isinstance(node.value, str))
-        strings = re.sub(r"%[sdg]", "...", strings)
-        self.assertGreater(len(quoted), 10)
-        wrong = [line for line in quoted for piece in re.split(r"\.\.\.|[:;] ", line)
-                 if piece.strip() not in strings]
-        self.assertEqual(wrong, [])
-
-    def test_the_top_level_is_what_it_should_be(self):
-        listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                universal_newlines=True).stdout.split()
-        if not listed:
-            self.skipTest("not a git checkout")
-        self.assertEqual(sorted(name for name in listed if not name.startswith(".")),
-                         ["LICENSE", "README.md", "has.conf", "has.py", "test_has.py"])
-
-
-# ======================================================================
-# --bench: has.py beside a direct connection and HAProxy
-#
-# The world and all clients are one process with one plain loop, so that it
-# costs as little as Python can; every figure stands beside the same figure
-# without a relay and through HAProxy, taken in turns in the same run.
-# ======================================================================
 
 BENCH_LINE = b"say " + b"x" * 74 + b"\r\n"
 BENCH_RATE, BENCH_BULK_SESSIONS, BENCH_BULK_BYTES = 1000, 20, 16 << 20
@@ -11896,9 +11910,7 @@ def bench_load(options):
     return 0
 
 
-# ======================================================================
-# --demo: see the main job done, without a MUSH
-# ======================================================================
+# ---- --demo: see the main job done, without a MUSH
 
 class DemoWorld(TinyMUX):
     """A small, friendly TinyMUX."""
@@ -11996,9 +12008,7 @@ def demo(every):
     return 0
 
 
-# ======================================================================
-# --soak: random users, random trouble, and what must hold all along
-# ======================================================================
+# ---- --soak: random users, random trouble, and what must hold all along
 
 SOAK_NAMES = "Alder Birch Cedar Dogwood Elm Fir Ginkgo Hazel Juniper Larch".split()
 SOAK_PASSWORDS = {"heartbeat": "heartbeat", "Wizard": "wizpw", **{n: n.lower() + "pw" for n in SOAK_NAMES + ["Sponge"]}}
@@ -12421,9 +12431,7 @@ def soak_summary(sites):
     return ", ".join(f"{value} {key}" for key, value in sorted(counts.items()))
 
 
-# ======================================================================
-# The command line of these three
-# ======================================================================
+# ---- The command line of these three
 
 def tool_parser():
     """The options of --bench, --demo and --soak."""
@@ -12452,11 +12460,7 @@ def tool(arguments):
     return None if options.soak is None else soak(options.soak, options.seed)
 
 
-# ======================================================================
-# Running
-#
-# Classes that start programs run side by side, each in a process of its own; the rest in one more.
-# ======================================================================
+# ---- Running: classes that start programs side by side, a few tests to a process; the rest in one more
 
 class Result(unittest.TextTestResult):
     """Counts single tests: passed is what ended in nothing else."""
