@@ -78,46 +78,47 @@ import warnings
 
 try:
     import ssl
-except ImportError:                             # a Python built without it: no TLS, said when TLS is asked for
+except ImportError:                             # no TLS; said when it is asked for
     ssl = None
 
 # ---- BEGIN CONFIGURATION: edit these, then `kill -HUP` the running HAS ----
-MUSH_ADDRESS = "127.0.0.1:4096"   # the MUSH: host:port, [v6]:port or unix:/path; several (fail-over): comma separated
-MUSH_TYPE = "auto"                # auto, teenymush, pennmush, tinymush, tinymux, rhostmush or plain
+MUSH_ADDRESS = "127.0.0.1:4096"   # the MUSH: host:port, [v6]:port or unix:/path; several: commas
+MUSH_TYPE = "auto"                # teenymush, pennmush, tinymush, tinymux, rhostmush or plain
 MUSH_SSL = "no"                   # speak TLS to the MUSH
 MUSH_SSL_VERIFY = "yes"           # and check its certificate
-MUSH_SSL_CA = ""                  # file with the certificates to check it against; empty: the system's
+MUSH_SSL_CA = ""                  # file with certificates to check it against; empty: the system's
 LOCAL_ADDRESS = ""                # address to listen on; empty: all, IPv4 and IPv6
-LOCAL_PORT = 4201                 # port to listen on; 0: none, if there is a port for TLS, else any free one
+LOCAL_PORT = 4201                 # port to listen on; 0: none, if there is one for TLS, else any
 LOCAL_PORT_SSL = 0                # port to listen on for TLS; 0: none
 SSL_CERT = ""                     # file with the certificate (and its chain) for that port
-SSL_KEY = ""                      # file with its private key, not encrypted; empty: in the same file
-PROXY_FROM = ""                   # addresses of your nginx, stunnel or haproxy, whose PROXY lines are believed
+SSL_KEY = ""                      # file with its key, not encrypted; empty: in the same file
+PROXY_FROM = ""                   # addresses of your nginx, stunnel or haproxy (PROXY lines)
 HB_USER = "heartbeat"             # the heartbeat character: its name
 HB_PASS = "heartbeat"             # and its password
 BEAT = 10                         # seconds between probes
-RETRY = 1                         # at most these seconds between tries to reach a world that is down
+RETRY = 1                         # at most these seconds between tries to reach a lost world
 HB_TIMEOUT = 10                   # seconds without an answer until the world counts as silent
-DEAD_AFTER = 60                   # seconds of silence on open connections until the world counts as down
+DEAD_AFTER = 60                   # seconds of silence on open connections until it counts as down
 FAILOVER_AFTER = 60               # seconds down until the next address is tried; 0: only by HUP
-FAILBACK_AFTER = 0                # seconds the first address must answer before users return to it; 0: never by itself
-REMOTEHOSTNAME_CMD = "auto"       # how the MUSH is told a user's address: auto (by family), none or a command word
+FAILBACK_AFTER = 0                # seconds the first must answer to be returned to; 0: never
+REMOTEHOSTNAME_CMD = "auto"       # how the MUSH is told a user's address: auto, none or a word
 ADD_EPOCH_TIME = "yes"            # with it, the time the user first connected (TeenyMUSH)
-RESUME_RATE = "auto"              # users brought back per second: auto (by family) or a number, 0: all at once
-OFFLINE_NOTICE = """# NOTICE # This world is OFFLINE. Please wait till it returns."""  # the world went down
-ONLINE_NOTICE = """# NOTICE # This world is ONLINE again."""                # this user is back in the world
-MOVED_NOTICE = """# NOTICE # This world is moving to another machine. One moment, please."""  # address changed
-SILENT_NOTICE = """# NOTICE # This world does not answer just now. You stay connected."""  # typed at a frozen world
-UNSENT_NOTICE = """# NOTICE # This world is OFFLINE. Not sent:"""           # before a line typed while it is down
-RELOGIN_FAILED_NOTICE = """# NOTICE # This world is back but did not take your login. Please log in."""  # refused
-SUSPECT_NOTICE = """# NOTICE # The world died each time your login was repeated. Please log in yourself."""  # see README
-LOGIN_HOLD = 300                  # seconds a client without a login is held while the world is down; 0: for ever
-HOLD = 0                          # seconds a client with a login is held while the world is down; 0: for ever
+RESUME_RATE = "auto"              # users brought back per second: auto or a number, 0: all at once
+OFFLINE_NOTICE = "# NOTICE # This world is OFFLINE. Please wait till it returns."
+ONLINE_NOTICE = "# NOTICE # This world is ONLINE again."
+MOVED_NOTICE = "# NOTICE # This world is moving to another machine. One moment, please."
+SILENT_NOTICE = "# NOTICE # This world does not answer just now. You stay connected."
+UNSENT_NOTICE = "# NOTICE # This world is OFFLINE. Not sent:"
+RELOGIN_FAILED_NOTICE = "# NOTICE # This world is back but did not take your login. Please log in."
+SUSPECT_NOTICE = ("# NOTICE # The world died each time your login was repeated. "
+                  "Please log in yourself.")
+LOGIN_HOLD = 300                  # seconds to hold a client without login in an outage; 0: for ever
+HOLD = 0                          # the same for a client with a login
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
 MAX_PER_HOST = 50                 # of these from one address (IPv6: from one /64); 0: no limit
 OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
-ADMINS = ""                       # characters that may type #? for the list of sessions; comma separated
-CONTROL_SOCKET = ""               # unix socket for --status and the like; empty: has.sock beside has.conf
+ADMINS = ""                       # characters that may type #? for the list of sessions; commas
+CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
 LOG_FILE = ""                     # file for the log; empty: standard error
 LOG_LEVEL = "info"                # debug, info, warning or error
 # ---- END CONFIGURATION ----
@@ -139,8 +140,9 @@ FAMILIES = ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush", "plain"
 
 Address = collections.namedtuple("Address", "host port path")
 Address.__doc__ = "Where a world is: host and port, or (host None) the path of a unix socket."
-Address.__str__ = lambda self: (f"unix:{self.path}" if self.path else
-                                f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}")
+Address.__str__ = lambda self: (
+    f"unix:{self.path}" if self.path else
+    f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}")
 
 
 class SettingsError(Exception):
@@ -151,20 +153,23 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-LONGEST_UNIX_PATH = 107 if sys.platform.startswith("linux") else 103   # sun_path, with a NUL behind it (unix(7))
+# sun_path, with a NUL behind it (unix(7))
+LONGEST_UNIX_PATH = 107 if sys.platform.startswith("linux") else 103
 
 
 def parse_address(text):
-    """One world address from `host:port`, `[v6]:port` or `unix:/path`; ValueError says what is wrong."""
+    """A world's address: host:port, [v6]:port or unix:/path; ValueError says what is wrong."""
     if text.startswith("unix:"):
         if not text.startswith("unix:/") or not hasattr(socket, "AF_UNIX"):
             raise ValueError("a unix socket needs a full path: unix:/path/to/netmush.sock")
         if len(os.fsencode(text[5:])) > LONGEST_UNIX_PATH or "\0" in text:
-            raise ValueError(f"the path of a unix socket may have {LONGEST_UNIX_PATH} bytes, and no NUL")
+            raise ValueError("the path of a unix socket may have "
+                             f"{LONGEST_UNIX_PATH} bytes, and no NUL")
         return Address(None, 0, text[5:])
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", text)
     if not match or not 0 < int(match.group(3)) < 65536:
-        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path with a port from 1 to 65535")
+        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path "
+                         "with a port from 1 to 65535")
     _check_host(match.group(1), match.group(2))
     return Address(match.group(1) or match.group(2), int(match.group(3)), None)
 
@@ -184,11 +189,13 @@ def _check_host(in_brackets, name):
         try:
             (ipaddress.IPv6Address if in_brackets else ipaddress.IPv4Address)(in_brackets or name)
         except ValueError:
-            raise ValueError(f"{in_brackets or name!r} is no IPv{6 if in_brackets else 4} address") from None
+            raise ValueError(f"{in_brackets or name!r} is no IPv{6 if in_brackets else 4} address"
+                             ) from None
         return
     labels = (name[:-1] if name.endswith(".") else name).split(".")
     if len(name) > 253 or not all(0 < len(label) < 64 for label in labels):
-        raise ValueError(f"{name!r} is no host name: a part between its dots is empty, or something is too long")
+        raise ValueError(f"{name!r} is no host name: a part between its dots is empty, "
+                         "or something is too long")
 
 
 def _addresses(text):
@@ -212,48 +219,17 @@ def _number(low, high, kind=int):
     return parse
 
 
-def _choice(*words):
+def _checked(is_right, otherwise, value=str):
+    """A reader of texts for which `is_right` holds; `value` makes the setting of them."""
     def parse(text):
-        if text.lower() not in words:
-            raise ValueError("is not one of " + ", ".join(words))
-        return text.lower()
+        if not is_right(text):
+            raise ValueError(otherwise)
+        return value(text)
     return parse
 
 
-def _yes_or_no(text):
-    if text.lower() not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
-        raise ValueError("is neither yes nor no")
-    return text.lower() in ("yes", "true", "1", "on")
-
-
-def _word(text):
-    if not text or re.search(r"[\s\x00-\x1f\x7f]", text):
-        raise ValueError("must be one word without blanks")
-    return text
-
-
-def _name(text):
-    if not text.strip() or re.search(r'[\x00-\x1f\x7f"]', text):
-        raise ValueError("must be a character's name")
-    return text
-
-
-def _notice(text):
-    if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]", text):
-        raise ValueError("holds control characters")
-    return text
-
-
-def _file(text):
-    if text and not os.path.isfile(text):
-        raise ValueError("there is no such file")
-    return text
-
-
-def _path(text):
-    if re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("holds control characters")
-    return text
+def _choice(*words):
+    return _checked(lambda text: text.lower() in words, "is not one of " + ", ".join(words), str.lower)
 
 
 def _names(text):
@@ -261,7 +237,7 @@ def _names(text):
 
 
 def address_of(text):
-    """The value of a numeric address. IPv4 in IPv6's clothes (RFC 4291 2.5.5.2) is IPv4; no %scope."""
+    """The value of a numeric address, no %scope; IPv4 in IPv6 (RFC 4291 2.5.5.2) is IPv4."""
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
@@ -269,14 +245,15 @@ def address_of(text):
 def _local_address(text):
     if not text:
         return text
-    scoped = ipaddress.ip_address(text).version == 6 and "%" in text       # its ValueError says enough
+    scoped = ipaddress.ip_address(text).version == 6 and "%" in text    # its error says enough
     return text if scoped else str(address_of(text))
 
 
 def _network(text):
     network = ipaddress.ip_network(text)
-    first = getattr(network.network_address, "ipv4_mapped", None)
-    return ipaddress.ip_network(f"{first}/{network.prefixlen - 96}") if first and network.prefixlen >= 96 else network
+    first, bits = address_of(str(network.network_address)), network.prefixlen - 96
+    mapped = first.version < network.version and bits >= 0
+    return ipaddress.ip_network(f"{first}/{bits}") if mapped else network
 
 
 def _networks(text):
@@ -294,49 +271,54 @@ def _command_word(text):
     return text.lower() if text.lower() in ("auto", "none") else _word(text)
 
 
+_YES, _NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
+_yes_or_no = _checked(lambda text: text.lower() in _YES + _NO, "is neither yes nor no",
+                      lambda text: text.lower() in _YES)
+_file = _checked(lambda text: not text or os.path.isfile(text), "there is no such file")
+_word = _checked(re.compile(r"[^\s\x00-\x1f\x7f]+").fullmatch, "must be one word without blanks")
+_name = _checked(re.compile(r'(?=.*\S)[^\x00-\x1f\x7f"]+').fullmatch, "must be a character's name")
+_path = _checked(re.compile(r"[^\x00-\x1f\x7f]*").fullmatch, "holds control characters")
+_notice = _checked(re.compile(r"[^\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]*").fullmatch,
+                   "holds control characters")
 _seconds = _number(0, 10 ** 8, float)
 _interval = _number(0.05, 10 ** 6, float)
 SETTINGS = {
     "mush_address": _addresses, "mush_type": _choice("auto", *FAMILIES),
     "mush_ssl": _yes_or_no, "mush_ssl_verify": _yes_or_no, "mush_ssl_ca": _file,
-    "local_address": _local_address, "local_port": _number(0, 65535), "local_port_ssl": _number(0, 65535),
-    "ssl_cert": _file, "ssl_key": _file, "proxy_from": _networks, "admins": _names, "control_socket": _path,
-    "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval, "hb_timeout": _interval,
-    "dead_after": _interval, "failover_after": _seconds, "failback_after": _seconds,
+    "local_address": _local_address, "local_port": _number(0, 65535),
+    "local_port_ssl": _number(0, 65535), "ssl_cert": _file, "ssl_key": _file,
+    "proxy_from": _networks, "admins": _names, "control_socket": _path,
+    "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval,
+    "hb_timeout": _interval, "dead_after": _interval,
+    "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
-    "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice, "silent_notice": _notice,
-    "unsent_notice": _notice, "relogin_failed_notice": _notice, "suspect_notice": _notice, "login_hold": _seconds, "hold": _seconds,
+    "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice,
+    "silent_notice": _notice, "unsent_notice": _notice, "relogin_failed_notice": _notice,
+    "suspect_notice": _notice, "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
-    "output_limit": _number(4096, 1 << 30), "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
+    "output_limit": _number(4096, 1 << 30),
+    "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
 }
-
-
 CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
 PATHS = CERTIFICATES + ("control_socket", "log_file")
-COMMENT_BEHIND = "a comment needs a line of its own"
-
-
-def _comment_behind(key, text):
-    """What looks like a comment behind the value of a has.conf line. Notices may begin with #, and hold more then."""
-    if key.endswith("_notice") and text.startswith("#"):
-        return None
-    match = re.search(r"\s([#;].*)", text.partition("\n")[0])
-    return match and match.group(1)
 
 
 class Settings:
-    """All settings: one attribute for each key of SETTINGS, and the TLS contexts. Never changed after it was made.
+    """All settings: an attribute for each key of SETTINGS, and the TLS contexts. Never changed.
 
-    `texts` holds {key: text} as it was read, `files` {key: content} of the certificates in use: these settings can
-    be made again from both, whatever has become of the files. `conf` is the has.conf that sets some of them, or "".
-    ValueError where TLS is asked for and cannot be had.
+    `texts` holds {key: text} as it was read, `files` {key: content} of the certificates in use:
+    from both the settings can be made again, whatever has become of the files. `conf` is the
+    has.conf that sets some of them, or "". ValueError where TLS is asked for and cannot be had.
     """
 
     def __init__(self, values, texts, files=None, conf=""):
-        self.__dict__.update(values, texts=texts, files={} if files is None else files, conf=conf)
-        self.server_tls = server_context(self.ssl_cert, self.ssl_key, self.files) if self.local_port_ssl else None
-        self.world_tls = (world_context(self.mush_ssl_verify, self.mush_ssl_ca, self.files)
-                          if self.mush_ssl else None)
+        files = {} if files is None else files
+        self.__dict__.update(values, texts=texts, files=files, conf=conf)
+        self.server_tls = self.world_tls = None
+        if self.local_port_ssl:
+            self.server_tls = server_context(self.ssl_cert, self.ssl_key, files)
+        if self.mush_ssl:
+            self.world_tls = world_context(self.mush_ssl_verify, self.mush_ssl_ca, files)
 
     def __repr__(self):
         return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
@@ -344,15 +326,15 @@ class Settings:
 
 def _tuned(context):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # an end of file without close_notify is an end of file: OpenSSL 3 would cut off the other direction, too
+    # an end of file without close_notify is one: OpenSSL 3 would cut off the other direction, too
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    # a client that asks for new keys over and over costs a handshake each time (3.7, OpenSSL 1.1.0h)
+    # a client that asks for new keys over and over costs a handshake each time
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
 
 
 def tls_reason(error):
-    """Why TLS failed, in OpenSSL's words: of a certificate that is not believed, what is wrong with it."""
+    """Why TLS failed, in OpenSSL's words; what is wrong with a certificate it does not believe."""
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
     detail = getattr(error, "verify_message", None)
     return f"{reason}: {detail.rstrip('.')}" if detail else reason
@@ -381,8 +363,8 @@ def memory_path(fd):
 
 @contextlib.contextmanager
 def _path_of_certificate(key, path, files):
-    """A path at which OpenSSL, which takes paths only, reads what `files` holds under `key`: what stands at `path`
-    now, or stood there when the settings were read in the first place."""
+    """A path at which OpenSSL, which takes paths only, reads what `files` holds under `key`: what
+    stands at `path` now, or stood there when the settings were read in the first place."""
     if key not in files:
         with open(path, "rb") as file:
             files[key] = file.read()
@@ -397,21 +379,24 @@ def _path_of_certificate(key, path, files):
 
 
 def server_context(cert, key, files):
-    """The TLS context of the local_port_ssl listener; ValueError says what is wrong with the files."""
+    """The TLS context of the local_port_ssl listener; ValueError says what is wrong with it."""
     if ssl is None:
         raise ValueError("local_port_ssl: this Python has no ssl module")
     if not cert:
         raise ValueError("local_port_ssl needs ssl_cert")
+    key = key or cert
     context = _tuned(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def no_prompt():
-        raise ValueError(f"ssl_key {key or cert}: is encrypted, and HAS must start without being asked: decrypt it")
+        raise ValueError(f"ssl_key {key}: is encrypted, "
+                         "and HAS must start without being asked: decrypt it")
     try:
         with _path_of_certificate("ssl_cert", cert, files) as cert_path, \
-                _path_of_certificate("ssl_key", key or cert, files) as key_path:
+                _path_of_certificate("ssl_key", key, files) as key_path:
             context.load_cert_chain(cert_path, key_path, no_prompt)
     except OSError as error:                    # ssl.SSLError is one
-        raise ValueError(f"ssl_cert {cert}, ssl_key {key or cert}: no usable pair: {tls_reason(error)}") from None
+        raise ValueError(f"ssl_cert {cert}, ssl_key {key}: no usable pair: {tls_reason(error)}"
+                         ) from None
     return context
 
 
@@ -423,35 +408,31 @@ def world_context(verify, ca_file, files):
         if ca_file:
             with _path_of_certificate("mush_ssl_ca", ca_file, files) as path:
                 context = _tuned(ssl.create_default_context(cafile=path))
+            # Python 3.13 refuses what openssl req made for years (no key usage)
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         else:
             context = _tuned(ssl.create_default_context())
     except OSError as error:
-        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: {tls_reason(error)}") from None
-    if ca_file:                                 # Python 3.13 refuses what openssl req made for years (no key usage)
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        raise ValueError(f"mush_ssl_ca {ca_file}: holds no usable certificate: "
+                         f"{tls_reason(error)}") from None
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
 def _lines_of(path):
-    """The lines of a file in UTF-8, whatever the locale; UnicodeDecodeError where it is something else."""
-    with open(path, "rb") as file:
-        return _lines_in(file.read())
-
-
-def _lines_in(data):
-    data = data[3:] if data.startswith(codecs.BOM_UTF8) else data
-    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    """The lines of a file in UTF-8, whatever the locale; UnicodeDecodeError if it is none."""
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read().split("\n")
 
 
 def _cannot_be_read(path, error):
     """A problem: why `path` gives no lines, and the place in it where that can be told."""
     if not isinstance(error, UnicodeDecodeError):
         return f"{path}: cannot be read: {error}"
-    before = _lines_in(error.object[:error.start])
-    return (f"{path}:{len(before)}: column {len(before[-1]) + 1}: the byte 0x{error.object[error.start]:02x} is not "
-            "UTF-8: save it as UTF-8")
+    before = re.split("\r\n?|\n", error.object[:error.start].decode("utf-8-sig"))
+    return (f"{path}:{len(before)}: column {len(before[-1]) + 1}: the byte "
+            f"0x{error.object[error.start]:02x} is not UTF-8: save it as UTF-8")
 
 
 def read_constants(path):
@@ -463,10 +444,11 @@ def read_constants(path):
         lines = _lines_of(path)
     except (OSError, ValueError) as error:
         return {}, [_cannot_be_read(path, error)]
-    begin = [n for n, line in enumerate(lines) if line.startswith(BEGIN_MARK)]
-    end = [n for n, line in enumerate(lines) if line.startswith(END_MARK)]
+    begin, end = ([n for n, line in enumerate(lines) if line.startswith(mark)]
+                  for mark in (BEGIN_MARK, END_MARK))
     if len(begin) != 1 or len(end) != 1 or end[0] < begin[0]:
-        return {}, [f"{path}: the lines {BEGIN_MARK!r} and {END_MARK!r} must stand there once each: put them back"]
+        return {}, [f"{path}: the lines {BEGIN_MARK!r} and {END_MARK!r} must stand there "
+                    "once each: put them back"]
     try:
         tree = ast.parse("\n" * begin[0] + "\n".join(lines[begin[0]:end[0]]) + "\n")
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL, before 3.12
@@ -481,20 +463,26 @@ def _constants_of(tree, path):
         where = f"{path}:{node.lineno}"
         try:
             (target,), value = node.targets, ast.literal_eval(node.value)
-            key = target.id.lower()
             if not isinstance(value, (int, float, str)) or not target.id.isupper():
                 raise ValueError
         except (AttributeError, ValueError, TypeError):
             problems.append(f'{where}: only lines like NAME = "text" or NAME = 123 may stand here')
-            continue
-        if key in found:
-            problems.append(f"{where}: {target.id} is set a second time (first at {found[key][1]}): delete one")
-        found.setdefault(key, (str(value), where))
+        else:
+            _put_down(found, problems, (target.id.lower(), target.id), str(value), where)
     return found, problems
 
 
+def _put_down(found, problems, names, text, where):
+    """Add a setting, names = (key, as it is spelled there), which only one line may set."""
+    key, spelled = names
+    if key in found:
+        problems.append(f"{where}: {spelled} is set a second time (first at {found[key][1]}): "
+                        "delete one")
+    found.setdefault(key, (text, where))
+
+
 def read_conf(path):
-    """Read a has.conf: `key = value`, `#` in column 1 is a comment, an indented line continues a value.
+    """Read a has.conf: `key = value`, `#` in column 1 is a comment, an indented line goes on.
 
     Returns ({key: (text, "file:line")}, problems); a file that is not there gives nothing.
     """
@@ -513,17 +501,16 @@ def read_conf(path):
             if key:
                 found[key] = (found[key][0] + "\n" + line.strip(), found[key][1])
             else:
-                problems.append(f"{where}: this indented line continues nothing: start keys in column 1")
+                problems.append(f"{where}: this indented line continues nothing: "
+                                "start keys in column 1")
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
             shown = "(hidden)" if line.lower().startswith("hb_p") else repr(line.strip())
             problems.append(f"{where}: {shown} is not `key = value`")
             key = None
-        elif key in found:
-            problems.append(f"{where}: {key} is set a second time (first at {found[key][1]}): delete one")
         else:
-            found[key] = (value, where)
+            _put_down(found, problems, (key, key), value, where)
     return found, problems
 
 
@@ -536,7 +523,8 @@ def _beside(where, path):
 def load_settings(script, conf):
     """Read the constants in `script` and the file `conf` over them.
 
-    Returns (Settings, remarks): remarks are lines for the log. Raises SettingsError with every problem found.
+    Returns (Settings, remarks): remarks are lines for the log. Raises SettingsError with every
+    problem found.
     """
     constants, problems = read_constants(script)
     if not problems:
@@ -545,14 +533,11 @@ def load_settings(script, conf):
     overrides, more = read_conf(conf)
     problems += more
     values, texts, places = {}, {}, {}
-    for key, (text, where) in list(constants.items()) + list(overrides.items()):
+    for key, (text, where) in [*constants.items(), *overrides.items()]:
         if key not in SETTINGS:
-            near = difflib.get_close_matches(key.lower(), SETTINGS, 1)
-            problems.append(f"{where}: {key}: no such setting" + (
-                f"; did you mean {near[0]}?" if near else "") + (
-                "; if the has.py on disk is newer than the one that runs: kill -USR2" if key in constants else ""))
+            problems.append(_no_such_setting(key, where, key in constants))
             continue
-        if key in PATHS and text:               # beside the file that names it, wherever HAS was started
+        if key in PATHS and text:               # beside the file that names it
             text = _beside(where, text)
         try:
             values[key], texts[key], places[key] = SETTINGS[key](text), text, where
@@ -568,12 +553,32 @@ def load_settings(script, conf):
     except ValueError as error:
         problems.append(str(error))
     if problems:                                # each begins with the key it is about
-        raise SettingsError([f"{places[re.match('[a-z_]+', problem).group()]}: {problem}" for problem in problems])
+        raise SettingsError([f"{places[re.match('[a-z_]+', problem).group()]}: {problem}"
+                             for problem in problems])
     return settings, _remarks(script, overrides, conf, settings)
 
 
+def _no_such_setting(key, where, is_constant):
+    near = "".join(f"; did you mean {it}?"
+                   for it in difflib.get_close_matches(key.lower(), SETTINGS, 1))
+    newer = "; if the has.py on disk is newer than the one that runs: kill -USR2"
+    return f"{where}: {key}: no such setting{near}{newer if is_constant else ''}"
+
+
+COMMENT_BEHIND = "a comment needs a line of its own"
+
+
+def _comment_behind(key, text):
+    """What looks like a comment behind a value in has.conf. Notices may begin with `#`."""
+    if key.endswith("_notice") and text.startswith("#"):
+        return None
+    match = re.search(r"\s([#;].*)", text.partition("\n")[0])
+    return match and match.group(1)
+
+
 def control_path(script, conf):
-    """The path of the control socket, whatever else is wrong with the settings: a running HAS must be reachable."""
+    """The path of the control socket, whatever else is wrong with the settings: a running HAS must
+    be reachable."""
     texts = {**read_constants(script)[0], **read_conf(conf)[0]}
     text, where = texts.get("control_socket", ("", ""))
     return _beside(where, text) if text else default_control_path(conf)
@@ -585,96 +590,98 @@ def default_control_path(conf):
 
 
 def settings_of(texts, files, conf):
-    """Settings that were good once, from what Settings holds of them: nothing is asked of the disk. Keys they lack,
-    for an older program wrote them, are taken from the constants of the program that runs."""
+    """Settings that were good once, from what Settings holds of them, without a look at the disk.
+    Keys that an older program did not have are as in the constants of the one that runs."""
     constants, _ = read_constants(__file__)
     texts = {**{key: text for key, (text, _) in constants.items()}, **texts}
-    values = {key: texts[key] if key in CERTIFICATES else _parsed(key, texts[key], constants[key][0])
-              for key in SETTINGS}
+    values = {key: texts[key] if key in CERTIFICATES else
+              _parsed(key, texts[key], constants[key][0]) for key in SETTINGS}
     return Settings(values, texts, files, conf)
 
 
 def _parsed(key, text, default):
-    """The value of a setting that an older program took, and that may be refused today; the next HUP says so."""
+    """The value of a setting that an older program took, and that may be refused today; the next
+    HUP says so."""
     try:
         return SETTINGS[key](text)
     except ValueError:
         good = []
         for part in text.split(",") if key == "mush_address" else ():
-            try:
+            with contextlib.suppress(ValueError):               # no resolver takes it
                 good += SETTINGS[key](part)
-            except ValueError:
-                pass                            # no resolver takes it: nobody can be there
         return good or SETTINGS[key](default)
 
 
 def _remarks(script, overrides, conf, settings):
     """What an admin should know of settings that are right."""
-    remarks = [f"{conf} overrides the constants {', '.join(key.upper() for key in overrides)}" if overrides else
-               f"{conf} sets nothing, or is not there: the constants in {script} count"]
-    remarks += [f"WARNING: {where}: the quotes around {key} count as a part of it: take them away"
-                for key, (text, where) in overrides.items() if re.fullmatch(r"(['\"]).*\1", text, re.S)]
+    names = ", ".join(key.upper() for key in overrides)
+    warnings = [f"{where}: the quotes around {key} count as a part of it: take them away"
+                for key, (text, where) in overrides.items()
+                if re.fullmatch(r"(['\"]).*\1", text, re.S)]
     for key, (text, where) in overrides.items():
         comment = _comment_behind(key, text)
         if comment:
-            remarks.append(f"WARNING: {where}: {comment!r} counts as a part of {key}: {COMMENT_BEHIND}")
+            warnings.append(f"{where}: {comment!r} counts as a part of {key}: {COMMENT_BEHIND}")
     holder = conf if "hb_pass" in overrides else script
     if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
-        remarks.append(f"WARNING: {holder} holds hb_pass and others may read it: chmod 600 {holder}")
-    for path in (script, conf):
-        remarks += [f"WARNING: {remark}" for remark in _who_else_may_write(path)]
+        warnings.append(f"{holder} holds hb_pass and others may read it: chmod 600 {holder}")
+    warnings += _who_else_may_write(script) + _who_else_may_write(conf)
     if settings.hb_pass == "heartbeat":
-        remarks.append("WARNING: hb_pass is the one everybody knows: give the heartbeat another, and set it here")
-    return remarks
+        warnings.append("hb_pass is the one everybody knows: give the heartbeat another, "
+                        "and set it here")
+    return [f"{conf} overrides the constants {names}" if overrides else
+            f"{conf} sets nothing, or is not there: the constants in {script} count",
+            *(f"WARNING: {warning}" for warning in warnings)]
 
 
 def _who_else_may_write(path):
-    """Remarks on who but us and root could change the file at `path`, or put another in its place."""
+    """Who but us and root could change the file at `path`, or put another in its place."""
     try:
         kept = os.stat(path)
     except OSError:
         return []
-    remarks = []
+    found = []
     if kept.st_mode & 0o022:
-        remarks.append(f"others may write {path}, and have HAS do what they want: chmod go-w {path}")
+        found.append(f"others may write {path}, and have HAS do what they want: chmod go-w {path}")
     if kept.st_uid not in (0, os.geteuid()):
-        remarks.append(f"{path} belongs to another user (number {kept.st_uid}), who may change it: chown it")
-    folder = os.path.dirname(os.path.realpath(path))
+        found.append(f"{path} belongs to another user (number {kept.st_uid}), "
+                     "who may change it: chown it")
+    folder, name = os.path.split(os.path.realpath(path))
     while True:
-        mode = os.stat(folder)
-        if mode.st_mode & 0o022 and not mode.st_mode & stat.S_ISVTX:        # sticky: only owners replace files
-            remarks.append(f"others may write in {folder}, and put another {os.path.basename(path)} there: "
-                           f"chmod go-w {folder}")
+        mode = os.stat(folder).st_mode
+        if mode & 0o022 and not mode & stat.S_ISVTX:            # sticky: only owners replace files
+            found.append(f"others may write in {folder}, and put another {name} there: "
+                         f"chmod go-w {folder}")
         if folder == os.path.dirname(folder):
-            return remarks
+            return found
         folder = os.path.dirname(folder)
 
 
 def _conflicts(values):
     """What settings that are right each for itself have against each other."""
-    problems = []
-    if values["local_port"] and values["local_port"] == values["local_port_ssl"]:
-        problems.append(f"local_port = {values['local_port']}: local_port_ssl is the same port")
+    problems, ports = [], (values["local_port"], values["local_port_ssl"])
+    if ports[0] and ports[0] == ports[1]:
+        problems.append(f"local_port = {ports[0]}: local_port_ssl is the same port")
     if values["mush_ssl"] and any(address.path for address in values["mush_address"]):
-        problems.append("mush_ssl = yes: there is no TLS over the unix: address in mush_address: mend one of the two")
+        problems.append("mush_ssl = yes: there is no TLS over the unix: address in mush_address: "
+                        "mend one of the two")
     return problems + [
-        f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): give the port of the MUSH"
-        for address in values["mush_address"]
-        if address.host and address.port in (values["local_port"], values["local_port_ssl"])
-        and _is_ours(address.host, values)]
+        f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): "
+        "give the port of the MUSH" for address in values["mush_address"]
+        if address.host and address.port in ports and _is_ours(address.host, values)]
 
 
 def _is_ours(host, values):
-    host = "127.0.0.1" if host == "localhost" else host
-    try:
-        number = address_of(host)
-    except ValueError:
-        return False                            # a name: no look-up here; the heartbeat would notice
-    if values["local_address"] and not address_of(values["local_address"]).is_unspecified:
-        return number == address_of(values["local_address"])
+    """Whether HAS itself listens at that host."""
+    host, local = "127.0.0.1" if host == "localhost" else host, values["local_address"]
+    if not _is_numeric(host):
+        return False                            # no look-up here; the heartbeat would notice
+    number = address_of(host)
+    if local and not address_of(local).is_unspecified:
+        return number == address_of(local)
     try:
         with socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET) as trial:
-            trial.bind((str(number), 0))       # only an address of this machine can be bound
+            trial.bind((str(number), 0))        # only an address of this machine can be bound
         return True
     except OSError:
         return False
@@ -688,25 +695,32 @@ def _is_ours(host, values):
 # Replay plays the client's part towards a new world, which knows nothing of it.
 # ======================================================================
 
-IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240          # RFC 854
-ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201                 # RFC 857 1091 1073 2066
-NEW_ENVIRON, ENVIRON_IS, ENVIRON_SEND, ENVIRON_INFO = 39, 0, 1, 2               # RFC 1572
+IAC, DONT, DO, WONT, WILL, SB, SE = 255, 254, 253, 252, 251, 250, 240   # RFC 854
+ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201         # RFC 857 1091 1073 2066
+NEW_ENVIRON, ENVIRON_IS, ENVIRON_SEND, ENVIRON_INFO = 39, 0, 1, 2       # RFC 1572
+CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3           # RFC 2066
+BINARY, SGA, STATUS, TIMING_MARK, EOR = 0, 3, 5, 6, 25                  # RFC 856 858 859 860 885
 AYT = b"\xff\xf6"
 ESCAPE = 27
-# After these a stream is no longer telnet that HAS can read, and could not be joined: BYTE MACRO (RFC 735), ENCRYPT
+# Behind these HAS cannot read a stream any more, nor join it: BYTE MACRO (RFC 735), ENCRYPT
 # (RFC 2946), START_TLS, MCCP 1, 2 and 3
 UNREADABLE = {19, 38, 46, 85, 86, 87}
-CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3                   # RFC 2066
-BINARY, SGA, TIMING_MARK, EOR = 0, 3, 6, 25                                     # RFC 856 858 860 885
 # On or off is all there is to these: nothing has to be set up anew in front of a new world.
-PLAIN_OPTIONS = {BINARY, ECHO, SGA, 5, TIMING_MARK, EOR, MSSP}
-LONGEST_SB, LONGEST_KEPT = 65536, 1024          # of a sub-negotiation, read whole; remembered for a new world
+PLAIN_OPTIONS = {BINARY, ECHO, SGA, STATUS, TIMING_MARK, EOR, MSSP}
+LONGEST_SB, LONGEST_KEPT = 65536, 1024          # bytes of a sub-negotiation that is read; remembered
+_TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)*")                          # up to a command
+_DETAILS = re.compile(rb"(?:[^\xff]+|\xff[^\xf0])*", re.S)              # up to IAC SE
 _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
 
 
 def command(verb, option):
     """The bytes of one telnet option command, such as IAC WILL NAWS."""
     return bytes((IAC, verb, option))
+
+
+def is_option(piece):
+    """Whether a command is WILL, WONT, DO or DONT."""
+    return len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT
 
 
 ASKS_FOR_LIFE = (AYT, command(DO, TIMING_MARK))           # a user presses a key, and waits
@@ -726,12 +740,12 @@ def printable(text):
 class Scanner:
     """Splits one direction of a telnet stream into text and commands (RFC 854, 855).
 
-    `feed` returns a list of (is_command, bytes); joined they are the bytes fed, but for an unfinished command,
-    which is held until it is whole. IAC IAC is text. A sub-negotiation longer than LONGEST_SB is let through as
-    it comes, in pieces whose is_command is None: nobody reads them.
+    `feed` returns a list of (is_command, bytes); joined they are the bytes fed, but for an
+    unfinished command, which is held until it is whole. IAC IAC is text. A sub-negotiation longer
+    than LONGEST_SB is let through as it comes, in pieces whose is_command is None, read by nobody.
 
-    No two servers agree on IAC and another byte than IAC or SE inside a sub-negotiation (worlds/bytes.md): if `strict`,
-    it ends the sub-negotiation, of which nothing is returned (of a long one: its end).
+    No two servers agree on IAC and another byte than IAC or SE inside a sub-negotiation
+    (worlds/bytes.md): if `strict`, it ends there, and only of a long one anything is returned.
     """
 
     __slots__ = ("held", "_looked", "inside_long", "strict")
@@ -751,51 +765,31 @@ class Scanner:
             if self.inside_long or data.startswith(b"\xff\xfa", at):
                 at = self._sub(data, at, pieces)
                 continue
-            start = self._next_command(data, at)
-            if start > at:
-                pieces.append((False, data[at:start]))
-            at = start
-            if at < len(data) and not data.startswith(b"\xff\xfa", at):
-                match = _COMMAND.match(data, at)
-                if not match:
-                    self.held = data[at:]
-                    break
-                pieces.append((True, match.group()))
-                at = match.end()
+            found, is_command = _COMMAND.match(data, at), True
+            if not found:
+                found, is_command = _TEXT.match(data, at), False
+            if found.end() == at:
+                self.held = data[at:]
+                break
+            pieces.append((is_command, found.group()))
+            at = found.end()
         return pieces
-
-    @staticmethod
-    def _next_command(data, at):
-        """Where the next command starts: the next IAC that is not doubled."""
-        while True:
-            at = data.find(IAC, at)
-            if at < 0:
-                return len(data)
-            if not data.startswith(b"\xff\xff", at):
-                return at
-            at += 2
 
     def _sub(self, data, start, pieces):
         """Take a sub-negotiation from `start`; return where it ends."""
-        at = start if self.inside_long else max(start + 2, start + self._looked)
-        while True:
-            at = data.find(IAC, at)
-            if at < 0 or at + 1 >= len(data):
-                break
-            at += 2
-            if data[at - 1] == SE:
-                pieces.append((None if self.inside_long else True, data[start:at]))
-                self._looked, self.inside_long = 0, False
-                return at
-            if self.strict and data[at - 1] != IAC:
-                if self.inside_long:
-                    pieces.append((None, data[start:at - 2] + bytes((IAC, SE))))
-                self._looked, self.inside_long = 0, False
-                return at - 2
+        at = start if self.inside_long else start + max(2, self._looked)
+        end = (_TEXT if self.strict else _DETAILS).match(data, at).end()
+        if len(data) - end >= 2:                # else a lone IAC may wait for its second byte
+            if data[end + 1] == SE:
+                end += 2
+                pieces.append((None if self.inside_long else True, data[start:end]))
+            elif self.inside_long:
+                pieces.append((None, data[start:end] + bytes((IAC, SE))))
+            self._looked, self.inside_long = 0, False
+            return end
         if not self.inside_long and len(data) - start <= LONGEST_SB:
-            self.held, self._looked = data[start:], (len(data) if at < 0 else at) - start
+            self.held, self._looked = data[start:], end - start
             return len(data)
-        end = len(data) if at < 0 else at       # a lone IAC at the end waits for its second byte
         if end > start:
             pieces.append((None, data[start:end]))
         self.held, self._looked, self.inside_long = data[end:], 0, True
@@ -809,7 +803,7 @@ def split_commands(data):
 
 
 def unfinished(tail):
-    """What ends an escape sequence that `tail`, the end of what a client was sent, leaves open (ECMA-48 5.4)."""
+    """What ends an escape sequence that `tail`, the end of what was sent, leaves open (ECMA-48 5.4)."""
     match = re.search(rb"\x1b(\[[0-?]*[ -/]*|\][^\x07\x1b]*|[PX^_][^\x1b]*|[ -/]+|)\Z", tail)
     if not match:
         return b""
@@ -817,14 +811,15 @@ def unfinished(tail):
     return b"[0m" if not kind else b"m" if kind == b"[" else b"\x1b\\" if kind in b"]PX^_" else b"B"
 
 
-# What any character set has in place of the marks that word processors put into a notice. Nothing is lost by it.
-_PLAIN_MARKS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"',
-                              "\u201e": '"', "\xab": '"', "\xbb": '"', "\u2010": "-", "\u2011": "-",
-                              "\u2013": "-", "\u2014": "--", "\u2026": "...", "\u2022": "*", "\xa0": " "})
+# What any character set has for the marks that word processors make. Nothing is lost by it.
+_PLAIN_MARKS = str.maketrans({
+    **dict.fromkeys("\u2018\u2019\u201a", "'"), **dict.fromkeys("\u201c\u201d\u201e\xab\xbb", '"'),
+    **dict.fromkeys("\u2010\u2011\u2013", "-"), "\u2014": "--", "\u2026": "...", "\u2022": "*",
+    "\xa0": " "})
 
 
 def in_character_set(text, codec):
-    """`text` in the character set a client has agreed to; None: in ASCII if that loses nothing, else in UTF-8.
+    """`text` in the character set a client has agreed to; None: ASCII if that loses nothing, or UTF-8.
 
     What a character set lacks is spelled without its accents, or is `?`.
     """
@@ -861,15 +856,15 @@ def codec_of(name):
 
 
 class Spelling:
-    """How HAS spells its own text for one client: in its character set, with colour and markup as it knows them."""
+    """How HAS spells its own text for one client: its character set, colour and markup."""
 
     __slots__ = ("coloured", "marked_up")
 
     _LOST = re.compile(rb"(?:<|&lt;)output lost: (\d+) lines(?:>|&gt;)\r\n")
 
     def __init__(self, coloured=False, marked_up=False):
-        self.coloured = coloured   # the client was sent an escape: it can show them, and colour may be on
-        self.marked_up = marked_up              # it speaks Pueblo: `<` begins a tag
+        self.coloured = coloured   # it was sent an escape: colour may be on
+        self.marked_up = marked_up # it speaks Pueblo: `<` begins a tag
 
     def spell(self, text, codec, more=b""):
         """`text`, and `more` as the client itself has typed it, for sending."""
@@ -900,21 +895,21 @@ PLAIN_SPELLING = Spelling()
 
 
 class Agreement:
-    """What one client and its worlds have settled by telnet (RFC 855, 1143), as far as a new world must know it."""
+    """What a client and its worlds have settled by telnet (RFC 855, 1143): what a new one must know."""
 
-    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted", "codec",
-                 "unheard", "partly", "environ")
+    __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted",
+                 "codec", "unheard", "partly", "environ")
 
     def __init__(self):
-        self.client = {}           # (WILL or DO, option) -> its last word: True for that, False for WONT or DONT
-        self.world = {}            # the same for the world; and (SB, option) -> True: it has asked for details
+        self.client = {}           # (WILL or DO, option) -> its last word: False for WONT or DONT
+        self.world = {}            # the same; and (SB, option) -> True: it has asked for details
         self.naws = None           # the last whole NAWS command
-        self.ttypes = []           # the client's terminal types in the order given (MTTS gives three)
-        self.environ = []          # NEW-ENVIRON IS of the client and INFOs behind it; its LANG can set UTF-8
-        self.charset = None        # the client's last word on CHARSET: ACCEPTED, REJECTED or a REQUEST of its own
+        self.ttypes = []           # the client's terminal types as given (MTTS gives three)
+        self.environ = []          # its NEW-ENVIRON IS and INFOs behind it; its LANG can set UTF-8
+        self.charset = None        # its last word on CHARSET: ACCEPTED, REJECTED or its own REQUEST
         self.partly = False        # it set up more by GMCP than HAS holds
-        self.unheard = set()       # options the client has offered while no world was there
-        self.codec = None          # the character set that was agreed, as a Python codec; None where there is none
+        self.unheard = set()       # options it has offered while no world was there
+        self.codec = None          # the Python codec of the character set that was agreed
         self.accepted = False      # an ACCEPTED went down the link that is open
         self.gmcp = []             # what the client set up by GMCP, whole commands
         self.ignore = set()        # answers of the client that nobody waits for
@@ -925,7 +920,7 @@ class Agreement:
 
     def from_world(self, piece):
         """Remember a command of the world's."""
-        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
+        if is_option(piece):
             self._note(self.world, piece[1], piece[2])
             if piece[1:] == bytes((DONT, TTYPE)):
                 self.ttypes = []
@@ -935,19 +930,19 @@ class Agreement:
                 self._note_codec(piece)
 
     def changes(self, piece):
-        """Whether a WILL, WONT, DO or DONT of the client's changes anything: who is asked for what is, or told what he
-        knows, does not answer (RFC 1143 7)."""
+        """Whether a WILL, WONT, DO or DONT of the client's changes anything: who is asked for what
+        is, or told what he knows, does not answer (RFC 1143 7)."""
         side = WILL if piece[1] in (WILL, WONT) else DO
         return self.settled(side, piece[2]) is (piece[1] in (WONT, DONT))
 
     def pending(self):
-        """What the client has offered while no world was there to answer: [(WILL, option)], of those one may want."""
-        return [(WILL, option) for option in (TTYPE, NAWS, CHARSET)
-                if option in self.unheard and self.client.get((WILL, option)) and (DO, option) not in self.world]
+        """What, of those one may want, the client has offered to no world: [(WILL, option)]."""
+        return [(WILL, option) for option in (TTYPE, NAWS, CHARSET) if option in self.unheard
+                and self.client.get((WILL, option)) and (DO, option) not in self.world]
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
-        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
+        if is_option(piece):
             if piece[1:] in self.ignore:
                 self.ignore.discard(piece[1:])
                 return False
@@ -962,18 +957,24 @@ class Agreement:
             return
         if option == NAWS:
             self.naws = piece
-        elif option == TTYPE and first == 0 and piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
-            self.ttypes.append(piece)
+        elif option == TTYPE and first == 0:
+            if piece not in self.ttypes[-1:] and len(self.ttypes) < 8:
+                self.ttypes.append(piece)
         elif option == NEW_ENVIRON and first in (ENVIRON_IS, ENVIRON_INFO):
             self.environ = ([piece] if first == ENVIRON_IS else self.environ + [piece])[-8:]
         elif option == CHARSET and first in (CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED):
             self.charset, self.accepted = piece, self.accepted or first == CHARSET_ACCEPTED
             self._note_codec(piece, forgets=CHARSET_REJECTED)
         elif option == GMCP:
-            self._note_gmcp(piece, piece[3:-2].split(b" ")[0].lower())
+            self._note_gmcp(piece, self._message(piece))
+
+    @staticmethod
+    def _message(piece):
+        """The name of a GMCP message, lower case."""
+        return piece[3:-2].split(b" ")[0].lower()
 
     def _note_codec(self, piece, forgets=None):
-        """Either side accepts what the other has asked for; a client that wants none is to get ASCII."""
+        """Either side accepts what the other has asked for; a client that wants none gets ASCII."""
         if piece[3] == CHARSET_ACCEPTED:
             self.codec = codec_of(unescape(piece[4:-2]).decode("latin-1"))
         elif piece[3] == forgets:
@@ -986,8 +987,8 @@ class Agreement:
         if not kind.startswith((b"core.hello", b"core.supports.", b"comm.", b"char.")):
             self.partly = True                  # whatever it is: not to be said again by HAS
             return
-        if kind not in (b"core.supports.add", b"core.supports.remove"):         # these add up, others replace
-            self.gmcp = [p for p in self.gmcp if p[3:-2].split(b" ")[0].lower() != kind]
+        if kind not in (b"core.supports.add", b"core.supports.remove"):         # these add up
+            self.gmcp = [it for it in self.gmcp if self._message(it) != kind]
         self.partly = self.partly or len(self.gmcp) == 16
         self.gmcp = (self.gmcp + [piece])[-16:]
 
@@ -1005,23 +1006,24 @@ class Agreement:
 class Replay:
     """The client's part of the negotiation on a new link, spoken by HAS from an Agreement.
 
-    It speaks for the client about each option once; a second offer (an in-place restart of the world, say) is
-    the client's own affair, and so is every option the client has not met yet.
+    It speaks for the client about each option once; a second offer (an in-place restart of the
+    world, say) is the client's own affair, and so is every option the client has not met yet.
     """
 
-    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested", "offers")
+    __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested",
+                 "offers")
 
     def __init__(self, agreement):
         self.agreement = agreement
         agreement.accepted = False
-        self.early = True          # the link is new: what is offered twice was not forgotten meanwhile
-        self.requested = False     # a CHARSET REQUEST of the client's was said again: the answer is not for it
+        self.early = True          # the link is new: what is offered twice was not forgotten
+        self.requested = False     # the client's REQUEST was said again: the answer is not for it
         self.had = {key for key in agreement.client if agreement.settled(*key)}
         self.offers = agreement.pending()
-        self.met = set()           # (verb, option) the new world has spoken about, verbs as the client's
+        self.met = set()           # (verb as the client's, option) the new world has spoken about
         self.said = set()          # what was sent unasked
         self.typed = 0             # terminal types given so far
-        self.waits = False         # no telnet may be sent before the server's first (PennMUSH's unix socket)
+        self.waits = False         # the server must send telnet first (PennMUSH's unix socket)
         self.late = b""            # what waits for that
 
     def grow_old(self):
@@ -1029,24 +1031,23 @@ class Replay:
         self.early = False
 
     def opening(self):
-        """What may go in front of the login line: size, terminal and character set, if they were settled before.
-        TinyMUX takes that from LANG, too, and takes it unasked (worlds/bytes.md 1).
+        """What may go in front of the login line: size, terminal and character set, as settled before.
 
-        TinyMUX refuses a UTF-8 password typed before CHARSET (worlds/tinymux.md a).
+        The servers read a UTF-8 password by CHARSET (worlds/pennmush.md a, tinymux.md a). TinyMUX
+        takes that from LANG, too, and takes either unasked (worlds/bytes.md 1).
         """
-        out = b""
-        for option, detail in ((TTYPE, None), (NAWS, self.agreement.naws),
-                               (NEW_ENVIRON, b"".join(self.agreement.environ)), (CHARSET, self.agreement.charset)):
+        kept, out = self.agreement, b""
+        for option, detail in ((TTYPE, b""), (NAWS, kept.naws), (NEW_ENVIRON, b"".join(kept.environ)),
+                               (CHARSET, kept.charset)):
             if option == NEW_ENVIRON and not detail:
                 continue                        # the client's own affair
-            # PennMUSH offers CHARSET itself, and reads a UTF-8 password otherwise without it (worlds/pennmush.md a)
-            verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,)) if (verb, option) in self.had]
-            # TinyMUX takes a character set that it has not asked for (worlds/bytes.md 1)
-            volunteered = option == CHARSET and (SB, CHARSET) not in self.agreement.world
+            verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,))
+                     if (verb, option) in self.had]
             out += b"".join(self._say(verb, option) for verb in verbs)
-            out += (detail or b"") if verbs or volunteered else b""
-            if option == CHARSET and detail and (verbs or volunteered):
-                self._note_charset()
+            if detail and (verbs or option == CHARSET and (SB, CHARSET) not in kept.world):
+                out += detail
+                if option == CHARSET:
+                    self._note_charset()
         # what the client has offered while no world was there: the answer is for the client
         return out + b"".join(command(*offer) for offer in self.offers)
 
@@ -1061,12 +1062,13 @@ class Replay:
 
     def answer(self, piece):
         """Take a command of the new world; return (bytes for the world, bytes for the client)."""
-        if len(piece) == 3 and piece[0] == IAC and WILL <= piece[1] <= DONT:
+        if is_option(piece):
             return self._answer_option(piece, piece[1], piece[2])
         if len(piece) > 5 and piece[1] == SB:
-            if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and self.agreement.ttypes:
+            types = self.agreement.ttypes
+            if piece[2:4] == bytes((TTYPE, 1)) and (WILL, TTYPE) in self.had and types:
                 self.typed += 1
-                return self.agreement.ttypes[min(self.typed, len(self.agreement.ttypes)) - 1], b""
+                return types[min(self.typed, len(types)) - 1], b""
             if piece[2:4] == bytes((NEW_ENVIRON, ENVIRON_SEND)) and (WILL, NEW_ENVIRON) in self.had:
                 return self._answer_environ(piece)
             if piece[2] == CHARSET:
@@ -1099,8 +1101,8 @@ class Replay:
         on, first = verb in (DO, WILL), mine not in self.met
         self.met.add(mine)
         if not first:
-            # PennMUSH repeats its offers; a client that answers each would be the second to answer, and a second
-            # DO CHARSET kills that server (worlds/pennmush.md)
+            # PennMUSH repeats its offers; a client that answers each would be the second to
+            # answer, and a second DO CHARSET kills that server (worlds/pennmush.md)
             if on and self.early and mine in self.said:
                 return b"", b""
             self.had.discard(mine)
@@ -1111,7 +1113,7 @@ class Replay:
             return b"", b""                     # its answer to what HAS said unasked
         if mine in self.had and self._can_answer(mine):
             return self._say(*mine) + self._detail(mine), b""
-        if mine in self.had:                    # the client must set it up anew: for that it must think it was off
+        if mine in self.had:                    # the client sets it up anew if it thinks it was off
             self.had.discard(mine)
             self.agreement.forget(option)
             return b"", self._switch_off(mine) + piece
@@ -1144,7 +1146,7 @@ class Replay:
         return b"".join(self.agreement.gmcp) if mine == (DO, GMCP) else b""
 
     def leftovers(self, only=None):
-        """What (of `only`) to switch off at the client, because the new world did not offer it: ECHO first of all."""
+        """What (of `only`) to switch off at the client, as the new world did not offer it: ECHO first."""
         out = b""
         had = self.had if only is None else self.had & only
         for mine in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):
