@@ -229,7 +229,8 @@ def _checked(is_right, otherwise, value=str):
 
 
 def _choice(*words):
-    return _checked(lambda text: text.lower() in words, "is not one of " + ", ".join(words), str.lower)
+    return _checked(lambda text: text.lower() in words, f"is not one of {', '.join(words)}",
+                    str.lower)
 
 
 def _names(text):
@@ -707,7 +708,7 @@ ESCAPE = 27
 UNREADABLE = {19, 38, 46, 85, 86, 87}
 # On or off is all there is to these: nothing has to be set up anew in front of a new world.
 PLAIN_OPTIONS = {BINARY, ECHO, SGA, STATUS, TIMING_MARK, EOR, MSSP}
-LONGEST_SB, LONGEST_KEPT = 65536, 1024          # bytes of a sub-negotiation that is read; remembered
+LONGEST_SB, LONGEST_KEPT = 65536, 1024          # of a sub-negotiation: read; remembered
 _TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)*")                          # up to a command
 _DETAILS = re.compile(rb"(?:[^\xff]+|\xff[^\xf0])*", re.S)              # up to IAC SE
 _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
@@ -803,7 +804,7 @@ def split_commands(data):
 
 
 def unfinished(tail):
-    """What ends an escape sequence that `tail`, the end of what was sent, leaves open (ECMA-48 5.4)."""
+    """What ends an escape sequence that `tail`, the end of a text, leaves open (ECMA-48 5.4)."""
     match = re.search(rb"\x1b(\[[0-?]*[ -/]*|\][^\x07\x1b]*|[PX^_][^\x1b]*|[ -/]+|)\Z", tail)
     if not match:
         return b""
@@ -819,7 +820,7 @@ _PLAIN_MARKS = str.maketrans({
 
 
 def in_character_set(text, codec):
-    """`text` in the character set a client has agreed to; None: ASCII if that loses nothing, or UTF-8.
+    """`text` in the character set a client has agreed to; None: ASCII or, if that loses any, UTF-8.
 
     What a character set lacks is spelled without its accents, or is `?`.
     """
@@ -843,12 +844,12 @@ def _nearest(character, codec):
 
 
 _CHARACTER_SETS = re.compile(r"(?i)utf-?8|iso[-_]?8859-\d\d?|latin-?1|us-ascii|ascii|koi8-[ru]|"
-                             r"cp(437|8\d\d|12\d\d|93[26]|949|950)|windows-12\d\d|big5|gbk|gb2312|gb18030|"
-                             r"euc-(jp|kr)|shift[-_]jis")
+                             r"cp(437|8\d\d|12\d\d|93[26]|949|950)|windows-12\d\d|big5|gbk|"
+                             r"gb2312|gb18030|euc-(jp|kr)|shift[-_]jis")
 
 
 def codec_of(name):
-    """The Python codec of a character set named in telnet (RFC 2066), ASCII where HAS does not know it."""
+    """The Python codec of a character set named in telnet (RFC 2066), ASCII if HAS does not know it."""
     try:
         return codecs.lookup(name).name if _CHARACTER_SETS.fullmatch(name) else "ascii"
     except LookupError:
@@ -895,7 +896,7 @@ PLAIN_SPELLING = Spelling()
 
 
 class Agreement:
-    """What a client and its worlds have settled by telnet (RFC 855, 1143): what a new one must know."""
+    """What a client and its worlds have settled by telnet (RFC 855, 1143), for the next world."""
 
     __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted",
                  "codec", "unheard", "partly", "environ")
@@ -998,7 +999,7 @@ class Agreement:
             self.gmcp, self.partly = [], False
 
     def settled(self, verb, option):
-        """Whether the client's side (WILL) or the world's side (DO) of an option is agreed to be on."""
+        """Whether the client's side (WILL) or the world's (DO) of an option is agreed to be on."""
         other = DO if verb == WILL else WILL
         return bool(self.client.get((verb, option)) and self.world.get((other, option)))
 
@@ -1027,18 +1028,18 @@ class Replay:
         self.late = b""            # what waits for that
 
     def grow_old(self):
-        """What is offered again from now on is the offer of a world that was started anew in place."""
+        """What is offered again from now on is offered by a world that was started anew in place."""
         self.early = False
 
     def opening(self):
-        """What may go in front of the login line: size, terminal and character set, as settled before.
+        """What may go in front of the login line: size, terminal, character set, as settled before.
 
         The servers read a UTF-8 password by CHARSET (worlds/pennmush.md a, tinymux.md a). TinyMUX
         takes that from LANG, too, and takes either unasked (worlds/bytes.md 1).
         """
         kept, out = self.agreement, b""
-        for option, detail in ((TTYPE, b""), (NAWS, kept.naws), (NEW_ENVIRON, b"".join(kept.environ)),
-                               (CHARSET, kept.charset)):
+        for option, detail in ((TTYPE, b""), (NAWS, kept.naws),
+                               (NEW_ENVIRON, b"".join(kept.environ)), (CHARSET, kept.charset)):
             if option == NEW_ENVIRON and not detail:
                 continue                        # the client's own affair
             verbs = [verb for verb in ((WILL, DO) if option == CHARSET else (WILL,))
@@ -1146,10 +1147,10 @@ class Replay:
         return b"".join(self.agreement.gmcp) if mine == (DO, GMCP) else b""
 
     def leftovers(self, only=None):
-        """What (of `only`) to switch off at the client, as the new world did not offer it: ECHO first."""
+        """What (of `only`) to switch off at the client, for the new world has not offered it."""
         out = b""
         had = self.had if only is None else self.had & only
-        for mine in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):
+        for mine in sorted(had - self.met, key=lambda it: (it[1] != ECHO, it)):      # ECHO first
             out += self._switch_off(mine)
         self.had -= had - self.met
         return out
@@ -1165,7 +1166,7 @@ class Replay:
 # ======================================================================
 
 class Credentials:
-    """A character's name and password with the verb it was typed with. Shows neither in repr, log or traceback."""
+    """A character's name and password, the verb typed with them. Never shown in log or traceback."""
 
     __slots__ = ("verb", "name", "password", "creates")
 
@@ -1215,90 +1216,118 @@ def rub_out(line, erasers=b"\b\x7f"):
 
 
 def escape_softcode(text, blank=b"%b"):
-    """Make `text` literal for softcode: a backslash before every ASCII byte that is no letter or digit, `blank` for
-    each blank. None if it cannot be passed: control bytes, bytes that are no UTF-8, characters above U+00FF (they
-    kill TeenyMUSH's evaluation)."""
+    """`text` literal for softcode: a backslash before each ASCII byte that is no letter or digit,
+    `blank` for a blank. None if it cannot be passed: control bytes, bytes that are no UTF-8,
+    characters above U+00FF (they kill TeenyMUSH's evaluation)."""
     try:
-        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", text) or not all(ord(c) < 256 for c in text.decode("utf-8")):
-            return None
+        beyond = any(ord(c) > 255 for c in text.decode("utf-8"))
     except UnicodeDecodeError:
         return None
+    if beyond or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", text):
+        return None
     special = {b" ": blank, b"\t": b"%t"}
-    return re.sub(rb"[^A-Za-z0-9\x80-\xff]", lambda m: special.get(m.group(), b"\\" + m.group()), text)
+    return re.sub(rb"[^A-Za-z0-9\x80-\xff]",
+                  lambda it: special.get(it.group(), b"\\" + it.group()), text)
+
+
+def abbreviated(word, least):
+    """The pattern of a command word that may be cut down to its first `least` letters."""
+    return b"(?:%s)" % b"|".join(word[:end] for end in range(len(word), least - 1, -1))
+
+
+def any_of(*texts):
+    """A pattern that finds any of these texts."""
+    return re.compile(b"|".join(map(re.escape, texts)))
+
+
+NEVER = re.compile(rb"(?!)")
 
 
 class Dialect:
-    """What a family has in common with most others; itself the dialect `plain`: a world HAS cannot log in to."""
+    """What a family has in common with most others; itself the dialect `plain`: a world HAS cannot
+    log in to. Data and pure functions; `charset` is what telnet has set on a link, b"" at first.
+    """
 
     name = "plain"
     logs_in = False                # HAS can log its users and its heartbeat in
+
+    # ---- how the server reads what is typed: see LineReader
     telnet = True                  # the server parses telnet; else HAS answers the client itself
     line_end = re.compile(rb"\n")
     dropped = b"\r"                # bytes below 128 that the server drops from a typed line
     erasers = b""                  # bytes that delete the character before them
-    double_iac = b"\xff\xff"       # what the server makes of IAC IAC, as it would have to be typed otherwise
+    double_iac = b"\xff\xff"       # what IAC IAC is to it, as that would be typed otherwise
     erase_command = False          # IAC EC is an eraser
-    strays_are_text = False        # IAC and a byte that makes no command: the byte is text, and not acted on
+    strays_are_text = False        # IAC and a byte that makes no command: that byte is text
     cr_first = False               # CR is taken out even before telnet is
-    longest_line = 8000            # bytes the server keeps of a line; the rest up to its end it drops
+    longest_line = 8000            # bytes the server keeps of a line
     longest_login = 8000           # ... and how long a line may be at the login screen
-    mark_before, mark_behind = b"", None        # what goes around a login line so that a mark proves it
-    mark_first = b""               # ... and first of all: a mark that comes only if the user is in already
+    capped = False                 # longer lines overrun the server's buffer
+
+    # ---- how a login is proven: see Proof
+    mark_before, mark_behind = b"", None        # what around a login line makes a mark prove it
+    mark_first = b""               # first of all: a mark that comes only if the user is in already
     block_proof = None             # what must stand between two marks for that
     end_question = b""             # asks for the end marker of a return ...
     end_mark = end_text = end_command = None    # ... which is a mark, a text or a telnet command
-    login_words = re.compile(rb"(?!)")          # group 1: connect-like verb, or group 2: create
+    settles = True                 # that can be asked for on one of several links of a character
+    not_taken_text = NEVER         # of a login not taken that may be right: it was answered
+    refused_text = NEVER           # of a login refused: wrong, taken, closed to guests
+
+    # ---- typed lines
+    login_words = NEVER            # group 1: connect-like verb, or group 2: create
     quit_playing = quit_login = re.compile(rb"(?i)quit\s*\Z")
-    logout = re.compile(rb"(?!)")
+    logout = NEVER
     handover_words = ()            # words only HAS may say before a login
-    setting_words = re.compile(rb"(?!)")        # lines that set something for the connection
-    not_taken_text = re.compile(rb"(?!)")       # for one not taken that may be right: it was answered all the same
-    refused_text = re.compile(rb"(?!)")         # its words for a login refused: wrong, taken, closed to guests
-    password_typed = re.compile(rb"(?!)")       # a change of password; group 1 the new one
-    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="         # group 1 who, group 2 the new name
-                            rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")
-    password_changed = password_kept = name_changed = name_kept = re.compile(rb"(?!)")
-    check_function = None
-    greets = True                  # a banner comes at once
-    quota = None                   # commands at once, then one a second
-    at_once = 8                    # links that the server has not accepted yet, in the same instant
-    most_silent = 0                # ... and of any age: its listen backlog less one, where that is more
-    characters_one_by_one = False  # sessions of one character must come back one after another
-    login_probe = None             # (line, pattern) answered at the login screen
-    start_question, start_answer = None, re.compile(rb"(?!)")           # asks for the start id, before a login
-    start_command = None           # the telnet offer without which it is not asked
-    address_may_be_refused = False # the address line must be switched on in the server
-    needed_flag = "WIZARD"         # the flag the heartbeat needs
-    flag_question = None           # softcode that tells whether it has it, where no check does
-    counts_failures = False        # wrong logins of one user can lock out others: what is known to be wrong is not sent
+    setting_words = NEVER          # lines that set something for the connection
+    password_typed = NEVER         # a change of password; group 1 the new one
+    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
+                            rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")     # 2 new name
+    password_changed = password_kept = name_changed = name_kept = NEVER
     guest_alone = False            # `connect guest` logs in without a password
     strips_blanks = True           # commands in the game may have blanks before them
-    blank = b"%b"                  # a blank in softcode
     wraps_settings = False         # setting a suffix shows prefix and suffix once
-    settings_held = False          # settings may be repeated before the question for the end marker
-    settles = True                 # the end marker can be asked for on one of several connections of a character
+    settings_held = False          # settings may be repeated before the end marker is asked for
+
+    # ---- the heartbeat's questions
+    check_function = None
+    blank = b"%b"                  # a blank in softcode
+    quota = None                   # commands at once, then one a second
+    login_probe = None             # (line, pattern) answered at the login screen
+    start_question, start_answer = None, NEVER  # asks for the start id, before a login
+    start_command = None           # the telnet offer without which it is not asked
+    needed_flag = "WIZARD"         # the flag the heartbeat needs
+    flag_question = None           # softcode that tells whether it has it, where no check does
+    counts_failures = False        # wrong logins can lock out others: never send a known wrong one
+    address_may_be_refused = False # the address line must be switched on in the server
+
+    # ---- connections
+    greets = True                  # a banner comes at once
+    at_once = 8                    # links that it has not accepted yet, in the same instant
+    most_silent = 0                # ... and of any age: its listen backlog less one
+    characters_one_by_one = False  # sessions of one character must come back one after another
     serves_http = True             # on the same port: pages, websocket
     charset_once = False           # after an ACCEPTED no DO CHARSET may follow on a link
-    capped = False                 # longer lines overrun the server's buffer
 
     def characters(self, run, charset):
-        """What the server stores of a run of bytes above 127 (worlds/bytes.md), as it can be typed to it again."""
+        """What the server stores of a run of bytes above 127, as it can be typed to it again."""
         return run
 
     def is_utf8(self, charset):
-        """Whether the server reads several bytes as one character, to be erased as one, or dropped."""
+        """Whether the server erases or drops several bytes as one character."""
         return False
 
     def finished(self, stored, charset):
-        """The line that is carried out, from what the server has stored of it; typed to it, it is read the same."""
+        """The line that is carried out, from what is stored; typed again, it is read the same."""
         return stored
 
     def tame(self, reader, text):
-        """`text`, in which IAC is doubled, without what the server would read otherwise in another packet."""
-        return text if self.double_iac == b"\xff\xff" else text.replace(b"\xff\xff", self.double_iac)
+        """`text`, IAC doubled, without what would be read otherwise in another packet."""
+        plain = self.double_iac == b"\xff\xff"
+        return text if plain else text.replace(b"\xff\xff", self.double_iac)
 
     def as_text(self, piece):
-        """What a telnet command of two bytes is to this server if it is text to it; else None. b"": nothing at all."""
+        """What a telnet command of two bytes is as text to this server (b"": nothing), or None."""
         if piece == b"\xff\xf7" and self.erase_command:
             return b"\b"
         if self.strays_are_text and piece not in (b"\xff\xf1", AYT):
@@ -1318,40 +1347,45 @@ class Dialect:
         return False
 
     def in_doubt(self, stored, charset):
-        """Whether the server could read a line in the game as a LOGOUT where HAS does not, or the other way round."""
+        """Whether the server could read a line in the game as LOGOUT and HAS not, or vice versa."""
         return False
 
     def read_login(self, line):
-        """The Credentials in a cleaned line typed at the login screen, or None if it is no login line."""
-        match = self.login_words.match(line)
-        if not match:
+        """The Credentials in a cleaned line of the login screen, or None if it is no login."""
+        verb = self.login_words.match(line)
+        if not verb:
             return None
-        rest = line[match.end():]
+        rest = line[verb.end():]
         words = re.match(rb'\s*(?:"([^"]+)"\s*|(\S+)\s+)(\S+)', rest)
-        if not words and self.guest_alone and match.group(1) and re.fullmatch(rb"(?i)\s*guest\s*", rest):
-            return Credentials(match.group(1), b"guest", b"")
-        if not words:
-            return None
-        name = b" ".join((words.group(1) or words.group(2)).split())
-        return Credentials(match.group(2) or match.group(1), name, words.group(3), bool(match.group(2)))
+        if words:
+            name = b" ".join((words.group(1) or words.group(2)).split())
+            return Credentials(verb.group(2) or verb.group(1), name, words.group(3),
+                               bool(verb.group(2)))
+        alone = self.guest_alone and verb.group(1) and rest.strip().lower() == b"guest"
+        return Credentials(verb.group(1), b"guest", b"") if alone else None
 
     def is_handover(self, line, word):
-        """Whether the server could read this finished line as the hand-over of a user's address (rule 9).
+        """Whether the server could read this finished line as the hand-over of a user's address.
 
         It errs on the safe side: other builds may drop or erase more.
         """
-        words = [w.lower() for w in self.handover_words + ((word.encode(),) if word not in ("auto", "none") else ())]
-        if not any(w[0] in line or w[:1].upper()[0] in line for w in words):
+        own = (word.encode(),) if word not in ("auto", "none") else ()
+        words = [it.lower() for it in self.handover_words + own]
+        if not any(it[0] in line or it[:1].upper()[0] in line for it in words):
             return False                        # the usual case
         bare = re.sub(rb"[^ -~\b\x7f]", b"", line)
         for text in (rub_out(bare), bare.translate(None, b"\b\x7f")):
             typed = re.match(rb"\s*([^\s=]*)", text).group(1).lower()
-            if any(typed.startswith(w) or typed[:1] == b"@" and w.startswith(typed) for w in words):
+            if any(typed.startswith(it) or typed[:1] == b"@" and it.startswith(typed)
+                   for it in words):
                 return True
         return False
 
     def address_line(self, host, epoch, word, path):
-        """The bytes that tell the world a user's address, sent once and first; b"" where there is no way."""
+        """What tells the world a user's address, sent once and first; b"" where there is no way.
+
+        `epoch`: when he came, or 0; `word`: as in remotehostname_cmd; `path`: of a unix socket.
+        """
         return b""
 
     def proof(self, returning=False, telnet=True):
@@ -1363,55 +1397,62 @@ class Dialect:
         return b"think %s\r\n" % nonce
 
     def check(self, pairs, nonce):
-        """One line that asks about each of `pairs`; None if one of them cannot be asked. See verdicts()."""
+        """One line that asks about each of `pairs`; None if one cannot be asked. See verdicts()."""
         calls = [self.check_call(pair) for pair in pairs] if self.check_function else [None]
         return None if None in calls else b"think %s %s %s\r\n" % (nonce, b":".join(calls), nonce)
 
     def check_call(self, pair):
         """The softcode that asks about one pair, or None."""
-        name, password = escape_softcode(pair.name.lstrip(b"*"), self.blank), escape_softcode(pair.password)
+        name = escape_softcode(pair.name.lstrip(b"*"), self.blank)
+        password = escape_softcode(pair.password)
         if name is None or password is None:
             return None
-        return b"[%s(%s%s,%s)]" % (self.check_function, b"" if name.startswith(b"\\#") else b"*", name, password)
+        star = b"" if name.startswith(b"\\#") else b"*"
+        return b"[%s(%s%s,%s)]" % (self.check_function, star, name, password)
 
     @staticmethod
     def verdicts(answer):
-        """The answer between the nonces as a list: True right, False wrong, None no right to ask."""
-        return [True if part == b"1" else None if b"PERMISSION" in part or b"FUNCTION" in part else False
+        """The answer between the nonces: [True right, False wrong, None no right to ask]."""
+        return [None if b"PERMISSION" in part or b"FUNCTION" in part else part == b"1"
                 for part in answer.split(b":")]
 
 
 # What Perl takes for white space in UTF-8
-_WHITE = (rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)")
+_WHITE = (rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|"
+          rb"\xe3\x80\x80)")
 
 
 class TeenyMUSH(Dialect):
+    """In Perl, with no marks: the server's words prove a login (worlds/teenymush.md)."""
+
     name = "teenymush"
     serves_http = False
     logs_in = True
     cr_first = True
     longest_login = 7999           # no limit was found; what HAS keeps
     quit_playing = re.compile(_WHITE + rb"*(?i:quit)(?: .*)?\Z", re.S)
-    quit_login = re.compile(_WHITE + rb"*(?i:q(?:u(?:it?)?)?)(?: .*)?\Z", re.S)
-    # `c` is create, `co` connect; `ch`, `cd` unknown (worlds/teenymush.md b)
-    login_words = re.compile(_WHITE + rb"*(?:(?i:(co(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)|"
-                             rb"(c(?:r(?:e(?:a(?:t(?:e)?)?)?)?)?)))(?= )")
-    # a word is anything without a blank, and the last white space that can separates (worlds/bytes.md 2)
+    quit_login = re.compile(_WHITE + rb"*(?i:%s)(?: .*)?\Z" % abbreviated(b"quit", 1), re.S)
+    # `c` is create, `co` connect; `ch`, `cd` unknown (b)
+    login_words = re.compile(_WHITE + rb"*(?:(?i:(%s)|(%s)))(?= )" % (
+        abbreviated(b"connect", 2), abbreviated(b"create", 1)))
+    # a word is anything without a blank; the last white space separates (worlds/bytes.md 2)
     login_arguments = re.compile(rb' *(?:"([^"]*)"|([^ ]+))' + _WHITE + rb"+([^ ]+) *\Z")
     handover_words = (b"@remotehostname",)
-    offers = command(WILL, 3) + command(DO, NAWS) + command(DO, TTYPE) + command(WILL, MSSP)     # at connect
-    outcome = re.compile(rb"(Last connect was from[ :])|"
-                         rb"Either that player does not exist, or has a different password\.|"
-                         rb"That name is already in use\.")
-    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.|"
-                              rb"That name is already in use\.")
-    end_question, end_command = b"\xff\xfd\x56", b"\xff\xfc\x56"       # DO 86 is answered WONT 86, on this socket only
-    end_text = re.compile(rb"(?m)^[^\n]{1,60} has (?:re-)?connected\.\r?\n")      # from builds that speak no telnet
-    password_typed = re.compile(rb"(?i)(?:@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z")
+    offers = b"".join((command(WILL, SGA), command(DO, NAWS), command(DO, TTYPE),
+                       command(WILL, MSSP)))    # at connect
+    refused_text = any_of(b"Either that player does not exist, or has a different password.",
+                          b"That name is already in use.")
+    outcome = re.compile(rb"(Last connect was from[ :])|" + refused_text.pattern)
+    end_question, end_command = command(DO, 86), command(WONT, 86)      # on this socket only
+    # from builds that speak no telnet
+    end_text = re.compile(rb"(?m)^[^\n]{1,60} has (?:re-)?connected\.\r?\n")
+    password_typed = re.compile(rb"(?i)(?:@%s\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z"
+                                % abbreviated(b"password", 4))
     password_changed = re.compile(rb"Password changed\.|The password for .* has been updated\.")
-    password_kept = re.compile(rb"Invalid old password|usage: @password|Permission denied|Huh\?")
+    password_kept = any_of(b"Invalid old password", b"usage: @password", b"Permission denied",
+                           b"Huh?")
     name_changed = re.compile(rb"Set\.\Z")
-    name_kept = re.compile(rb"That name is already in use|Huh\?|Permission denied")
+    name_kept = any_of(b"That name is already in use", b"Huh?", b"Permission denied")
     check_function = b"password"
     blank = b"\\ "
     at_once = 1                    # listen backlog 1
@@ -1422,15 +1463,16 @@ class TeenyMUSH(Dialect):
     def read_login(self, line):
         verb = self.login_words.match(line)
         words = verb and self.login_arguments.match(line, verb.end())
-        # text outside Latin-1 breaks its password(): no such password, and no outcome line (worlds/teenymush.md b)
+        # text outside Latin-1 breaks its password(): no such password, and no outcome line (b)
         if not words or self.harms(line):
             return None
         name = b" ".join((words.group(1) or words.group(2) or b"").split())
         creates = bool(verb.group(2))           # older builds know full words only
-        return Credentials(b"create" if creates else b"connect", name, words.group(3), creates) if name else None
+        word = b"create" if creates else b"connect"
+        return Credentials(word, name, words.group(3), creates) if name else None
 
     def harms(self, line):
-        """It prints a login with characters above U+00FF behind the name to everybody, password included."""
+        """It shows everybody a login with characters above U+00FF behind the name."""
         verb = self.login_words.match(line)
         rest = re.sub(rb' *(?:"[^"]*"|[^ ]+)', b"", line[verb.end():], count=1) if verb else b""
         return any(ord(c) > 255 for c in rest.decode("utf-8", "replace"))
@@ -1447,26 +1489,29 @@ class _InfoFamily(Dialect):
     serves_http = False
     quota = 100
     logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
-    start_question, start_answer = b"INFO\r\n", re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
+    start_question = b"INFO\r\n"
+    start_answer = re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
-    setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
-                               rb"PROMPT_NEWLINES)(?:\s+(\S+(?:\s+\S+)*))?\s*\Z")
-    refused_text = re.compile(rb"Either that player does not exist, or has a different password\.|"
-                              rb"Either there is already a player with that name, or that name is ill|"
-                              rb"Null passwords are not allowed\.|Guest logins are disabled\.|"
-                              rb"Online character creation is not allowed\.")
-    password_typed = re.compile(rb"(?i)@pass(?:w(?:o(?:r(?:d)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
-    password_changed = re.compile(rb"Password changed\.")
-    password_kept = re.compile(rb"Sorry\.|Null passwords|Illegal character|Bad new password|Huh\?|Permission denied")
+    setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|"
+                               rb"SOCKSET|PROMPT_NEWLINES)(?:\s+(\S+(?:\s+\S+)*))?\s*\Z")
+    refused_text = any_of(b"Either that player does not exist, or has a different password.",
+                          b"Either there is already a player with that name, or that name is ill",
+                          b"Null passwords are not allowed.", b"Guest logins are disabled.",
+                          b"Online character creation is not allowed.")
+    password_typed = re.compile(rb"(?i)@%s\s+(?=\S)[^=]+=\s*(\S+)\s*\Z"
+                                % abbreviated(b"password", 4))
+    password_changed = any_of(b"Password changed.")
+    password_kept = any_of(b"Sorry.", b"Null passwords", b"Illegal character", b"Bad new password",
+                           b"Huh?", b"Permission denied")
     name_changed = re.compile(rb"(?:Alias set\.\s+)?Name set\.")
-    name_kept = re.compile(rb"That name is already in use|You can't use that name|You can't give|Huh\?|"
-                           rb"Permission denied")
+    name_kept = any_of(b"That name is already in use", b"You can't use that name",
+                       b"You can't give", b"Huh?", b"Permission denied")
 
 
 _SPELLED = dict(zip("АБВГДЕЗИЙКЛМНОПРСТУФЪЫЬЭ", "ABVGDEZIYKLMNOPRSTUF\"Y'E"))
 _SPELLED.update(zip("ΑΒΓΔΕΖΗΙΚΛΜΝΟΠΡΣΤΥΦΧΩ", "ABGDEZHIKLMNOPRSTYFXO"))
 _SPELLED.update(zip("ЖХЦЧШЩЮЯΘΞΨ", "Zh Kh Ts Ch Sh Shch Yu Ya Th Ks Ps".split()))
-_SPELLED.update({upper.lower(): ascii_letters.lower() for upper, ascii_letters in _SPELLED.items()})
+_SPELLED.update({upper.lower(): letters.lower() for upper, letters in _SPELLED.items()})
 _SPELLED.update(zip("\u2018\u2019\u201a\u201b\u2039\u203a", "'" * 6))
 _SPELLED.update(zip("\u201c\u201d\u201e\u201f", "\"" * 4))
 _SPELLED.update(zip("\u2010\u2011\u2012\u2013\u204eĐđĦħıŁłŊŋŦŧ", "----*DdHhiLlNnTt"))
@@ -1474,9 +1519,9 @@ _SPELLED.update({"\u2014": "--", "\u2015": "---", "\u2026": "..."})
 
 
 def _spell(character):
-    """How a PennMUSH spells a character of a client that has agreed to UTF-8, as far as that is known; else `?`.
+    """How PennMUSH spells a character for ASCII, as far as that is known; else `?`.
 
-    HAS passes on the spelling (worlds/bytes.md 3): what it is to the server need not be known, then.
+    HAS passes on the spelling (worlds/bytes.md 3): the server need not read the character, then.
     """
     if character < "\x80":
         return character
@@ -1485,46 +1530,54 @@ def _spell(character):
 
 
 class PennMUSH(_InfoFamily):
+    """PennMUSH 1.8.8 (worlds/pennmush.md), over TCP or its unix socket."""
+
     name = "pennmush"
     line_end = re.compile(rb"\r\n|\r|\n")
     dropped = b""
-    erasers = b"\b"                # DEL becomes `?` (worlds/pennmush.md a)
+    erasers = b"\b"                # DEL becomes `?` (a)
     double_iac = b"?"
     strays_are_text = True
-    login_words = re.compile(rb"(?i) *(c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?)?|c[dhv])(?= )"
-                             rb"| *(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?= )")
+    login_words = re.compile(rb"(?i) *(?:(%s|c[dhv])|(%s))(?= )" % (
+        abbreviated(b"connect", 1), abbreviated(b"create", 2)))
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
     strips_blanks = False
     # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
     mark_first = b"OUTPUTPREFIX %(n)sf\r\n \r\nOUTPUTPREFIX%(p)s\r\n"
-    counts_failures = True         # 10 in 10 minutes from one address, which is HAS's over TCP (worlds/pennmush.md h)
-    not_taken_text = re.compile(rb"Player connections not allowed\.|This IP address has failed too many times")
+    counts_failures = True         # 10 in 10 minutes from one address, over TCP that of HAS (h)
+    not_taken_text = any_of(b"Player connections not allowed.",
+                            b"This IP address has failed too many times")
     mark_behind = (b"OUTPUTPREFIX %(n)sa\r\nOUTPUTSUFFIX %(n)sz\r\n \r\n"
                    b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
     end_question = b"IDLE %(n)se\r\n"
     end_mark = b"e"
-    refused_text = re.compile(rb"That is not the correct password\.|There is no player with that name\.|"
-                              rb"Either that player does not exist|There is already a player with that name\.|"
-                              rb"That name is not allowed\.|The password is invalid \(or missing\)\.|"
-                              rb"Guest connections not allowed\.|Too many guests are connected")
-    password_changed = re.compile(rb"You have changed your password\.")
-    password_kept = re.compile(rb"The old password that you entered was incorrect|Bad new password|Huh\?|"
-                               rb"Permission denied")
-    password_typed = re.compile(rb"(?i)@pas(?:s(?:w(?:o(?:r(?:d)?)?)?)?)?\s+(?=\S)[^=]+=\s*(\S+)\s*\Z")
+    refused_text = any_of(b"That is not the correct password.",
+                          b"There is no player with that name.", b"That name is not allowed.",
+                          b"There is already a player with that name.",
+                          b"Either that player does not exist",
+                          b"The password is invalid (or missing).",
+                          b"Guest connections not allowed.", b"Too many guests are connected")
+    password_changed = any_of(b"You have changed your password.")
+    password_kept = any_of(b"The old password that you entered was incorrect", b"Bad new password",
+                           b"Huh?", b"Permission denied")
+    password_typed = re.compile(rb"(?i)@%s\s+(?=\S)[^=]+=\s*(\S+)\s*\Z"
+                                % abbreviated(b"password", 3))
     check_function = b"checkpass"
     longest_line = longest_login = 4095
     serves_http = True
-    charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server (worlds/pennmush.md)
+    charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server
     greets = False
     at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
-    most_silent = 4                # its info slave looks names up; listen backlog 5 (return-speed.md, rule P)
+    most_silent = 4                # its slave looks names up; listen backlog 5 (return-speed.md)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
 
     def finished(self, stored, charset):
-        """A NUL cuts off the rest; control bytes become `?`, and UTF-8 is spelled in ASCII, if it is agreed to."""
+        """A NUL cuts off the rest; control bytes become `?`, and UTF-8 becomes ASCII."""
         line = stored.partition(b"\0")[0].translate(self._controls)
-        return line if charset != b"UTF-8" else "".join(map(_spell, line.decode("utf-8", "replace"))).encode()
+        if charset != b"UTF-8":
+            return line
+        return "".join(map(_spell, line.decode("utf-8", "replace"))).encode()
 
     def in_doubt(self, stored, charset):
         # six characters of up to four bytes; how it spells each is not known
@@ -1533,42 +1586,51 @@ class PennMUSH(_InfoFamily):
     _controls = bytes(63 if n < 32 or n == 127 else n for n in range(256))
 
     def charset_after(self, sent, charset):
-        return sent[4:-2].upper() if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)) else charset
+        accepted = sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED))
+        return sent[4:-2].upper() if accepted else charset
 
     def check_call(self, pair):
-        name = pair.name.lstrip(b"*")
-        if not (name + pair.password).isascii() or re.search(rb"[\x00-\x1f\x7f]", name + pair.password):
-            return None                         # decode64 gives `?` or wrong results: not to be asked
-        who = name if re.match(rb"#\d+\Z", name) else b"*[decode64(%s)]" % base64.b64encode(name)
-        return b"[checkpass(%s,decode64(%s))]" % (who, base64.b64encode(pair.password))
+        name, password = pair.name.lstrip(b"*"), pair.password
+        if re.search(rb"[^ -~]", name + password):
+            return None                         # decode64 gives `?` or wrong results
+        code = base64.b64encode
+        who = name if re.match(rb"#\d+\Z", name) else b"*[decode64(%s)]" % code(name)
+        return b"[checkpass(%s,decode64(%s))]" % (who, code(password))
 
     def address_line(self, host, epoch, word, path):
-        # through its unix socket, one send within 100 ms of the connect (worlds/pennmush.md f)
+        # through its unix socket, one send within 100 ms of the connect (f)
         return f"{host}^{host}\r\n".encode() if path else b""
 
 
-class TinyMUSH(_InfoFamily):
+class _Tiny(_InfoFamily):
+    """What the two have in common that come from TinyMUSH 2.2."""
+
+    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
+    quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    end_question = b"INFO\r\n"
+    end_text = re.compile(rb"### End INFO\r?\n")
+    wraps_settings = True
+    flag_question = b"[hasflag(me,wizard)]"
+
+
+class TinyMUSH(_Tiny):
+    """TinyMUSH 4 (worlds/tinymush.md)."""
+
     name = "tinymush"
-    telnet = False                 # sub-negotiations leak into the next line (worlds/tinymush.md a)
+    telnet = False                 # sub-negotiations leak into the next line (a)
     line_end = re.compile(rb"\r\n|\r|\n")
     dropped = bytes(n for n in range(32) if n not in (7, 9, 27))       # BS too; DEL edits
     erasers = b"\x7f"
     double_iac = b""
-    login_words = re.compile(rb"\s*(c[od]\S*)(?=\s)|\s*(cr\S*)(?=\s)")
-    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
-    quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    login_words = re.compile(rb"\s*(?:(c[od]\S*)|(cr\S*))(?=\s)")
     longest_login = 512
     mark_first = b"OUTPUTSUFFIX %(n)sf\r\nOUTPUTSUFFIX%(s)s\r\n"
     mark_behind = b"OUTPUTSUFFIX %(n)s\r\nOUTPUTSUFFIX%(s)s\r\n"
-    end_question = b"INFO\r\n"
-    end_text = re.compile(rb"### End INFO\r?\n")
     at_once = 1                    # no more speed in more (return-speed.md)
     most_silent = 4                # listen backlog 5
     characters_one_by_one = True
-    capped = wraps_settings = True
-    flag_question = b"[hasflag(me,wizard)]"
+    capped = True
     settles = False                # in the game INFO answers on the connection used last
-
 
     def characters(self, run, charset):
         return b""
@@ -1578,39 +1640,37 @@ class TinyMUSH(_InfoFamily):
         return stored.replace(b"\x1b", b"")
 
 
-class TinyMUX(_InfoFamily):
+class TinyMUX(_Tiny):
+    """TinyMUX 2.12 (worlds/tinymux.md, bytes.md 1)."""
+
     name = "tinymux"
     dropped = bytes(range(32)).replace(b"\b", b"")
     erasers = b"\b\x7f"
     erase_command = True
     longest_line, longest_login = 7990, 400
-    login_words = re.compile(rb" *(c[od]\S*)(?=\s)| *(cr\S*)(?=\s)")
-    quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
-    quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
-    not_taken_text = re.compile(rb"All guests are currently busy|Error creating guest")
-    # the clearing command is wrapped by the old prefix; two commands behind a login would break @aconnect programs
+    login_words = re.compile(rb" *(?:(c[od]\S*)|(cr\S*))(?=\s)")
+    not_taken_text = any_of(b"All guests are currently busy", b"Error creating guest")
+    # the clearing command is wrapped by the old prefix; two commands behind a login would break
+    # @aconnect programs
     mark_first = b"OUTPUTPREFIX %(n)sf\r\n"
     mark_before = b"OUTPUTPREFIX %(n)s\r\n"
     mark_behind = b"OUTPUTPREFIX%(p)s\r\n"
-    end_question = b"INFO\r\n"
-    end_text = re.compile(rb"### End INFO\r?\n")
-    flag_question = b"[hasflag(me,wizard)]"
     at_once = 64                   # listen backlog 4096
-    wraps_settings = True
 
-
-    # what is dropped above 127, by character set (worlds/bytes.md 1)
-    _dropped_high = {b"": bytes.fromhex("8081888d8f909899 9b9d"), b"ISO-8859-2": bytes(range(128, 160)),
-                     b"US-ASCII": bytes(range(128, 256)), b"CP437": b"\xff"}
+    # character set -> what is dropped above 127
+    _dropped_high = {b"": bytes.fromhex("8081888d8f909899 9b9d"), b"CP437": b"\xff",
+                     b"ISO-8859-2": bytes(range(128, 160)), b"US-ASCII": bytes(range(128, 256))}
     _dropped_high[b"ISO-8859-1"] = _dropped_high[b""]
+    _codecs = {b"UTF-8": "utf-8", b"CP437": "cp437", b"ISO-8859-2": "iso8859-2",
+               b"US-ASCII": "ascii"}            # the others: cp1252
+    _unicode_locale = re.compile(rb"(?:LANG|LC_ALL|LC_CTYPE)\x01[^\x00-\x03]*\.UTF-8"
+                                 rb"(?:[\x00-\x03]|\xff\xf0)")
 
     def characters(self, run, charset):
         return run.translate(None, self._dropped_high.get(charset, b""))
 
     def is_utf8(self, charset):
         return charset == b"UTF-8"
-
-    _codecs = {b"UTF-8": "utf-8", b"CP437": "cp437", b"ISO-8859-2": "iso8859-2", b"US-ASCII": "ascii"}
 
     def transcoded(self, stored, before, after):
         """What cannot be typed any more counts on as one character."""
@@ -1624,25 +1684,25 @@ class TinyMUX(_InfoFamily):
             return b"US-ASCII"
         if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)):
             return sent[4:-2] if sent[4:-2] in (b"UTF-8", *self._dropped_high) else charset
-        if sent[:3] == bytes((IAC, SB, NEW_ENVIRON)) and re.search(
-                rb"(?:LANG|LC_ALL|LC_CTYPE)\x01[^\x00-\x03]*\.UTF-8(?:[\x00-\x03]|\xff\xf0)", sent):
-            return b"UTF-8"
-        return charset
+        unicode = sent[:3] == bytes((IAC, SB, NEW_ENVIRON)) and self._unicode_locale.search(sent)
+        return b"UTF-8" if unicode else charset
 
 
 class RhostMUSH(_InfoFamily):
+    """RhostMUSH 4 (worlds/rhostmush.md, bytes.md 5)."""
+
     name = "rhostmush"
     dropped = bytes(range(32)).replace(b"\b", b"")
     erasers = b"\b\x7f"
     strips_blanks = False
-    # a line that begins with a blank is a login, whatever its first word (worlds/bytes.md 5)
-    login_words = re.compile(rb"(?i)( +\S+|c(?:o(?:n(?:n(?:e(?:c(?:t)?)?)?)?)?|da?r?k?|hi?d?e?)?)(?=\s)"
-                             rb"|(cr(?:e(?:a(?:t(?:e)?)?)?)?)(?=\s)")
+    # a line that begins with a blank is a login, whatever its first word
+    login_words = re.compile(rb"(?i)(?:( +\S+|%s|c(?:da?r?k?|hi?d?e?))|(%s))(?=\s)" % (
+        abbreviated(b"connect", 1), abbreviated(b"create", 2)))
     quit_playing = re.compile(rb"(?:QUIT|quit)(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|quit|LOGOUT|logout)(?:\s.*)?\Z")
     logout = re.compile(rb"(?:LOGOUT|logout)(?:\s.*)?\Z")
     handover_words = (b"proxy",)
-    not_taken_text = re.compile(rb"Your attempt to crash this mush")
+    not_taken_text = any_of(b"Your attempt to crash this mush")
     # SESSION prints its table only when logged in; both marks come in either state
     mark_first = (b"OUTPUTPREFIX %(n)sb\r\nOUTPUTSUFFIX %(n)sy\r\nSESSION\r\n"
                   b"OUTPUTPREFIX%(p)s\r\nOUTPUTSUFFIX%(s)s\r\n")
@@ -1661,8 +1721,7 @@ class RhostMUSH(_InfoFamily):
         if word != "auto":
             return f"{word} {host}\r\n".encode()               # its sconnect_cmd
         kind, here = ("TCP6", "::1") if ":" in host else ("TCP4", "127.0.0.1")
-        return f"PROXY {kind} {host} {here} 1 2\r\n".encode()  # HAProxy's PROXY protocol, version 1
-
+        return f"PROXY {kind} {host} {here} 1 2\r\n".encode()  # HAProxy's PROXY, version 1
 
     def read_login(self, line):
         login = super().read_login(line)
@@ -1671,8 +1730,10 @@ class RhostMUSH(_InfoFamily):
         return login
 
     # lead bytes and how many follow, overlong ones too
-    _CHARACTER = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}|.", re.S)
-    _BEGUN = re.compile(rb"(?:[\xc0-\xf7]|[\xe0-\xf7][\x80-\xbf]|[\xf0-\xf7][\x80-\xbf]{2}|\xff\xff)\Z")
+    _CHARACTER = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|"
+                            rb"[\xf0-\xf7][\x80-\xbf]{3}|.", re.S)
+    _BEGUN = re.compile(rb"(?:[\xc0-\xf7]|[\xe0-\xf7][\x80-\xbf]|[\xf0-\xf7][\x80-\xbf]{2}|"
+                        rb"\xff\xff)\Z")
     _PLAIN = {0x20: b" ", 0x201c: b'"', 0x201d: b'"', 0x201f: b'"', 0xff1a: b":"}
 
     def characters(self, run, charset):
@@ -1692,15 +1753,17 @@ class RhostMUSH(_InfoFamily):
         """In UTF-8 again, where that comes to the same."""
         def typed(match):
             value = int(match.group(1), 16)
-            whole = value > 0xa0 and value not in self._PLAIN and not 0xd800 <= value < 0xe000 and value < 0x110000
-            return chr(value).encode() if whole and match.group() == b"%%<u%04x>" % value else match.group()
+            whole = 0xa0 < value < 0xd800 or 0xe000 <= value < 0x110000
+            same = match.group() == b"%%<u%04x>" % value and value not in self._PLAIN
+            return chr(value).encode() if whole and same else match.group()
         return re.sub(rb"%<u([0-9a-f]{4,6})>", typed, stored)
 
     def tame(self, reader, text):
-        """IAC IAC takes away what stands behind it, in the next packet too; a character over two is read anyhow."""
+        """IAC IAC takes away what stands behind it, in the next packet too, but for another."""
         text, reader.lead = reader.lead + text, b""
-        if IAC in text:                         # a NUL is dropped, and nothing is a character over it
-            text = re.sub(rb"\xff\xff(?:(\xff\xff)|[^\xff])", lambda it: b"%<255>" if it.group(1) else b"\0", text)
+        if IAC in text:                         # a NUL is dropped, and no character spans it
+            text = re.sub(rb"\xff\xff(?:(\xff\xff)|[^\xff])",
+                          lambda it: b"%<255>" if it.group(1) else b"\0", text)
         begun = self._BEGUN.search(text)
         if begun:
             text, reader.lead = text[:begun.start()], begun.group()
@@ -1708,28 +1771,32 @@ class RhostMUSH(_InfoFamily):
 
 
 class Unknown(Dialect):
-    """Before the world was ever seen: a login is to be kept, never echoed, whatever the family will be."""
+    """Before the world was seen: a login is kept, never echoed, whatever the family will be."""
 
     name = "unknown"
     serves_http = False
     dropped, erasers = b"\r\0", b"\b\x7f"
-    login_words = re.compile(rb"(?i)\s*(c[odhv]\S*)(?=\s)|\s*(cr\S*|c)(?=\s)")
+    login_words = re.compile(rb"(?i)\s*(?:(c[odhv]\S*)|(cr\S*|c))(?=\s)")
     handover_words = (b"@remotehostname", b"proxy")
 
 
 PLAIN, UNKNOWN = Dialect(), Unknown()
-DIALECTS = {d.name: d for d in (TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
+DIALECTS = {d.name: d for d in (
+    TeenyMUSH(), PennMUSH(), TinyMUSH(), TinyMUX(), RhostMUSH(), PLAIN)}
 UNIX_DIALECT = DIALECTS["pennmush"]             # the one family that listens on a unix socket
 
 
 _RUNS = re.compile(rb"[ -~]+|[\x80-\xff]+|.", re.S)
-# What TinyMUX takes for one character of UTF-8, how it may begin, and what does not begin one (worlds/bytes.md 1)
-_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0\xf3][\x80-\xbf]{3}")
-_UTF8_BEGUN = re.compile(rb"(?:[\xc2-\xcb\xcd-\xf0\xf3]|[\xe0-\xf0\xf3][\x80-\xbf]|[\xf0\xf3][\x80-\xbf]{2})\Z")
+# What TinyMUX takes for a character of UTF-8, how that may begin, and what begins none
+_UTF8 = re.compile(rb"[\xc2-\xcb\xcd-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|"
+                   rb"[\xf0\xf3][\x80-\xbf]{3}")
+_UTF8_BROKEN = re.compile(rb"[\x80-\xc1\xcc\xf1\xf2\xf4-\xff]|.[\x80-\xbf]*.?", re.S)
+_UTF8_BEGUN = re.compile(rb"(?:[\xc2-\xcb\xcd-\xf0\xf3]|[\xe0-\xf0\xf3][\x80-\xbf]|"
+                         rb"[\xf0\xf3][\x80-\xbf]{2})\Z")
 
 
 def _is_shown(character):
-    """Whether TinyMUX keeps a UTF-8 character. What is in doubt is not kept, and not passed on at the login screen."""
+    """Whether TinyMUX keeps a UTF-8 character. One in doubt is not kept, nor passed on at login."""
     try:
         text = character.decode("utf-8")
     except UnicodeDecodeError:
@@ -1738,24 +1805,24 @@ def _is_shown(character):
 
 
 class LineReader:
-    """The line a user is typing, as a server reads its bytes: dropped, erased, replaced (worlds/bytes.md).
+    """The line a user is typing, as a server reads it: dropped, erased, replaced (worlds/bytes.md).
 
-    The family's tables say what becomes of each byte; this keeps the state over packets. `buffer` holds what stands in
-    the server's line, spelled so that typed to the server again it is read the same.
+    The family's tables say what becomes of each byte; this keeps the state over packets. `buffer`
+    is what stands in the server's line, spelled so that typed again it is read the same.
     """
 
     __slots__ = ("buffer", "sent", "unfinished", "lead", "charset", "rest")
 
     def __init__(self):
         self.charset = b""         # what the server reads by on this link
-        self.lead = b""            # the beginning of something that must not be cut, still to be read
+        self.lead = b""            # the beginning of what must not be cut, still to be read
         self.rest = b""            # what stands behind the line that was yielded last
         self.clear()
 
     def clear(self):
         """Begin a new line."""
         self.buffer = self.unfinished = b""     # unfinished: of a UTF-8 character
-        self.sent = False                       # what is in the buffer went on to the world as it came
+        self.sent = False                       # what is in the buffer went on to the world already
 
     @property
     def idle(self):
@@ -1763,13 +1830,14 @@ class LineReader:
         return not (self.buffer or self.unfinished or self.lead)
 
     def lines(self, dialect, text):
-        """Read typed text, free of telnet, IAC doubled; yield (bytes, line) for each line and for what is left,
-        where the line is None. The bytes are what brings the world so far, if it is to read along."""
+        """Read typed text, free of telnet, IAC doubled; yield (bytes, line) for each line and
+        (bytes, None) for what is left. The bytes bring a world so far that is to read along."""
         text, at = dialect.tame(self, text), 0
         while at < len(text):
             end = dialect.line_end.search(text, at)
             stop = end.end() if end else len(text)
-            raw = text[at:stop] if self.sent else unspelled(self.buffer + self.unfinished) + text[at:stop]
+            begun = b"" if self.sent else unspelled(self.buffer + self.unfinished)
+            raw = begun + text[at:stop]
             self._take(dialect, unescape(text[at:end.start() if end else stop]))
             at = stop
             self.rest = text[at:]
@@ -1780,14 +1848,13 @@ class LineReader:
             self.clear()
 
     def break_off(self):
-        """Read no more of what lines() was given; return what it has not yielded, to be read another time."""
+        """Read no more of what lines() was given; return what was not yielded, for another time."""
         rest, self.rest, self.lead = self.rest + self.lead, b"", b""
         self.clear()
         return rest
 
     def _take(self, dialect, text):
-        stored = bytearray(self.buffer)
-        utf8 = dialect.is_utf8(self.charset)
+        stored, utf8 = bytearray(self.buffer), dialect.is_utf8(self.charset)
         for run in _RUNS.findall(text):
             if run in dialect.erasers and run:
                 self.unfinished = b""
@@ -1797,7 +1864,8 @@ class LineReader:
                 run = self._utf8(run)
             elif run[0] >= 128:
                 run = dialect.characters(run, self.charset)
-            stored += run.translate(None, dialect.dropped)[:max(0, dialect.longest_line - len(stored))]
+            room = max(0, dialect.longest_line - len(stored))
+            stored += run.translate(None, dialect.dropped)[:room]
         self.buffer = bytes(stored)
 
     @staticmethod
@@ -1807,7 +1875,7 @@ class LineReader:
         del stored[-1:]
 
     def _utf8(self, run):
-        """What TinyMUX keeps of a run of bytes: a byte that does not continue a character goes with what it broke."""
+        """What TinyMUX keeps of a run of bytes: what breaks a character goes with it."""
         kept, run, at = b"", self.unfinished + run, 0
         self.unfinished = b""
         while at < len(run):
@@ -1815,35 +1883,27 @@ class LineReader:
             if begun:
                 self.unfinished = begun.group()
                 break
-            if whole and run[at] != 0xcc:
+            if whole:
                 kept += whole.group() if _is_shown(whole.group()) else b""
                 at = whole.end()
             elif run[at] < 128:
                 kept += run[at:at + 1]
                 at += 1
             else:
-                at = self._broken(run, at)
+                at = _UTF8_BROKEN.match(run, at).end()
         return kept
-
-    @staticmethod
-    def _broken(run, at):
-        """Where to go on behind a byte that begins no whole character."""
-        lead = run[at]
-        if lead < 0xc2 or lead == 0xcc or lead in (0xf1, 0xf2) or lead > 0xf3:
-            return at + 1
-        at += 1
-        while at < len(run) and 0x80 <= run[at] < 0xc0:
-            at += 1
-        return at + 1
 
     def note_charset(self, dialect, sent):
         """Telnet was sent to the world, which may read otherwise from now on."""
-        if CHARSET in sent or NEW_ENVIRON in sent:
-            before = self.charset
-            for is_command, piece in Scanner().feed(sent):
-                self.charset = dialect.charset_after(piece, self.charset) if is_command else self.charset
-            if before != self.charset:
-                self.buffer, self.unfinished = dialect.transcoded(self.buffer, before, self.charset), b""
+        if CHARSET not in sent and NEW_ENVIRON not in sent:
+            return
+        before = self.charset
+        for is_command, piece in Scanner().feed(sent):
+            if is_command:
+                self.charset = dialect.charset_after(piece, self.charset)
+        if before != self.charset:
+            self.buffer = dialect.transcoded(self.buffer, before, self.charset)
+            self.unfinished = b""
 
 
 def unspelled(line):
@@ -1852,7 +1912,7 @@ def unspelled(line):
 
 
 def recognise(banner, info):
-    """The dialect of a world from what it sent at connect and its answer to INFO or MSSP; None if none fits."""
+    """The dialect of a world by its banner and its answer to INFO or MSSP; None if none fits."""
     version = re.search(rb"Version: ([^\r\n]+)", info)
     version = version.group(1) if version else b""
     if not version and (b"TeenyMUSH" in banner + info or banner.startswith(TeenyMUSH.offers)):
