@@ -849,7 +849,7 @@ _CHARACTER_SETS = re.compile(r"(?i)utf-?8|iso[-_]?8859-\d\d?|latin-?1|us-ascii|a
 
 
 def codec_of(name):
-    """The Python codec of a character set named in telnet (RFC 2066), ASCII if HAS does not know it."""
+    """The Python codec of a character set named in telnet (RFC 2066), ASCII if it is unknown."""
     try:
         return codecs.lookup(name).name if _CHARACTER_SETS.fullmatch(name) else "ascii"
     except LookupError:
@@ -1028,7 +1028,7 @@ class Replay:
         self.late = b""            # what waits for that
 
     def grow_old(self):
-        """What is offered again from now on is offered by a world that was started anew in place."""
+        """What is offered again from now on comes of a world that was started anew in place."""
         self.early = False
 
     def opening(self):
@@ -1166,7 +1166,7 @@ class Replay:
 # ======================================================================
 
 class Credentials:
-    """A character's name and password, the verb typed with them. Never shown in log or traceback."""
+    """A character's name and password, the verb typed with them. No log or traceback shows them."""
 
     __slots__ = ("verb", "name", "password", "creates")
 
@@ -2200,7 +2200,7 @@ class WordProof(Proof):
 
 
 class Change:
-    """A change of a character's password or name that was typed, and is followed until the world answers (rule 7)."""
+    """A typed change of a password or name, followed until the world answers (rule 7)."""
 
     __slots__ = ("kind", "new", "until", "_line")
 
@@ -2210,11 +2210,11 @@ class Change:
         self._line = b""           # an unfinished line of the world
 
     def outcome(self, dialect, text):
-        """Take text of the world; return True (changed), False (refused) or None (not answered yet)."""
+        """Take text of the world: True (changed), False (refused) or None (not answered yet)."""
         *lines, self._line = (self._line + text).split(b"\n")
         self._line = self._line[-300:]
-        changed, kept = ((dialect.password_changed, dialect.password_kept) if self.kind == "password" else
-                         (dialect.name_changed, dialect.name_kept))
+        changed, kept = ((dialect.password_changed, dialect.password_kept)
+                         if self.kind == "password" else (dialect.name_changed, dialect.name_kept))
         for line in lines:
             line = line.rstrip(b"\r")
             if changed.match(line) or kept.match(line):
@@ -2223,26 +2223,29 @@ class Change:
 
     def of(self, login):
         """The Credentials that `login` has become."""
-        name, password = (login.name, self.new) if self.kind == "password" else (self.new, login.password)
-        return Credentials(login.verb, name, password)
+        if self.kind == "password":
+            return Credentials(login.verb, login.name, self.new)
+        return Credentials(login.verb, self.new, login.password)
 
 
-PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner, "Agreement": Agreement,
-          "Replay": lambda: Replay(Agreement()), "MarkProof": lambda: MarkProof(PLAIN),
-          "WordProof": lambda: WordProof(PLAIN), "LineReader": LineReader, "Spelling": Spelling,
+PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner,
+          "Agreement": Agreement, "Replay": lambda: Replay(Agreement()),
+          "MarkProof": lambda: MarkProof(PLAIN), "WordProof": lambda: WordProof(PLAIN),
+          "LineReader": LineReader, "Spelling": Spelling,
           "Typed": LineReader,                  # so older programs called it
           "Change": lambda: Change("", b"", 0)}
+CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, collections.deque)}
 
 
 def pack(value):
-    """`value` as what JSON can hold, for an upgrade: bytes, containers, dialects and the objects of PACKED too."""
+    """`value` as what JSON can hold: bytes, containers, dialects and the objects of PACKED too."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": value.decode("latin-1")}
     if isinstance(value, dict):
         return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple, set, collections.deque)):
+    if isinstance(value, tuple(CONTAINERS.values())):
         return {type(value).__name__: [pack(item) for item in value]}
     if isinstance(value, Dialect):
         return {"dialect": value.name}
@@ -2255,7 +2258,7 @@ def _slots_of(value):
 
 
 def unpack(value):
-    """What pack() was given. Slots a newer program has and an older one had not keep their defaults."""
+    """What pack() was given. Slots that an older program did not have keep their defaults."""
     if not isinstance(value, dict):
         return value
     (kind, content), = [item for item in value.items() if item[0] != "slots"]
@@ -2267,12 +2270,10 @@ def unpack(value):
         for name in _slots_of(made) & set(slots):
             setattr(made, name, unpack(slots[name]))
         return made
+    if kind in CONTAINERS:
+        return CONTAINERS[kind](map(unpack, content))
     makers = {"bytes": lambda: content.encode("latin-1"), "dialect": lambda: DIALECTS[content],
-              "dict": lambda: {unpack(key): unpack(item) for key, item in content},
-              "list": lambda: [unpack(item) for item in content],
-              "tuple": lambda: tuple(unpack(item) for item in content),
-              "set": lambda: {unpack(item) for item in content},
-              "deque": lambda: collections.deque(unpack(item) for item in content)}
+              "dict": lambda: {unpack(key): unpack(item) for key, item in content}}
     return makers[kind]()
 
 
@@ -2300,7 +2301,7 @@ class Mailbox:
             pass                                # full: the owner will wake in any case
 
     def run(self):
-        """Run what was posted. Only the owner's thread may call; what a call posts is run next time."""
+        """Run what was posted; what that posts is run next time. The owner's thread only."""
         try:
             while len(self.reader.recv(4096)) == 4096:
                 pass
@@ -2319,25 +2320,25 @@ class Mailbox:
 # ======================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-NOT_NOW = (BlockingIOError, InterruptedError) + ((ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
-HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: stop reading the other side above, go on below
+NOT_NOW = (BlockingIOError, InterruptedError) + (
+    (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
+HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
 CHUNK = 65536
 
 
 def tune(sock, idle, interval, count, user_timeout=0):
-    """Keep a TCP connection prompt and notice a vanished peer; seconds. What a platform lacks is left out."""
+    """Keep a TCP connection prompt and notice a vanished peer; seconds. What a platform can."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    wanted = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-              (socket.IPPROTO_TCP, "TCP_KEEPIDLE", idle), (socket.IPPROTO_TCP, "TCP_KEEPALIVE", idle),  # macOS
-              (socket.IPPROTO_TCP, "TCP_KEEPINTVL", interval), (socket.IPPROTO_TCP, "TCP_KEEPCNT", count),
-              (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(user_timeout * 1000))]
-    for level, option, value in wanted:
+    wanted = {"SO_KEEPALIVE": 1, "TCP_NODELAY": 1, "TCP_KEEPIDLE": idle,
+              "TCP_KEEPALIVE": idle,            # so macOS calls it
+              "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count,
+              "TCP_USER_TIMEOUT": int(user_timeout * 1000)}
+    for option, value in wanted.items():
+        level = socket.IPPROTO_TCP if option.startswith("TCP_") else socket.SOL_SOCKET
         if value and hasattr(socket, option):
-            try:
+            with contextlib.suppress(OSError):  # known but not for this socket: the default stays
                 sock.setsockopt(level, getattr(socket, option), value)
-            except OSError:
-                pass                            # known but not for this socket: the kernel's own default stays
 
 
 def reset(sock):
@@ -2349,7 +2350,8 @@ def reset(sock):
 def is_connected_to_itself(sock):
     """Whether a connect to a dead local port met its own outgoing port (TCP simultaneous open)."""
     try:
-        return sock.family != getattr(socket, "AF_UNIX", None) and sock.getsockname() == sock.getpeername()
+        return (sock.family != getattr(socket, "AF_UNIX", None)
+                and sock.getsockname() == sock.getpeername())
     except OSError:
         return False                            # gone again already
 
@@ -2357,15 +2359,16 @@ def is_connected_to_itself(sock):
 class Stream:
     """One non-blocking socket in the hub's selector. Main thread only.
 
-    The owner is told by on_data(data), a bound method, and owner.on_stream_open, on_stream_end(stream, reason),
-    on_stream_full and on_stream_room (the out-buffer passed HIGH_WATER, fell below LOW_WATER).
-    A failed send stops writing only; the stream ends when reading it does, so that last words are not lost.
+    The owner is told by on_data(data), a bound method, and owner.on_stream_open(stream),
+    on_stream_end(stream, reason), on_stream_full and on_stream_room (the out-buffer passed
+    HIGH_WATER, fell below LOW_WATER). A failed send stops writing only; the stream ends when
+    reading it does, so that last words are not lost.
     """
 
     committed = 0                  # bytes at the start of `out` that must stay as they are
 
-    __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed", "full",
-                 "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
+    __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
+                 "full", "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False):
         sock.setblocking(False)
@@ -2380,7 +2383,7 @@ class Stream:
 
     @classmethod
     def connect(cls, selector, target, owner, on_data, **more):
-        """Begin to connect to target = (family, address); raises OSError where that fails at once."""
+        """Begin to connect to target = (family, address); OSError where that fails at once."""
         sock = socket.socket(target[0], socket.SOCK_STREAM)
         sock.setblocking(False)
         error = sock.connect_ex(target[1])
@@ -2512,15 +2515,14 @@ class Stream:
         self._update()
 
     def finish(self):
-        """Flush, then end the writing side of an open stream. Reading goes on until the other ends too; then drop()."""
-        self._finishing = True
-        self._paused = False
+        """Flush, then end the writing side. Reading goes on until the other ends; then drop()."""
+        self._finishing, self._paused = True, False
         if not self.out:
             self._shut()
         self._update()
 
     def _shut(self):
-        try:                                    # not the method of an SSLSocket: that would read on without TLS
+        try:                                    # an SSLSocket's own would read on without TLS
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
         except OSError:
             self._broken = True                 # gone already; reading says so too
@@ -2551,7 +2553,8 @@ class Stream:
     def take_up(self, packed):
         """Go on where the packed stream was."""
         self.out = bytearray(unpack(packed["out"])) or b""
-        self.ended, self._finishing, self._broken = packed["ended"], packed["finishing"], packed["broken"]
+        self.ended, self._finishing = packed["ended"], packed["finishing"]
+        self._broken = packed["broken"]
         self._update()
         if len(self.out) > HIGH_WATER:
             self.full = True
@@ -2561,16 +2564,17 @@ class Stream:
 class Splice:
     """Two streams, each sent what the other receives. Used by a Pump."""
 
-    CLOSE_SECONDS = 12             # the program at the plain side closes what has ended within 10 s; after that we do
+    CLOSE_SECONDS = 12             # HAS, at the plain side, closes within 10 s what has ended
 
     def __init__(self, selector, inside, sock):
-        self.inside = inside                    # the TLS stream, whose selector was another process's
-        inside.selector, inside.owner, inside.on_data, inside._interest = selector, self, self._from_inside, 0
+        self.inside = inside                    # the TLS stream, of another process's selector
+        inside.selector, inside._interest = selector, 0
+        inside.owner, inside.on_data = self, self._from_inside
         self.plain = Stream(selector, sock, self, self._from_plain)
         self._ending_since = None
 
     def start(self):
-        """Serve what waits inside TLS, which no selector shows; what was held was for the other side."""
+        """Serve what waits inside TLS, unseen by a selector; what was held was for the other."""
         if self.inside.ended:
             self.plain.finish()
         self.inside.full = self.inside._paused = False
@@ -2603,12 +2607,14 @@ class Splice:
 
     @property
     def is_to_be_watched(self):
-        """Whether it could last longer than it should: one side has ended, or could end without being read."""
-        return not self.inside.closed and (self.inside.ended or self.plain.ended or self.inside.full)
+        """Whether it could last too long: one side has ended, or could end without being read."""
+        inside = self.inside
+        return not inside.closed and (inside.ended or self.plain.ended or inside.full)
 
     def look(self, now):
-        """Close both when one side has ended long enough: the other may ignore that, and not even read."""
-        if self._ending_since is None and (self.inside.ended or self.plain.ended or self._is_left()):
+        """Close both when one has ended long enough: the other may ignore that, and not read."""
+        ending = self.inside.ended or self.plain.ended or self._is_left()
+        if self._ending_since is None and ending:
             self._ending_since = now
         if self._ending_since is not None and now >= self._ending_since + self.CLOSE_SECONDS:
             self.on_error()
@@ -2662,10 +2668,10 @@ class Pump:
 
 
 class TLSStream(Stream):
-    """A Stream inside TLS; on_stream_open comes when the handshake is done. Owners see no other difference."""
+    """A Stream inside TLS; on_stream_open comes when the handshake is done."""
 
     __slots__ = ("_context", "_server_name", "_handshake", "committed")
-    RECORD = 16384                 # a write is retried with no less than was offered: never offer more than a record
+    RECORD = 16384                 # bytes; a write is retried with no less than was offered
 
     def __init__(self, selector, sock, owner, on_data, context, connecting=False, server_name=None):
         self._context, self._server_name, self._handshake = context, server_name, 0
