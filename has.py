@@ -2761,39 +2761,72 @@ class TLSStream(Stream):
 # 6. Session
 #
 # One user: a client stream, a link to the world, and what must be remembered
-# to bring him back. Every rule that a user can see is in this part.
+# to bring him back. Every rule that a user can see is in this part:
+#
+#   Character   who he is for the world, was, and may be again
+#   Screen      everything his client is shown
+#   Telnet      the negotiation between his client and one world after another
+#   Inbox       everything his client sends: what may be read now, what later
+#   Lines       what each line he types means
+#   Return      his way back into the world
+#   Hold        how long he waits, and what he is told of it
+#   Session     the states between which all this moves
 # ======================================================================
 
 KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
-OFFERS_SECONDS = 10                # a server's own offers, repeated or not, come no later than this on a new link
+FLUSH_SECONDS = 10                 # a client or link that is being ended has so long for what is held
+OFFERS_SECONDS = 10                # a server's own offers come no later than this on a new link
+LATE_SECONDS = 2                   # ... and its first telnet command no later than this
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
 EXPECT_SECONDS = 5                 # the world answers a setting that HAS repeats sooner than that
+HIDE_SECONDS = 0.3                 # the rest of a line that may be an arrival comes sooner than that
 MARK_SECONDS = 60                  # marks come no later than this after a login
-NOTHING = {}
+NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the world says nothing
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
-# What clients send by timer, to be connected still: an empty line, IDLE, @@ (worlds/pennmush.md b).
-_BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
-_QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
-# The start of typed lines that HAS must read; everything else passes unread.
-_WATCHED = re.compile(rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
-_WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
-# ... unless it holds a byte that some server does not just keep (see LineReader): only its line end may be one. A table
-# for translate(): it changes text that holds one, and is twice as fast as a regular expression.
-_DOUBTS_MARKED = bytes(64 if n < 32 or n >= 127 else n for n in range(256))
+UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
+NOTHING = {}
 
 
 class State(enum.Enum):
-    """What a session is doing; see Session."""
+    """What a session is doing; Session.TABLE has what happens in which of them."""
 
+    OPENING = "its first link is being opened"
     LOGIN = "at the login screen"
     PLAYING = "in the game"
     ASKING = "asking why the link ended"
     WAITING = "waiting for the world"
+    BACKOFF = "waiting for the next try of a link"
+    REOPENING = "a link for a return is being opened"
     RETURNING = "being logged in again"
     CLOSING = "closing"
+
+
+AT_LOGIN = {State.OPENING, State.LOGIN}
+AWAY = {State.WAITING, State.BACKOFF}           # what he types now is not sent
+COMING_BACK = {State.REOPENING, State.RETURNING}
+LINKED = {State.LOGIN, State.PLAYING}           # he and the world can talk
+
+
+class Event(enum.Enum):
+    """What happens to a session, other than text."""
+
+    TURN = "its turn to connect to the world"
+    OPENED = "the link is open"
+    FAILED = "the link did not open"
+    ENDED = "the open link ended"
+    LEFT = "verdict: the user left"
+    DIED = "verdict: the world died"
+    DOWN = "the world is down or has moved"
+    RETRY = "the world may take a link"
+    TOOK = "the login he typed took"
+    MARKED = "the end marker of his return came"
+    OVERDUE = "... did not come in time"
+    LOGOUT = "he has logged out to the login screen"
+    CLIENT_ENDED = "the client ended its side"
+    CLIENT_LOST = "the client's connection broke"
 
 
 def end_of_nth(ends, data, count):
@@ -2919,1017 +2952,294 @@ class Noise:
 PACKED["Noise"] = Noise
 
 
-class Session:
-    """One user. Main thread only.
+class Character:
+    """Who a user is for the world, was, and may be again: pure, no streams, no clocks.
 
-    LOGIN ------------> PLAYING         a login was confirmed
-      |  link ended        |  link ended
-      +-----> ASKING <-----+            is the world alive?  yes: CLOSING, no: WAITING
-                |
-    WAITING <---+--- world down         the client is held and told
-      |  world up: its turn
-      +-----> RETURNING ---> PLAYING    logged in again
-      +-----> LOGIN                     where there is no login to repeat
-    CLOSING                             what is held goes out, then the client is closed
-
-    Timers, verdicts and connects carry `serial`, the number of the link they are about; another one is ignored.
+    `login` is confirmed. `previous` is the pair before a change of name or password: kill -9
+    reverts a world to its last dump. `pending` was typed while no world could answer it.
     """
 
-    __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since", "login", "previous",
-                 "pending", "unanswered", "trials", "greeting", "kept", "typed", "proof", "agreement", "replay",
-                 "from_client", "from_world", "settings", "changing", "direct", "scan", "silent", "tail", "notices",
-                 "hidden", "quit_at", "failures", "failing_since", "told", "unsent_lines", "stuck", "bytes_in",
-                 "bytes_out", "typed_at", "tls", "kept_due", "stuck_due", "words", "held_since", "settled", "backlog",
-                 "proven", "expected", "reading_timer", "checked", "slow_until", "words_due", "iced", "spoke_at", "told_at",
-                 "braked", "behind", "announced", "spelling", "first")
+    __slots__ = SURVIVES = ("login", "previous", "pending", "unanswered", "trials", "changing",
+                            "proven", "checked")
 
-    def __init__(self, hub, number, client, host, tls=False):
-        self.hub, self.number, self.client, self.host, self.tls = hub, number, client, host, tls
-        client.owner, client.on_data = self, self.on_client_data
-        self.since = int(time.time())           # shown to the world, kept over returns
-        self.state, self.serial = State.LOGIN, 0
-        self.link = self.life = self.proof = self.agreement = self.replay = None
-        self.from_client = self.from_world = None
-        self.proven = b""                       # the character as it logged in, whatever names were typed later
-        self.checked = None                     # the Credentials the heartbeat was asked about, or a list of them
-        self.login = self.previous = None       # the confirmed Credentials and the pair before a change of them
-        self.pending = None                     # a login typed while the world was away
-        self.unanswered = []                    # (login, time), typed and neither confirmed nor refused yet
-        self.trials = []                        # Credentials to try on return, best first
-        self.greeting = None                    # the notice for the next login screen
-        self.kept = b""                         # typed while no link could take it
-        self.first = FirstLine()
-        self.spelling = PLAIN_SPELLING              # how notices are written for him
-        self.typed = LineReader()
-        self.settings = NOTHING                 # what the user set for his connection (rule 8)
-        self.changing = None                    # a Change typed and not yet answered by the world
-        self.direct = self.scan = self.silent = False
-        self.tail = b""                         # the unfinished line the client was sent last
-        self.notices = []                       # waiting for the end of that line
-        self.hidden = b""                       # a tail that could begin an arrival line
-        self.quit_at = self.failures = self.failing_since = self.unsent_lines = self.bytes_in = self.bytes_out = 0
-        self.reading_timer = False                   # a timer looks whether the client reads at all
-        self.told = self.stuck = self.settled = False       # settled: in, but others of this character are not yet
-        self.typed_at = hub.now
-        self.kept_due = self.stuck_due = self.held_since = 0
-        self.words = b""                        # the world's last words to a return that failed
-        self.words_due = False                  # ... are still to be shown, if it lives on
-        self.iced = b""                         # lines passed on since the world has fallen silent
-        self.spoke_at = 0                       # when the world last said something at the login screen of this link
-        self.braked = None                      # a login line that waits: arguments of _pass_login
-        self.behind = b""                       # what came behind it in the same read
-        self.announced = False                  # the log has a line about him: who says nothing may be a probe
-        self.told_at = 0                        # when the waiting user was last told how long it has lasted
-        self.backlog = b""                      # typed, and left for later turns
-        self.slow_until = 0                     # nothing he types is read before: he tries many passwords
-        self.expected = []                      # lines: what the world says to settings HAS repeats: not for the user
-
-    def __str__(self):
-        name = self.login.name.decode("utf-8", "replace") + "@" if self.login else ""
-        return f"session {self.number} {printable(name)}{self.host}"
-
-    # ---- life cycle
-
-    def _enter(self, state):
-        if state is not self.state:
-            log.debug("%s: %s -> %s", self, self.state.name, state.name)
-        self.state = state
-        self._refresh()
-
-    def _refresh(self):
-        """Compute the two flags of the fast path from everything they depend on."""
-        self.direct = (self.state is State.PLAYING and self.linked and not self.dialect.capped
-                       and not (self.kept or self.silent or self.backlog or not self.typed.idle)
-                       and not (self.from_client and self.from_client.held))
-        self.scan = bool(self.state in (State.RETURNING, State.LOGIN) or self.stuck or self.kept or self.changing or
-                         self.hidden or self.hub.noise or self.expected or self.proof and self.proof.live or
-                         self.from_world and self.from_world.held)
-
-    def status(self):
-        """What is told of this session: plain values, nothing secret, nothing that could steer a terminal."""
-        size = self.agreement.naws if self.agreement else None
-        width, height = struct.unpack(">HH", unescape(size)[3:7]) if size and len(unescape(size)) == 9 else (0, 0)
-        return {"id": self.number, "name": printable(self.login.name) if self.login else "", "host": self.host,
-                "state": self.state.name, "age": int(time.time()) - self.since, "tls": self.tls,
-                "idle": int(self.hub.now - self.typed_at), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
-                "size": f"{width}x{height}" if width else ""}
-
-    # unsent_lines counts the lines of one second, and a timer that is not packed ends that
-    _NOT_PACKED = {"hub", "client", "link", "state", "stuck", "reading_timer", "unsent_lines", "settled"}
-
-    def pack(self):
-        """This session for a new process: (plain values, the descriptors to keep). What is under way is begun anew."""
-        linked = self.linked and self.state is not State.RETURNING
-        state = State.WAITING if self.state is State.RETURNING else self.state
-        values = {name: pack(getattr(self, name)) for name in self.__slots__ if name not in self._NOT_PACKED}
-        streams = [self.client] + [self.link] * linked
-        return {"state": state.name, "values": values, "client": self.client.pack(),
-                "link": self.link.pack() if linked else None}, [stream.sock.fileno() for stream in streams]
-
-    def unpack(self, packed):
-        """Take up what pack() gave; nothing is sent yet (see go_on)."""
-        for name in (set(self.__slots__) - self._NOT_PACKED) & set(packed["values"]):
-            setattr(self, name, unpack(packed["values"][name]))
-        if self.replay:
-            self.replay.agreement = self.agreement
-        if self.from_client:
-            self.from_client.strict = True      # older programs had no such thing
-        self.state = State[packed["state"]]
-        self.client.take_up(packed["client"])
-        if packed["link"]:
-            self.link = Stream(self.hub.selector, socket.socket(fileno=packed["link"]["fd"]), self,
-                               self._link_reader())
-            self.link.take_up(packed["link"])
-
-    def go_on(self):
-        """Begin anew what was under way when the process was replaced: timers, questions, connects."""
-        self.stuck = self.client.full
-        self._refresh()
-        self._flush_notices()
-        if self.backlog or len(self.kept) > KEEP_BYTES or self.slow_until > self.hub.now:
-            self.client.pause()
-            self._queue_backlog()
-            self.hub.later(max(0.0, self.slow_until - self.hub.now), self._resume_client)
-        if self.braked:
-            self.hub.later(max(0.0, self.slow_until - self.hub.now), self.try_login)
-        if self.expected:
-            self._later(EXPECT_SECONDS, self.expected.clear)
-        if self.hidden:
-            self._show_hidden()
-        if self.state is State.CLOSING:
-            self._later(10, self.end)
-            if self.client.ended and not self.link:
-                self.end()
-        elif self.state is State.ASKING:
-            self.hub.ask(self)
-        elif self.state is State.WAITING:
-            self._look_at_hold(self.held_since)
-        elif self.kept and self._can_talk():
-            self._later(0.1, self._send_kept)
-        if self.replay and self.replay.waits:
-            self._later(2, self._send_late)
-        if self.replay and self.replay.early:
-            self._later(OFFERS_SECONDS, self.replay.grow_old)
-        if self.checked and self.state is State.PLAYING:        # the heartbeat of before took the question along
-            self.hub.check(self, [self.checked, *self.proof.others])
-        if self.proof and self.state is State.PLAYING:
-            self._later(MARK_SECONDS, self.proof.retire)
-        if self.state is State.LOGIN and not self.link or self.state is State.WAITING:
-            self.serial += 1
-            if self.hub.is_up:
-                self.connect_again()
-
-    def announce(self):
-        """Say in the log that he is here, when he has spoken or stayed; of too many a minute only the number."""
-        if not self.announced and not self.client.closed:
-            line = f"{self}: connected{' (TLS)' if self.tls else ''}"
-            what = "connected and spoke or stayed"
-            self.announced = self.hub.visits.note(self.host, what, line, free=60)
-
-    def on_noise(self):
-        """Arrivals begin to be hidden."""
-        self._refresh()
-
-    def replace_stream(self, name, sock):
-        """Another process took over the TLS of a stream: its plain side is `sock`. What was held went along."""
-        old = getattr(self, name)
-        new = Stream(self.hub.selector, sock, self, old.on_data)
-        packed = {**old.pack(), "out": pack(b""), "broken": False}
-        Stream.drop(old)                        # not TLS's own: that would end it for the other process
-        setattr(self, name, new)
-        new.take_up(packed)
-        if packed["finishing"]:
-            new.finish()
-        self.on_stream_room(new)                # what the old one held is not held here
-        self._refresh()
-
-    def _due(self, serial, action):
-        """A timer for link number `serial` has come."""
-        if serial == self.serial and not self.client.closed:
-            action()
-            self._refresh()
-
-    def _later(self, seconds, action):
-        self.hub.later(seconds, self._due, self.serial, action)
-
-    def end(self):
-        """Forget this session and close what is open."""
-        self.state = State.CLOSING              # whatever fails below, on_error() finds nothing more to do
-        self.client.drop()
-        self._drop_link()
-        self.hub.forget(self)
-
-    def close(self, why, notice=""):
-        """Close the client after what is held for it was sent, within 10 s."""
-        if self.state is State.CLOSING:
-            return
-        log.info("%s: %s: closing", self, why)
-        if notice:
-            self._write_notice(notice)
-        self._drop_link()
-        self._enter(State.CLOSING)
-        self._later(10, self.end)
-        self.client.finish()
-        if self.client.ended:
-            self.end()
-
-    def on_error(self):
-        """A fault of HAS itself in handling this session (it was logged): end only this session."""
-        self.end()
-
-    # ---- the client
-
-    def on_client_data(self, data):
-        """The client sent `data`."""
-        self.typed_at = self.hub.now
-        self.bytes_in += len(data)
-        if self.direct and data[-1] == 10 and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
-            line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
-            if line.translate(_DOUBTS_MARKED) == line:
-                self.quit_at = 0
-                self.link.send(data)
-                return
-        if self.first.is_http is None:
-            self._look_at_first_line(data)
-        if self.first.is_raw:
-            self._pass_on(data)
-        elif self.backlog:
-            self.backlog += data
-        else:
-            self._read_in_turn(data)
-
-    def _look_at_first_line(self, data):
-        """A client that speaks HTTP, or the frames of a websocket, can be told nothing."""
-        self.first.feed(data, self.dialect.serves_http and not self._has_secret_word())
-        if not self.first.is_http:
-            self.first = self.first if self.first.is_http is None else TYPED_LINE
-            return
-        self.announce()
-        log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world", self)
-        if self.link:
-            self.link.on_data = self._link_reader()
-        if self.state is State.WAITING:
-            self._end_with_world()
-
-    def _pass_on(self, data):
-        """Bytes of such a client, for the world as they are."""
-        if self.state is State.CLOSING:
-            return
-        if self._can_forward():
-            self.link.send(data)
-            return
-        self.kept += data
-        if len(self.kept) > KEEP_BYTES:
-            self.client.pause()
-
-    def _pass_back(self, data):
-        """Bytes of the world, for such a client."""
-        self.bytes_out += len(data)
-        self.client.send(data)
-        self.hub.links.arrived(self)
-        if len(self.client.out) > self.hub.settings.output_limit:
-            self.close("takes too little of what the world sends, and nothing can be left out")
-
-    def _end_with_world(self):
-        self.close("speaks HTTP, so it ends with its world")
-
-    def _read_in_turn(self, data):
-        """Read what this turn of the hub still has time for, and the rest in later ones: others have theirs between."""
-        hub = self.hub
-        if data and not self.announced and self.bytes_in == len(data):
-            self.announce()
-            hub.look_at_first_words(self.host, data)
-        # a line end or a telnet command costs about the same, a byte nearly nothing
-        stop = end_of_nth(b"\r\n\xff", data, hub.patience)
-        if self.state is State.LOGIN:           # whatever comes behind a login that may have to wait
-            stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins_left(self.host))))
-        data, self.backlog = data[:stop], data[stop:]
-        if self.backlog:
-            self.client.pause()
-            self._queue_backlog()
-            self._refresh()
-        hub.patience -= 1 + len(data) - len(data.translate(None, b"\r\n\xff")) + len(data) // 1024
-        if not data or self.state is State.CLOSING:
-            return
-        if self.state is State.WAITING or self._can_forward():
-            self._read_client(data)
-        else:
-            self._keep(data)
-
-    def _queue_backlog(self):
-        if self.backlog and self not in self.hub.backlogs:
-            self.hub.backlogs.append(self)
-
-    def take_backlog(self):
-        """Go on with what was left for later turns."""
-        if self.slow_until > self.hub.now:
-            self.hub.later(self.slow_until - self.hub.now, self._queue_backlog)
-            return
-        data, self.backlog = self.backlog, b""
-        if not self.client.closed:
-            self._resume_client()
-            self._read_in_turn(data)
-
-    def _resume_client(self):
-        """Read the client again, unless something else still forbids it."""
-        if not (self.backlog or self.link and self.link.full or len(self.kept) > KEEP_BYTES or self.client.full
-                or self.slow_until > self.hub.now):
-            self.client.resume()
+    def __init__(self):
+        self.login = self.previous = self.pending = None        # Credentials, or None
+        self.unanswered = []       # (login, typed at, greeted by then), neither taken nor refused
+        self.trials = []           # Credentials to try on return, best first
+        self.changing = None       # a Change typed and not yet answered by the world
+        self.proven = b""          # the character as it logged in, whatever was typed later
+        self.checked = None        # what the heartbeat was asked about: Credentials, or a list
 
     @property
-    def linked(self):
-        """Whether there is an open link."""
-        return self.link is not None and not self.link.connecting
+    def is_guest(self):
+        """Whether he is logged in as a guest: another one may have that name the next time."""
+        return self.login is not None and self.login.is_guest
 
-    def _can_talk(self):
-        """Whether the user and the world can talk."""
-        return self.linked and self.state in (State.LOGIN, State.PLAYING)
+    def who(self, number, coming):
+        """Who this is for the world: a character; `number` where no name tells him from others."""
+        login = self.trials[0] if coming and self.trials else self.login
+        return login.character if login and login.character != b"guest" else number
 
-    def _can_forward(self):
-        """Whether what he types goes on at once: nothing kept is before it."""
-        return self._can_talk() and not self.kept
+    def would_be(self, number):
+        """The same for one who has not begun to come back."""
+        login = self.login or self.pending
+        return login.character if login and not login.is_guest else number
 
-    def _keep(self, data):
-        if self.state is State.LOGIN:
-            self._tell_silence()
-        self.kept += data
-        if IAC in data:
-            self._answer_kept()
-        if self.silent and self.state is State.LOGIN and _QUIT_LAST.search(self.kept):
-            self.close("quit")                  # he need not wait for the link to open
-            return
-        if len(self.kept) > KEEP_BYTES:
-            self.client.pause()                 # nothing is lost: the rest waits at the client
-        self._refresh()
+    # ---- at the login screen
 
-    def _answer_kept(self):
-        """Answer what was kept and asks for an answer at once: telnet(1) shows nothing more until then (Ctrl-C)."""
-        kept = []
-        for is_command, piece in split_commands(self.kept):
-            if is_command and piece in ASKS_FOR_LIFE:
-                self._answer_for_world(piece)
-            else:
-                kept.append(piece)
-        self.kept = b"".join(kept)
+    def type(self, login, now, greeted):
+        """A login goes on to the world; `greeted`: it has said something on this link."""
+        self.unanswered = self.unanswered[-7:] + [(login, now, greeted)]
 
-    def _release(self):
-        """Take what was kept."""
-        kept, self.kept = self.kept, b""
-        self._resume_client()
-        self._refresh()
-        return kept
+    def answered(self, refusals, others, final):
+        """The world has refused so many logins for good, others for now; `final`: it means it."""
+        del self.unanswered[:refusals + others]
+        if refusals and final:
+            self.pending = None
 
-    def _read_kept(self):
-        """Read what was kept, in turn; it was typed before what was left for later turns."""
-        if self.first.is_raw:
-            self._pass_on(self._release())
-            return
-        data, self.backlog = self._release() + self.backlog, b""
-        self._read_in_turn(data)
+    def took(self, login, others, proven):
+        """A typed login took; `proven`: beyond doubt. Returns the pairs that may be right."""
+        login, others = login.made, [other.made for other in others]
+        self.login, self.previous = login, others[-1] if others else None
+        self.pending, self.unanswered = None, []
+        self.proven = login.character if proven else b""
+        return [login, *others]
 
-    def _read_client(self, data):
-        """The careful way: telnet, lines."""
-        if self.dialect.cr_first and (self.from_client and self.from_client.held or IAC in data):
-            data = data.replace(b"\r", b"")
-        if self.from_client is None and IAC in data:
-            self.from_client = Scanner(strict=True)
-        pieces = iter(self.from_client.feed(data) if self.from_client else [(False, data)])
-        out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
-        if out and self.link:
-            self.link.send(out)
-        self._refresh()
-
-    def _read_piece(self, is_command, piece, others):
-        """A piece of what the client sent, before the `others`; returns what the world gets of it now."""
-        if is_command:
-            return self._client_command(piece)
-        if is_command is None:                  # of a sub-negotiation that is too long to look at
-            return piece if self._can_forward() and self.dialect.telnet else b""
-        out = self._client_text(piece)
-        if self.braked:
-            self._put_back(others)
-        return out
-
-    def _put_back(self, pieces):
-        """A login waits: so does what was typed behind it. The scanner begins anew there."""
-        held = self.from_client.held if self.from_client else b""
-        rest, self.behind = self.behind + b"".join(piece for _, piece in pieces) + held, b""
-        if self.from_client:
-            self.from_client = Scanner(strict=True)
-        self.backlog = rest + self.backlog
-        self._queue_backlog()
-
-    def _client_command(self, piece):
-        """A telnet command of the client; returns what the world gets of it."""
-        text = self.dialect.as_text(piece) if len(piece) == 2 else None
-        if text is not None:
-            return self._client_text(text)
-        if len(piece) > 2 and piece[2] in UNREADABLE:
-            if piece[1] in (DO, WILL):
-                self._answer_client(command(WONT if piece[1] == DO else DONT, piece[2]))
-            return b""
-        if self.agreement is None:
-            self.agreement = Agreement()
-        is_news = len(piece) != 3 or self.agreement.changes(piece)
-        wanted = self.agreement.from_client(piece)
-        if self._answers_itself(piece):
-            if wanted and is_news:
-                self._answer_for_world(piece)
-        elif self._would_kill(piece):
-            log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", self)
-        elif wanted and self._can_forward():
-            if not (self.replay and self.replay.waits):
-                self.typed.note_charset(self.dialect, piece)
-                return piece
-            self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
-        return b""
-
-    def _answers_itself(self, piece):
-        """Whether HAS is the one to answer this command: no world that speaks telnet is there, or it is silent."""
-        world = self.hub.world
-        return (world and not world.dialect.telnet or self.state is State.WAITING
-                or self.silent and piece in ASKS_FOR_LIFE)
-
-    def _would_kill(self, piece):
-        """Whether this command would be the end of a PennMUSH (see Dialect.charset_once)."""
-        if piece != command(DO, CHARSET) or not self.dialect.charset_once:
+    def confirm(self, verdicts, others):
+        """The heartbeat's second proof of a typed login, and of `others` typed right behind it;
+        whether that one was denied."""
+        asked, self.checked = self.checked, None
+        if not self.login or self.changing or self.login != asked:      # changed meanwhile
             return False
-        replay = self.replay                    # what HAS says in front of all that waits may hold an ACCEPTED
-        return self.agreement.accepted or bool(replay and replay.waits and self.agreement.charset)
+        right = [pair for pair, verdict in zip([self.login, *others], verdicts) if verdict]
+        if right:
+            self.login, self.previous, self.proven = right[0], None, right[0].character
+        return not right and verdicts[0] is False
 
-    def _answer_client(self, data):
-        if self.client.full:                    # it asks and does not read: nothing that asks more
-            self.client.pause()
-        else:
-            self.client.send(data)
+    def forget(self, pending=None):
+        """Nobody is logged in here; `pending` is for the world's next life."""
+        self.login = self.previous = self.checked = None
+        self.pending, self.trials, self.proven = pending, [], b""
 
-    def _answer_for_world(self, piece):
-        """Answer the client's telnet for a server that cannot (RFC 1123 3.2.1), or does not just now. Its size, type
-        and character set are for the next one."""
-        if piece == AYT:
-            self._answer_client(b"\r\n[Yes]\r\n")
-        elif len(piece) == 3 and piece[1] in (DO, DONT):
-            self._answer_client(command(WONT, piece[2]))
-        elif len(piece) == 3 and piece[1] == WONT:
-            self._answer_client(command(DONT, piece[2]))
-        elif len(piece) == 3 and piece[1] == WILL:
-            wanted = piece[2] in (NAWS, TTYPE, CHARSET)
-            if not wanted:
-                self._answer_client(command(DONT, piece[2]))
-            elif self.dialect.telnet:
-                self.agreement.unheard.add(piece[2])
-            else:
-                self._accept(piece[2])
+    def log_out(self):
+        """LOGOUT, by a line that the world has read."""
+        self.forget(self.pending)
+        self.unanswered = []
 
-    def _accept(self, option):
-        """Take what the client offers: its size, its type or its character set."""
-        self._answer_client(command(DO, option))
-        self.agreement.from_world(command(DO, option))
+    # ---- in the game
 
-    def _client_text(self, text):
-        """Text of the client; returns what the world gets of it now."""
-        if self.state is State.WAITING:
-            return self._read_lines(text, self._waiting_line, self._waiting_part)
-        self._tell_silence()
-        return self._read_lines(text, self._typed_line, self._typed_part)
+    def change(self, kind, new, now):
+        """A new password or name was typed; the world's answer comes within 30 s."""
+        self.changing = Change(kind, new, now + 30)
+
+    def follow_change(self, dialect, text):
+        """Text of the world while a change is asked for; the kind of change it confirms, or None."""
+        changed = self.changing.outcome(dialect, text)
+        kind = self.changing.kind if changed and self.login else None
+        if kind:
+            self.previous, self.login = self.login, self.changing.of(self.login)
+        if changed is not None:
+            self.changing = None
+        return kind
+
+    # ---- while the world is away
+
+    def keep_unanswered(self, now, spoke_at, braked):
+        """The world died: a login it has not answered, or that was held back, is for the next.
+
+        It is answered if the world spoke behind it, in words of its own (sites edit them): whom
+        it has greeted it tells nothing unasked. A second: time for the mark behind a success.
+        """
+        if self.unanswered and not self.login:
+            login, typed_at, greeted = self.unanswered[-1]
+            if now - typed_at < 30 and not (greeted and typed_at < spoke_at < now - 1):
+                self.pending = login
+        if braked and not self.login:
+            self.pending = braked
+        self.unanswered = []
+
+    def type_while_away(self, login):
+        """A login typed while no world is there, for the next one; who is in keeps his own."""
+        if not self.login or self.is_guest:
+            self.login = None
+            self.pending, self.trials = login, [login]  # trials: a return may have begun already
+
+    def plan_return(self, logs_in):
+        """The pairs to try, best first: none for guests, nor where nobody logs in."""
+        pairs = [pair for pair in (self.login or self.pending, self.previous) if pair]
+        self.trials = pairs if logs_in and not self.is_guest else []
+
+    def must_be_checked(self, counts_failures):
+        """Whether to ask first which pair is right. Who does not exist yet, or needs no password,
+        is always wrong."""
+        first = self.trials[0] if self.trials else None
+        return bool(first) and not (first.creates or first.is_guest) and (
+            len(self.trials) > 1 or counts_failures)
 
     @property
-    def dialect(self):
-        """The family of the world, as far as it is known."""
-        return self.hub.world.dialect if self.hub.world else DIALECTS.get(self.hub.settings.mush_type, UNKNOWN)
+    def is_asked_for_another(self):
+        """Whether a login was typed since the heartbeat was asked."""
+        return any(pair not in self.checked for pair in self.trials)
 
-    def _read_lines(self, text, whole, part):
-        """Split typed text; `whole(line, bytes)` and `part(bytes)` return what goes on to the world."""
-        out = []
-        for raw, line in self.typed.lines(self.dialect, text):
-            out.append(part(raw) if line is None else whole(line, raw))
-            if self.braked:                     # LOGOUT and many logins may come in one read
-                self.behind = self.typed.break_off()
-                break
-        return b"".join(out)
-
-    def _spells_out(self):
-        """Whether the world gets finished lines only, as HAS has understood them: then it reads the same."""
-        return self.dialect.capped or self.state is State.LOGIN and (self.dialect.logs_in or self._has_secret_word())
-
-    def _handover_words(self):
-        """How addresses are handed over, by the settings in use and those to come (HUP)."""
-        return {self.hub.settings.remotehostname_cmd} | ({self.hub.world.word} if self.hub.world else set())
-
-    def _has_secret_word(self):
-        return not self._handover_words() <= {"auto", "none"}
-
-    def _typed_part(self, raw):
-        if self._spells_out():
-            return b""
-        self.typed.sent = True
-        return raw
-
-    def _typed_line(self, line, raw):
-        typed = self.typed
-        if self._spells_out() or not typed.sent and self.dialect.in_doubt(typed.buffer, typed.charset):
-            raw = unspelled(line) + (b"\r\n" if raw.endswith(b"\r\n") else raw[-1:])
-        if self.state is State.LOGIN:           # LOGOUT may have come just before it
-            return self._login_line(line, raw) if self._spells_out() else self._pass_line(line, raw)
-        if self._asks_for_list(line):
-            return raw if self.typed.sent else b""
-        return self._pass_line(line, raw)
-
-    def _pass_line(self, line, raw):
-        self._note_line(line)
-        self._note_iced(raw)
-        return raw
-
-    def _note_iced(self, raw):
-        """A line passed on to a silent world may never be carried out. Who quits need not wait for it to answer."""
-        if not self.silent:
-            return
-        if self.quit_at:
-            self.hub.later(0, self.close, "quit")               # after this line has gone on
-        self.iced = (self.iced + raw)[-KEEP_BYTES:]
-
-    def _asks_for_list(self, line):
-        """Answer an admin's #?; False if it is nothing of the kind."""
-        if line != b"#?" or self.proven.decode("utf-8", "replace") not in self.hub.settings.admins:
+    def choose(self, verdicts, counts_failures):
+        """The heartbeat's answer about `trials`; False: none is right, and a try would count."""
+        right = [pair for pair, verdict in zip(self.checked, verdicts) if verdict is not False]
+        if not right and counts_failures:
             return False
-        self._answer("\n".join(status_lines(self.hub.status())))
+        self.trials = right or self.trials[:1]
         return True
 
-    def _note_line(self, line):
-        """Remember what a line means that the world will read while the user is logged in or about to be."""
-        dialect, playing = self.dialect, self.state is State.PLAYING
-        if playing and dialect.strips_blanks:
-            line = line.lstrip(b" \t")
-        self.quit_at = self.hub.now if (dialect.quit_playing if playing else dialect.quit_login).match(line) else 0
-        setting = dialect.setting_words.match(line)
-        if setting:
-            self._note_setting(setting.group(1), setting.group(2) or b"")
-        if not playing:
-            return
-        if dialect.logout.match(line):
-            log.info("%s: logged out to the login screen", self)
-            self.login = self.previous = self.checked = None
-            self.trials, self.unanswered, self.settings, self.proven = [], [], NOTHING, b""
-            self.proof = dialect.proof(False, self.hub.world.telnet)
-            self._enter(State.LOGIN)
-            return
-        password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
-        if password:
-            self.changing = Change("password", password.group(1), self.hub.now + 30)
-        elif name and re.search(rb"[\[%\\{]", name.group(2)):
-            log.info("%s: uses softcode in @name; a new name that comes of it is not known to HAS", self)
-        elif name and name.group(1).lower() in (b"me", self.login.character if self.login else b"me"):
-            self.changing = Change("name", name.group(2), self.hub.now + 30)
+    def came_back(self, login):
+        """This pair took. Returns (whether it is his first login, whether a change was lost)."""
+        login, first = login.made, self.login is None
+        lost_change = self.previous is not None and login == self.previous
+        others = [pair for pair in (self.login, self.previous) if pair and pair != login]
+        self.login, self.previous = login, others[0] if others else None
+        self.pending, self.proven = None, login.character
+        return first, lost_change
 
-    def _note_setting(self, word, value):
-        """Remember a setting, to be repeated after a return; SOCKSET holds several, told apart by their names."""
-        if word == b"SOCKSET":
-            if b"=" not in value:
-                return                          # asks for a list of them
-            word += b" " + value.partition(b"=")[0].strip().upper()
-        if len(value) <= 500 and (word in self.settings or len(self.settings) < 40):
-            self.settings = {**self.settings, word: value}
-        if word == b"PUEBLOCLIENT":
-            # whatever becomes of the setting: his client reads tags from now on
-            self.spelling = Spelling(self.spelling.coloured, True)
+    def was_answered_in_words(self):
+        """The world ended the link of a return with words: a create, or a guest, is sent once."""
+        if self.trials[0].creates or self.trials[0].is_guest:
+            self.trials, self.pending = [], None
 
-    def _is_handover(self, line):
-        """Whether it could be read as the hand-over of an address, by the word in use or the one to come (HUP)."""
-        return any(self.dialect.is_handover(line, word) for word in self._handover_words())
 
-    def _login_line(self, line, raw):
-        dialect = self.dialect
-        if len(self.typed.buffer) > dialect.longest_login:
-            self._answer("# NOTICE # That line is too long.")
-            return b""
-        if self._is_handover(line):
-            what = "typed the word that hands over addresses"
-            line = f"{self}: {what}; the line was not passed on"
-            self.hub.quiet.note(self.host, what, line, level=logging.WARNING)
-            return b""
-        if dialect.harms(line):
-            self._answer("# NOTICE # This world cannot read that line.")
-            return b""
-        login = dialect.read_login(line)
-        if login:
-            self._note_iced(raw)
-            return self._pass_login(login, raw)
-        self.proof.no_login(line)
-        return self._pass_line(line, raw)
+class Screen:
+    """What a client is shown: the world's text, and notices between its lines (rule 10)."""
 
-    def _pass_login(self, login, raw):
-        """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many were tried from this
-        address. Then it waits, and all that is typed behind it."""
-        wait = self.hub.login_wait(self, login.character)
-        if wait:
-            self.braked, self.slow_until = (login, raw), self.hub.now + wait
-            self._answer(f"# NOTICE # Too many logins were tried from your address: yours goes on in {math.ceil(wait)} s.")
-            self.client.pause()
-            self.hub.later(wait, self.try_login)
-            return b""
-        self.unanswered = self.unanswered[-7:] + [(login, self.hub.now, bool(self.spoke_at))]
-        self.hub.suspects.came(login.character, self.hub.now, typed=True)
-        return self.proof.wrap(login, raw, self.settings)
+    __slots__ = ("session", "client", "careful", "bytes_out", "tail", "notices", "hidden",
+                 "expected", "spelling", "stuck", "stuck_due", "watching")
+    SURVIVES = ("bytes_out", "tail", "notices", "hidden", "expected", "spelling", "stuck_due")
 
-    def try_login(self):
-        """The login that waits may go on now."""
-        braked, self.braked = self.braked, None
-        if braked and self.state is State.LOGIN and self.linked:
-            self.slow_until = 0
-            self.link.send(self._pass_login(*braked))
-            self._queue_backlog()
-            self._resume_client()
-            self._refresh()
+    def __init__(self, session, client):
+        self.session, self.client = session, client
+        self.careful = False       # what the world sends must be read; see Session.refresh
+        self.bytes_out = 0
+        self.tail = b""            # the unfinished line the client was sent last
+        self.notices = []          # (text, more), waiting for the end of that line
+        self.hidden = b""          # a tail that could begin an arrival line
+        self.expected = []         # lines: the world's answers to settings that HAS repeats
+        self.spelling = PLAIN_SPELLING          # how notices are written for him
+        self.stuck = False         # the client does not read, and the link runs on
+        self.stuck_due = 0
+        self.watching = False      # a timer looks whether the client reads at all
 
-    def _waiting_part(self, raw):
-        return b""
-
-    def _waiting_line(self, line, raw):
-        """Answer a line typed while the world is away, so that nothing vanishes silently (rule 3)."""
-        login = self.dialect.read_login(line) if len(line) <= self.dialect.longest_login else None
-        if re.match(rb"(?i)\s*quit\s*\Z", line):
-            self.close("quit while the world is down")
-        elif self._asks_for_list(line) or _BY_TIMER.match(line):
-            pass
-        elif login or self._is_handover(line):
-            if login and (not self.login or self.is_guest):
-                self.login = None
-                self.pending, self.trials = login, [login]     # trials: begin_return() may have been already
-            self._answer("# NOTICE # You will be logged in when the world returns.")
-        elif self.unsent_lines < 10:
-            if not self.unsent_lines:
-                self.hub.later(1, self._tell_unsent)           # of this second, whatever becomes of the link
-            self.unsent_lines += 1
-            self._answer(self.hub.settings.unsent_notice, b" " + re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500]))
-        else:
-            self.unsent_lines += 1
-        return b""
-
-    def _tell_unsent(self):
-        more, self.unsent_lines = self.unsent_lines - 10, 0
-        if more > 0 and self.state is State.WAITING and not self.client.closed:
-            self._answer(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
-
-    def _on_client_end(self, reason):
-        if self.state is State.CLOSING:
-            self.end()
-            return
-        if self.announced:
-            log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
-        elif not self.bytes_in:
-            self.hub.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
-        if self._can_talk() and not reason:
-            self._read_client(self._release())  # what he typed last is still carried out and answered
-            self.link.finish()
-            self._enter(State.CLOSING)
-            self._later(10, self.end)
-        else:
-            self.end()
-
-    # ---- notices
-
-    def notify(self, text, more=b""):
-        """Write a notice between lines: at once, or after the line the world is sending now, at most 1 s later. `more`
-        are bytes for its last line."""
-        if not text or self.state is State.CLOSING:
-            return
-        if self.tail and self.linked and self.state is not State.RETURNING:
-            if not self.notices:
-                self._later(1, self._flush_notices)
-            self.notices.append((text, more))
-        else:
-            self._write_notice(text, more)
-
-    def _answer(self, text, more=b""):
-        """Answer a line he typed; not one who types and does not read: what is held for him has a bound."""
-        if not self.client.full:
-            self.notify(text, more)
-
-    def _flush_notices(self):
-        notices, self.notices = self.notices, []
-        for notice in notices:
-            self._write_notice(*((notice,) if isinstance(notice, str) else notice))    # str: an older HAS's
-
-    def _write_notice(self, text, more=b""):
-        """Write a notice on a fresh line, colour reset, whatever the world left unfinished (rule 10)."""
-        if not text or self.first.is_http:
-            return
-        lines = self.spelling.spell(text, self.agreement.codec if self.agreement else None, more)
-        if self.from_world and self.from_world.inside_long:
-            self.from_world = None
-            self.client.send(bytes((IAC, SE)))
-        fresh = b"\r\n" if self.tail else b""
-        self.client.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
-        self.tail = b""
-
-    # ---- the link
-
-    def open_link(self):
-        """It is this session's turn to connect to the world (called by the hub)."""
-        if self.link:                           # not _drop_link(): that would give this turn away
-            self.link.drop()
-        self.serial += 1
-        returning = self.state is State.WAITING and bool(self.trials)
-        world = self.hub.world
-        self.proof = world.dialect.proof(returning, world.telnet)
-        self.from_world, self.replay, self.settled, self.typed.charset = None, None, False, b""
-        self.changing, self.hidden, self.expected, self.spoke_at = None, b"", [], 0
-        self._show_last_words()
-        self.life = world.life
-        if not self.failures:
-            self.failing_since = self.hub.now
-        self._enter(State.RETURNING if returning else State.LOGIN)
-        try:
-            self.link = self.hub.connect(world, self, self._link_reader())
-        except OSError as error:
-            self._link_failed(error.strerror)
-            return
-        self._later(CONNECT_SECONDS, self._connect_overdue)
-
-    def _connect_overdue(self):
-        if self.link and self.link.connecting:
-            self._link_failed("no answer to the connect")
-
-    def on_stream_open(self, link):
-        """The link is open: hand over the address first, then log in or let the user type."""
-        hub, dialect = self.hub, self.dialect
-        self.stuck = self.client.full           # nobody waits for a client that did not read the last link either
-        tune(link.sock, 15, 5, 3, hub.settings.dead_after + 10)
-        word, target = hub.world.word, hub.world.target
-        path = target[1] if isinstance(target[1], str) else None
-        epoch = self.since if hub.settings.add_epoch_time else 0
-        opening = b"" if word == "none" and not path or not hub.world.told else dialect.address_line(
-            self.host, epoch, word, path)
-        if self.agreement or path:
-            opening += self._begin_replay(bool(path))
-        hub.suspects.came(self.who, hub.now)
-        if self.state is State.RETURNING:
-            script = self.proof.script(self.trials[0], self._setting_lines(True))
-            if path and self.replay and self.replay.had:
-                self.replay.late = script       # goes out with the telnet, at the server's first telnet command
-                script = b"INFO\r\n"            # which this brings at once
-            opening += script
-            self._later(RETURN_SECONDS, self._return_overdue)
-        if opening:
-            link.send(opening)
-        if self.state is State.LOGIN:
-            self._at_login_screen()
-
-    def _begin_replay(self, late):
-        """Speak telnet for the client on the new link; returns what goes in front of the login, nothing if `late`."""
-        self.agreement = self.agreement or Agreement()
-        replay = Replay(self.agreement)
-        if not self.dialect.telnet:
-            replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}     # HAS itself takes these
-            self.client.send(replay.leftovers())
-            for _, option in self.agreement.pending():
-                self._accept(option)
-            return b""
-        self.replay, replay.waits = replay, late
-        self._later(OFFERS_SECONDS, replay.grow_old)
-        if not self.hub.world.telnet:
-            return b""                          # an old TeenyMUSH takes it for the beginning of the login line
-        if not late:
-            return self._noted(replay.opening())
-        # PennMUSH: telnet behind the address line on its unix socket would be text, and a NUL cut off the rest
-        # (choreography.md 2). Its own first telnet comes within a second, or at the first line.
-        self._later(2, self._send_late)
-        return b""
-
-    def _send_late(self):
-        replay = self.replay
-        if replay and replay.waits and self.link:
-            late, replay.late, replay.waits = replay.late, b"", False
-            self.link.send(self._noted(replay.opening() + late))
-
-    def _noted(self, sent):
-        self.typed.note_charset(self.dialect, sent)
-        return sent
-
-    def _at_login_screen(self, words=b""):
-        """The link is open, and there is no login to send; `words`: what the world has said already."""
-        if self.greeting:
-            self._write_notice(self.greeting)
-        self.greeting, self.told = None, self.told and self.silent and not self.greeting
-        self._show(words)
-        self.failures = 0
-        if self.is_guest:
-            self.login = self.previous = None
-        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less than 1 ms apart
-        # (choreography.md 2).
-        self._later(1 if self.dialect.greets else 0.005, self._arrived)
-        self._read_kept()
-        self._refresh()
-
-    def _arrived(self):
-        self.hub.links.arrived(self)
-
-    def _drop_link(self):
-        if self.link:
-            self.link.drop()
-        self.link = None
-        self.hub.links.arrived(self)
-        if self.state is State.RETURNING:
-            self.hub.settle(self)
+    # ---- the world's text
 
     def on_link_data(self, data):
-        """The world sent `data`."""
+        """The world sent `data`: the fast path."""
         self.bytes_out += len(data)
-        if self.scan or IAC in data:            # the number: looking for b"\xff" costs an exception inside Python
-            self._read_link(data)
+        if self.careful or IAC in data:         # the number: b"\xff" costs an exception in Python
+            self.session.read_link(data)
             return
         if data[-1] != 10:
             self.tail = (self.tail + data)[-200:].rpartition(b"\n")[2]
         elif self.tail:
-            self._line_ended(data)
+            self.end_line(data)
             return
         self.client.send(data)
 
-    def _on_plain_data(self, data):
-        """The world sent `data`, and never an escape before."""
-        if ESCAPE in data and not self.scan:    # else _show() sees it, if it is shown
+    def on_plain_data(self, data):
+        """The same as long as the world has sent no escape."""
+        if ESCAPE in data and not self.careful:         # else show() sees it, if it is shown
             self._note_colour()
         self.on_link_data(data)
 
+    def on_raw_data(self, data):
+        """The same for a client that speaks HTTP."""
+        self.bytes_out += len(data)
+        self.client.send(data)
+        self.session.arrived()
+        if len(self.client.out) > self.session.hub.settings.output_limit:
+            self.session.close("takes too little of what the world sends, and nothing can be left out")
+
+    @property
+    def reader(self):
+        """What takes the data of the link."""
+        if self.session.inbox.first.is_raw:
+            return self.on_raw_data
+        return self.on_link_data if self.spelling.coloured else self.on_plain_data
+
     def _note_colour(self):
         self.spelling = Spelling(True, self.spelling.marked_up)
-        if self.link:
-            self.link.on_data = self._link_reader()
+        if self.session.link:
+            self.session.link.on_data = self.reader
 
-    def _link_reader(self):
-        """What takes the data of the link."""
-        if self.first.is_raw:
-            return self._pass_back
-        return self.on_link_data if self.spelling.coloured else self._on_plain_data
-
-    def _line_ended(self, data):
+    def end_line(self, data):
+        """Send text that ends a line; then it is the notices' turn."""
         self.tail = b""
         self.client.send(data)
         if self.notices:
-            self._flush_notices()
+            self.flush()
 
-    def _show(self, text):
-        """Send the client text of the world."""
+    def show(self, text):
+        """Send text of the world."""
         if not text:
             return
         if ESCAPE in text and not self.spelling.coloured:
             self._note_colour()
         if text.endswith(b"\n"):
-            self._line_ended(text)
+            self.end_line(text)
         else:
             self.tail = (self.tail + text)[-200:].rpartition(b"\n")[2]
             self.client.send(text)
 
-    def _read_link(self, data):
-        """The careful way: telnet, marks, outcomes, arrivals."""
-        before = self.state
-        if self.from_world is None and IAC in data:
-            self.from_world = Scanner()
-        scanner = self.from_world
-        plain = scanner is None or not (scanner.held or scanner.inside_long or IAC in data)
-        for is_command, piece in [(False, data)] if plain else scanner.feed(data):
-            if is_command:
-                piece = self._link_command(piece)
-                if piece:
-                    self.client.send(piece)
-            elif is_command is None:
-                self.client.send(piece)
-            else:
-                self._show(self._link_text(piece))
-        self._after_link_data(before)
+    # ---- notices
 
-    def _after_link_data(self, before):
-        if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
-            self.hub.links.spoke(self)
-        if self.kept and before is self.state is State.PLAYING:
-            self._send_kept()                   # the world has answered the one before
-        if self.stuck:
-            self._shorten()
-        if self.changing and self.hub.now > self.changing.until:
-            self.changing = None
-        self._refresh()
-
-    def _link_command(self, piece):
-        """A telnet command of the world; returns what the client gets of it."""
-        if self.proof.saw_command(piece):
-            self._returned()
-            return b""
-        if len(piece) > 2 and piece[2] in UNREADABLE:
-            if piece[1] in (DO, WILL) and self.link:
-                self.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
-            return b""
-        if not self.dialect.telnet:
-            return piece if len(piece) == 2 else b""            # GA after a prompt is for the client
-        if self.agreement is None:
-            self.agreement = Agreement()
-        if self.replay:
-            answer, piece = self.replay.answer(piece)
-            if answer and self.link:
-                self.link.send(self._noted(answer))
-            self._send_late()
-        if piece:
-            self.agreement.from_world(piece)
-            if piece[2:4] == bytes((CHARSET, CHARSET_ACCEPTED)):
-                self._noted(piece)              # what the client had asked for
-        return piece
-
-    def _link_text(self, text):
-        """Text of the world; returns what the client gets of it."""
-        proof = self.proof
-        if proof.live:
-            text, news = proof.hear(text)
-            if News.TOOK in news and self.state is State.LOGIN:
-                self._logged_in(proof.login)
-            if News.ASK in news and self.link:
-                self.link.send(proof.question())
-                self._later(END_SECONDS, self._end_marker_overdue)
-            if News.ENDED in news and self.state is State.RETURNING:
-                self._returned()
-        if self.state is State.RETURNING:
-            return b""                          # settled: what the others of this character cause
-        if self.changing:
-            self._follow_change(text)
-        elif self.state is State.LOGIN:
-            self._look_for_refusals(text)
-        if text and (self.hub.noise or self.hidden or self.expected):
-            text = self._hide_arrivals(text)
-        return text
-
-    def _look_for_refusals(self, text):
-        """Text at the login screen: a login that was refused is not sent again."""
-        if text.strip():
-            self.spoke_at = self.hub.now
-        begun = len(self.tail)                  # a text may come in two pieces
-        refusals, others = ([it for it in pattern.finditer(self.tail + text) if it.end() > begun]
-                            for pattern in (self.dialect.refused_text, self.dialect.not_taken_text))
-        if self.unanswered and refusals + others:
-            log.info("%s: the world refused a login", self)
-            del self.unanswered[:len(refusals + others)]
-        if refusals and not self.hub.world.shut:
-            self.pending = None
-
-    def _logged_in(self, login):
-        """A typed login took."""
-        login, others = login.made, [other.made for other in self.proof.others]
-        self.login, self.previous, self.pending, self.unanswered = login, others[-1] if others else None, None, []
-        # without marks the text alone is half a proof: the user may have had it printed
-        self.proven = login.character if self.proof.is_whole else b""
-        self.hub.login_took(self)
-        self._enter(State.PLAYING)
-        log.info("%s: logged in", self)
-        if self.proof.is_whole:
-            self._later(MARK_SECONDS, self.proof.retire)
-        elif self.hub.world.checks:
-            self.checked = login
-            self.hub.check(self, [login, *others])
-
-    def on_checked(self, serial, verdicts):
-        """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
-        if serial != self.serial:
+    def notify(self, text, more=b""):
+        """Write a notice between lines: at once, or after the line the world is sending now, at
+        most 1 s later. `more` are bytes for its last line."""
+        session = self.session
+        if not text or session.state is State.CLOSING:
             return
-        if self.state is State.PLAYING:
-            if self.login and not self.changing and self.login == self.checked:     # no change meanwhile
-                self._confirm(verdicts)
-            self.checked = None
-        elif self.state is State.WAITING and any(pair not in self.checked for pair in self.trials):
-            self.begin_return()                 # he typed another login meanwhile
-        elif self.state is State.WAITING:
-            right = [pair for pair, verdict in zip(self.checked, verdicts) if verdict is not False]
-            if right or not self.dialect.counts_failures:
-                self.trials = right or self.trials[:1]
-            else:
-                self.hub.settle(self)           # others of this character need not wait for it
-                self._forget_login()
-            self.hub.links.add(self)
+        if self.tail and session.linked and session.state is not State.RETURNING:
+            if not self.notices:
+                session.later(1, self.flush)
+            self.notices.append((text, more))
+        else:
+            self.write(text, more)
 
-    def _confirm(self, verdicts):
-        """The heartbeat's second proof of a typed login, and of those typed right behind it."""
-        right = [pair for pair, verdict in zip([self.login, *self.proof.others], verdicts) if verdict]
-        if right:
-            self.login, self.previous, self.proven = right[0], None, right[0].character
-        elif verdicts[0] is False:
-            log.info("%s: the world logged it in but denies the password; it cannot be brought back", self)
-            self.login = self.previous = self.pending = None
-            self.trials, self.proven = [], b""
+    def answer(self, text, more=b""):
+        """Answer a line he typed; not one who types and does not read: what is held has a bound."""
+        if not self.client.full:
+            self.notify(text, more)
 
-    def _follow_change(self, text):
-        changed = self.changing.outcome(self.dialect, text)
-        if changed and self.login:
-            self.previous = self.login          # kill -9 reverts the world to its last dump
-            self.login = self.changing.of(self.login)
-            log.info("%s: changed the %s", self, self.changing.kind)
-        if changed is not None:
-            self.changing = None
+    def flush(self):
+        """Write the notices that wait."""
+        notices, self.notices = self.notices, []
+        for notice in notices:                  # a str: an older HAS's
+            self.write(*((notice,) if isinstance(notice, str) else notice))
 
-    def _hide_arrivals(self, text):
-        """Hide arrival lines about users that HAS is bringing back (rule 6), and answers to its own lines."""
-        noise = self.hub.noise
+    def write(self, text, more=b""):
+        """Write a notice on a fresh line, colour reset, whatever the world left unfinished."""
+        if not text or self.session.inbox.first.is_http:
+            return
+        telnet = self.session.telnet
+        lines = self.spelling.spell(text, telnet.codec, more)
+        self.client.send(telnet.break_off())
+        fresh = b"\r\n" if self.tail else b""
+        self.client.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
+        self.tail = b""
+
+    # ---- lines that are not for him
+
+    def expect(self, lines):
+        """These will come back from the world as answers to lines of HAS."""
+        self.expected = lines
+        self.session.later(EXPECT_SECONDS, self.expected.clear)
+
+    def without_hidden(self, text):
+        """`text` without arrivals of users that HAS is bringing back (rule 6), nor answers to
+        its own lines."""
+        noise = self.session.hub.noise
+        if not text or not (noise or self.hidden or self.expected):
+            return text
         text, self.hidden = self.hidden + text, b""
         start = text.find(b"\n") + 1 or len(text) if self.tail else 0
         cut = max(start, text.rfind(b"\n") + 1)
         tail = text[cut:]
-        if noise.may_begin(tail) or tail and any(line.startswith(tail) for line in self.expected):
-            self._later(0.3, self._show_hidden)
+        if noise.may_begin(tail) or tail and any(it.startswith(tail) for it in self.expected):
+            self.session.later(HIDE_SECONDS, self.show_hidden)
             text, self.hidden = text[:cut], text[cut:]
         return text[:start] + noise.removed(self._without_expected(text[start:]))
 
@@ -3942,166 +3252,985 @@ class Session:
                 text = text[:found.start()] + text[found.end():]
         return text
 
-    def _show_hidden(self):
+    def show_hidden(self):
+        """The beginning of a line was no arrival."""
         hidden, self.hidden = self.hidden, b""
-        self._show(hidden)
-        self._refresh()
+        self.show(hidden)
+        self.session.refresh()
 
-    def on_stream_end(self, stream, reason):
-        """One of the two streams ended; `reason` is "" for a plain end of file."""
-        if stream is self.client:
-            self._on_client_end(reason)
-        elif stream is self.link:
-            self._on_link_end(reason)
+    # ---- a client that does not read
 
-    def _on_link_end(self, reason):
-        connected = not self.link.connecting
-        self._drop_link()
-        if self.state is State.CLOSING:
-            if self.client.out:
-                self.client.finish()            # the answer to his last words is on its way; 10 s are running
+    def on_full(self):
+        """The client holds more than HIGH_WATER: the link is read no more, for a while."""
+        session = self.session
+        if not self.watching:
+            self.watching = True
+            session.hub.later(GIVE_UP_SECONDS, self._watch, self.client.sent_bytes)
+        if session.link:
+            session.link.pause()
+            self.stuck_due = session.hub.now + STUCK_SECONDS
+            session.later(STUCK_SECONDS, self._run_on)
+
+    def _run_on(self):
+        """One unread connection freezes a whole TeenyMUSH: read on, and lose old lines if need be."""
+        session = self.session
+        if self.client.full and session.link and session.hub.now >= self.stuck_due:
+            self.stuck = True
+            session.link.resume()
+            session.refresh()
+
+    def _watch(self, sent_bytes):
+        self.watching = self.client.full and not self.client.closed
+        if self.watching and self.client.sent_bytes == sent_bytes:
+            log.info("%s: the client has not read for %d s: closed", self.session, GIVE_UP_SECONDS)
+            self.session.end()
+        elif self.watching:
+            self.session.hub.later(GIVE_UP_SECONDS, self._watch, self.client.sent_bytes)
+
+    def shorten(self):
+        """Keep what is held for a client that does not read within output_limit."""
+        limit, client = self.session.hub.settings.output_limit, self.client
+        if self.stuck and len(client.out) > limit + client.committed:
+            client.out = shorten(client.out, limit * 3 // 4, client.committed, self.spelling)
+
+    def on_room(self):
+        """The client has taken enough: its link is read again."""
+        if self.session.link:
+            self.stuck = False
+            self.session.link.resume()
+
+
+class Telnet:
+    """Negotiation between one client and one world after another (RFC 854, 855, 1143): what was
+    agreed is remembered, and HAS answers where no world does."""
+
+    __slots__ = ("session", "agreement", "replay", "from_world")
+    SURVIVES = ("agreement", "replay", "from_world")
+
+    def __init__(self, session):
+        self.session = session
+        self.agreement = None      # what this client agreed with its worlds; None: never a command
+        self.replay = None         # how that is brought to the present link; None: no need
+        self.from_world = None        # splits what the world sends, once a command was in it
+
+    @property
+    def codec(self):
+        """The character set for notices; None: not agreed."""
+        return self.agreement.codec if self.agreement else None
+
+    @property
+    def is_held(self):
+        """Whether a command of the world is not complete."""
+        return bool(self.from_world and self.from_world.held)
+
+    @property
+    def waits(self):
+        """Whether nothing may be sent yet on this link (see begin)."""
+        return bool(self.replay and self.replay.waits)
+
+    @property
+    def size(self):
+        """The client's window as people write it, "" if it never told (RFC 1073)."""
+        size = unescape(self.agreement.naws) if self.agreement and self.agreement.naws else b""
+        width, height = struct.unpack(">HH", size[3:7]) if len(size) == 9 else (0, 0)
+        return f"{width}x{height}" if width else ""
+
+    def _agree(self):
+        self.agreement = self.agreement or Agreement()
+        return self.agreement
+
+    # ---- the client's commands
+
+    def on_client_command(self, piece):
+        """A command of the client; returns what the world gets of it."""
+        session = self.session
+        if len(piece) > 2 and piece[2] in UNREADABLE:
+            if piece[1] in (DO, WILL):
+                self._answer(command(WONT if piece[1] == DO else DONT, piece[2]))
+            return b""
+        agreement = self._agree()
+        is_news = len(piece) != 3 or agreement.changes(piece)
+        wanted = agreement.from_client(piece)
+        if self._is_for_has(piece):
+            if wanted and is_news:
+                self.answer_for_world(piece)
+        elif self._would_kill(piece):
+            log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", session)
+        elif wanted and session.can_forward:
+            if not self.waits:
+                session.inbox.typed.note_charset(session.dialect, piece)
+                return piece
+            self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
+        return b""
+
+    def _is_for_has(self, piece):
+        """Whether HAS answers: no world that speaks telnet is there, or it is silent."""
+        session, world = self.session, self.session.hub.world
+        return (world and not world.dialect.telnet or session.state in AWAY
+                or session.hold.silent and piece in ASKS_FOR_LIFE)
+
+    def _would_kill(self, piece):
+        """Whether this command would be the end of a PennMUSH (see Dialect.charset_once)."""
+        if piece != command(DO, CHARSET) or not self.session.dialect.charset_once:
+            return False
+        # what HAS says in front of all that waits may hold an ACCEPTED
+        return self.agreement.accepted or bool(self.waits and self.agreement.charset)
+
+    def _answer(self, data):
+        client = self.session.client
+        if client.full:                         # it asks and does not read: nothing that asks more
+            client.pause()
+        else:
+            client.send(data)
+
+    def answer_for_world(self, piece):
+        """Answer the client for a server that cannot (RFC 1123 3.2.1), or does not just now. Its
+        size, type and character set are for the next one."""
+        if piece == AYT:
+            self._answer(b"\r\n[Yes]\r\n")
+            return
+        verb, option = piece[1], piece[2] if len(piece) == 3 else None
+        if option is None:
+            return
+        if verb in (DO, DONT):
+            self._answer(command(WONT, option))
+        elif verb == WONT or verb == WILL and option not in (NAWS, TTYPE, CHARSET):
+            self._answer(command(DONT, option))
+        elif verb == WILL and self.session.dialect.telnet:
+            self.agreement.unheard.add(option)
+        elif verb == WILL:
+            self._accept(option)
+
+    def _accept(self, option):
+        """Take what the client offers: its size, its type or its character set."""
+        self._answer(command(DO, option))
+        self.agreement.from_world(command(DO, option))
+
+    # ---- the world's commands
+
+    def split(self, data):
+        """What the world sent, as pieces (see Scanner.feed)."""
+        if self.from_world is None and IAC in data:
+            self.from_world = Scanner()
+        scanner = self.from_world
+        if scanner is None or not (scanner.held or scanner.inside_long or IAC in data):
+            return [(False, data)]
+        return scanner.feed(data)
+
+    def on_world_command(self, piece):
+        """A command of the world; returns what the client gets of it."""
+        session = self.session
+        if len(piece) > 2 and piece[2] in UNREADABLE:
+            if piece[1] in (DO, WILL) and session.link:
+                session.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
+            return b""
+        if not session.dialect.telnet:
+            return piece if len(piece) == 2 else b""            # GA after a prompt is for the client
+        agreement = self._agree()
+        if self.replay:
+            answer, piece = self.replay.answer(piece)
+            if answer and session.link:
+                session.link.send(self._noted(answer))
+            self.send_late()
+        if piece:
+            agreement.from_world(piece)
+            if piece[2:4] == bytes((CHARSET, CHARSET_ACCEPTED)):
+                self._noted(piece)              # what the client had asked for
+        return piece
+
+    def break_off(self):
+        """What ends the world's long sub-negotiation, if the client is in the middle of one."""
+        if not (self.from_world and self.from_world.inside_long):
+            return b""
+        self.from_world = None
+        return bytes((IAC, SE))
+
+    # ---- another world
+
+    def new_link(self):
+        """Nothing was said on this link yet."""
+        self.from_world = self.replay = None
+
+    def begin(self, late):
+        """Speak for the client on the new link; returns what goes in front of the login, nothing
+        if `late`: PennMUSH takes telnet behind the address line on its unix socket for text, and
+        a NUL cuts off the rest (choreography.md 2). Its own first telnet comes within a second,
+        or at the first line."""
+        session, agreement = self.session, self._agree()
+        replay = Replay(agreement)
+        if not session.dialect.telnet:          # then HAS itself takes these
+            replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}
+            session.client.send(replay.leftovers())
+            for _, option in agreement.pending():
+                self._accept(option)
+            return b""
+        self.replay, replay.waits = replay, late
+        session.later(OFFERS_SECONDS, replay.grow_old)
+        if not session.hub.world.telnet:
+            return b""                          # an old TeenyMUSH takes it for text of the login line
+        if not late:
+            return self._noted(replay.opening())
+        session.later(LATE_SECONDS, self.send_late)
+        return b""
+
+    def send_late(self):
+        """Telnet is understood by now: send what waited for that."""
+        replay, session = self.replay, self.session
+        if replay and replay.waits and session.link:
+            late, replay.late, replay.waits = replay.late, b"", False
+            session.link.send(self._noted(replay.opening() + late))
+
+    def _noted(self, sent):
+        self.session.inbox.typed.note_charset(self.session.dialect, sent)
+        return sent
+
+    def leave_off(self):
+        """Switch off at the client what the new world has not offered by now."""
+        if self.replay:
+            self.session.client.send(self.replay.leftovers())
+
+    def end_echo(self):
+        """No world is there to echo what he types: his client must."""
+        if self.agreement and self.agreement.settled(DO, ECHO):
+            self.session.client.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
+
+    def go_on(self):
+        """In a new process: the timers of the old one."""
+        if self.waits:
+            self.session.later(LATE_SECONDS, self.send_late)
+        if self.replay and self.replay.early:
+            self.session.later(OFFERS_SECONDS, self.replay.grow_old)
+
+
+# The start of typed lines that HAS must read; everything else passes unread.
+_WATCHED = re.compile(
+    rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
+_WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
+# ... unless it holds a byte that some server does not just keep (see LineReader): only its line
+# end may be one. For translate(): it changes text that holds one, and is twice as fast as a
+# regular expression.
+_DOUBTS_MARKED = bytes(64 if n < 32 or n >= 127 else n for n in range(256))
+_QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
+
+
+class Inbox:
+    """What a client sends: read at once, in later turns, or once a link can take it."""
+
+    __slots__ = ("session", "client", "hub", "forward", "typed_at", "bytes_in", "quit_at", "first",
+                 "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until")
+    SURVIVES = ("typed_at", "bytes_in", "quit_at", "first", "from_client", "typed", "kept", "kept_due", "backlog",
+                "behind", "slow_until")
+
+    def __init__(self, session, client):
+        self.session, self.client, self.hub = session, client, session.hub
+        self.forward = None        # the fast path: what sends to the world; see Session.refresh
+        self.typed_at, self.bytes_in = self.hub.now, 0
+        self.quit_at = 0           # when his last line was QUIT; 0: it was another
+        self.first = FirstLine()
+        self.from_client = None        # splits what he sends, once a command was in it
+        self.typed = LineReader()
+        self.kept = b""            # sent while no link could take it
+        self.kept_due = 0          # when the next line of that may go, if the world says nothing
+        self.backlog = b""         # left for later turns
+        self.behind = b""          # what came behind a login that must wait, in the same read
+        self.slow_until = 0        # nothing is read before: he tries many passwords
+
+    @property
+    def is_fast(self):
+        """Whether nothing that was typed before is in the way."""
+        return not (self.kept or self.backlog or not self.typed.idle
+                    or self.from_client and self.from_client.held)
+
+    # ---- in turn
+
+    def on_data(self, data):
+        """The client sent `data`: the fast path first."""
+        self.typed_at = self.hub.now
+        self.bytes_in += len(data)
+        forward = self.forward
+        if forward and data[-1] == 10 and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
+            line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
+            if line.translate(_DOUBTS_MARKED) == line:
+                self.quit_at = 0
+                forward(data)
+                return
+        if self.first.is_http is None:
+            self._read_first_line(data)
+        if self.first.is_raw:
+            self._pass_raw(data)
+        elif self.backlog:
+            self.backlog += data
+        else:
+            self._read_in_turn(data)
+
+    def _read_in_turn(self, data):
+        """Read what this turn of the hub still has time for; the rest in later turns, with those
+        of others between."""
+        session, hub = self.session, self.hub
+        if data and not session.announced and self.bytes_in == len(data):
+            session.announce()
+            hub.look_at_first_words(session.host, data)
+        # a line end or a telnet command costs about the same, a byte nearly nothing
+        stop = end_of_nth(b"\r\n\xff", data, hub.patience)
+        if session.state in AT_LOGIN:           # whatever comes behind a login that may have to wait
+            stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins_left(session.host))))
+        data, self.backlog = data[:stop], data[stop:]
+        if self.backlog:
+            self.client.pause()
+            self.queue()
+            session.refresh()
+        hub.patience -= 1 + len(data) - len(data.translate(None, b"\r\n\xff")) + len(data) // 1024
+        if not data or session.state is State.CLOSING:
+            return
+        if session.state in AWAY or session.can_forward:
+            self.read(data)
+        else:
+            self.keep(data)
+
+    def queue(self):
+        """Ask the hub for another turn, if there is something for it."""
+        if self.backlog and self.session not in self.hub.backlogs:
+            self.hub.backlogs.append(self.session)
+
+    def take_turn(self):
+        """Go on with what was left for later turns."""
+        if self.slow_until > self.hub.now:
+            self.hub.later(self.slow_until - self.hub.now, self.queue)
+            return
+        data, self.backlog = self.backlog, b""
+        if not self.client.closed:
+            self.resume()
+            self._read_in_turn(data)
+
+    def resume(self):
+        """Read the client again, unless something still forbids it: the only gate."""
+        link = self.session.link
+        if not (self.backlog or link and link.full or len(self.kept) > KEEP_BYTES
+                or self.client.full or self.slow_until > self.hub.now):
+            self.client.resume()
+
+    def slow_down(self, seconds):
+        """Read nothing for so long."""
+        self.slow_until = self.hub.now + seconds
+        self.client.pause()
+
+    def go_on(self):
+        """In a new process: the timers of the old one."""
+        if self.backlog or len(self.kept) > KEEP_BYTES or self.slow_until > self.hub.now:
+            self.client.pause()
+            self.queue()
+            self.hub.later(max(0.0, self.slow_until - self.hub.now), self.resume)
+
+    # ---- clients that speak HTTP
+
+    def _read_first_line(self, data):
+        """A client that speaks HTTP, or the frames of a websocket, can be told nothing."""
+        session = self.session
+        self.first.feed(data, session.dialect.serves_http and not session.lines.has_secret_word)
+        if not self.first.is_http:
+            self.first = self.first if self.first.is_http is None else TYPED_LINE
+            return
+        session.announce()
+        log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world", session)
+        if session.link:
+            session.link.on_data = session.screen.reader
+        if session.state in AWAY:
+            session.end_with_world()
+
+    def _pass_raw(self, data):
+        """Bytes of such a client, for the world as they are."""
+        if self.session.state is State.CLOSING:
+            return
+        if self.session.can_forward:
+            self.session.link.send(data)
+            return
+        self.kept += data
+        if len(self.kept) > KEEP_BYTES:
+            self.client.pause()
+
+    # ---- what no link can take yet
+
+    def keep(self, data):
+        """Keep what was sent until it can be read."""
+        session = self.session
+        if session.state is State.OPENING:
+            session.hold.tell_silence()
+        self.kept += data
+        if IAC in data:
+            self._answer_kept()
+        if session.hold.silent and session.state is State.OPENING and _QUIT_LAST.search(self.kept):
+            session.close("quit")               # he need not wait for the link to open
+            return
+        if len(self.kept) > KEEP_BYTES:
+            self.client.pause()                 # nothing is lost: the rest waits at the client
+        session.refresh()
+
+    def _answer_kept(self):
+        """Answer what asks for an answer at once: telnet(1) shows nothing until then (Ctrl-C)."""
+        kept = []
+        for is_command, piece in split_commands(self.kept):
+            if is_command and piece in ASKS_FOR_LIFE:
+                self.session.telnet.answer_for_world(piece)
             else:
-                self.end()
-        elif not connected:
-            self._link_failed(reason)
-        elif self.state is State.RETURNING:
-            self._note_last_words()
-            self._link_failed(reason or "closed by the world")
-        elif self._has_quit():
-            self.close("quit")
-        elif self.first.is_http:
-            self._end_with_world()
-        else:
-            self._show_hidden()
-            self._enter(State.ASKING)
-            self._tell_silence()
-            self.hub.ask(self)
+                kept.append(piece)
+        self.kept = b"".join(kept)
 
-    def _note_last_words(self):
-        """The world ended a link that was to bring the user back. Full, disabled, forbidden: that is for the user, but
-        only if the world lives on, not at each try, and never once the login took. Known when the next link opens."""
-        if self.proof.login:
+    def release(self):
+        """Take what was kept."""
+        kept, self.kept = self.kept, b""
+        self.resume()
+        self.session.refresh()
+        return kept
+
+    def read_kept(self):
+        """Read what was kept, in turn; it was typed before what was left for later turns."""
+        if self.first.is_raw:
+            self._pass_raw(self.release())
             return
-        if self.proof.words() != self.words:
-            self.words, self.words_due = self.proof.words(), True
-        if (self.trials[0].creates or self.trials[0].is_guest) and self.words:
-            self.trials, self.pending = [], None                # it was answered, and is sent but once
+        data, self.backlog = self.release() + self.backlog, b""
+        self._read_in_turn(data)
 
-    def _show_last_words(self):
-        if self.words_due and self.life == self.hub.world.life:
-            self._show(self.words)
+    def send_kept(self):
+        """Send one line typed during a return; the next follows the world's answer, or a while
+        (rule 4): TeenyMUSH runs lines that arrive together last first."""
+        session = self.session
+        if session.state is State.LOGIN:
+            self.read_kept()
+            return
+        kept = self.release()
+        end = session.dialect.line_end.search(kept)
+        stop = end.end() if end else len(kept)
+        self.read(kept[:stop])
+        if kept[stop:] and session.state in AT_LOGIN | LINKED:
+            self.keep(kept[stop:])
+            self.kept_due = self.hub.now + NEXT_LINE_SECONDS
+            session.later(NEXT_LINE_SECONDS, self.send_more)
+
+    def send_more(self):
+        """It is time for the next line, unless one went meanwhile."""
+        if self.kept and self.hub.now >= self.kept_due and self.session.can_talk:
+            self.send_kept()
+
+    # ---- the careful way: telnet, then lines
+
+    def read(self, data):
+        """Read what was sent, as the world will; what it gets is sent."""
+        session = self.session
+        if session.dialect.cr_first and (self.from_client and self.from_client.held or IAC in data):
+            data = data.replace(b"\r", b"")
+        if self.from_client is None and IAC in data:
+            self.from_client = Scanner(strict=True)
+        pieces = iter(self.from_client.feed(data) if self.from_client else [(False, data)])
+        out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
+        if out and session.link:
+            session.link.send(out)
+        session.refresh()
+
+    def _read_piece(self, is_command, piece, others):
+        """One piece, before the `others`; returns what the world gets of it now."""
+        session = self.session
+        if is_command:
+            text = session.dialect.as_text(piece) if len(piece) == 2 else None
+            return session.telnet.on_client_command(piece) if text is None else self._read_text(text)
+        if is_command is None:                  # of a sub-negotiation that is too long to look at
+            return piece if session.can_forward and session.dialect.telnet else b""
+        out = self._read_text(piece)
+        if session.lines.braked:
+            self._put_back(others)
+        return out
+
+    def _put_back(self, pieces):
+        """A login waits: so does what was typed behind it. The scanner begins anew there."""
+        held = self.from_client.held if self.from_client else b""
+        rest, self.behind = self.behind + b"".join(piece for _, piece in pieces) + held, b""
+        if self.from_client:
+            self.from_client = Scanner(strict=True)
+        self.backlog = rest + self.backlog
+        self.queue()
+
+    def _read_text(self, text):
+        """Split typed text; returns what goes on to the world."""
+        session, out = self.session, []
+        lines, away = session.lines, session.state in AWAY
+        if not away:
+            session.hold.tell_silence()
+        for raw, line in self.typed.lines(session.dialect, text):
+            if away and line is not None:
+                lines.answer_while_away(line)
+            elif not away:
+                out.append(lines.take_part(raw) if line is None else lines.take(line, raw))
+            if lines.braked:                    # LOGOUT and many logins may come in one read
+                self.behind = self.typed.break_off()
+                break
+        return b"".join(out)
+
+
+# What clients send by timer, to stay connected: an empty line, IDLE, @@ (worlds/pennmush.md b).
+_BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
+
+
+class Lines:
+    """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
+
+    __slots__ = ("session", "hub", "settings", "braked", "iced", "unsent")
+    SURVIVES = ("settings", "braked", "iced")   # unsent is of one second, whose timer ends here
+
+    def __init__(self, session):
+        self.session, self.hub = session, session.hub
+        self.settings = NOTHING    # what the user set for his connection: word -> value
+        self.braked = None         # (login, its bytes): waits, for too many were tried
+        self.iced = b""            # lines passed on since the world has fallen silent
+        self.unsent = 0            # lines of this second that were answered as unsent
+
+    # ---- while a world is there
+
+    def take_part(self, raw):
+        """The beginning of a line; returns what the world gets of it now."""
+        if self._spells_out():
+            return b""
+        self.session.inbox.typed.sent = True
+        return raw
+
+    def take(self, line, raw):
+        """A whole line, and its bytes; returns what the world gets of it now."""
+        session, typed = self.session, self.session.inbox.typed
+        dialect, spells_out = session.dialect, self._spells_out()
+        if spells_out or not typed.sent and dialect.in_doubt(typed.buffer, typed.charset):
+            raw = unspelled(line) + (b"\r\n" if raw.endswith(b"\r\n") else raw[-1:])
+        if spells_out and session.state is State.LOGIN:         # LOGOUT may have come just before it
+            return self._take_at_login(line, raw)
+        if session.state is not State.LOGIN and self._asks_for_list(line):
+            return raw if typed.sent else b""
+        return self._pass_on(line, raw)
+
+    def _spells_out(self):
+        """Whether the world gets finished lines only, as HAS has understood them: then it reads
+        the same."""
+        session = self.session
+        return session.dialect.capped or session.state is State.LOGIN and (
+            session.dialect.logs_in or self.has_secret_word)
+
+    def _pass_on(self, line, raw):
+        self._note(line)
+        self._note_iced(raw)
+        return raw
+
+    def _note_iced(self, raw):
+        """A line passed on to a silent world may never be carried out; who quits need not wait."""
+        if not self.session.hold.silent:
+            return
+        if self.session.inbox.quit_at:
+            self.hub.later(0, self.session.close, "quit")       # after this line has gone on
+        self.iced = (self.iced + raw)[-KEEP_BYTES:]
+
+    def take_iced(self):
+        """The lines that a world which is now given up has not carried out."""
+        iced, self.iced = self.iced, b""
+        return iced
+
+    def _asks_for_list(self, line):
+        """Answer an admin's #?; False if it is nothing of the kind."""
+        proven = self.session.character.proven.decode("utf-8", "replace")
+        if line != b"#?" or proven not in self.hub.settings.admins:
+            return False
+        self.session.screen.answer("\n".join(status_lines(self.hub.status())))
+        return True
+
+    # ---- what the world will read of somebody who is logged in, or about to be
+
+    def _note(self, line):
+        """Remember what a line means that goes on to the world."""
+        session, dialect = self.session, self.session.dialect
+        playing = session.state is State.PLAYING
+        if playing and dialect.strips_blanks:
+            line = line.lstrip(b" \t")
+        quits = (dialect.quit_playing if playing else dialect.quit_login).match(line)
+        session.inbox.quit_at = self.hub.now if quits else 0
+        setting = dialect.setting_words.match(line)
+        if setting:
+            self._note_setting(setting.group(1), setting.group(2) or b"")
+        if playing and dialect.logout.match(line):
+            self.settings = NOTHING
+            session.handle(Event.LOGOUT)
+        elif playing:
+            self._note_change(line)
+
+    def _note_change(self, line):
+        """A new password or a new name."""
+        session, dialect = self.session, self.session.dialect
+        character, now = session.character, self.hub.now
+        password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
+        own = (b"me", character.login.character if character.login else b"me")
+        if password:
+            character.change("password", password.group(1), now)
+        elif name and re.search(rb"[\[%\\{]", name.group(2)):
+            log.info("%s: uses softcode in @name; a new name that comes of it is not known to HAS",
+                     session)
+        elif name and name.group(1).lower() in own:
+            character.change("name", name.group(2), now)
+
+    def _note_setting(self, word, value):
+        """Remember a setting for the next link; SOCKSET holds several, told apart by their names."""
+        if word == b"SOCKSET":
+            if b"=" not in value:
+                return                          # asks for a list of them
+            word += b" " + value.partition(b"=")[0].strip().upper()
+        if len(value) <= 500 and (word in self.settings or len(self.settings) < 40):
+            self.settings = {**self.settings, word: value}
+        if word == b"PUEBLOCLIENT":
+            # whatever becomes of the setting: his client reads tags from now on
+            screen = self.session.screen
+            screen.spelling = Spelling(screen.spelling.coloured, True)
+
+    def setting_lines(self, held):
+        """The lines that repeat his settings: those whose answers can be held back, or the
+        others, which do no harm."""
+        is_held = self.session.dialect.settings_held
+        return b"".join(
+            word.split()[0] + (b" " + value if value else b"") + b"\r\n"
+            for word, value in self.settings.items()
+            if held == (is_held and not word.startswith(b"OUTPUT")))
+
+    def setting_answers(self):
+        """What the world puts around the answers to those lines."""
+        suffix, prefix = self.settings.get(b"OUTPUTSUFFIX"), self.settings.get(b"OUTPUTPREFIX")
+        if not suffix or not self.session.dialect.wraps_settings:
+            return []
+        return [line + b"\r\n" for line in (prefix, suffix) if line]
+
+    # ---- at the login screen
+
+    def _handover_words(self):
+        """How addresses are handed over, by the settings in use and those to come (HUP)."""
+        hub = self.hub
+        return {hub.settings.remotehostname_cmd} | ({hub.world.word} if hub.world else set())
+
+    @property
+    def has_secret_word(self):
+        """Whether the admin has chosen a word for that."""
+        return not self._handover_words() <= {"auto", "none"}
+
+    def _is_handover(self, line):
+        return any(self.session.dialect.is_handover(line, word) for word in self._handover_words())
+
+    def _take_at_login(self, line, raw):
+        session, dialect = self.session, self.session.dialect
+        if len(session.inbox.typed.buffer) > dialect.longest_login:
+            session.screen.answer("# NOTICE # That line is too long.")
+            return b""
+        if self._is_handover(line):
+            what = "typed the word that hands over addresses"
+            self.hub.quiet.note(session.host, what, f"{session}: {what}; the line was not passed on",
+                                level=logging.WARNING)
+            return b""
+        if dialect.harms(line):
+            session.screen.answer("# NOTICE # This world cannot read that line.")
+            return b""
+        login = dialect.read_login(line)
+        if login:
+            self._note_iced(raw)
+            return self._take_login(login, raw)
+        session.proof.no_login(line)
+        return self._pass_on(line, raw)
+
+    def _take_login(self, login, raw):
+        """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many
+        were tried from this address. Then it waits, and all that is typed behind it."""
+        session = self.session
+        wait = self.hub.login_wait(session, login.character)
+        if wait:
+            self.braked = login, raw
+            session.screen.answer("# NOTICE # Too many logins were tried from your address: "
+                                  f"yours goes on in {math.ceil(wait)} s.")
+            session.inbox.slow_down(wait)
+            self.hub.later(wait, self.try_login)
+            return b""
+        session.character.type(login, self.hub.now, bool(session.spoke_at))
+        self.hub.suspects.came(login.character, self.hub.now, typed=True)
+        return session.proof.wrap(login, raw, self.settings)
+
+    def try_login(self):
+        """The login that waits may go on now."""
+        session, inbox = self.session, self.session.inbox
+        braked, self.braked = self.braked, None
+        if braked and session.state is State.LOGIN:
+            inbox.slow_until = 0
+            session.link.send(self._take_login(*braked))
+            inbox.queue()
+            inbox.resume()
+            session.refresh()
+
+    def drop_braked(self):
+        """The world has gone: the login that waits, or None, need not wait any more."""
+        braked, self.braked = self.braked, None
+        self.session.inbox.slow_until = 0
+        return braked and braked[0]
+
+    # ---- while the world is away
+
+    def answer_while_away(self, line):
+        """Answer a line typed while no world reads it: nothing vanishes silently (rule 3)."""
+        session, dialect, screen = self.session, self.session.dialect, self.session.screen
+        login = dialect.read_login(line) if len(line) <= dialect.longest_login else None
+        if re.match(rb"(?i)\s*quit\s*\Z", line):
+            session.close("quit while the world is down")
+        elif self._asks_for_list(line) or _BY_TIMER.match(line):
+            pass
+        elif login or self._is_handover(line):
+            if login:
+                session.character.type_while_away(login)
+            screen.answer("# NOTICE # You will be logged in when the world returns.")
+        else:
+            self._answer_unsent(line)
+
+    def _answer_unsent(self, line):
+        if not self.unsent:
+            self.hub.later(1, self._tell_unsent)        # of this second, whatever becomes of the link
+        self.unsent += 1
+        if self.unsent <= UNSENT_LINES:
+            plain = re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500])
+            self.session.screen.answer(self.hub.settings.unsent_notice, b" " + plain)
+
+    def _tell_unsent(self):
+        more, self.unsent = self.unsent - UNSENT_LINES, 0
+        session = self.session
+        if more > 0 and session.state in AWAY and not session.client.closed:
+            session.screen.answer(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
+
+
+class Return:
+    """A user's way back into the world: from the notice that it is up to his own screen (rule 4).
+
+    It ends in the game, at the login screen, or with another wait.
+    """
+
+    __slots__ = ("session", "hub", "character", "greeting", "failures", "failing_since", "words",
+                 "words_due", "settled")
+    SURVIVES = ("greeting", "failures", "failing_since", "words", "words_due")
+
+    def __init__(self, session):
+        self.session, self.hub, self.character = session, session.hub, session.character
+        self.greeting = None       # the notice for the next login screen
+        self.failures = self.failing_since = 0          # tries of a link, one after another
+        self.words = b""           # the world's last words to a return that failed
+        self.words_due = False     # ... are still to be shown, if it lives on
+        self.settled = False       # in, but others of this character are not yet
+
+    def plan(self):
+        """The world is up: queue for a link, to the game or to the login screen."""
+        session, hub, character = self.session, self.hub, self.character
+        self.greeting = self.greeting or (
+            "# NOTICE # This world is ONLINE again. Guests have to log in again."
+            if character.is_guest else hub.settings.online_notice)
+        character.plan_return(session.dialect.logs_in)
+        if session.who in hub.suspects.barred:
+            self._give_up()
+        elif hub.world.checks and character.must_be_checked(session.dialect.counts_failures):
+            character.checked = list(character.trials)
+            hub.check(session, character.checked)
+        else:
+            hub.links.add(session)
+
+    def _give_up(self):
+        """His coming back kills the world (see Suspects): he may log in by himself, if he can."""
+        notice = self.hub.settings.suspect_notice
+        if not self.character.trials:
+            self.session.close("the world died each time he came back", notice)
+            return
+        self.character.forget()
+        self.greeting = notice
+        self.hub.links.add(self.session)
+
+    def on_checked(self, verdicts):
+        """The heartbeat's answer about the pairs to try."""
+        if self.character.is_asked_for_another:
+            self.plan()
+            return
+        if not self.character.choose(verdicts, self.session.dialect.counts_failures):
+            self.hub.settle(self.session)       # others of this character need not wait for it
+            self.forget_login()
+        self.hub.links.add(self.session)
+
+    def forget(self):
+        """The world is down: what comes next is another return."""
+        self.failures, self.greeting = 0, None
+        self.words, self.words_due = b"", False
+
+    # ---- the link
+
+    def begin(self):
+        """A link is being opened."""
+        self.settled = False
+        if self.words_due and self.session.life == self.hub.world.life:
+            self.session.screen.show(self.words)
         self.words_due = False
+        if not self.failures:
+            self.failing_since = self.hub.now
 
-    def _link_failed(self, reason):
-        """The world did not take a link, or ended one that was to bring the user back: try again, ever more slowly."""
-        if self.first.is_http:
-            self._end_with_world()
+    def script(self, path):
+        """What goes to the world on the new link, which leads to the Unix socket `path` or None."""
+        session = self.session
+        session.later(RETURN_SECONDS, session.handle, Event.OVERDUE)
+        replay = session.telnet.replay
+        script = session.proof.script(self.character.trials[0], session.lines.setting_lines(True))
+        if path and replay and replay.had:
+            replay.late = script                # goes with the telnet, at the server's first command
+            return b"INFO\r\n"                  # which this brings at once
+        return script
+
+    def on_link_ended(self):
+        """The world ended the link. Full, disabled, forbidden: that is for the user, but only if
+        the world lives on, not at each try, and never once the login took. Known when the next
+        link opens."""
+        proof = self.session.proof
+        if proof.login:
             return
-        delay = min(30, 2 ** min(self.failures, 5))
+        words = proof.words()
+        if words != self.words:
+            self.words, self.words_due = words, True
+        if words:
+            self.character.was_answered_in_words()
+
+    def fail(self):
+        """Seconds until the next try: the world did not take a link, or ended one too soon."""
         self.failures += 1
-        level = logging.INFO if self.failures == 1 else logging.DEBUG
-        log.log(level, "%s: link failed: %s; next try in %d s", self, reason, delay)
-        self._drop_link()
-        if self.state is State.RETURNING:
-            self._wait_again()
-        if self.hub.now - self.failing_since >= 5 and not self.told:
-            self.told, self.greeting = True, self.hub.settings.online_notice
-            self._write_notice(self.hub.settings.offline_notice)
-        self._refresh()
-        self._later(delay, self.connect_again)
+        return min(30, 2 ** min(self.failures - 1, 5))
 
-    def _wait_again(self):
-        """A return has failed: what was typed meanwhile is answered like anything typed while waiting."""
-        self._enter(State.WAITING)
-        kept = self._release()
-        if kept:
-            self._read_client(kept)
+    # ---- the outcome
 
-    def connect_again(self):
-        """Without a link, and the world may be up: get one."""
-        if self.link is None and self.state is State.WAITING:
-            self.begin_return()
-        elif self.link is None and self.state is State.LOGIN:
-            self.hub.links.add(self)
-
-    # ---- the world
-
-    def on_verdict(self, left):
-        """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
-        if left and self.pending and self.hub.world.shut:
-            self._enter(State.LOGIN)            # its login screen's time was over; his login is for its next life
-            self.hub.links.add(self)
-        elif left:
-            self.close("the world ended the connection (booted, timed out, refused) and lives on")
+    def on_end_marker(self):
+        """All is known that there is to know of this login."""
+        session, proof = self.session, self.session.proof
+        if not proof.login:
+            self._refused()
+        elif not self.settled and proof.settles and self.hub.siblings(session):
+            self.settled = True                 # the others' login text comes here too: go on when the last is in
+            session.arrived()
+            self.hub.settle(session)
         else:
-            self.wait(self.hub.settings.offline_notice)
+            proof.retire()                      # all its marks came before the end marker
+            self._succeed(proof.login)
+            if session.inbox.kept:
+                session.inbox.send_kept()
 
-    def on_world_down(self, notice):
-        """The world is down or has moved: hold the client, whatever it was doing."""
-        if self.state in (State.LOGIN, State.PLAYING):
-            if self.link:
-                self.link.last_words()
-            if self._has_quit():
-                self.close("quit")
-        if self.state not in (State.WAITING, State.CLOSING):
-            # who is on his way back, to the game or to the login screen, was told already
-            self.wait("" if self.state is State.RETURNING or self.greeting else notice)
-        elif self.state is State.WAITING and self.kept:
-            self._wait_again()                  # typed in the middle of a return, in the process before this one
+    def settle(self):
+        """The last session of this character is in: what came here of its login is dropped with
+        one more end marker."""
+        session = self.session
+        if session.link and session.state is State.RETURNING and self.settled and session.proof.ended:
+            session.link.send(session.proof.ask_again())
 
-    def wait(self, notice):
-        """Hold the client until the world is back."""
-        if self.first.is_http:
-            self._end_with_world()
+    def on_marker_overdue(self):
+        """The world has answered the login, not the question behind it (builds without telnet)."""
+        if self.session.state is State.RETURNING and not self.session.proof.ended:
+            self.session.proof.end()
+            self.on_end_marker()
+
+    def on_overdue(self):
+        """Last resort: no end marker came, or others of this character take too long."""
+        session, proof = self.session, self.session.proof
+        held = b"" if self.settled else proof.held
+        proof.end()
+        session.later(MARK_SECONDS, proof.retire)
+        if not self.settled:
+            log.warning("%s: no end of the login seen in %d s; showing what came", session,
+                        RETURN_SECONDS)
+        if proof.login:
+            self._succeed(proof.login)
+            session.screen.show(held)
+            if session.inbox.kept:
+                session.inbox.send_kept()
+        else:
+            session.enter(State.LOGIN)
+            session.arrived()
+            session.show_login_screen(held)
+
+    def _succeed(self, login):
+        """The user is in the game again."""
+        session, screen = self.session, self.session.screen
+        first, lost_change = self.character.came_back(login)
+        self.failures, self.greeting, session.hold.told = 0, None, False
+        screen.write(self.hub.settings.online_notice)
+        session.telnet.leave_off()
+        if first:
+            screen.show(session.proof.words())  # he has not seen room and news yet: only returns are silent
+        session.link.send(session.lines.setting_lines(False))
+        answers = session.lines.setting_answers()
+        if answers:
+            screen.expect(answers)
+        session.arrived()
+        session.enter(State.PLAYING)
+        log.info("%s: is back in the game%s", session, " with the name and password of before the "
+                 "last change of them, which the world has lost" if lost_change else "")
+
+    def _refused(self):
+        """The world took the line and not the login: the other pair, or the user must log in."""
+        session, proof = self.session, self.session.proof
+        self.hub.settle(session)                # others of this character need not wait for it
+        if len(self.character.trials) > 1:
+            session.drop_link()                 # some worlds end a link after three wrong logins
+            del self.character.trials[0]
+            session.wait_again(State.WAITING)
+            self.hub.links.add(session)
             return
-        if self.state in (State.LOGIN, State.ASKING) and self.unanswered and not self.login:
-            login, typed_at = self.unanswered[-1][:2]
-            if self.hub.now - typed_at < 30 and not self._was_answered(*self.unanswered[-1]):
-                self.pending = login
-        if self.braked and not self.login:
-            self.pending = self.braked[0]
-        self.braked, self.slow_until = None, 0
-        self._show_hidden()
-        self._drop_link()
-        self.serial += 1
-        self.silent = False
-        self.failures, self.unanswered, self.greeting = 0, [], None
-        self.words, self.words_due, self.told_at = b"", False, self.hub.now
-        self.typed.sent = False                                 # a line begun for the dead world is for the next
-        self._enter(State.WAITING)
-        self._flush_notices()
+        self.forget_login(not proof.refused)
+        proof.returning = False                 # this link stands at the login screen, and so does he now
+        session.enter(State.LOGIN)
+        session.telnet.leave_off()
+        session.arrived()
+        session.show_login_screen(proof.words())
+
+    def forget_login(self, unexplained=False):
+        """The world refused it. It is tried once more, in the world's next life, where the refusal
+        says little: of a login that took before, in words HAS does not know, or while the
+        heartbeat is refused as well."""
+        character = self.character
+        tried = character.login or character.pending
+        again = self.hub.world.shut or unexplained and character.login
+        log.warning("%s: the world refused the login of %s on return; the user must log in%s",
+                    self.session, printable(tried.name) if tried else "this user",
+                    ", and the login is kept for the world's next life" if again else " again")
+        character.forget(tried if again else None)
+        self.greeting = self.hub.settings.relogin_failed_notice
+
+
+class Hold:
+    """How long a user waits for a world that is away or silent, and what he is told of it."""
+
+    __slots__ = ("session", "hub", "silent", "told", "told_at", "held_since")
+    SURVIVES = ("silent", "told", "told_at", "held_since")
+
+    def __init__(self, session):
+        self.session, self.hub = session, session.hub
+        self.silent = False        # the world does not answer
+        self.told = False          # ... or is away, and he knows
+        self.told_at = 0           # when he was last told how long it has lasted
+        self.held_since = 0
+
+    def begin(self):
+        """The world is down: hold this client, but not for ever if the settings say so."""
         self.told = True
-        if self.agreement and self.agreement.settled(DO, ECHO):        # nobody echoes what he types now
-            self.client.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
-        self._write_notice(notice)
-        self._hold_for_now()
-        kept, self.iced = self.iced + self._release(), b""
-        if kept:
-            self._read_client(kept)
+        self.told_at = self.held_since = self.hub.now
+        self.look(self.held_since)
 
-    def _was_answered(self, login, typed_at, greeted=False):
-        """Whether the world has answered that typed login, in words of its own: sites edit these texts. Whom it has
-        greeted it tells nothing unasked at the login screen. A second: time for the mark behind a success."""
-        return greeted and typed_at < self.spoke_at < self.hub.now - 1
-
-    def _hold_for_now(self):
-        """Hold this client, but not for ever if the settings say so."""
-        self.held_since = self.hub.now
-        self._look_at_hold(self.held_since)
-
-    def _look_at_hold(self, since):
-        """Close the client if it was held long enough; else look again later, for a HUP may bring another limit."""
-        if self.client.closed or self.held_since != since or self.state not in (State.WAITING, State.RETURNING):
+    def look(self, since):
+        """Close the client if it was held long enough; else look again later, for a HUP may bring
+        another limit."""
+        session, hub = self.session, self.hub
+        if session.client.closed or self.held_since != since or (
+                session.state not in AWAY | COMING_BACK):
             return
-        hold = self.hub.settings.hold if self.login or self.pending else self.hub.settings.login_hold
-        left = since + hold - self.hub.now if hold else 60
+        character, settings = session.character, hub.settings
+        hold = settings.hold if character.login or character.pending else settings.login_hold
+        left = since + hold - hub.now if hold else 60
         if left > 0:
             self._tell_how_long()
-            self.hub.later(min(60, left), self._look_at_hold, since)
-        elif self.state is State.RETURNING or self.hub.is_up:
-            self.hub.later(1, self._look_at_hold, since)        # his return is under way, or soon will be
+            hub.later(min(60, left), self.look, since)
+        elif session.state in COMING_BACK or hub.is_up:
+            hub.later(1, self.look, since)      # his return is under way, or soon will be
         else:
-            self.close("held long enough", "# NOTICE # The world is still offline. Please come back later.")
+            session.close("held long enough",
+                          "# NOTICE # The world is still offline. Please come back later.")
 
     def _tell_how_long(self):
         """Once a while: he has heard nothing since the notice that the world is down."""
@@ -4109,245 +4238,670 @@ class Session:
             return
         self.told_at = self.hub.now
         lasted = ago(time.time() - self.hub.health_since)
-        self._answer(f"# NOTICE # This world has been OFFLINE for {lasted}. Still waiting.")
+        self.session.screen.answer(
+            f"# NOTICE # This world has been OFFLINE for {lasted}. Still waiting.")
 
-    def on_world_silent(self, silent):
+    # ---- silence
+
+    def on_silence(self, silent):
         """The world has stopped answering, or answers again."""
+        session, settings = self.session, self.hub.settings
         if silent is not self.silent:           # else a new process is told what it knows
-            self.silent, self.iced = silent, b""
-        if silent and self._has_quit(self.hub.settings.hb_timeout + self.hub.settings.beat):
-            self.close("quit")
-        if not silent and self.state in (State.LOGIN, State.PLAYING, State.ASKING):
+            self.silent, session.lines.iced = silent, b""
+        if silent and session.has_quit(settings.hb_timeout + settings.beat):
+            session.close("quit")
+        if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:
             self.told = False
-        if self.state is State.ASKING or self.state is State.LOGIN and not self.spoke_at:
-            self._tell_silence()                # he sees nothing, and may type nothing
-        self._refresh()
+        if session.state in (State.ASKING, State.OPENING) or (
+                session.state is State.LOGIN and not session.spoke_at):
+            self.tell_silence()                 # he sees nothing, and may type nothing
+        session.refresh()
 
-    def _has_quit(self, lately=0):
-        """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
-        return self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS + lately
-
-    def _tell_silence(self):
+    def tell_silence(self):
+        """Tell him once that the world does not answer."""
         if self.silent and not self.told:
             self.told = True
-            self.notify(self.hub.settings.silent_notice)
+            self.session.screen.notify(self.hub.settings.silent_notice)
+
+    def tell_failure(self):
+        """Tell him once that the world takes no link."""
+        if not self.told:
+            self.told = True
+            self.session.way_back.greeting = self.hub.settings.online_notice
+            self.session.screen.write(self.hub.settings.offline_notice)
+
+
+class Session:
+    """One user. Main thread only.
+
+    OPENING ---> LOGIN ---> PLAYING             the link is open; a login was confirmed
+                   |  link ended  |
+                   +---> ASKING <-+             is the world alive?  yes: CLOSING, no: WAITING
+                            |
+    WAITING <---------------+--- world down     the client is held and told
+      | world up: its turn       BACKOFF        the world took no link: later again
+      +---> REOPENING ---> RETURNING ---> PLAYING     logged in again
+      +---> OPENING ---> LOGIN                  where there is no login to repeat
+    CLOSING                                     what is held goes out, then the client is closed
+
+    Timers, verdicts and connects carry `serial`, the number of the link they are about; another
+    one is ignored.
+    """
+
+    __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since",
+                 "tls", "announced", "spoke_at", "proof", "character", "screen", "telnet", "inbox",
+                 "lines", "way_back", "hold")
+    SURVIVES = ("number", "serial", "life", "host", "since", "tls", "announced", "spoke_at", "proof")
+
+    def __init__(self, hub, number, client, host, tls=False):
+        self.hub, self.number, self.host, self.tls = hub, number, host, tls
+        self.since = int(time.time())           # shown to the world, kept over returns
+        self.announced = False     # the log has a line about him: who says nothing may be a probe
+        self.state, self.serial = State.OPENING, 0
+        self.client, self.link = client, None   # streams
+        self.life = self.proof = None           # of the link: the world's life, what proves a login
+        self.spoke_at = 0          # when the world last spoke at the login screen of this link
+        self.character = Character()
+        self.screen = Screen(self, client)
+        self.telnet = Telnet(self)
+        self.inbox = Inbox(self, client)
+        self.lines = Lines(self)
+        self.way_back = Return(self)
+        self.hold = Hold(self)
+        client.owner, client.on_data = self, self.inbox.on_data
+
+    def __str__(self):
+        login = self.character.login
+        name = printable(login.name.decode("utf-8", "replace") + "@") if login else ""
+        return f"session {self.number} {name}{self.host}"
+
+    @property
+    def parts(self):
+        """All that have something to survive."""
+        return (self, self.character, self.screen, self.telnet, self.inbox, self.lines,
+                self.way_back, self.hold)
+
+    # ---- states
+
+    def handle(self, event, *arguments):
+        """Do what the table says."""
+        handler = self.TABLE.get((self.state, event))
+        if handler:
+            handler(self, *arguments)
+        else:
+            log.error("%s: a fault of HAS: %s while %s: ignored", self, event.value, self.state.value)
+
+    def enter(self, state):
+        """Go to another state."""
+        if state is not self.state:
+            log.debug("%s: %s -> %s", self, self.state.name, state.name)
+        self.state = state
+        self.refresh()
+
+    def refresh(self):
+        """Compute the two flags of the fast path from everything they depend on."""
+        state, screen, inbox = self.state, self.screen, self.inbox
+        fast = (state is State.PLAYING and self.linked and inbox.is_fast
+                and not self.hold.silent and not self.dialect.capped)
+        inbox.forward = self.link.send if fast else None
+        screen.careful = bool(
+            state is State.LOGIN or state is State.RETURNING
+            or screen.stuck or screen.hidden or screen.expected or self.hub.noise
+            or inbox.kept or self.character.changing
+            or self.proof and self.proof.live or self.telnet.is_held)
+
+    @property
+    def dialect(self):
+        """The family of the world, as far as it is known."""
+        world = self.hub.world
+        return world.dialect if world else DIALECTS.get(self.hub.settings.mush_type, UNKNOWN)
+
+    @property
+    def linked(self):
+        """Whether there is an open link."""
+        return self.link is not None and not self.link.connecting
+
+    @property
+    def can_talk(self):
+        """Whether the user and the world can talk."""
+        return self.linked and self.state in LINKED
+
+    @property
+    def can_forward(self):
+        """Whether what he types goes on at once: nothing kept is before it."""
+        return self.can_talk and not self.inbox.kept
+
+    @property
+    def wants_link(self):
+        """Whether he has none and should."""
+        return self.state is State.OPENING or self.state in AWAY
 
     @property
     def who(self):
-        """Who this is for the world: a character, or his own number where no name tells him from others."""
-        returns = self.trials and self.state in (State.WAITING, State.RETURNING)
-        login = self.trials[0] if returns else self.login
-        return login.character if login and login.character != b"guest" else self.number
+        """Who this is for the world: a character, or his number where no name tells him apart."""
+        return self.character.who(self.number, self.state in AWAY | COMING_BACK)
 
-    @property
-    def would_be(self):
-        """The same for one who has not begun to come back."""
-        login = self.login or self.pending
-        return login.character if login and not login.is_guest else self.number
+    def has_quit(self, lately=0):
+        """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
+        quit_at = self.inbox.quit_at
+        return quit_at and self.hub.now - quit_at < QUIT_SECONDS + lately
 
-    @property
-    def is_guest(self):
-        """Whether he is logged in as a guest: another one may have that name the next time."""
-        return self.login is not None and self.login.is_guest
+    def later(self, seconds, action, *arguments):
+        """Do that then, if the link is still the same."""
+        self.hub.later(seconds, self._due, self.serial, action, *arguments)
 
-    def begin_return(self):
-        """The world is up: get back into it, or to its login screen."""
-        if self.state is not State.WAITING:
+    def _due(self, serial, action, *arguments):
+        if serial == self.serial and not self.client.closed:
+            action(*arguments)
+            self.refresh()
+
+    # ---- life
+
+    def announce(self):
+        """Say in the log that he is here, when he has spoken or stayed; of too many a minute only
+        the number."""
+        if not self.announced and not self.client.closed:
+            line = f"{self}: connected{' (TLS)' if self.tls else ''}"
+            what = "connected and spoke or stayed"
+            self.announced = self.hub.visits.note(self.host, what, line, free=60)
+
+    def status(self):
+        """What is told of this session: plain values, nothing secret, nothing that could steer a
+        terminal."""
+        login, inbox = self.character.login, self.inbox
+        return {"id": self.number, "name": printable(login.name) if login else "",
+                "host": self.host, "state": self.state.name, "age": int(time.time()) - self.since,
+                "tls": self.tls, "idle": int(self.hub.now - inbox.typed_at),
+                "bytes_in": inbox.bytes_in, "bytes_out": self.screen.bytes_out,
+                "size": self.telnet.size}
+
+    def close(self, why, notice=""):
+        """Close the client after what is held for it was sent, within FLUSH_SECONDS."""
+        if self.state is State.CLOSING:
             return
-        self.greeting = self.greeting or (
-            "# NOTICE # This world is ONLINE again. Guests have to log in again." if self.is_guest else
-            self.hub.settings.online_notice)
-        self.trials = [c for c in (self.login or self.pending, self.previous) if c]
-        if self.is_guest or not self.dialect.logs_in:
-            self.trials = []
-        if self.who in self.hub.suspects.barred:
-            self._give_up()
-            return
-        if self.hub.world.checks and self._is_to_be_checked():
-            self.checked = list(self.trials)
-            self.hub.check(self, self.checked)
-        else:
-            self.hub.links.add(self)
+        log.info("%s: %s: closing", self, why)
+        if notice:
+            self.screen.write(notice)
+        self.drop_link()
+        self.enter(State.CLOSING)
+        self.later(FLUSH_SECONDS, self.end)
+        self.client.finish()
+        if self.client.ended:
+            self.end()
 
-    def _give_up(self):
-        """His coming back kills the world (see Suspects): he may log in by himself, if he could log in at all."""
-        notice = self.hub.settings.suspect_notice
-        if not self.trials:
-            self.close("the world died each time he came back", notice)
-            return
-        self.trials, self.login, self.previous, self.pending, self.greeting = [], None, None, None, notice
-        self.hub.links.add(self)
+    def end(self):
+        """Forget this session and close what is open."""
+        self.state = State.CLOSING              # whatever fails below, on_error() finds nothing to do
+        self.client.drop()
+        self.drop_link()
+        self.hub.forget(self)
 
-    def _is_to_be_checked(self):
-        """Whether to ask first which pair is right. Who does not exist yet, or needs no password, is always wrong."""
-        first = self.trials[0] if self.trials else None
-        return first and not (first.creates or first.is_guest) and (
-            len(self.trials) > 1 or self.dialect.counts_failures)
+    def end_with_world(self):
+        """A client that speaks HTTP can neither be told nor brought back."""
+        self.close("speaks HTTP, so it ends with its world")
 
-    def _returned(self):
-        """The end marker of a return came: all is known."""
-        proof = self.proof
-        if proof.login and not self.settled and proof.settles and self.hub.siblings(self):
-            self.settled = True                 # the others' login text comes here too: go on when the last is in
-            self._arrived()
-            self.hub.settle(self)
-        elif proof.login:
-            proof.retire()                      # all its marks came before the end marker
-            self._back_in_game(proof.login)
-            if self.kept:
-                self._send_kept()
-        else:
-            self._refused()
+    def on_error(self):
+        """A fault of HAS itself in handling this session (it was logged): end only this session."""
+        self.end()
 
-    def settle(self):
-        """The last session of this character is in: what came here of its login is dropped with one more end marker."""
-        if self.link and self.state is State.RETURNING and self.settled and self.proof.ended:
-            self.link.send(self.proof.ask_again())
+    # ---- streams
 
-    def _back_in_game(self, login):
-        login, first = login.made, self.login is None
-        lost_change = self.previous is not None and login == self.previous
-        others = [c for c in (self.login, self.previous) if c and c != login]
-        self.login, self.previous, self.pending = login, (others[0] if others else None), None
-        self.failures, self.told, self.proven, self.greeting = 0, False, login.character, None
-        self._write_notice(self.hub.settings.online_notice)
-        if self.replay:
-            self.client.send(self.replay.leftovers())
-        if first:
-            self._show(self.proof.words())      # he has not seen room and news yet: only returns are silent
-        self.link.send(self._setting_lines(False))
-        suffix = self.settings.get(b"OUTPUTSUFFIX")
-        if suffix and self.dialect.wraps_settings:
-            prefix = self.settings.get(b"OUTPUTPREFIX")
-            self.expected = [line + b"\r\n" for line in (prefix, suffix) if line]
-            self._later(EXPECT_SECONDS, self.expected.clear)
-        self._arrived()
-        self._enter(State.PLAYING)
-        log.info("%s: is back in the game%s", self, " with the name and password of before the last change of them, "
-                 "which the world has lost" if lost_change else "")
-
-    def _setting_lines(self, held):
-        """The lines that repeat his settings: those whose answers can be held back, or the others, which do no harm."""
-        lines = [word.split()[0] + (b" " + value if value else b"") + b"\r\n" for word, value in self.settings.items()
-                 if held == (self.dialect.settings_held and not word.startswith(b"OUTPUT"))]
-        return b"".join(lines)
-
-    def _refused(self):
-        """The world took the line and not the login: the other pair, or the user himself must log in."""
-        self.hub.settle(self)                   # others of this character need not wait for it
-        if len(self.trials) > 1:
-            self._drop_link()                   # another link: some worlds end one after three wrong logins
-            del self.trials[0]
-            self._wait_again()
-            self.hub.links.add(self)
-            return
-        self._forget_login(not self.proof.refused)
-        self.proof.returning = False            # this link stands at the login screen, and so does the user now
-        self._enter(State.LOGIN)
-        if self.replay:
-            self.client.send(self.replay.leftovers())
-        self._arrived()
-        self._at_login_screen(self.proof.words())
-
-    def _forget_login(self, unexplained=False):
-        """The world refused it. It is tried once more, in the world's next life, where the refusal says little: of a
-        login that took before, in words HAS does not know, or while the heartbeat is refused as well."""
-        tried, again = self.login or self.pending, self.hub.world.shut or unexplained and self.login
-        log.warning("%s: the world refused the login of %s on return; the user must log in%s", self,
-                    printable(tried.name) if tried else "this user",
-                    ", and the login is kept for the world's next life" if again else " again")
-        self.trials, self.pending = [], tried if again else None
-        self.login = self.previous = None
-        self.greeting = self.hub.settings.relogin_failed_notice
-
-    def _end_marker_overdue(self):
-        """The world answered the login but not the question behind it (builds without telnet)."""
-        if self.state is State.RETURNING and not self.proof.ended:
-            self.proof.end()
-            self._returned()
-
-    def _return_overdue(self):
-        """Last resort: no end marker came, or others of this character take too long. Carry on."""
-        if self.state is not State.RETURNING:
-            return
-        held, proof = b"" if self.settled else self.proof.held, self.proof
-        proof.end()
-        self._later(MARK_SECONDS, proof.retire)
-        if not self.settled:
-            log.warning("%s: no end of the login seen in %d s; showing what came", self, RETURN_SECONDS)
-        if proof.login:
-            self._back_in_game(proof.login)
-            self._show(held)
-            if self.kept:
-                self._send_kept()
-        else:
-            self._enter(State.LOGIN)
-            self._arrived()
-            self._at_login_screen(held)
-
-    def _send_kept(self):
-        """Send one line typed during the return; the next follows the world's answer or 100 ms (rule 4).
-
-        TeenyMUSH runs lines that arrive together last first.
-        """
-        if self.state is State.LOGIN:
-            self._read_kept()
-            return
-        kept = self._release()
-        end = self.dialect.line_end.search(kept)
-        stop = end.end() if end else len(kept)
-        self._read_client(kept[:stop])
-        if kept[stop:] and self.state in (State.LOGIN, State.PLAYING):
-            self._keep(kept[stop:])
-            self.kept_due = self.hub.now + 0.1
-            self._later(0.1, self._send_more)
-
-    def _send_more(self):
-        if self.kept and self.hub.now >= self.kept_due and self._can_talk():
-            self._send_kept()
-
-    # ---- streams that do not take what they are sent
+    def on_stream_open(self, link):
+        """The link is open."""
+        tune(link.sock, 15, 5, 3, self.hub.settings.dead_after + 10)
+        self.handle(Event.OPENED)
 
     def on_stream_full(self, stream):
         """A stream holds more than HIGH_WATER: stop reading the other one."""
         if stream is self.link:
             self.client.pause()
         elif stream is self.client:
-            if not self.reading_timer:
-                self.reading_timer = True
-                self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, stream.sent_bytes)
-            if self.link:
-                self.link.pause()
-                self.stuck_due = self.hub.now + STUCK_SECONDS
-                self._later(STUCK_SECONDS, self._on_stuck)
-
-    def _on_stuck(self):
-        """One unread connection would freeze a whole TeenyMUSH: read on, and lose old lines if need be."""
-        if self.client.full and self.link and self.hub.now >= self.stuck_due:
-            self.stuck = True
-            self.link.resume()
-            self._refresh()
-
-    def _on_hopeless(self, sent_bytes):
-        self.reading_timer = self.client.full and not self.client.closed
-        if self.reading_timer and self.client.sent_bytes == sent_bytes:
-            log.info("%s: the client has not read for %d s: closed", self, GIVE_UP_SECONDS)
-            self.end()
-        elif self.reading_timer:
-            self.hub.later(GIVE_UP_SECONDS, self._on_hopeless, self.client.sent_bytes)
-
-    def _shorten(self):
-        limit = self.hub.settings.output_limit
-        if len(self.client.out) > limit + self.client.committed:
-            self.client.out = shorten(
-                self.client.out, limit * 3 // 4, self.client.committed, self.spelling)
+            self.screen.on_full()
 
     def on_stream_room(self, stream):
         """A stream fell below LOW_WATER: read the other one again."""
-        if stream is self.client and self.link:
-            self.stuck = False
-            self.link.resume()
-        self._resume_client()
+        if stream is self.client:
+            self.screen.on_room()
+        self.inbox.resume()
+
+    def on_stream_end(self, stream, reason):
+        """One of the two streams ended; `reason` is "" for a plain end of file."""
+        if stream is self.client:
+            self.handle(Event.CLIENT_LOST if reason else Event.CLIENT_ENDED, reason)
+        elif stream is self.link:
+            event = Event.FAILED if self.link.connecting else Event.ENDED
+            self.drop_link()
+            self.handle(event, reason or "closed by the world")
+
+    def replace_stream(self, name, sock):
+        """Another process took over the TLS of a stream: its plain side is `sock`. What was held
+        went along."""
+        old = getattr(self, name)
+        new = Stream(self.hub.selector, sock, self, old.on_data)
+        packed = {**old.pack(), "out": pack(b""), "broken": False}
+        Stream.drop(old)                        # not TLS's own: that would end it for the other process
+        if name == "client":
+            self.client = self.screen.client = self.inbox.client = new
+        else:
+            self.link = new
+        new.take_up(packed)
+        if packed["finishing"]:
+            new.finish()
+        self.on_stream_room(new)                # what the old one held is not held here
+        self.refresh()
+
+    def _client_finished(self, _):
+        """What he typed last is still carried out and answered."""
+        self._note_client_gone("")
+        self.inbox.read(self.inbox.release())
+        self.link.finish()
+        self.enter(State.CLOSING)
+        self.later(FLUSH_SECONDS, self.end)
+
+    def _client_gone(self, reason):
+        self._note_client_gone(reason)
+        self.end()
+
+    def _note_client_gone(self, reason):
+        if self.announced:
+            log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
+        elif not self.inbox.bytes_in:
+            self.hub.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
+
+    # ---- the link
+
+    def open_link(self):
+        """It is this session's turn to connect to the world (called by the hub)."""
+        self.handle(Event.TURN)
+
+    def _connect(self):
+        world, returning = self.hub.world, self.state in AWAY and bool(self.character.trials)
+        self.serial += 1
+        self.proof = world.dialect.proof(returning, world.telnet)
+        self.telnet.new_link()
+        self.inbox.typed.charset, self.spoke_at = b"", 0
+        self.character.changing, self.screen.hidden, self.screen.expected = None, b"", []
+        self.way_back.begin()
+        self.life = world.life
+        self.enter(State.REOPENING if returning else State.OPENING)
+        try:
+            self.link = self.hub.connect(world, self, self.screen.reader)
+        except OSError as error:
+            self._link_failed(error.strerror)
+            return
+        self.later(CONNECT_SECONDS, self._connect_overdue)
+
+    def _connect_overdue(self):
+        if self.link and self.link.connecting:
+            self.handle(Event.FAILED, "no answer to the connect")
+
+    def _opened(self):
+        """The link is open: hand over the address first, then log in or let the user type."""
+        hub, world = self.hub, self.hub.world
+        self.screen.stuck = self.client.full    # nobody waits for one who did not read the last link
+        returning = self.state is State.REOPENING
+        path = world.target[1] if isinstance(world.target[1], str) else None
+        opening = self._address_line(path)
+        if self.telnet.agreement or path:
+            opening += self.telnet.begin(bool(path))
+        hub.suspects.came(self.who, hub.now)
+        if returning:
+            opening += self.way_back.script(path)
+        self.enter(State.RETURNING if returning else State.LOGIN)
+        if opening:
+            self.link.send(opening)
+        if not returning:
+            self.show_login_screen()
+
+    def _address_line(self, path):
+        world, settings = self.hub.world, self.hub.settings
+        if world.word == "none" and not path or not world.told:
+            return b""
+        epoch = self.since if settings.add_epoch_time else 0
+        return self.dialect.address_line(self.host, epoch, world.word, path)
+
+    def show_login_screen(self, words=b""):
+        """The user must log in by himself; `words`: what the world has said on this link."""
+        way_back, hold = self.way_back, self.hold
+        hold.told = hold.told and hold.silent and not way_back.greeting
+        self.screen.write(way_back.greeting)
+        way_back.greeting, way_back.failures = None, 0
+        self.screen.show(words)
+        if self.character.is_guest:
+            self.character.login = self.character.previous = None
+        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less
+        # than 1 ms apart (choreography.md 2).
+        self.later(1 if self.dialect.greets else 0.005, self.arrived)
+        self.inbox.read_kept()
+        self.refresh()
+
+    def arrived(self):
+        """His link is no more in the way of the next one's."""
+        self.hub.links.arrived(self)
+
+    def drop_link(self):
+        """Close the link, if there is one."""
+        if self.link:
+            self.link.drop()
+        self.link = self.inbox.forward = None
+        self.arrived()
+        if self.state in COMING_BACK:
+            self.hub.settle(self)
+
+    def _link_failed(self, reason):
+        """The world did not take a link, or ended one that was to bring the user back: try again,
+        ever more slowly."""
+        if self.inbox.first.is_http:
+            self.end_with_world()
+            return
+        delay = self.way_back.fail()
+        log.log(logging.INFO if self.way_back.failures == 1 else logging.DEBUG,
+                "%s: link failed: %s; next try in %d s", self, reason, delay)
+        self.drop_link()
+        if self.state in COMING_BACK:
+            self.wait_again(State.BACKOFF)
+        if self.hub.now - self.way_back.failing_since >= 5:
+            self.hold.tell_failure()
+        self.refresh()
+        self.later(delay, self.connect_again)
+
+    def _return_cut(self, reason):
+        self.way_back.on_link_ended()
+        self._link_failed(reason)
+
+    def wait_again(self, state):
+        """A return has failed: what was typed meanwhile is answered like anything typed while
+        waiting."""
+        self.enter(state)
+        kept = self.inbox.release()
+        if kept:
+            self.inbox.read(kept)
+
+    def connect_again(self):
+        """Without a link, and the world may be up: get one."""
+        self.handle(Event.RETRY)
+
+    def _queue(self):
+        if self.link is None:
+            self.hub.links.add(self)
+
+    def _ask(self, _):
+        """The link ended: he has quit, was thrown out, or the world died."""
+        if self.has_quit():
+            self.close("quit")
+        elif self.inbox.first.is_http:
+            self.end_with_world()
+        else:
+            self.screen.show_hidden()
+            self.enter(State.ASKING)
+            self.hold.tell_silence()
+            self.hub.ask(self)
+
+    def _finish_client(self, _):
+        """The answer to his last words is on its way; FLUSH_SECONDS are running."""
+        if self.client.out:
+            self.client.finish()
+        else:
+            self.end()
+
+    # ---- the world's text
+
+    def read_link(self, data):
+        """The careful way: telnet, marks, outcomes, arrivals."""
+        before = self.state
+        for is_command, piece in self.telnet.split(data):
+            if is_command and self.proof.saw_command(piece):
+                self.handle(Event.MARKED)
+            elif is_command:
+                answer = self.telnet.on_world_command(piece)
+                if answer:
+                    self.client.send(answer)
+            elif is_command is None:
+                self.client.send(piece)
+            else:
+                self.screen.show(self._read_text(piece))
+        if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
+            self.hub.links.spoke(self)
+        if self.inbox.kept and before is self.state is State.PLAYING:
+            self.inbox.send_kept()              # the world has answered the one before
+        self.screen.shorten()
+        if self.character.changing and self.hub.now > self.character.changing.until:
+            self.character.changing = None
+        self.refresh()
+
+    def _read_text(self, text):
+        """Text of the world; returns what the client gets of it."""
+        if self.proof.live:
+            text = self._read_marks(text)
+        if self.state is State.RETURNING:
+            return b""                          # settled: what the others of this character cause
+        character = self.character
+        if character.changing:
+            kind = character.follow_change(self.dialect, text)
+            if kind:
+                log.info("%s: changed the %s", self, kind)
+        elif self.state is State.LOGIN:
+            self._look_for_refusals(text)
+        return self.screen.without_hidden(text)
+
+    def _read_marks(self, text):
+        """Look for what proves a login, or its end; returns the rest."""
+        text, news = self.proof.hear(text)
+        if News.TOOK in news and self.state is State.LOGIN:
+            self.handle(Event.TOOK)
+        if News.ASK in news and self.link:
+            self.link.send(self.proof.question())
+            self.later(END_SECONDS, self.way_back.on_marker_overdue)
+        if News.ENDED in news and self.state is State.RETURNING:
+            self.handle(Event.MARKED)
+        return text
+
+    def _look_for_refusals(self, text):
+        """Text at the login screen: a login that was refused is not sent again."""
+        if text.strip():
+            self.spoke_at = self.hub.now
+        tail, dialect = self.screen.tail, self.dialect          # a text may come in two pieces
+        refusals, others = (
+            sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
+            for pattern in (dialect.refused_text, dialect.not_taken_text))
+        if self.character.unanswered and refusals + others:
+            log.info("%s: the world refused a login", self)
+        self.character.answered(refusals, others, final=not self.hub.world.shut)
+
+    def _logged_in(self):
+        """A typed login took."""
+        proof = self.proof
+        pairs = self.character.took(proof.login, proof.others, proof.is_whole)
+        self.hub.login_took(self)
+        self.enter(State.PLAYING)
+        log.info("%s: logged in", self)
+        if proof.is_whole:
+            self.later(MARK_SECONDS, proof.retire)
+        elif self.hub.world.checks:
+            self.character.checked = pairs[0]
+            self.hub.check(self, pairs)
+
+    def _logged_out(self):
+        log.info("%s: logged out to the login screen", self)
+        self.character.log_out()
+        self.proof = self.dialect.proof(False, self.hub.world.telnet)
+        self.enter(State.LOGIN)
+
+    def on_checked(self, serial, verdicts):
+        """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
+        if serial != self.serial:
+            return
+        if self.state in AWAY:
+            self.way_back.on_checked(verdicts)
+        elif self.state is State.PLAYING and self.character.confirm(verdicts, self.proof.others):
+            log.info("%s: the world logged it in but denies the password; it cannot be brought back",
+                     self)
+            self.character.forget()
+
+    # ---- the world
+
+    def on_verdict(self, left):
+        """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
+        self.handle(Event.LEFT if left else Event.DIED)
+
+    def _leave(self):
+        if self.character.pending and self.hub.world.shut:
+            self.enter(State.OPENING)           # its login screen's time was over; his login is for its next life
+            self.hub.links.add(self)
+        else:
+            self.close("the world ended the connection (booted, timed out, refused) and lives on")
+
+    def _stay(self):
+        self.wait(self.hub.settings.offline_notice)
+
+    def on_world_silent(self, silent):
+        """The world has stopped answering, or answers again."""
+        self.hold.on_silence(silent)
+
+    def notify(self, text):
+        """A notice of the admin's to everybody."""
+        self.screen.notify(text)
+
+    def on_world_down(self, notice):
+        """The world is down or has moved: hold the client, whatever it was doing."""
+        self.handle(Event.DOWN, notice)
+
+    def _lose_world(self, notice):
+        if self.link:
+            self.link.last_words()
+        if self.has_quit():
+            self.close("quit")
+        if self.state not in AWAY and self.state is not State.CLOSING:
+            self._lose_link(notice)
+
+    def _lose_link(self, notice):
+        """Who is on his way back, to the game or to the login screen, was told already."""
+        told = self.state in COMING_BACK or self.way_back.greeting
+        self.wait("" if told else notice)
+
+    def _stay_away(self, _):
+        self.wait_again(State.WAITING)
+
+    def wait(self, notice):
+        """Hold the client until the world is back."""
+        if self.inbox.first.is_http:
+            self.end_with_world()
+            return
+        self.character.keep_unanswered(self.hub.now, self.spoke_at, self.lines.drop_braked())
+        self.screen.show_hidden()
+        self.drop_link()
+        self.serial += 1
+        self.hold.silent = False
+        self.way_back.forget()
+        self.inbox.typed.sent = False           # a line begun for the dead world is for the next
+        self.enter(State.WAITING)
+        self.screen.flush()
+        self.telnet.end_echo()
+        self.screen.write(notice)
+        self.hold.begin()
+        kept = self.lines.take_iced() + self.inbox.release()
+        if kept:
+            self.inbox.read(kept)
+
+    # ---- another process
+
+    def pack(self):
+        """This session for a new process: (plain values, the descriptors to keep). What is under
+        way is begun anew there."""
+        linked = self.linked and self.state is not State.RETURNING
+        state = State.WAITING if self.state in COMING_BACK else self.state
+        values = {name: pack(getattr(part, name)) for part in self.parts for name in part.SURVIVES}
+        streams = [self.client] + [self.link] * linked
+        return {"state": state.name, "values": values, "client": self.client.pack(),
+                "link": self.link.pack() if linked else None}, [it.sock.fileno() for it in streams]
+
+    def unpack(self, packed):
+        """Take up what pack() gave, of this program or an older one; nothing is sent yet (see
+        go_on)."""
+        values = packed["values"]
+        for part in self.parts:
+            for name in set(part.SURVIVES) & set(values):
+                setattr(part, name, unpack(values[name]))
+        if self.telnet.replay:
+            self.telnet.replay.agreement = self.telnet.agreement
+        if self.inbox.from_client:
+            self.inbox.from_client.strict = True        # older programs had no such thing
+        self.state = State[packed["state"]]
+        self.client.take_up(packed["client"])
+        if packed["link"]:
+            sock = socket.socket(fileno=packed["link"]["fd"])
+            self.link = Stream(self.hub.selector, sock, self, self.screen.reader)
+            self.link.take_up(packed["link"])
+        elif self.state is State.LOGIN:
+            self.state = State.OPENING          # one name for both, in older programs
+
+    def go_on(self):
+        """Begin anew what was under way when the process was replaced: timers, questions, connects."""
+        hub, screen, inbox, character = self.hub, self.screen, self.inbox, self.character
+        screen.stuck = self.client.full
+        self.refresh()
+        screen.flush()
+        inbox.go_on()
+        if self.lines.braked:
+            hub.later(max(0.0, inbox.slow_until - hub.now), self.lines.try_login)
+        if screen.expected:
+            screen.expect(screen.expected)
+        if screen.hidden:
+            screen.show_hidden()
+        if inbox.kept and self.can_talk:
+            self.later(NEXT_LINE_SECONDS, inbox.send_kept)
+        self.telnet.go_on()
+        if self.state is State.PLAYING and character.checked:   # the heartbeat of before took the question along
+            hub.check(self, [character.checked, *self.proof.others])
+        if self.state is State.PLAYING and self.proof:
+            self.later(MARK_SECONDS, self.proof.retire)
+        self._go_on_waiting()
+
+    def _go_on_waiting(self):
+        if self.state is State.CLOSING:
+            self.later(FLUSH_SECONDS, self.end)
+            if self.client.ended and not self.link:
+                self.end()
+        elif self.state is State.ASKING:
+            self.hub.ask(self)
+        elif self.state in AWAY:
+            self.hold.look(self.hold.held_since)
+        if self.wants_link:
+            self.serial += 1
+            if self.hub.is_up:
+                self.connect_again()
+
+    def _ignore(self, *_):
+        """Nothing is to be done."""
+
+    # What happens when: {event: {states: handler}}. No row: it cannot happen.
+    TABLE = {(State[name], event): handler for event, rows in {
+        Event.TURN: {"OPENING WAITING BACKOFF": _connect},
+        Event.OPENED: {"OPENING REOPENING": _opened},
+        Event.FAILED: {"OPENING REOPENING": _link_failed},
+        Event.ENDED: {"LOGIN PLAYING": _ask, "RETURNING": _return_cut, "CLOSING": _finish_client},
+        Event.LEFT: {"ASKING": _leave},
+        Event.DIED: {"ASKING": _stay},
+        Event.DOWN: {
+            "OPENING LOGIN PLAYING": _lose_world, "ASKING REOPENING RETURNING": _lose_link,
+            "WAITING BACKOFF": _stay_away, "CLOSING": _ignore},
+        Event.RETRY: {
+            "OPENING": _queue, "WAITING BACKOFF": lambda self: self.way_back.plan(),
+            "LOGIN PLAYING ASKING REOPENING RETURNING CLOSING": _ignore},
+        Event.TOOK: {"LOGIN": _logged_in},
+        Event.MARKED: {"RETURNING": lambda self: self.way_back.on_end_marker()},
+        Event.OVERDUE: {
+            "RETURNING": lambda self: self.way_back.on_overdue(),
+            "OPENING LOGIN PLAYING ASKING WAITING BACKOFF REOPENING CLOSING": _ignore},
+        Event.LOGOUT: {"PLAYING": _logged_out},
+        Event.CLIENT_ENDED: {
+            "LOGIN PLAYING": _client_finished,
+            "OPENING ASKING WAITING BACKOFF REOPENING RETURNING": _client_gone,
+            "CLOSING": lambda self, _: self.end()},
+        Event.CLIENT_LOST: {
+            "OPENING LOGIN PLAYING ASKING WAITING BACKOFF REOPENING RETURNING": _client_gone,
+            "CLOSING": lambda self, _: self.end()},
+    }.items() for names, handler in rows.items() for name in names.split()}
 
 
 # ======================================================================
@@ -6170,7 +6724,7 @@ class LinkQueue:
                 self.go_on()
                 return
             session, _ = self._waiting.popitem(last=False)
-            if session.state not in (State.LOGIN, State.WAITING):
+            if not session.wants_link:
                 continue
             self._next_at = hub.now + 1 / rate if rate else 0.0
             self._arriving[session] = hub.now
@@ -6275,7 +6829,7 @@ class Hub:
         if timers and timers[0][0] <= self.now:
             self._run_timers()
         while self.backlogs and self.patience > 0:
-            self._safely(self.backlogs.popleft().take_backlog)
+            self._safely(self.backlogs.popleft().inbox.take_turn)
 
     def _fault(self, owner):
         """An exception in a handler ends the client it was for, nothing else; a fault of the hub itself goes on up."""
@@ -6430,7 +6984,7 @@ class Hub:
         return self.brake.left(host_group(host), self.now)
 
     def login_wait(self, session, character):
-        """Seconds until this login may go on to the world; 0: it does, and counts. Ends with session.try_login."""
+        """Seconds until this login may go on to the world; 0: it does, and counts. Ends with Lines.try_login."""
         group = host_group(session.host)
         wait = 0 if ipaddress.ip_address(session.host).is_loopback else self.brake.wait(group, self.now)
         if wait:
@@ -6443,9 +6997,9 @@ class Hub:
     def login_took(self, session):
         """A login took. Others of its address may have waited for that."""
         group = host_group(session.host)
-        self.brake.forgive(group, session.login.character)
+        self.brake.forgive(group, session.character.login.character)
         for braked in list(self._braked.get(group, ())):
-            self._safely(braked.try_login)
+            self._safely(braked.lines.try_login)
 
     def _forget_braked(self, session):
         group = host_group(session.host)
@@ -6480,25 +7034,25 @@ class Hub:
 
     def open_link(self, session):
         """It is the session's turn. The lines that tell others of its arrival will be hidden."""
-        if session.state is State.WAITING and session.trials:
-            self._expect_noise(session.trials[0].character)
+        if session.state in AWAY and session.character.trials:
+            self._expect_noise(session.character.trials[0].character)
         self._safely(session.open_link)
 
     def siblings(self, session):
         """The other sessions of its character that are being logged in, or will be at once."""
-        name = session.trials[0].character
+        name = session.character.trials[0].character
         if name not in self.doubles:            # the usual case, without a look at everybody
             return []
-        return [it for it in self.sessions.values() if it is not session and it.trials
-                and it.trials[0].character == name
-                and (it.state is State.RETURNING or it in self.links or it.number in self.choosing)]
+        return [it for it in self.sessions.values() if it is not session and it.character.trials
+                and it.character.trials[0].character == name
+                and (it.state in COMING_BACK or it in self.links or it.number in self.choosing)]
 
     def settle(self, session):
         """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
-        siblings = self.siblings(session) if session.trials else []
-        if all(it.settled for it in siblings):
+        siblings = self.siblings(session) if session.character.trials else []
+        if all(it.way_back.settled for it in siblings):
             for it in siblings + [session]:
-                self._safely(it.settle)
+                self._safely(it.way_back.settle)
 
     def _expect_noise(self, name):
         quiet = not self.noise
@@ -6506,7 +7060,7 @@ class Hub:
         if quiet:
             self.later(NOISE_SECONDS, self._prune_noise)
             for session in self.sessions.values():
-                session.on_noise()
+                session.refresh()
 
     def _prune_noise(self):
         ends = self.noise.forget(self.now)
@@ -6541,7 +7095,7 @@ class Hub:
 
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
-        if session.state is State.WAITING:
+        if session.state in AWAY:
             self.choosing.add(session.number)
         self.heartbeat.mailbox.post(self.heartbeat.on_check, session.number, session.serial, list(pairs))
 
@@ -6563,8 +7117,8 @@ class Hub:
                     self.later(ASK_AGAIN_SECONDS, self._ask_again, session, serial)
                     continue
                 self._safely(session.on_verdict, session.life == life)
-                if session.state is State.WAITING and self.is_up:
-                    self._safely(session.begin_return)
+                if session.state in AWAY and self.is_up:
+                    self._safely(session.connect_again)
 
     def on_world_found(self, world):
         """The heartbeat confirmed a world: the one users are on, or another to which all move."""
@@ -6594,11 +7148,11 @@ class Hub:
                 if session.life != world.life and session.link or session.state is State.ASKING:
                     self._safely(session.on_world_down, self.settings.offline_notice)
         if moved or reborn or was not in (Health.UP, Health.SILENT):
-            self.suspects.found(self.now, {it.would_be for it in self.sessions.values()})
+            self.suspects.found(self.now, {it.character.would_be(it.number) for it in self.sessions.values()})
         self._set_health(Health.UP)
         if was is Health.SILENT:
             self._each("on_world_silent", False)
-        logins = [it.login or it.pending for it in self.sessions.values()]
+        logins = [it.character.login or it.character.pending for it in self.sessions.values()]
         names = collections.Counter(login.character for login in logins if login)
         self.doubles = {name for name, count in names.items() if count > 1}
         self.loss = self._lost_at = None
@@ -6656,7 +7210,7 @@ class Hub:
         """Nobody can say why this link has ended, for the heartbeat is away: he is kept, and brought back."""
         if self.loss and self.is_up and session.state is State.ASKING and session.serial == serial:
             session.on_verdict(False)
-            session.begin_return()
+            session.connect_again()
 
     def _judge_silence(self):
         """The world is silent: has it been so for too long? The heartbeat, which may have been lost meanwhile, says the

@@ -2085,9 +2085,7 @@ class RigCase(unittest.TestCase):
 
 # ---- 1. the state table
 
-COLUMNS = ("OPENING", "LOGIN", "PLAYING", "ASKING", "WAITING", "BACKOFF", "RETURNING", "REOPENING", "CLOSING")
-# OPENING is LOGIN and REOPENING is RETURNING while the link still opens; WAITING: the world is down; BACKOFF: WAITING
-# while the world is up but did not take the link.
+COLUMNS = tuple(state.name for state in has.State)
 SAME, OPEN_LINK, ONLY = "the same", "LOGIN PLAYING RETURNING", "-"
 REST = "OPENING ASKING WAITING BACKOFF REOPENING CLOSING"
 # event: {states: (new state, the link: SAME, none, new or shut, what the client is sent, what the world is sent)};
@@ -2102,10 +2100,10 @@ TABLE = {
     "client reset": {" ".join(COLUMNS): ("gone", "none", [])},
     "world text": {"LOGIN PLAYING": (SAME, SAME, ["text"]), "RETURNING": (SAME, SAME, []), REST: ONLY},
     "link closes": {
-        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("WAITING", "none", []), REST: ONLY},
+        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("BACKOFF", "none", []), REST: ONLY},
     "ten seconds": {
-        "LOGIN PLAYING ASKING WAITING": (SAME, SAME, []), "OPENING": ("LOGIN", "none", ["# OFFLINE"]),
-        "REOPENING": ("WAITING", "none", []), "BACKOFF": ("RETURNING", "new", []),
+        "LOGIN PLAYING ASKING WAITING": (SAME, SAME, []), "OPENING": (SAME, "none", ["# OFFLINE"]),
+        "REOPENING": ("BACKOFF", "none", []), "BACKOFF": ("RETURNING", "new", []),
         "RETURNING": ("LOGIN", SAME, ["# ONLINE"]), "CLOSING": ("gone", "none", [])},
     "verdict: left": {
         "ASKING": ("CLOSING", "none", []),
@@ -2119,8 +2117,8 @@ TABLE = {
         "OPENING ASKING": (SAME, SAME, ["# SILENT"]), "LOGIN PLAYING": (SAME, SAME, ["# SILENT"], ["one", "two"]),
         "WAITING BACKOFF": (SAME, SAME, ["# UNSENT one", "# UNSENT two"]), "RETURNING REOPENING CLOSING": (SAME, SAME, [])},
     "world down": {
-        "OPENING LOGIN PLAYING ASKING": ("WAITING", "none", ["# OFFLINE"]), "WAITING BACKOFF CLOSING": (SAME, "none", []),
-        "RETURNING REOPENING": ("WAITING", "none", [])},
+        "OPENING LOGIN PLAYING ASKING": ("WAITING", "none", ["# OFFLINE"]), "WAITING CLOSING": (SAME, "none", []),
+        "BACKOFF RETURNING REOPENING": ("WAITING", "none", [])},
     "world up": {
         "OPENING LOGIN PLAYING ASKING RETURNING REOPENING CLOSING": (SAME, SAME, []),
         "WAITING BACKOFF": ("RETURNING", "new", [])},
@@ -2155,7 +2153,7 @@ def bring_to(rig, column):
         link = rig.game.accept() if column in ("RETURNING", "BACKOFF") else None
         if column == "BACKOFF":
             link.sock.close()
-            rig.settle(lambda: state_of(client) == "WAITING")
+            rig.settle(lambda: state_of(client) == "BACKOFF")
     return client, link if column in ("PLAYING", "RETURNING") else None
 
 
@@ -2187,10 +2185,27 @@ class StateTable(unittest.TestCase):
         self.assertEqual(set(cells), set(itertools.product(TABLE, COLUMNS)), "a cell is missing")
         self.check("client text", "LOGIN", cells["client text", "LOGIN"])        # imports and caches open their files
         for (event, column), cell in cells.items():
-            with self.subTest(event=event, state=column):
+            with self.subTest(event=event, state=column), mock.patch.object(has.log, "error") as error:
                 before = open_descriptors()
                 self.check(event, column, cell)
                 self.assertEqual(open_descriptors(), before, "descriptors leaked")
+                error.assert_not_called()       # no event without a row (see has.Session.handle)
+
+    def test_the_rows_of_the_table(self):
+        """What no session can be spared has a row in every state; an event without one is logged, and ends nothing."""
+        rows = {event: {state for state, known in has.Session.TABLE if known is event} for event in has.Event}
+        for event in (has.Event.DOWN, has.Event.RETRY, has.Event.OVERDUE, has.Event.CLIENT_ENDED, has.Event.CLIENT_LOST):
+            self.assertEqual(rows[event], set(has.State), event)
+        self.assertTrue(all(rows.values()), "an event that nobody takes")
+        closes = {name for names, cell in TABLE["link closes"].items() if cell is not ONLY for name in names.split()}
+        self.assertEqual({state.name for state in rows[has.Event.ENDED]}, closes | {"CLOSING"})
+        rig = Rig()
+        self.addCleanup(rig.close)
+        client = rig.client()
+        with self.assertLogs("has", "ERROR") as logged:
+            client.session.handle(has.Event.LEFT)
+        self.assertIn("a fault of HAS: verdict: the user left while at the login screen: ignored", logged.output[0])
+        self.assertEqual(state_of(client), "LOGIN")
 
     def check(self, event, column, cell):
         rig = Rig()
@@ -2672,12 +2687,13 @@ class Serials(RigCase):
         rig.found("life 1", checks=True)
         session = client.session
         login = has.Credentials(b"connect", b"Alice", b"pw")
-        session._logged_in(login)
+        session.proof.login = login
+        session._logged_in()
         (number, serial, _), = rig.beat.checks
         rig.post(rig.hub.on_checked, number, serial - 1, [False])
-        self.assertIs(session.login, login)
+        self.assertIs(session.character.login, login)
         rig.post(rig.hub.on_checked, number, serial, [False])
-        self.assertIsNone(session.login)
+        self.assertIsNone(session.character.login)
 
     def test_numbers_are_never_used_again(self):
         rig, seen = self.rig(), []
@@ -2762,7 +2778,7 @@ class Timers(RigCase):
         rig.found("life 3")                                     # 286 s after the first wait began
         for wait in (1, 2, 4, 8):
             rig.game.accept().sock.close()                      # it is full
-            rig.settle(lambda: state_of(client) == "WAITING")
+            rig.settle(lambda: state_of(client) == "BACKOFF")
             rig.pass_time(wait + 0.1)
         self.assertEqual(state_of(client), "RETURNING")
 
@@ -2900,12 +2916,12 @@ class StuckClient(RigCase):
             self.assertTrue(self.is_read(rig, client))
             self.fill(rig, client, link, 1000000)
             self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
-        client.session.stuck = False                            # as in a new process
+        client.session.screen.stuck = False                            # as in a new process
         client.session.go_on()
         self.fill(rig, client, link, 1000000)
         self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
         self.assertRegex(self.drain(rig, client), rb"output lost")
-        self.assertFalse(client.session.stuck)
+        self.assertFalse(client.session.screen.stuck)
 
     def test_two_short_pauses_are_no_long_one(self):
         rig, client, link = self.start()
@@ -3016,7 +3032,7 @@ class Waiting(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("LOGIN", [
             "# REFUSED", "Either that player does not exist, or has a different password."]))
         rig.down()
-        self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+        self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
 
     def test_whatever_the_world_says_a_return_without_a_login_ends_at_the_login_screen(self):
         """Guests are off, names taken, texts edited: the world's words are shown at the first try, on the same link."""
@@ -3193,7 +3209,7 @@ class Waiting(RigCase):
                 rig.settle()
             client.send(b"\xff\xf6")
             rig.settle()
-            self.assertEqual((client.read(), client.session.kept), (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n", data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
+            self.assertEqual((client.read(), client.session.inbox.kept), (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n", data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
 
     def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
         for state in ("ASKING", "RETURNING"):
@@ -3550,7 +3566,7 @@ class Returning(RigCase):
         rig.game.accept()
         rig.down()
         rig.found("life 2", rig.full)
-        self.assertEqual(state_of(client), "LOGIN")
+        self.assertEqual(state_of(client), "OPENING")
         rig.down()
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
         rig.found("life 3")
@@ -3586,7 +3602,7 @@ class Returning(RigCase):
             rig.found("life 1", checks=True)
             first, second = rig.player("Alice")[0], rig.player("Alice")[0]
             for client in (first, second):
-                client.session.previous = has.Credentials(b"connect", b"Alice", b"old")
+                client.session.character.previous = has.Credentials(b"connect", b"Alice", b"old")
             rig.down()
             rig.found("life 2", checks=True)
             (number, serial, _), (other, other_serial, _) = rig.beat.checks
@@ -3788,7 +3804,7 @@ class SuspectsComeLast(RigCase):
         rig.down()
         rig.found("life 2")
         self.assertEqual([state_of(client) for client in (alice, bob)], ["LOGIN", "RETURNING"])
-        self.assertEqual((alice.lines(), alice.session.login), (["# OFFLINE", "# SUSPECT"], None))
+        self.assertEqual((alice.lines(), alice.session.character.login), (["# OFFLINE", "# SUSPECT"], None))
 
     def test_a_client_that_kills_it_from_the_login_screen_is_closed(self):
         rig = self.rig(suspicious=True)
@@ -3861,7 +3877,7 @@ class Pace(RigCase):
         rig = self.rig("tinymush")
         clients = [rig.client() for _ in range(2)]
         for client in clients:
-            client.session.login = has.Credentials(b"connect", b"Alice", b"pw")
+            client.session.character.login = has.Credentials(b"connect", b"Alice", b"pw")
         rig.down()
         rig.found("life 2")
         rig.game.accept().send("Welcome\r\n")
@@ -3938,7 +3954,7 @@ class ExpectedLines(RigCase):
         rig.pass_time(has.EXPECT_SECONDS + 0.1)
         link.send(b"ab\r\n")
         rig.settle()
-        self.assertEqual((client.lines(), client.session.scan), (["ab"], False))
+        self.assertEqual((client.lines(), client.session.screen.careful), (["ab"], False))
 
 
 class ArrivalNoise(RigCase):
@@ -4050,14 +4066,14 @@ class Notices(RigCase):
                 rig = self.rig()
                 client, link = rig.player()
                 rig.pass_time(has.MARK_SECONDS + 1)
-                self.assertFalse(client.session.scan)
+                self.assertFalse(client.session.screen.careful)
                 link.send("one\r\n")
                 rig.settle()
-                self.assertFalse(client.session.spelling.coloured)
+                self.assertFalse(client.session.screen.spelling.coloured)
                 link.send(text)
                 rig.settle()
-                self.assertTrue(client.session.spelling.coloured)
-                self.assertEqual(client.session.link.on_data, client.session.on_link_data)
+                self.assertTrue(client.session.screen.spelling.coloured)
+                self.assertEqual(client.session.link.on_data, client.session.screen.on_link_data)
                 self.assertEqual(client.read(), b"one\r\n" + text)
 
     def test_in_the_character_set_that_was_agreed(self):
@@ -4142,7 +4158,7 @@ class Browsers(RigCase):
         client = rig.client()
         client.send(self.REQUEST + self.FRAMES)
         rig.settle()
-        self.assertEqual(client.session.kept, self.REQUEST + self.FRAMES)
+        self.assertEqual(client.session.inbox.kept, self.REQUEST + self.FRAMES)
         rig.pass_time(11)
         self.assertEqual((client.read(), client.ended), (b"", True))
 
@@ -4156,7 +4172,7 @@ class Browsers(RigCase):
                     client.send(b"\x81\x82hello\r\n")
                     rig.settle()
                     rig.pass_time(2)
-                    client.session._write_notice("# a notice to all")
+                    client.session.screen.write("# a notice to all")
                     with self.assertLogs("has", "INFO") as caught:
                         rig.down()
                     self.assertEqual((client.read(), client.ended), (b"", True))
@@ -4191,7 +4207,7 @@ class Browsers(RigCase):
             for piece in pieces:
                 client.send(piece)
                 rig.settle()
-            self.assertIs(client.session.first.is_raw, raw, pieces)
+            self.assertIs(client.session.inbox.first.is_raw, raw, pieces)
 
     def test_who_does_not_read_has_a_bound(self):
         rig, client, link = self.browser()
@@ -4209,7 +4225,7 @@ class Browsers(RigCase):
     def test_it_goes_through_an_upgrade(self):
         rig, client, link = self.browser()
         rig.upgrade()
-        self.assertEqual((client.session.first.is_http, client.session.first.is_raw), (True, True))
+        self.assertEqual((client.session.inbox.first.is_http, client.session.inbox.first.is_raw), (True, True))
         for here, there in ((client, link), (link, client)):
             there.read()
             here.send(self.FRAMES)
@@ -4309,7 +4325,7 @@ class TakenOver(RigCase):
         rig.upgrade()
         (number, serial, pairs) = rig.beat.checks[1]
         rig.post(rig.hub.on_checked, number, serial, [False])
-        self.assertIsNone(client.session.login)
+        self.assertIsNone(client.session.character.login)
         rig.upgrade()
         self.assertEqual(len(rig.beat.checks), 2)
 
@@ -4351,29 +4367,29 @@ class TakenOver(RigCase):
 
 
 class Isolation(RigCase):
-    def plant(self, method, victim):
-        """Make a Session method fail for one session."""
-        real = getattr(has.Session, method)
+    def plant(self, kind, method, victim):
+        """Make a method of a session, or of a part of it, fail for one session."""
+        real = getattr(kind, method)
 
-        def faulty(session, *arguments):
-            if session is victim:
+        def faulty(part, *arguments):
+            if getattr(part, "session", part) is victim:
                 raise RuntimeError("planted")
-            return real(session, *arguments)
-        patch = mock.patch.object(has.Session, method, faulty)
-        patch.start()
-        self.addCleanup(patch.stop)
+            return real(part, *arguments)
+        return mock.patch.object(kind, method, faulty)
 
     def test_a_fault_ends_its_session_only(self):
-        causes = {"_client_text": lambda rig, link, client: client.send("QUIT\r\n"), "_read_link": lambda rig, link, client:
-                  link.send(b"\xff\xf1text\r\n"), "_on_link_end": lambda rig, link, client: link.sock.close(),
-                  "on_world_down": lambda rig, link, client: rig.down(), "_on_client_end": lambda rig, link, client:
-                  client.sock.close(), "on_world_silent": lambda rig, link, client: rig.post(rig.hub.on_silent)}
-        for method, make in causes.items():
+        causes = {
+            (has.Inbox, "read"): lambda rig, link, client: client.send("QUIT\r\n"),
+            (has.Session, "read_link"): lambda rig, link, client: link.send(b"\xff\xf1text\r\n"),
+            (has.Session, "on_stream_end"): lambda rig, link, client: link.sock.close(),
+            (has.Session, "on_world_down"): lambda rig, link, client: rig.down(),
+            (has.Session, "handle"): lambda rig, link, client: client.sock.close(),
+            (has.Hold, "on_silence"): lambda rig, link, client: rig.post(rig.hub.on_silent)}
+        for (kind, method), make in causes.items():
             with self.subTest(method):
                 rig = self.rig()
                 (bad, link), (good, other) = rig.player("Alice"), rig.player("Bob")
-                with mock.patch.object(has.Session, method, getattr(has.Session, method)):
-                    self.plant(method, bad.session)
+                with self.plant(kind, method, bad.session):
                     with self.assertLogs("has", "ERROR") as logs:
                         make(rig, link, bad)
                         rig.settle()
@@ -4383,15 +4399,18 @@ class Isolation(RigCase):
                 check_consistent(self, rig)
 
     def test_a_fault_in_a_verdict_a_timer_or_a_return(self):
-        for method, column, event in (("on_verdict", "ASKING", "verdict: left"), ("_write_notice", "RETURNING", "ten seconds"),
-                                      ("_link_failed", "OPENING", "ten seconds"), ("begin_return", "BACKOFF", "ten seconds"),
-                                      ("begin_return", "WAITING", "world up"), ("open_link", "WAITING", "world up")):
+        for kind, method, column, event in (
+                (has.Session, "on_verdict", "ASKING", "verdict: left"),
+                (has.Screen, "write", "RETURNING", "ten seconds"),
+                (has.Return, "fail", "OPENING", "ten seconds"),
+                (has.Return, "plan", "BACKOFF", "ten seconds"),
+                (has.Return, "plan", "WAITING", "world up"),
+                (has.Session, "open_link", "WAITING", "world up")):
             with self.subTest(method, state=column):
                 rig = self.rig()
                 bad, link = bring_to(rig, column)
                 good = rig.client()
-                self.plant(method, bad.session)
-                with self.assertLogs("has", "ERROR"):
+                with self.plant(kind, method, bad.session), self.assertLogs("has", "ERROR"):
                     cause(rig, event, bad, link)
                     rig.settle()
                 self.assertTrue(is_gone(bad))
@@ -4448,7 +4467,7 @@ class NoSpinning(RigCase):
         self.assert_idle(rig)
         link.reset()
         self.assert_idle(rig)
-        self.assertLess(len(client.session.kept), 8192 + 65536 + 1)
+        self.assertLess(len(client.session.inbox.kept), 8192 + 65536 + 1)
 
 
 # ---- 7. limits
@@ -4492,8 +4511,8 @@ class FairTurns(RigCase):
         rig = self.rig()
         client, link = self.flood(rig)
         rig.hub.turn(5)
-        client.session.on_client_data(b"the end\r\n")
-        rig.settle(lambda: not client.session.backlog)
+        client.session.inbox.on_data(b"the end\r\n")
+        rig.settle(lambda: not client.session.inbox.backlog)
         self.assertEqual(link.lines(), self.LINES + ["the end"])
 
     def test_newcomers_come_in_by_and_by(self):
@@ -4530,7 +4549,7 @@ class OneCharacterTwice(RigCase):
         rig.found("life 2")
         link = rig.game.accept()
         rig.let_in(link)
-        self.assertEqual((state_of(first), state_of(second), first.session.settled), ("RETURNING", "WAITING", True))
+        self.assertEqual((state_of(first), state_of(second), first.session.way_back.settled), ("RETURNING", "WAITING", True))
         first.read(), second.read(), link.read()
         return rig, first, link, second
 
@@ -4552,7 +4571,7 @@ class OneCharacterTwice(RigCase):
 
     def test_the_second_takes_too_long(self):
         rig, first, link, _ = self.first_is_in()
-        first.session.settings = {b"SCREENWIDTH": b"90", b"OUTPUTPREFIX": b">"}
+        first.session.lines.settings = {b"SCREENWIDTH": b"90", b"OUTPUTPREFIX": b">"}
         rig.pass_time(10.1)
         link.send("after it\r\n")
         rig.settle()
@@ -4579,7 +4598,7 @@ class Guests(RigCase):
         for _ in range(2):                      # also if the world is found again before his turn
             rig.found("life 2")
         rig.pass_time(101)
-        self.assertEqual((state_of(client), client.session.login), ("LOGIN", None))
+        self.assertEqual((state_of(client), client.session.character.login), ("LOGIN", None))
         self.assertEqual(client.lines()[-1], "# NOTICE # This world is ONLINE again. Guests have to log in again.")
 
     def test_a_guest_keeps_his_hold_when_the_world_goes_before_his_turn(self):
@@ -4606,7 +4625,7 @@ class WhatWasTyped(RigCase):
             rig.settle()
         client.send("SCREENWIDTH " + "9" * 3000 + "\r\n")
         rig.settle()
-        self.assertEqual(len(client.session.settings), 40)
+        self.assertEqual(len(client.session.lines.settings), 40)
 
     def test_a_login_that_was_refused_is_not_tried_again(self):
         rig = self.rig()
@@ -4616,7 +4635,7 @@ class WhatWasTyped(RigCase):
         rig.settle()
         rig.let_in(link, None)
         rig.down()
-        self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+        self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
 
     def test_a_refusal_in_other_words_or_in_two_pieces(self):
         for words in (["Either there is already a pla", "yer with that name, or that name is illegal.\r\n"],
@@ -4635,7 +4654,7 @@ class WhatWasTyped(RigCase):
                     rig.settle()
                 rig.pass_time(1.1)
                 rig.down()
-                self.assertEqual((state_of(client), client.session.pending), ("WAITING", None))
+                self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
 
     def test_a_late_login_screen_is_no_answer(self):
         rig = self.rig()
@@ -4647,7 +4666,7 @@ class WhatWasTyped(RigCase):
         link.send("Welcome\r\n")
         rig.pass_time(1.1)
         rig.down()
-        self.assertEqual(client.session.pending.password, b"pw")
+        self.assertEqual(client.session.character.pending.password, b"pw")
 
     def test_a_refusal_by_a_world_that_refuses_the_heartbeat_too_says_nothing(self):
         """Its database may be broken: the login is tried again in its next life, and forgotten if that refuses it."""
@@ -4666,9 +4685,9 @@ class WhatWasTyped(RigCase):
         rig.found("life 3")
         link = rig.game.accept()
         self.assertIn("connect Alice pw", link.lines())
-        client.session.trials and link.send(nonce_of(rig, client) + b"\r\n### Begin INFO\r\n### End INFO\r\n")
+        client.session.character.trials and link.send(nonce_of(rig, client) + b"\r\n### Begin INFO\r\n### End INFO\r\n")
         rig.settle()
-        self.assertEqual((state_of(client), client.session.login.password), ("PLAYING", b"pw"))
+        self.assertEqual((state_of(client), client.session.character.login.password), ("PLAYING", b"pw"))
 
     def test_the_time_of_a_broken_worlds_login_screen_costs_nobody_his_login(self):
         rig = self.rig()
@@ -4694,7 +4713,7 @@ class WhatWasTyped(RigCase):
             rig.down()
             rig.found(life, shut=shut)
             rig.let_in(rig.game.accept(), None)
-            pending = client.session.pending
+            pending = client.session.character.pending
             self.assertEqual((state_of(client), pending and pending.password), ("LOGIN", wanted))
 
     def test_the_login_typed_behind_a_refused_one_is(self):
@@ -4705,7 +4724,7 @@ class WhatWasTyped(RigCase):
         rig.settle()
         rig.let_in(link, None)
         rig.down()
-        self.assertEqual((state_of(client), client.session.pending.password), ("WAITING", b"pw"))
+        self.assertEqual((state_of(client), client.session.character.pending.password), ("WAITING", b"pw"))
 
     def test_logout_behind_an_endless_line_is_seen(self):
         rig = self.rig()
@@ -4713,7 +4732,7 @@ class WhatWasTyped(RigCase):
         for text in ("x" * 20000, "y\r\n", "LOGOUT\r\n"):
             client.send(text)
             rig.settle()
-        self.assertEqual((state_of(client), client.session.login), ("LOGIN", None))
+        self.assertEqual((state_of(client), client.session.character.login), ("LOGIN", None))
 
     def test_logout_forgets_every_pair(self):
         rig = self.rig()
@@ -4722,7 +4741,7 @@ class WhatWasTyped(RigCase):
         client.send("LOGOUT\r\n")
         rig.settle()
         session = client.session
-        self.assertEqual((session.login, session.trials, session.checked), (None, [], None))
+        self.assertEqual((session.character.login, session.character.trials, session.character.checked), (None, [], None))
 
     def test_a_client_that_half_closes_right_after_its_return_has_said_all(self):
         rig = self.rig()
@@ -4755,14 +4774,14 @@ class WhatWasTyped(RigCase):
         client = rig.client()
         rig.down()
         session = client.session
-        session.login, session.previous = (has.Credentials(b"connect", b"Alice", word) for word in (b"new", b"old"))
+        session.character.login, session.character.previous = (has.Credentials(b"connect", b"Alice", word) for word in (b"new", b"old"))
         for _ in range(2):
             rig.found("life 1", checks=True)
         asked = list(rig.beat.checks)
         self.assertEqual(len(asked), 2)
         for number, serial, _ in asked:
             rig.post(rig.hub.on_checked, number, serial, [False, True])
-        self.assertEqual((session.trials, len(rig.beat.checks)), ([session.previous], 2))
+        self.assertEqual((session.character.trials, len(rig.beat.checks)), ([session.character.previous], 2))
 
     def test_telnet_of_a_client_that_does_not_read_reaches_the_world(self):
         rig = self.rig()
@@ -5125,7 +5144,7 @@ class Front:
     """HAS in front of a Reader: what each makes of what one client types."""
 
     def __init__(self, case, family, state="LOGIN", charset=""):
-        for target, value in (("Stream.send", self._sent), ("Session._typed_line", self._typed),
+        for target, value in (("Stream.send", self._sent), ("Lines.take", self._typed),
                               ("Hub.login_wait", lambda *_: 0)):
             owner, name = getattr(has, target.partition(".")[0]), target.partition(".")[2]
             setattr(self, name, getattr(owner, name))
@@ -5142,8 +5161,8 @@ class Front:
         self.client = self.rig.client()
         self.session, self.peer = self.client.session, self.rig.game.accept()
         if state == "PLAYING":
-            self.session.login = GOOD
-            self.session._enter(has.State.PLAYING)
+            self.session.character.login = GOOD
+            self.session.enter(has.State.PLAYING)
         if charset:
             self.type(sub(CHARSET, b"\x02" + charset.encode()))
 
@@ -5152,9 +5171,10 @@ class Front:
             self.reader.read(bytes(data))
         return self.send(stream, data)
 
-    def _typed(self, session, line, raw):
-        out = self._typed_line(session, line, raw)
-        (self.understood if out else self.refused).append(self.reader.meant(line, session.typed.charset))
+    def _typed(self, lines, line, raw):
+        out = self.take(lines, line, raw)
+        charset = lines.session.inbox.typed.charset
+        (self.understood if out else self.refused).append(self.reader.meant(line, charset))
         return out
 
     def type(self, *packets):
@@ -5323,7 +5343,7 @@ class TypedThroughHAS(RigCase):
             for line in lines:
                 front = Front(self, family, "PLAYING")
                 front.type(line + b"\n")
-                self.assertEqual((front.session.state.name, front.session.login), ("LOGIN", None), (family, line))
+                self.assertEqual((front.session.state.name, front.session.character.login), ("LOGIN", None), (family, line))
                 self.doCleanups()
 
     def test_after_these_options_a_stream_is_no_telnet_to_be_read(self):
@@ -5359,9 +5379,9 @@ class BoundMarks(RigCase):
                                         ("pennmush", [b"a", b"z"], [b"f", b"a", b"z"]),
                                         ("rhostmush", [b"b", b"y", b"a", table, b"z"], [b"b", table, b"y", b"a", table, b"z"])):
             session = self.answer(family, silent)
-            self.assertEqual((session.state.name, session.proven), ("PLAYING", b"wizard"), family)
+            self.assertEqual((session.state.name, session.character.proven), ("PLAYING", b"wizard"), family)
             session = self.answer(family, printed)
-            self.assertEqual((session.state.name, session.proven, session.login), ("LOGIN", b"", None), family)
+            self.assertEqual((session.state.name, session.character.proven, session.character.login), ("LOGIN", b"", None), family)
 
     def test_the_marks_never_repeat_on_a_link(self):
         proof = DIALECTS["tinymux"].proof()
@@ -5381,9 +5401,9 @@ class BoundMarks(RigCase):
         link.send("Last connect was from h on x\n")         # he has had it printed in the game
         rig.settle()
         session = client.session
-        self.assertEqual(session.proven, b"")
+        self.assertEqual(session.character.proven, b"")
         rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [False])
-        self.assertEqual((session.login, session.proven, session.trials, session.pending), (None, b"", [], None))
+        self.assertEqual((session.character.login, session.character.proven, session.character.trials, session.character.pending), (None, b"", [], None))
 
 
 class LoginBrake(RigCase):
