@@ -29,8 +29,10 @@ The parts, in reading order; each uses only the parts above it:
     5. Stream         one non-blocking socket
     6. Session        one user: every rule a user can see
     7. Heartbeat      the thread that watches the world and checks passwords
-    8. Hub            listeners, sessions, timers, reload, status, upgrade: the main loop
-    9. Command line   arguments, log, signals, exit status
+    8. Health         what is known of the world, from what was heard of it
+    9. Hub            the main loop: who is let in, whose link is next, what admins ask
+    10. Survival      what a new process takes over: upgrade, rescue
+    11. Command line  arguments, log, signals, exit status
 
 Two threads: the main thread runs the hub, owns every session and never
 blocks; the heartbeat thread owns the one blocking connection and every DNS
@@ -2237,10 +2239,16 @@ PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner,
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, collections.deque)}
 
 
+def _is_plain(value):
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def pack(value):
     """`value` as what JSON can hold: bytes, containers, dialects and the objects of PACKED too."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if _is_plain(value):
         return value
+    if isinstance(value, list) and all(map(_is_plain, value)):
+        return list(value)
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": value.decode("latin-1")}
     if isinstance(value, dict):
@@ -2275,6 +2283,30 @@ def unpack(value):
     makers = {"bytes": lambda: content.encode("latin-1"), "dialect": lambda: DIALECTS[content],
               "dict": lambda: {unpack(key): unpack(item) for key, item in content}}
     return makers[kind]()
+
+
+class Survivor:
+    """Takes some of its attributes over an upgrade: those that SURVIVES names.
+
+    Other programs read these names, older and newer ones: one never changes its meaning.
+    """
+
+    SURVIVES, __slots__ = (), ()
+
+    def survivors(self):
+        """What a new process takes over, for JSON: {name: value}."""
+        return {name: pack(getattr(self, name)) for name in self.SURVIVES}
+
+    def take_up(self, values):
+        """Take over what survivors() of another process gave, and perhaps more than that."""
+        for name in set(self.SURVIVES) & set(values):
+            setattr(self, name, unpack(values[name]))
+
+
+def survives(made):
+    """Class decorator: objects of it are packed, with all their slots."""
+    PACKED[made.__name__] = made
+    return made
 
 
 # ======================================================================
@@ -2897,7 +2929,7 @@ def ago(seconds):
 
 
 def status_lines(status):
-    """The status (Hub.status) as lines of text for people."""
+    """The status (Control.status) as lines of text for people."""
     world, outages = status["world"], status["outages"]
     lines = [f"HAS {status['version']}, pid {status['pid']}, up {ago(status['age'])}: the world {world['address']} "
              f"({world['family'] or 'family unknown'}) is {world['health']} for {ago(world['since'])}",
@@ -3231,7 +3263,7 @@ class Screen:
     def without_hidden(self, text):
         """`text` without arrivals of users that HAS is bringing back (rule 6), nor answers to
         its own lines."""
-        noise = self.session.hub.noise
+        noise = self.session.hub.links.noise
         if not text or not (noise or self.hidden or self.expected):
             return text
         text, self.hidden = self.hidden + text, b""
@@ -3569,11 +3601,11 @@ class Inbox:
         session, hub = self.session, self.hub
         if data and not session.announced and self.bytes_in == len(data):
             session.announce()
-            hub.look_at_first_words(session.host, data)
+            hub.door.look_at_first_words(session.host, data)
         # a line end or a telnet command costs about the same, a byte nearly nothing
         stop = end_of_nth(b"\r\n\xff", data, hub.patience)
         if session.state in AT_LOGIN:           # whatever comes behind a login that may have to wait
-            stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins_left(session.host))))
+            stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins.left(session.host))))
         data, self.backlog = data[:stop], data[stop:]
         if self.backlog:
             self.client.pause()
@@ -3833,7 +3865,7 @@ class Lines:
         proven = self.session.character.proven.decode("utf-8", "replace")
         if line != b"#?" or proven not in self.hub.settings.admins:
             return False
-        self.session.screen.answer("\n".join(status_lines(self.hub.status())))
+        self.session.screen.answer("\n".join(status_lines(self.hub.control.status())))
         return True
 
     # ---- what the world will read of somebody who is logged in, or about to be
@@ -3920,7 +3952,7 @@ class Lines:
             return b""
         if self._is_handover(line):
             what = "typed the word that hands over addresses"
-            self.hub.quiet.note(session.host, what, f"{session}: {what}; the line was not passed on",
+            self.hub.door.quiet.note(session.host, what, f"{session}: {what}; the line was not passed on",
                                 level=logging.WARNING)
             return b""
         if dialect.harms(line):
@@ -3937,7 +3969,7 @@ class Lines:
         """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many
         were tried from this address. Then it waits, and all that is typed behind it."""
         session = self.session
-        wait = self.hub.login_wait(session, login.character)
+        wait = self.hub.logins.wait(session, login.character)
         if wait:
             self.braked = login, raw
             session.screen.answer("# NOTICE # Too many logins were tried from your address: "
@@ -3946,7 +3978,7 @@ class Lines:
             self.hub.later(wait, self.try_login)
             return b""
         session.character.type(login, self.hub.now, bool(session.spoke_at))
-        self.hub.suspects.came(login.character, self.hub.now, typed=True)
+        self.hub.links.suspects.came(login.character, self.hub.now, typed=True)
         return session.proof.wrap(login, raw, self.settings)
 
     def try_login(self):
@@ -4023,7 +4055,7 @@ class Return:
             "# NOTICE # This world is ONLINE again. Guests have to log in again."
             if character.is_guest else hub.settings.online_notice)
         character.plan_return(session.dialect.logs_in)
-        if session.who in hub.suspects.barred:
+        if session.who in hub.links.suspects.barred:
             self._give_up()
         elif hub.world.checks and character.must_be_checked(session.dialect.counts_failures):
             character.checked = list(character.trials)
@@ -4047,7 +4079,7 @@ class Return:
             self.plan()
             return
         if not self.character.choose(verdicts, self.session.dialect.counts_failures):
-            self.hub.settle(self.session)       # others of this character need not wait for it
+            self.hub.links.settle(self.session)       # others of this character need not wait for it
             self.forget_login()
         self.hub.links.add(self.session)
 
@@ -4103,10 +4135,10 @@ class Return:
         session, proof = self.session, self.session.proof
         if not proof.login:
             self._refused()
-        elif not self.settled and proof.settles and self.hub.siblings(session):
+        elif not self.settled and proof.settles and self.hub.links.siblings(session):
             self.settled = True                 # the others' login text comes here too: go on when the last is in
             session.arrived()
-            self.hub.settle(session)
+            self.hub.links.settle(session)
         else:
             proof.retire()                      # all its marks came before the end marker
             self._succeed(proof.login)
@@ -4166,7 +4198,7 @@ class Return:
     def _refused(self):
         """The world took the line and not the login: the other pair, or the user must log in."""
         session, proof = self.session, self.session.proof
-        self.hub.settle(session)                # others of this character need not wait for it
+        self.hub.links.settle(session)                # others of this character need not wait for it
         if len(self.character.trials) > 1:
             session.drop_link()                 # some worlds end a link after three wrong logins
             del self.character.trials[0]
@@ -4237,7 +4269,7 @@ class Hold:
         if self.hub.is_up or self.hub.now - self.told_at < STILL_DOWN_SECONDS:
             return
         self.told_at = self.hub.now
-        lasted = ago(time.time() - self.hub.health_since)
+        lasted = ago(time.time() - self.hub.record.health_since)
         self.session.screen.answer(
             f"# NOTICE # This world has been OFFLINE for {lasted}. Still waiting.")
 
@@ -4346,7 +4378,7 @@ class Session:
         inbox.forward = self.link.send if fast else None
         screen.careful = bool(
             state is State.LOGIN or state is State.RETURNING
-            or screen.stuck or screen.hidden or screen.expected or self.hub.noise
+            or screen.stuck or screen.hidden or screen.expected or self.hub.links.noise
             or inbox.kept or self.character.changing
             or self.proof and self.proof.live or self.telnet.is_held)
 
@@ -4403,7 +4435,7 @@ class Session:
         if not self.announced and not self.client.closed:
             line = f"{self}: connected{' (TLS)' if self.tls else ''}"
             what = "connected and spoke or stayed"
-            self.announced = self.hub.visits.note(self.host, what, line, free=60)
+            self.announced = self.hub.door.visits.note(self.host, what, line, free=60)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
@@ -4506,7 +4538,7 @@ class Session:
         if self.announced:
             log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
         elif not self.inbox.bytes_in:
-            self.hub.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
+            self.hub.door.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
 
     # ---- the link
 
@@ -4544,7 +4576,7 @@ class Session:
         opening = self._address_line(path)
         if self.telnet.agreement or path:
             opening += self.telnet.begin(bool(path))
-        hub.suspects.came(self.who, hub.now)
+        hub.links.suspects.came(self.who, hub.now)
         if returning:
             opening += self.way_back.script(path)
         self.enter(State.RETURNING if returning else State.LOGIN)
@@ -4586,7 +4618,7 @@ class Session:
         self.link = self.inbox.forward = None
         self.arrived()
         if self.state in COMING_BACK:
-            self.hub.settle(self)
+            self.hub.links.settle(self)
 
     def _link_failed(self, reason):
         """The world did not take a link, or ended one that was to bring the user back: try again,
@@ -4712,7 +4744,7 @@ class Session:
         """A typed login took."""
         proof = self.proof
         pairs = self.character.took(proof.login, proof.others, proof.is_whole)
-        self.hub.login_took(self)
+        self.hub.logins.took(self)
         self.enter(State.PLAYING)
         log.info("%s: logged in", self)
         if proof.is_whole:
@@ -5938,26 +5970,26 @@ class Heartbeat(threading.Thread):
 
 
 # ======================================================================
-# 8. Hub
+# 8. Health
 #
-# The main loop: listeners, sessions, timers, the health of the world, and
-# who may connect to it next.
+# What is known of the world, from what was heard of it. Pure: no socket, no
+# clock, no log. Events go in, what is to be done about them comes out.
 # ======================================================================
 
-AWAY_SECONDS = 3                   # connects are refused for this long: the world is down, though links seem open
-ALL_GONE_SECONDS = 0.3             # every link and the heartbeat ended: time for its first try to say why
-NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
-ADOPT_SECONDS = 5                  # a link that outlives a new heartbeat connection this long is in the same world
-ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5     # links that end this close together; until the second probe for them
-SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for this long holds up the next no more
-GOODBYE_SECONDS = 3
-PATIENCE = 40                      # line ends, and as much again in kilobytes, read with care in one turn
-PROBE_SECONDS = 1                  # who leaves within that without a word was a probe: a front's health check, a scanner
-ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between them
+# A host that has died sends no end of its links: connects refused for so long say it, too.
+AWAY_SECONDS = 3
+# The heartbeat and every link have ended: time for its first tries (FASTEST_RETRY) to say why.
+ALL_GONE_SECONDS = 0.3
+# The heartbeat counts the same silence, and knows more of it: it gives up first, where it can.
+SILENCE_GRACE_SECONDS = 1
+# A link that outlives a new heartbeat connection for so long is in the same world.
+ADOPT_SECONDS = 5
+# Links that end this close together are no ordinary leaving; until the second probe for them.
+ENDINGS_SECONDS, ASK_AGAIN_SECONDS = 1, 0.5
 
 
-class Health(enum.Enum):
-    """What is known of the world."""
+class Condition(enum.Enum):
+    """How the world is; the names are packed, the values shown to admins."""
 
     STARTING = "not found yet"
     UP = "up"
@@ -5966,16 +5998,18 @@ class Health(enum.Enum):
 
 
 class Loss:
-    """The heartbeat has lost its connection: does that mean that the world is down? Pure; times are the hub's.
+    """The heartbeat has lost its connection: does that mean that the world is down? Pure.
 
-    Alone it does not: it may have been booted, or this machine may have trouble of its own (look-ups, descriptors, TLS).
-    Connects that are refused, or taken and then answered with nothing at all, say something, and links that end; a world
-    that hangs up on the heartbeat, or shows it a banner, lives.
+    Alone it does not: it may have been booted, or this machine may have trouble of its own
+    (look-ups, descriptors, TLS). Connects that are refused, or taken and then answered with
+    nothing at all, say something, and links that end; a world that hangs up on the heartbeat, or
+    shows it a banner, lives.
     """
 
     def __init__(self, since):
         self.since = since
-        self.refused_since = self.mute_since = None     # since when connects are refused; taken, and nothing comes
+        self.refused_since = None               # since when connects are refused
+        self.mute_since = None                  # ... are taken, and nothing comes
 
     def tried(self, accepted, now):
         """A try to get back was refused or not answered, or (`accepted`) taken and not answered."""
@@ -5989,8 +6023,10 @@ class Loss:
         self.refused_since = self.mute_since = None
 
     def wait(self, now, asking, linked, dead_after):
-        """Seconds until it is down if nothing else happens: 0 is now, None never. `asking`: a link has ended for a reason
-        that is not known; `linked`: another is open; `dead_after` as in the settings."""
+        """Seconds until it is down if nothing else happens: 0 is now, None never.
+
+        `asking`: a link has ended for a reason that is not known; `linked`: another is open.
+        """
         if self.refused_since is not None:
             at = self.refused_since + (0 if asking or not linked else AWAY_SECONDS)
         elif self.mute_since is not None:
@@ -6002,81 +6038,398 @@ class Loss:
         return max(0, at - now)
 
 
-class Listener:
-    """A listening socket in the hub's selector."""
+class Endings:
+    """Which links have ended for a reason not known yet, and which of them need a second probe
+    before it is said that their users left (rule 2). Pure.
+
+    Links of several characters that end within a second are no ordinary leaving: a world that dies
+    may close its users one by one, and answer probes meanwhile.
+    """
+
+    def __init__(self):
+        self.asking = {}                        # session number -> (link serial, life of the link)
+        self._lately = collections.deque()      # (when, session number, who)
+        self._doubted = {}                      # session number -> which heartbeat connection
+        #                                         has answered already, or None
+
+    def ended(self, number, serial, life, who, now):
+        """The world has ended a link of `who`, who has not said QUIT."""
+        self.asking[number] = serial, life
+        while self._lately and now - self._lately[0][0] > ENDINGS_SECONDS:
+            self._lately.popleft()
+        others = [other for _, other, name in self._lately if name != who]
+        self._lately.append((now, number, who))
+        self._doubted.pop(number, None)
+        for doubted in others + [number] * bool(others):
+            self._doubted.setdefault(doubted)
+
+    def is_asking(self, number, serial):
+        """Whether it is still not known why that link has ended."""
+        return self.asking.get(number, (None,))[0] == serial
+
+    def needs_another(self, number, connection):
+        """Whether the answer that came over this heartbeat connection is not yet enough."""
+        if number not in self._doubted or self._doubted[number] == connection:
+            return False
+        self._doubted[number] = connection
+        return True
+
+    def forget(self, number):
+        """That session has ended."""
+        self.asking.pop(number, None)
+        self._doubted.pop(number, None)
+
+
+class Health(Survivor):
+    """What is known of the world (rule 2 and World health in the design). Pure.
+
+    Each method that takes `now` is an event. It returns what is to be done about it in this
+    order, as tuples of a name and arguments; the hub has a method _do_NAME for each:
+
+        say LEVEL TEXT               a line for the log
+        later SECONDS EVENT ...      have that event happen then
+        ask NUMBER SERIAL            have the heartbeat ask why this session's link has ended
+        verdict NUMBER SERIAL LEFT   its user left (True), or the world died (False)
+        became WAS AGO               the condition is another, since so many seconds
+        silence SILENT               the world answers no more, or again
+        down REASON DIED             it is down, or no more, since DIED: hold the users
+        found LIVED_ON RENEWED       a world was confirmed: in the life users know; without news
+        moved OLD, reborn DIED       ... another one; the same in another life, since DIED
+        up NEW_LIFE                  ... users may go (back) to it
+        adopt LIFE                   open links are in that life
+    """
+
+    SURVIVES = "silent_until",
+
+    def __init__(self, settings, linked):
+        self.settings = settings                # hb_timeout, dead_after, retry; another after HUP
+        self._linked = linked                   # () -> whether a link to the world is open
+        self.condition = Condition.STARTING
+        self.world = None                       # the World users are on, if one was found
+        self.loss = None                        # a Loss, while the heartbeat has no connection
+        self.lost_at = None                     # when users lost the world, if they did
+        self.silent_until = 0.0                 # when a silent world is given up
+        self.reasons = {}                       # Address -> why not reached, since it was found
+        self.endings = Endings()
+        self._connections = 0                   # of the heartbeat, that were confirmed
+
+    @property
+    def is_up(self):
+        """Whether links may be opened."""
+        return self.condition in (Condition.UP, Condition.SILENT)
+
+    # ---- users' links
+
+    def ended(self, number, serial, life, who, now):
+        """The world has ended a session's link, and it is not known why."""
+        self.endings.ended(number, serial, life, who, now)
+        effects = [("ask", number, serial)]
+        if self.loss:
+            effects.append(("later", AWAY_SECONDS, "unanswered", number, serial))
+        return effects + self.judge(now)
+
+    def answered(self, asks, life, now):
+        """The world, in its life `life`, answered a probe that was sent after these links ended:
+        (session number, link serial)."""
+        effects = []
+        for number, serial in asks:
+            if not self.endings.is_asking(number, serial):
+                continue
+            left = self.endings.asking[number][1] == life
+            if left and self.endings.needs_another(number, self._connections):
+                effects.append(("later", ASK_AGAIN_SECONDS, "doubted", number, serial))
+            else:
+                effects += self._verdict(number, serial, left)
+        return effects
+
+    def doubted(self, number, serial, now):
+        """One answer was not enough, and the time for another question has come."""
+        return [("ask", number, serial)] if self.endings.is_asking(number, serial) else []
+
+    def unanswered(self, number, serial, now):
+        """Nobody can say why this link has ended, for the heartbeat is away: its user is kept."""
+        if self.loss and self.is_up and self.endings.is_asking(number, serial):
+            return self._verdict(number, serial, False)
+        return []
+
+    def _verdict(self, number, serial, left):
+        del self.endings.asking[number]
+        return [("verdict", number, serial, left)]
+
+    # ---- the heartbeat
+
+    def lost(self, reason, dead, now):
+        """The heartbeat's connection has ended; `dead`: the world was silent for too long."""
+        if self.condition is Condition.DOWN:
+            return []
+        effects = [("say", logging.INFO, f"the heartbeat lost its connection: {reason}")]
+        if dead:
+            return effects + self._down(reason, now)
+        self.loss = Loss(now)
+        self.lost_at = now if self.lost_at is None else self.lost_at
+        return effects + self.judge(now)
+
+    def unreachable(self, address, reason, accepted, now):
+        """The heartbeat could not get (back) to a world, which took the connection (`accepted`) or
+        not even that."""
+        effects = []
+        if reason != self.reasons.get(address):
+            effects = [("say", logging.INFO, f"the world at {address} cannot be reached: {reason}; "
+                        f"trying on every {self.settings.retry:g} s")]
+        self.reasons[address] = reason
+        if self.condition is Condition.STARTING:
+            return effects + self._down(reason, now)
+        if self.loss and address == self.world.address:
+            self.loss.tried(accepted, now)
+            return effects + self.judge(now)
+        return effects
+
+    def trouble(self, address, reason, accepted, now):
+        """The heartbeat could not try to get to a world, for a reason that says nothing of it."""
+        if self.condition is Condition.STARTING:    # nobody is in it: newcomers must be told
+            return self.unreachable(address, reason, accepted, now)
+        self.reasons.setdefault(address, reason)
+        if accepted and self.loss and address == self.world.address:
+            self.loss.heard()
+        return []
+
+    def judge(self, now):
+        """Does a lost heartbeat mean that the world is down?"""
+        if self.loss is None or not self.is_up:
+            return []
+        wait = self.loss.wait(now, bool(self.endings.asking), self._linked(),
+                              self.settings.dead_after)
+        if wait == 0:
+            reason = self.reasons.get(self.world.address, "the heartbeat cannot get back")
+            return self._down(reason, now)
+        return [] if wait is None else [("later", wait, "judge")]
+
+    def _down(self, reason, now):
+        died = self._died_at(now)
+        effects = self._become(Condition.DOWN, 0 if self.lost_at is None else now - self.lost_at)
+        self.loss = self.lost_at = None
+        self.endings.asking.clear()
+        return effects + [("down", reason, died)]
+
+    def _died_at(self, now):
+        """When the world died. One who froze it did so before a probe was first not answered."""
+        frozen = self.settings.dead_after if self.condition is Condition.SILENT else 0
+        return self.loss.since if self.loss else now - frozen
+
+    def _become(self, condition, ago=0):
+        was, self.condition = self.condition, condition
+        return [("became", was, ago)] if was is not condition else []
+
+    # ---- silence
+
+    def silent(self, now):
+        """A probe was not answered in time."""
+        if self.condition is not Condition.UP:
+            return []
+        dead_after, hb_timeout = self.settings.dead_after, self.settings.hb_timeout
+        self.lost_at = now - hb_timeout
+        self.silent_until = now + max(0.0, dead_after - hb_timeout) + SILENCE_GRACE_SECONDS
+        return [("say", logging.WARNING, "the world does not answer; users stay connected; "
+                 f"down after {dead_after:g} s")] + self._become(Condition.SILENT) + self.go_on(now)
+
+    def go_on(self, now):
+        """What is to be done while it is silent, in a new process again."""
+        if self.condition is not Condition.SILENT:
+            return []
+        return [("later", max(0.0, self.silent_until - now), "give_up"), ("silence", True)]
+
+    def give_up(self, now):
+        """The world is silent: for too long? The heartbeat may have been lost meanwhile."""
+        if self.condition is Condition.SILENT and now >= self.silent_until:
+            return self._down(f"no answer for {self.settings.dead_after:g} s", now)
+        return []
+
+    def answering(self, now):
+        """The world answers again."""
+        if self.condition is not Condition.SILENT:
+            return []
+        self.lost_at = None
+        return [("say", logging.WARNING, "the world answers again"),
+                *self._become(Condition.UP), ("silence", False)]
+
+    # ---- a world
+
+    def found(self, world, now):
+        """The heartbeat confirmed a world: the one users are on, or another to which all move."""
+        old, was_up, was_silent = self.world, self.is_up, self.condition is Condition.SILENT
+        lived_on = bool(old) and old.life == world.life and was_up
+        moved = old and old.address != world.address
+        # a life that begins with "?" is not known: it may be the same
+        reborn = (old and not moved and "?" not in old.life + world.life
+                  and old.life != world.life)
+        effects = [("found", lived_on, world == old and was_up and self.loss is None)]
+        if moved:
+            effects.append(("moved", old))
+        elif reborn and was_up:
+            effects.append(("reborn", self._died_at(now)))
+        if moved or reborn and was_up:
+            self.endings.asking.clear()         # they wait for it now, like all others
+        self.world, self.loss, self.lost_at, self.reasons = world, None, None, {}
+        self._connections += 1
+        effects += self._become(Condition.UP)
+        if was_silent:
+            effects.append(("silence", False))
+        if world.life.startswith("?"):
+            effects.append(("later", ADOPT_SECONDS, "adopted", world.life))
+        return effects + [("up", bool(moved or reborn or not was_up))]
+
+    def adopted(self, life, now):
+        """Links that are still open so long after the heartbeat's are in the same life as it."""
+        is_same = self.world.life == life and self.condition is Condition.UP
+        return [("adopt", life)] if is_same else []
+
+
+class Record(Survivor):
+    """How the world has been, for admins. Times are of the wall clock: they outlive us."""
+
+    SURVIVES = ("started", "health_since", "last_outage", "outages", "outage_seconds", "round_trip")
+
+    def __init__(self):
+        self.started = self.health_since = self.last_outage = time.time()
+        self.outages, self.outage_seconds = 0, 0.0
+        self.round_trip = None                  # seconds, of the last answered probe
+        self.wish = None                        # what the settings ask for in vain: "address: why"
+
+    def became(self, was, condition, ago):
+        """The world is another way since `ago` seconds: an outage lasts since users lost it."""
+        now = time.time()
+        if was is Condition.DOWN:
+            self.outage_seconds = self.lost_seconds(was)
+        if condition is Condition.DOWN and was is not Condition.STARTING:
+            self.outages, self.last_outage = self.outages + 1, now
+        self.health_since = now - ago
+
+    def lost_seconds(self, condition):
+        """Seconds of all outages; before the first world was found it was none."""
+        lasting = condition is Condition.DOWN and self.outages
+        return self.outage_seconds + (time.time() - self.health_since if lasting else 0)
+
+
+# ======================================================================
+# 9. Hub
+#
+# The main loop and its rooms: who is let in (Door), who may connect to the
+# world and when (Links), what admins ask (Control). All in the main thread.
+# ======================================================================
+
+NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
+SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds up the next no more
+GOODBYE_SECONDS = 3
+PATIENCE = 40                      # line ends, and as many kilobytes, read with care in one turn
+PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
+ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
+
+
+def users(count):
+    """A number of users in words."""
+    return f"{count} user{'' if count == 1 else 's'}"
+
+
+def host_group(host):
+    """What counts as one address: of IPv6 a /64, for a whole one belongs to one household."""
+    return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+
+
+def unmapped(host):
+    """A numeric address as HAS writes it: see address_of."""
+    return str(address_of(host))
+
+
+class Loop:
+    """Serves what is ready and what is due. Main thread only, but for `mailbox`.
+
+    What stands in the selector has ready(events), closed and owner; an owner with on_error() ends
+    alone when its handler fails.
+    """
 
     closed = False
 
-    def __init__(self, hub, sock, tls, wanted):
-        self.hub, self.sock, self.owner, self.tls = hub, sock, self, tls
-        self.wanted = wanted                    # (local_address, port, tls) as the settings say
-        sock.setblocking(False)
-        hub.selector.register(sock, READ, self)
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.now = clock, clock()   # now: of this turn
+        self.selector = selectors.DefaultSelector()
+        self.mailbox = Mailbox()                # it is served like a stream
+        self.selector.register(self.mailbox.reader, READ, self)
+        self._timers, self._timer_numbers = [], itertools.count()
+        self.patience = PATIENCE                # what may still be read with care in this turn
+        self.backlogs = collections.deque()     # sessions with more to be read
 
-    def __str__(self):
-        host, port = self.sock.getsockname()[:2]
-        return (f"[{host}]:{port}" if ":" in host else f"{host}:{port}") + (" (TLS)" if self.tls else "")
+    @property
+    def owner(self):
+        """Whose fault it is when the mailbox cannot be served."""
+        return self
+
+    def turn(self, longest=None):
+        """Serve what is ready and what is due; wait for it at most `longest` seconds."""
+        self.patience = PATIENCE
+        timers = self._timers
+        if self.backlogs:
+            longest = 0
+        elif timers:                # counted from the last look at the clock: late by a turn's work
+            due = max(0.0, timers[0][0] - self.now)
+            longest = due if longest is None else min(due, longest)
+        ready = self.selector.select(longest)
+        self.now = self.clock()
+        for key, events in ready:
+            stream = key.data
+            try:
+                if not stream.closed:           # else its descriptor may be another's by now
+                    stream.ready(events)
+            except Exception:
+                self.fault(stream.owner)
+        if timers and timers[0][0] <= self.now:
+            self._run_timers()
+        while self.backlogs and self.patience > 0:
+            self.safely(self.backlogs.popleft().inbox.take_turn)
 
     def ready(self, events):
-        """Accept some that wait; the others in the next turns."""
-        for _ in range(ACCEPTS_A_TURN):
-            try:
-                sock, peer = self.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.error("cannot accept clients: %s; next try in 1 s; raise the limit (ulimit -n)", error.strerror)
-                self.hub.selector.unregister(self.sock)     # or the loop would spin on it
-                self.hub.later(1, self._again)
-                return
-            try:
-                self.on_accepted(sock, peer)
-            except (OSError, ValueError) as error:
-                log.info("a client was gone before it was let in: %s", error)
-                self._put_out(sock)
-            except Exception:
-                log.exception("a fault of HAS in letting a client in; it is closed")
-                self._put_out(sock)
+        """Something was posted to the mailbox."""
+        self.mailbox.run()
 
-    def _put_out(self, sock):
-        """Close a socket that was not let in, wherever that ended."""
+    def later(self, seconds, call, *arguments):
+        """Have `call(*arguments)` run after `seconds`."""
+        due = self.now + seconds
+        heapq.heappush(self._timers, (due, next(self._timer_numbers), call, arguments))
+
+    def _run_timers(self):
+        newest = next(self._timer_numbers)      # what is set from now on is for the next turn
+        while self._timers and self._timers[0][0] <= self.now and self._timers[0][1] < newest:
+            _, _, call, arguments = heapq.heappop(self._timers)
+            self.safely(call, *arguments)
+
+    def safely(self, call, *arguments):
+        """Call it; an exception ends the client it was for, nothing else."""
         try:
-            self.hub.put_out(self.hub.selector.get_key(sock).data)
-        except (KeyError, ValueError):
-            sock.close()                        # no stream was made of it yet
+            call(*arguments)
+        except Exception:
+            self.fault(getattr(call, "__self__", self))
 
-    def on_accepted(self, sock, peer):
-        """A client."""
-        self.hub.on_accept(sock, unmapped(peer[0]), self.tls)
-
-    def _again(self):
-        if not self.closed and self.sock not in self.hub.selector.get_map():
-            self.hub.selector.register(self.sock, READ, self)
-
-    def close(self):
-        """Stop listening."""
-        self.closed = True
-        self._unregister()
-        self.sock.close()
-
-    def _unregister(self):
-        try:
-            self.hub.selector.unregister(self.sock)
-        except KeyError:
-            pass                                # paused
+    def fault(self, owner):
+        """An exception (the one being handled) ends its owner; one of the hub goes on up."""
+        if not hasattr(owner, "on_error"):
+            raise
+        log.exception("%s: a fault of HAS; this client is closed", owner)
+        owner.on_error()
 
 
 class QuietLog:
-    """What strangers cause is logged once a minute for each address; the rest of the minute is counted."""
+    """What strangers cause is logged once a minute for each address; the others are counted."""
 
-    MINUTE, MOST = 60, 100                      # so many addresses and reasons at a time; the others in one sum
+    MINUTE, MOST = 60, 100         # so many addresses and reasons at a time; the others in one sum
 
     def __init__(self, later, most=MOST):
-        self._later, self._most = later, most   # Hub.later
+        self._later, self._most = later, most   # Loop.later
         self._counts, self._others, self._told = {}, 0, set()
 
     def note(self, host, what, line="", free=1, level=logging.INFO):
-        """Log `line`, or what a client from `host` did, the first `free` times of a minute; return whether."""
+        """Log `line`, or what a client from `host` did, the first `free` times of a minute.
+
+        Returns whether it was logged.
+        """
         key = host_group(host), what
         if not (self._counts or self._others):
             self._later(self.MINUTE, self._sum_up)
@@ -6103,17 +6456,122 @@ class QuietLog:
             log.info("%d more such lines in the last minute, about other addresses", others)
 
 
-class Lobby:
-    """Connections that are no sessions: a few for each port, none for long, the oldest make room for new ones.
+# ---- who is let in
 
-    So whoever fills it with silence keeps nobody out who speaks. Members have hub, port, host, drop() and overdue().
+def open_listeners(address, port):
+    """Listening sockets for an address ("" is all, IPv4 and IPv6) and port; OSError if none."""
+    found, failure = [], None
+    for host in [address] if address else ["0.0.0.0", "::"]:
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if ":" in host and hasattr(socket, "IPV6_V6ONLY"):
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((host, found[0].getsockname()[1] if found else port))
+                sock.listen(1024)
+            except OSError:
+                sock.close()
+                raise
+            found.append(sock)
+        except OSError as error:
+            failure = error
+    if not found or failure and failure.errno == errno.EADDRINUSE:
+        for sock in found:
+            sock.close()
+        raise failure
+    return found
+
+
+def cannot_listen(error, address, port, tls):
+    """`error` of open_listeners with the place and the remedy in its text."""
+    remedy = {errno.EADDRINUSE: "another program has this port: see `ss -ltnp`",
+              errno.EACCES: "ports below 1024 are root's: take a higher one, or give python3 "
+              "CAP_NET_BIND_SERVICE",
+              errno.EADDRNOTAVAIL: "this machine has no such address: mend local_address"}
+    remedy = remedy.get(error.errno)
+    return OSError(error.errno, error.strerror + (f": {remedy}" if remedy else ""),
+                   f"{address or 'all addresses'}, {'local_port_ssl' if tls else 'local_port'} "
+                   f"{port}")
+
+
+class Listener:
+    """A listening socket in the hub's selector."""
+
+    closed = False
+
+    def __init__(self, hub, sock, tls, wanted):
+        self.hub, self.sock, self.owner, self.tls = hub, sock, self, tls
+        self.wanted = wanted                    # (local_address, port, tls) as the settings say
+        sock.setblocking(False)
+        hub.selector.register(sock, READ, self)
+
+    def __str__(self):
+        host, port = self.sock.getsockname()[:2]
+        return (f"[{host}]" if ":" in host else host) + f":{port}" + (" (TLS)" if self.tls else "")
+
+    def ready(self, events):
+        """Accept some that wait; the others in the next turns."""
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, peer = self.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("cannot accept clients: %s; next try in 1 s; raise the limit (ulimit -n)",
+                          error.strerror)
+                self.hub.selector.unregister(self.sock)     # or the loop would spin on it
+                self.hub.later(1, self._again)
+                return
+            try:
+                self.on_accepted(sock, peer)
+            except (OSError, ValueError) as error:
+                log.info("a client was gone before it was let in: %s", error)
+                self._put_out(sock)
+            except Exception:
+                log.exception("a fault of HAS in letting a client in; it is closed")
+                self._put_out(sock)
+
+    def _put_out(self, sock):
+        """Close a socket that was not let in, wherever that ended."""
+        try:
+            self.hub.door.put_out(self.hub.selector.get_key(sock).data)
+        except (KeyError, ValueError):
+            sock.close()                        # no stream was made of it yet
+
+    def on_accepted(self, sock, peer):
+        """A client."""
+        self.hub.door.on_accept(sock, unmapped(peer[0]), self.tls)
+
+    def _again(self):
+        if not self.closed and self.sock not in self.hub.selector.get_map():
+            self.hub.selector.register(self.sock, READ, self)
+
+    def close(self):
+        """Stop listening."""
+        self.closed = True
+        self._unregister()
+        self.sock.close()
+
+    def _unregister(self):
+        try:
+            self.hub.selector.unregister(self.sock)
+        except KeyError:
+            pass                                # paused
+
+
+class Lobby:
+    """Connections that are no sessions: a few for each port, none for long, the oldest make room.
+
+    So whoever fills it with silence keeps nobody out who speaks. Members have hub, port, host,
+    drop() and overdue().
     """
 
     LOOK_SECONDS = 0.2
 
     def __init__(self, hub):
         self.hub = hub
-        self._ports = {}                        # port -> {member: when it is overdue}, oldest first
+        self._ports = {}                        # port -> {member: when overdue}, oldest first
         self._hosts = collections.Counter()     # (port, address or /64) -> members
 
     def __len__(self):
@@ -6123,7 +6581,7 @@ class Lobby:
         return member in self._ports.get(member.port, ())
 
     def add(self, member, seconds, most, most_of_host=0):
-        """Take one in, for so long; there are never more than `most` at its port (0 of its host: no limit)."""
+        """Take one in, for so long; never more than `most` at its port (of_host 0: no limit)."""
         if not len(self):
             self.hub.later(self.LOOK_SECONDS, self._look)
         here, key = self._ports.setdefault(member.port, {}), self._key(member)
@@ -6147,7 +6605,7 @@ class Lobby:
         return member.port, host_group(member.host)
 
     def _make_room(self, member):
-        self.hub.quiet.note(member.host, "made room for newer ones before it was let in")
+        self.hub.door.quiet.note(member.host, "made room for newer ones before it was let in")
         member.drop()
 
     def _look(self):
@@ -6160,169 +6618,19 @@ class Lobby:
             self.hub.later(self.LOOK_SECONDS, self._look)
 
 
-class Arrival:
-    """A client that is not a session yet: its TLS handshake, or the PROXY header of a trusted front, is awaited."""
-
-    SECONDS = 10                   # for the handshake, and for a header that has begun
-    NO_HEADER_SECONDS = 1          # a front that is silent for so long has a client of its own, or none at all
-
-    def __init__(self, hub, sock, host, tls):
-        self.hub, self.host, self.tls, self.head = hub, host, tls, b""
-        self.port, self.since = "TLS" if tls else "PROXY", hub.now
-        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls) if tls else
-                       Stream(hub.selector, sock, self, self.on_data))
-
-    def on_stream_open(self, stream):
-        """The handshake is done."""
-        self.hub.arrivals.discard(self)
-        self.hub.on_client(stream, self.host, True)
-
-    def on_stream_end(self, stream, reason):
-        """It ended before it was a session."""
-        self._turn_away(f"left before it was let in{f': {reason}' if reason else ''}")
-
-    def on_data(self, data):
-        """Bytes that should be a PROXY header."""
-        self.head += data
-        try:
-            header = read_proxy_header(self.head)
-        except ValueError as error:
-            self._turn_away(f"sent a broken PROXY header: {error}")
-            return
-        # a header of the front's own with nothing behind it is most often its health check: see overdue()
-        if header and (header.host or header.size < len(self.head)):
-            self._let_in(header)
-
-    def overdue(self):
-        """Nothing more came for a while."""
-        if self not in self.hub.arrivals:
-            return
-        header = None if self.tls else read_proxy_header(self.head)
-        begun = self.tls or self.head.startswith((PROXY_1, PROXY_2))
-        if header or not begun:
-            self._let_in(header or Header(0, None))
-        elif self.hub.now - self.since >= self.SECONDS:
-            self._turn_away(f"{'no TLS handshake' if self.tls else 'no whole PROXY header'} within {self.SECONDS} s")
-
-    def _let_in(self, header):
-        self.hub.arrivals.discard(self)
-        session = self.hub.on_client(self.stream, header.host or self.host, False)
-        if session and self.head[header.size:]:
-            self.stream.on_data(self.head[header.size:])
-
-    def _turn_away(self, why):
-        self.hub.quiet.note(self.host, why)
-        self.drop()
-
-    def drop(self):
-        """End this client, and only this; it may be a session already."""
-        self.hub.arrivals.discard(self)
-        self.hub.put_out(self.stream)
-
-    on_error = drop
-
-
-class Refused:
-    """A client that is told why there is no room for it; closed when it has gone, so that it can read that."""
-
-    SECONDS, MOST = 5, 100
-    port = "refused"
-
-    def __init__(self, hub, stream, host, why):
-        self.hub, self.stream, self.host = hub, stream, host
-        stream.owner, stream.on_data = self, self.on_data
-        hub.refused.add(self, self.SECONDS, self.MOST)
-        stream.send(b"# NOTICE # " + why.encode() + b"\r\n")
-        stream.finish()
-
-    def on_data(self, data):
-        """What it types goes nowhere."""
-
-    def on_stream_room(self, stream):
-        """The notice fits always."""
-
-    def on_stream_end(self, stream, reason):
-        """It has gone."""
-        self.drop()
-
-    def drop(self):
-        """Close it."""
-        self.hub.refused.discard(self)
-        self.stream.drop()
-
-    overdue = on_error = drop
-
-
-class LoginBrake:
-    """Slows down who tries many logins, by address (IPv6: by /64). Pure: the caller has the clock.
-
-    FREE tries go on at once; each further one waits for longer, up to LONGEST. A login that took forgives the tries
-    at that character and no others: who guesses may well have a character of his own.
-    """
-
-    FREE, FIRST, LONGEST, MEMORY, MOST = 3, 3, 30, 600, 10000
-    __slots__ = ("tries",)
-
-    def __init__(self):
-        self.tries = {}            # address -> [(when, character)] of MEMORY seconds, the longest untouched first
-
-    def _recent(self, address, now):
-        return [it for it in self.tries.get(address, ()) if it[0] > now - self.MEMORY]
-
-    def left(self, address, now):
-        """How many may go on at once."""
-        return max(0, self.FREE - len(self._recent(address, now)))
-
-    def wait(self, address, now):
-        """Seconds until the next may go on."""
-        tries = self._recent(address, now)
-        if len(tries) < self.FREE:
-            return 0
-        return max(0, tries[-1][0] + min(self.LONGEST, self.FIRST * (len(tries) - self.FREE + 1)) - now)
-
-    def count(self, address, character, now):
-        """A login goes on to the world."""
-        tries = (self._recent(address, now) + [(now, character[:64])])[-20:]
-        self.tries.pop(address, None)
-        self.tries[address] = tries
-        if len(self.tries) > self.MOST:
-            del self.tries[next(iter(self.tries))]
-
-    def forgive(self, address, character):
-        """This login took."""
-        left = [it for it in self.tries.pop(address, ()) if it[1] != character[:64]]
-        if left:
-            self.tries[address] = left
-
-
-PACKED["LoginBrake"] = LoginBrake
-
-
-def users(count):
-    """A number of users in words."""
-    return f"{count} user{'' if count == 1 else 's'}"
-
-
-def host_group(host):
-    """What counts as one address: of IPv6 a /64, for a whole one belongs to one household."""
-    return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
-
-
-def unmapped(host):
-    """A numeric address as HAS writes it: see address_of."""
-    return str(address_of(host))
-
-
 Header = collections.namedtuple("Header", "size host")
-Header.__doc__ = "What was read of a PROXY header: its size, 0 for none, and the client's address, None for the front's own."
+Header.__doc__ = """What was read of a PROXY header: its size, 0 for none, and the client's address,
+None for the front's own."""
 PROXY_1, PROXY_2 = b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"
-_PROXY_LINE = re.compile(rb"PROXY (?:TCP[46] ([0-9A-Fa-f.:]+) [0-9A-Fa-f.:]+ \d{1,5} \d{1,5}|UNKNOWN(?: .*)?)", re.S)
+_PROXY_LINE = re.compile(rb"PROXY (?:TCP[46] ([0-9A-Fa-f.:]+) [0-9A-Fa-f.:]+ \d{1,5} \d{1,5}"
+                         rb"|UNKNOWN(?: .*)?)", re.S)
 
 
 def read_proxy_header(head):
-    """The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2) that a front's bytes begin with.
+    """The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2) that `head` begins with.
 
-    None while more must come; ValueError if it is broken, and then the front is not to be served (2.1, 2.2).
+    None while more must come; ValueError if it is broken: then the front is not to be served
+    (2.1, 2.2).
     """
     if head.startswith(PROXY_1):
         return _proxy_line(head)
@@ -6358,49 +6666,653 @@ def _proxy_block(head):
     return Header(16 + length, str(address_of(str(ipaddress.ip_address(head[16:16 + width])))))
 
 
-def open_listeners(address, port):
-    """Listening sockets for an address ("" is all, IPv4 and IPv6) and port; OSError if none can be had."""
-    found, failure = [], None
-    for host in [address] if address else ["0.0.0.0", "::"]:
+class Arrival:
+    """A client that is no session yet: its TLS handshake, or a front's PROXY header, is awaited."""
+
+    SECONDS = 10                   # for the handshake, and for a header that has begun
+    NO_HEADER_SECONDS = 1          # a front silent for so long has a client of its own, or none
+
+    def __init__(self, hub, sock, host, tls):
+        self.hub, self.host, self.tls, self.head = hub, host, tls, b""
+        self.port, self.since = "TLS" if tls else "PROXY", hub.now
+        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls)
+                       if tls else Stream(hub.selector, sock, self, self.on_data))
+
+    def on_stream_open(self, stream):
+        """The handshake is done."""
+        self.hub.door.arrivals.discard(self)
+        self.hub.door.on_client(stream, self.host, True)
+
+    def on_stream_end(self, stream, reason):
+        """It ended before it was a session."""
+        self._turn_away(f"left before it was let in{f': {reason}' if reason else ''}")
+
+    def on_data(self, data):
+        """Bytes that should be a PROXY header."""
+        self.head += data
         try:
-            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if ":" in host and hasattr(socket, "IPV6_V6ONLY"):
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind((host, found[0].getsockname()[1] if found else port))
-                sock.listen(1024)
-            except OSError:
-                sock.close()
-                raise
-            found.append(sock)
+            header = read_proxy_header(self.head)
+        except ValueError as error:
+            self._turn_away(f"sent a broken PROXY header: {error}")
+            return
+        # a header of the front's own with nothing behind it: most often its health check: overdue()
+        if header and (header.host or header.size < len(self.head)):
+            self._let_in(header)
+
+    def overdue(self):
+        """Nothing more came for a while."""
+        if self not in self.hub.door.arrivals:
+            return
+        header = None if self.tls else read_proxy_header(self.head)
+        begun = self.tls or self.head.startswith((PROXY_1, PROXY_2))
+        if header or not begun:
+            self._let_in(header or Header(0, None))
+        elif self.hub.now - self.since >= self.SECONDS:
+            self._turn_away(f"{'no TLS handshake' if self.tls else 'no whole PROXY header'} "
+                            f"within {self.SECONDS} s")
+
+    def _let_in(self, header):
+        self.hub.door.arrivals.discard(self)
+        session = self.hub.door.on_client(self.stream, header.host or self.host, False)
+        if session and self.head[header.size:]:
+            self.stream.on_data(self.head[header.size:])
+
+    def _turn_away(self, why):
+        self.hub.door.quiet.note(self.host, why)
+        self.drop()
+
+    def drop(self):
+        """End this client, and only this; it may be a session already."""
+        self.hub.door.arrivals.discard(self)
+        self.hub.door.put_out(self.stream)
+
+    on_error = drop
+
+
+class Refused:
+    """A client that is told why there is no room for it; closed when it has gone."""
+
+    SECONDS, MOST = 5, 100
+    port = "refused"
+
+    def __init__(self, hub, stream, host, why):
+        self.hub, self.stream, self.host = hub, stream, host
+        stream.owner, stream.on_data = self, self.on_data
+        hub.door.refused.add(self, self.SECONDS, self.MOST)
+        stream.send(b"# NOTICE # " + why.encode() + b"\r\n")
+        stream.finish()
+
+    def on_data(self, data):
+        """What it types goes nowhere."""
+
+    def on_stream_room(self, stream):
+        """The notice fits always."""
+
+    def on_stream_end(self, stream, reason):
+        """It has gone."""
+        self.drop()
+
+    def drop(self):
+        """Close it."""
+        self.hub.door.refused.discard(self)
+        self.stream.drop()
+
+    overdue = on_error = drop
+
+
+class Door:
+    """Lets clients in: listeners, what is no session yet, limits in all and of each address."""
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.listeners = []
+        self.arrivals, self.refused = Lobby(hub), Lobby(hub)
+        self.most_files = 1 << 30               # descriptors this process may have
+        self.quiet = QuietLog(hub.later)
+        self.visits = QuietLog(hub.later, 2000)     # ordinary users: nobody crowds them out
+        self.numbers = itertools.count(1)       # of sessions; never used again
+        self._hosts = collections.Counter()     # address or /64 -> sessions
+
+    # ---- listeners
+
+    def listen(self):
+        """Open the listeners the settings ask for; OSError leaves the old ones."""
+        old, wanted = self.listeners, self._wanted()
+        kept = [it for it in old if it.wanted in wanted]
+        missing = [it for it in wanted if it not in [one.wanted for one in kept]]
+        try:
+            new = self._open(missing)
         except OSError as error:
-            failure = error
-    if not found or failure and failure.errno == errno.EADDRINUSE:
-        for sock in found:
+            if error.errno != errno.EADDRINUSE or len(kept) == len(old):
+                raise
+            new = self._open_instead(missing, kept)
+        for it in old:
+            if it not in kept and not it.closed:
+                it.close()
+        self.listeners = kept + new
+
+    def _wanted(self):
+        settings = self.hub.settings
+        ports = [(settings.local_port, False)] * (
+            bool(settings.local_port) or not settings.local_port_ssl)
+        ports += [(settings.local_port_ssl, True)] * bool(settings.local_port_ssl)
+        return [(settings.local_address, port, tls) for port, tls in ports]
+
+    def _open_instead(self, missing, kept):
+        """Our own, on the same port at another address, is in the way: close it first."""
+        old = self.listeners
+        for it in set(old) - set(kept):
+            it.close()
+        self.listeners = kept
+        try:
+            return self._open(missing)
+        except OSError:
+            gone = dict.fromkeys(it.wanted for it in old if it not in kept)
+            self.listeners = kept + self._open(list(gone))
+            raise
+
+    def _open(self, wanted):
+        """Listeners for all of `wanted`, or OSError and none."""
+        opened = []
+        try:
+            for address, port, tls in wanted:
+                socks = open_listeners(address, port)
+                opened += [(sock, tls, (address, port, tls)) for sock in socks]
+        except OSError as error:
+            for sock, _, _ in opened:
+                sock.close()
+            raise cannot_listen(error, address, port, tls) from None
+        new = [Listener(self.hub, *it) for it in opened]
+        for listener in new:
+            log.info("listening on %s", listener)
+        return new
+
+    # ---- clients
+
+    def on_accept(self, sock, host, tls):
+        """A client was accepted."""
+        tune(sock, 60, 15, 5)
+        hub = self.hub
+        if sock.fileno() > self.most_files - 20:        # the rest: links, the heartbeat, --status
+            self.quiet.note(host, "refused: no descriptors left: raise the limit (ulimit -n)",
+                            level=logging.ERROR)
             sock.close()
-        raise failure
-    return found
+        elif tls and not hub.settings.server_tls:
+            self.quiet.note(host, "refused: TLS is off; its listener is only left because another "
+                            "could not be had")
+            sock.close()
+        elif tls or self._is_front(host):
+            self._await(Arrival(hub, sock, host, tls))
+        else:
+            self.on_client(Stream(hub.selector, sock, None, None), host, False)
+
+    def _await(self, arrival):
+        """Bounds for each port and host; a share of the descriptors: other ports have some, too."""
+        settings = self.hub.settings
+        most = min(max(100, settings.max_clients), self.most_files // 8)
+        of_host = 0 if self._has_many(arrival.host) else settings.max_per_host
+        seconds = arrival.SECONDS if arrival.tls else arrival.NO_HEADER_SECONDS
+        self.arrivals.add(arrival, seconds, most, of_host)
+
+    def _is_front(self, host):
+        address = ipaddress.ip_address(host)
+        return any(address in network for network in self.hub.settings.proxy_from)
+
+    def _has_many(self, host):
+        """Whether many people may come from an address: this machine's own, or a front's."""
+        return ipaddress.ip_address(host).is_loopback or self._is_front(host)
+
+    def on_client(self, stream, host, tls):
+        """A client is let in: make it a session and return that; None if there is no room."""
+        refusal = self._refusal(host)
+        if refusal:
+            self.quiet.note(host, f"refused: {refusal}")
+            Refused(self.hub, stream, host, refusal)
+            return None
+        try:
+            session = self.enter(next(self.numbers), stream, host, tls)
+            self.hub.later(PROBE_SECONDS, session.announce)
+            self.hub.links.greet(session)
+        except Exception:
+            log.exception("a fault of HAS in letting a client in; it is closed")
+            self.put_out(stream)
+            return None
+        return session
+
+    def enter(self, number, stream, host, tls):
+        """A new session, or one of the process before."""
+        session = self.hub.sessions[number] = Session(self.hub, number, stream, host, tls)
+        self._hosts[host_group(host)] += 1
+        return session
+
+    def left(self, session):
+        """A session has ended."""
+        group = host_group(session.host)
+        self._hosts[group] -= 1
+        if not self._hosts[group]:
+            del self._hosts[group]
+
+    def put_out(self, stream):
+        """A client could not be let in: end what there is of it, a session or a stream alone."""
+        for session in list(self.hub.sessions.values()):
+            if session.client is stream:
+                session.end()
+        stream.drop()
+
+    def _refusal(self, host):
+        settings = self.hub.settings
+        if settings.max_clients and len(self.hub.sessions) >= settings.max_clients:
+            return "Too many users are connected now. Please try again later."
+        of_host = 0 if self._has_many(host) else settings.max_per_host
+        if of_host and self._hosts[host_group(host)] >= of_host:
+            return "Too many connections from your address."
+        return None
+
+    def look_at_first_words(self, host, data):
+        """A front whose address is not in proxy_from shows by its header: its users share one."""
+        if data.startswith((PROXY_1, PROXY_2)) and not self._is_front(host):
+            self.quiet.once(host, "sends PROXY headers, which are not believed: all its users "
+                            "count as one address; if it is your own front, set "
+                            f"proxy_from = {host} and kill -HUP")
 
 
-def cannot_listen(error, address, port, tls):
-    """`error` of open_listeners with the place and the remedy in its text."""
-    remedy = {errno.EADDRINUSE: "another program has this port: see `ss -ltnp`",
-              errno.EACCES: "ports below 1024 are root's: take a higher one, or give python3 CAP_NET_BIND_SERVICE",
-              errno.EADDRNOTAVAIL: "this machine has no such address: mend local_address"}.get(error.errno)
-    return OSError(error.errno, error.strerror + (f": {remedy}" if remedy else ""),
-                   f"{address or 'all addresses'}, {'local_port_ssl' if tls else 'local_port'} {port}")
+@survives
+class LoginBrake:
+    """Slows down who tries many logins, by address (IPv6: by /64). Pure: the caller has the clock.
+
+    FREE tries go on at once; each further one waits for longer, up to LONGEST. A login that took
+    forgives the tries at that character and no others: who guesses may have one of his own.
+    """
+
+    FREE, FIRST, LONGEST, MEMORY, MOST = 3, 3, 30, 600, 10000
+    __slots__ = ("tries",)
+
+    def __init__(self):
+        self.tries = {}            # address -> [(when, character)] of MEMORY seconds, oldest first
+
+    def _recent(self, address, now):
+        return [it for it in self.tries.get(address, ()) if it[0] > now - self.MEMORY]
+
+    def left(self, address, now):
+        """How many may go on at once."""
+        return max(0, self.FREE - len(self._recent(address, now)))
+
+    def wait(self, address, now):
+        """Seconds until the next may go on."""
+        tries = self._recent(address, now)
+        if len(tries) < self.FREE:
+            return 0
+        seconds = min(self.LONGEST, self.FIRST * (len(tries) - self.FREE + 1))
+        return max(0, tries[-1][0] + seconds - now)
+
+    def count(self, address, character, now):
+        """A login goes on to the world."""
+        tries = (self._recent(address, now) + [(now, character[:64])])[-20:]
+        self.tries.pop(address, None)
+        self.tries[address] = tries
+        if len(self.tries) > self.MOST:
+            del self.tries[next(iter(self.tries))]
+
+    def forgive(self, address, character):
+        """This login took."""
+        left = [it for it in self.tries.pop(address, ()) if it[1] != character[:64]]
+        if left:
+            self.tries[address] = left
 
 
-def log_remarks(remarks):
-    """What was noticed while reading the settings."""
-    for remark in remarks:
-        warning = remark.startswith("WARNING: ")
-        log.log(logging.WARNING if warning else logging.INFO, "%s", remark[9:] if warning else remark)
+class Logins(Survivor):
+    """Typed logins: how many may go on from an address, and which sessions wait for that."""
 
+    SURVIVES = "brake",
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.brake = LoginBrake()
+        self._waiting = {}                      # address -> {session: True}, in order
+
+    @staticmethod
+    def _is_free(host):
+        return ipaddress.ip_address(host).is_loopback       # many people, or our own machine
+
+    def left(self, host):
+        """How many logins may be typed from this address before they are slowed down."""
+        return 1 << 30 if self._is_free(host) else self.brake.left(host_group(host), self.hub.now)
+
+    def wait(self, session, character):
+        """Seconds until this login may go on, by Lines.try_login(); 0: it does, and counts."""
+        group, now = host_group(session.host), self.hub.now
+        wait = 0 if self._is_free(session.host) else self.brake.wait(group, now)
+        if wait:
+            self._waiting.setdefault(group, {})[session] = True
+        else:
+            self.brake.count(group, character, now)
+            self.forget(session)
+        return wait
+
+    def took(self, session):
+        """A login took. Others of its address may have waited for that."""
+        group = host_group(session.host)
+        self.brake.forgive(group, session.character.login.character)
+        for other in list(self._waiting.get(group, ())):
+            self.hub.safely(other.lines.try_login)
+
+    def forget(self, session):
+        """It waits no more."""
+        group = host_group(session.host)
+        if self._waiting.get(group, {}).pop(session, None) and not self._waiting[group]:
+            del self._waiting[group]
+
+
+# ---- who may connect to the world, and when
+
+@survives
+class Suspects:
+    """Whose login may kill the world: who comes last and alone, whom HAS logs in no more (rule 4).
+
+    Who came shortly before a death is a suspect. One such death means little: worlds die, and
+    everybody comes back at once. If the next life ends so, too, suspects come when all others are
+    through, one at a time. If the world dies behind such a single return, that is a strike; a
+    login that the world outlives clears him. Two strikes bar him, but only if they can hardly be
+    chance: a world that dies often dies behind innocents, too. So each strike weighs as much as a
+    death was probable in the time from his return to it, at the rate of the world's other deaths
+    in the last hour. `who` is a character, or the number of a session at the login screen. Pure.
+    """
+
+    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
+    __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
+
+    def __init__(self):
+        self._came = {}            # who -> (when, whether alone), of this life
+        self._strikes = {}         # suspect -> [(when it died, seconds after his single return)]
+        self._deaths, self._lives = [], []      # times; (begin, end); both of the last hour
+        self._begun = None         # when this life began; None while there is none
+        self._latest = 0.0         # when anybody came last
+        self._streak = 0           # deaths in a row that came shortly behind somebody
+        self.barred = set()
+
+    def found(self, now, here):
+        """The world is up, in a new life; `here`: who may come. Who has gone: only his strikes."""
+        self._begun, self._came = now, {}
+        self._strikes = {who: strikes for who, strikes in self._strikes.items()
+                         if strikes or who in here}
+        self.barred = {who for who in self.barred if who in here or isinstance(who, bytes)}
+
+    def came(self, who, now, typed=False):
+        """Somebody is let in to the world: HAS brings him (back), or he has typed a login."""
+        alone = (not typed and self.is_suspect(who) and self.together == 1
+                 and now - self._latest >= self.APART)
+        self._came.pop(who, None)               # the dict is in the order of their coming
+        self._came[who] = (now, alone)
+        self._latest = now
+
+    def died(self, now):
+        """The world has died; returns the set of those who are barred from now on."""
+        if self._begun is None:
+            return set()
+        self._deaths = [at for at in self._deaths if now - at <= self.HOUR] + [now]
+        self._lives = [life for life in self._lives if now - life[1] <= self.HOUR]
+        self._lives.append((self._begun, now))
+        self._begun = None
+        self._strikes = {who: strikes for who, strikes in self._strikes.items() if who in self._came
+                         or strikes and now - strikes[-1][0] <= self.HOUR}
+        # of suspects who came in groups the last is suspected further: or none would be one alone
+        window = self.APART if self._streak > 1 and self.together > 1 else self.WINDOW
+        behind = self._came and now - self._latest <= self.WINDOW
+        self._streak = self._streak + 1 if behind else 0
+        for who, (when, _) in self._came.items():
+            if now - when > window:             # it outlived his coming
+                self._strikes.pop(who, None)
+                self.barred.discard(who)
+            else:
+                self._strikes.setdefault(who, [])
+        if self._came:
+            self._strike(*list(self._came.items())[-1], now)
+        new = {who for who, strikes in self._strikes.items()
+               if len(strikes) > 1 and self._chance(strikes, now) <= self.CHANCE} - self.barred
+        self.barred |= new
+        return new
+
+    def _strike(self, who, came, now):
+        when, alone = came
+        if alone and now - when <= self.WINDOW and who in self._strikes:
+            strikes = [strike for strike in self._strikes[who] if now - strike[0] <= self.HOUR]
+            self._strikes[who] = strikes + [(now, now - when)]
+
+    def _chance(self, strikes, now):
+        """How probable it is that the world, which dies so often, died behind these by chance."""
+        # without the longest life: a sound world that now dies again and again is broken by itself
+        lives = sorted(end - max(begin, now - self.HOUR) for begin, end in self._lives)
+        rate = (len(self._deaths) - len(strikes) + 1) / max(sum(lives[:-1]), 1.0)
+        product = 1.0
+        for _, seconds in strikes:
+            product *= 1 - math.exp(-rate * max(seconds, 0.02))
+        log = -math.log(max(product, 1e-300))   # Fisher: a product of many chances is small anyway
+        return product * sum(log ** k / math.factorial(k) for k in range(len(strikes)))
+
+    @property
+    def together(self):
+        """How many suspects come at a time: one, but for crowds, who would wait for minutes."""
+        return max(1, -(-len(self._strikes) // self.STEPS))
+
+    def is_suspect(self, who):
+        """Whether he comes last."""
+        return self._streak > 1 and who in self._strikes
+
+    def wait(self, who, now):
+        """Seconds until this suspect may come.
+
+        The calm before grows with his strikes: a world that always dies at the same age dies
+        without him then. Others' logins do not put him off for ever.
+        """
+        strikes = len(self._strikes.get(who, ()))
+        calm = min(10, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
+        return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
+
+
+class Links(Survivor):
+    """Who may connect to the world, and when: all links are opened here (rule 4).
+
+    A session calls add(). Its turn comes, paced for the world's family: open_link(). It is out of
+    the others' way when its link speaks, or has failed, or is in: spoke(), arrived(). Sessions of
+    one character wait for each other at the end: settle(). Suspects come when all are through.
+    """
+
+    SURVIVES = "suspects", "noise", "doubles"
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.suspects = Suspects()
+        self.noise = Noise()
+        self.doubles = set()                    # characters with several sessions at its return
+        self.choosing = set()                   # numbers of sessions that wait for a check
+        self._waiting = collections.OrderedDict()           # sessions as its keys: a set in order
+        self._last = collections.OrderedDict()  # the same of suspects
+        # session -> when its link was opened, oldest first, and has shown nothing yet
+        self._arriving = collections.OrderedDict()
+        self._next_at, self._woken, self._last_woken = 0.0, False, False
+
+    def __contains__(self, session):
+        return session in self._waiting or session in self._last
+
+    # ---- the world comes and goes
+
+    def found(self, is_new_life):
+        """The world is up: count who comes together."""
+        sessions = self.hub.sessions.values()
+        if is_new_life:
+            here = {session.character.would_be(session.number) for session in sessions}
+            self.suspects.found(self.hub.now, here)
+        logins = [session.character.login or session.character.pending for session in sessions]
+        names = collections.Counter(login.character for login in logins if login)
+        self.doubles = {name for name, count in names.items() if count > 1}
+
+    def died(self, when):
+        """The world has died: who may have killed it?"""
+        for who in self.suspects.died(when):
+            name = (printable(who) if isinstance(who, bytes) else
+                    f"session {who}, which has no login,")
+            log.warning("the world died each time just after %s had come back: HAS brings it back "
+                        "no more. Mend what runs at its login (@aconnect), or its client; who logs "
+                        "in by hand, and the world lives on, is cleared", name)
+        self.clear()
+
+    def clear(self):
+        """There is no world to connect to; every session will be added again when there is."""
+        self._waiting.clear()
+        self._last.clear()
+
+    # ---- one session
+
+    def greet(self, session):
+        """A new session: to the world's login screen, or told that there is none now."""
+        condition = self.hub.health.condition
+        if condition is Condition.DOWN:
+            session.wait(self.hub.settings.offline_notice)
+        elif condition is not Condition.STARTING:
+            self.add(session)
+            session.on_world_silent(condition is Condition.SILENT)
+
+    def add(self, session):
+        """Open the session's link when it is its turn."""
+        is_suspect = self.suspects.is_suspect(session.who)
+        (self._last if is_suspect else self._waiting).setdefault(session)
+        self.go_on()
+
+    def arrived(self, session):
+        """The session's link has failed, or needs nobody's patience any more: the next may come."""
+        if self._arriving.pop(session, None) is not None:
+            self.go_on()
+
+    def spoke(self, session):
+        """The first bytes came over the session's link: the server has accepted it, and all that
+        were opened before it, for the kernel hands them out in order. What is scarce is the
+        server's listen backlog, not its logins."""
+        if session not in self._arriving or self._one_by_one:
+            return
+        while self._arriving.popitem(last=False)[0] is not session:
+            pass
+        self.go_on()
+
+    def forget(self, session):
+        """The session has ended."""
+        for sessions in (self._waiting, self._last, self._arriving):
+            sessions.pop(session, None)
+        self.go_on()                            # the last of the others, perhaps
+        self.settle(session)                    # others of its character may have waited for it
+
+    # ---- turns
+
+    def go_on(self):
+        """Open links soon, if any are wanted."""
+        if self._last and not (self._last_woken or self._waiting or self._arriving):
+            self._last_woken = True
+            self.hub.later(0, self._open_last)
+        if self._waiting and not self._woken:
+            self._woken = True
+            self.hub.later(max(0.0, self._next_at - self.hub.now), self._open_some)
+
+    def _open_some(self):
+        self._woken = False
+        hub, rate, opened = self.hub, self.hub.settings.resume_rate, 0
+        while self._waiting and hub.is_up:
+            wait = 0 if rate == 0 else self._wait()
+            if wait is None:
+                return                          # arrived() and spoke() call again
+            if wait:
+                self._woken = True
+                hub.later(wait, self._open_some)
+                return
+            if rate and hub.now < self._next_at or opened == LINKS_A_TURN:
+                self.go_on()
+                return
+            session, _ = self._waiting.popitem(last=False)
+            if not session.wants_link:
+                continue
+            self._next_at = hub.now + 1 / rate if rate else 0.0
+            self._arriving[session] = hub.now
+            opened += 1
+            self._open(session)
+
+    def _open(self, session):
+        """It is its turn. The lines that tell others of its arrival will be hidden."""
+        if session.state in AWAY and session.character.trials:
+            self._expect_noise(session.character.trials[0].character)
+        self.hub.safely(session.open_link)
+
+    @property
+    def _one_by_one(self):
+        """Whether each return must end before the next: sessions of one character on TinyMUSH."""
+        return self.hub.world.dialect.characters_one_by_one and bool(self.doubles)
+
+    def _wait(self):
+        """Seconds until the family takes one more link; None: when one that arrives has spoken.
+
+        One that is silent for a while (a name is looked up) holds up nobody, as long as the
+        backlog has room.
+        """
+        dialect, now = self.hub.world.dialect, self.hub.now
+        most = 1 if self._one_by_one else max(dialect.at_once, dialect.most_silent)
+        if len(self._arriving) >= most:
+            return None
+        fresh = [at for at in self._arriving.values() if now - at < SILENT_LINK_SECONDS]
+        return SILENT_LINK_SECONDS - (now - fresh[0]) if len(fresh) >= dialect.at_once else 0
+
+    def _open_last(self):
+        """When all others are through: one by one, with a pause before each, so that it is seen
+        who kills the world."""
+        self._last_woken = False
+        hub = self.hub
+        if self._waiting or self._arriving or self.choosing or not hub.is_up:
+            return                              # go_on() is called again when that has changed
+        for session in list(self._last)[:self.suspects.together]:
+            wait = self.suspects.wait(session.who, hub.now)
+            if wait:
+                self._last_woken = True
+                hub.later(wait, self._open_last)
+                break
+            del self._last[session]
+            self._waiting[session] = None       # as any other now
+        self.go_on()
+
+    # ---- sessions of one character, and what others see
+
+    def siblings(self, session):
+        """The other sessions of its character that are being logged in, or will be at once."""
+        name = session.character.trials[0].character
+        if name not in self.doubles:            # the usual case, without a look at everybody
+            return []
+        return [other for other in self.hub.sessions.values()
+                if other is not session and other.character.trials
+                and other.character.trials[0].character == name
+                and (other.state in COMING_BACK or other in self
+                     or other.number in self.choosing)]
+
+    def settle(self, session):
+        """One session of a character is in, or has failed: the last one lets all go on."""
+        siblings = self.siblings(session) if session.character.trials else []
+        if all(other.way_back.settled for other in siblings):
+            for other in siblings + [session]:
+                self.hub.safely(other.way_back.settle)
+
+    def _expect_noise(self, name):
+        quiet = not self.noise
+        self.noise.expect(name, self.hub.now + NOISE_SECONDS)
+        if quiet:
+            self.hub.later(NOISE_SECONDS, self.prune_noise)
+            for session in self.hub.sessions.values():
+                session.refresh()
+
+    def prune_noise(self):
+        """Hide no more what has had its time."""
+        ends = self.noise.forget(self.hub.now)
+        if ends is not None:
+            self.hub.later(max(0.1, ends - self.hub.now), self.prune_noise)
+
+
+# ---- what admins ask
 
 class Caller:
-    """A connection to the control socket: one request, a line of JSON, is answered by one line of JSON."""
+    """A connection to the control socket: a line of JSON is answered by one line of JSON."""
 
     def __init__(self, hub, sock):
         self.hub, self.asked = hub, b""
@@ -6412,7 +7324,7 @@ class Caller:
         self.asked += data
         if b"\n" in self.asked or len(self.asked) > 65536:
             try:
-                answer = self.hub.command(json.loads(self.asked.decode()))
+                answer = self.hub.control.command(json.loads(self.asked.decode()))
             except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 answer = {"error": f"bad request: {error}"}
             self.stream.send(json.dumps(answer).encode() + b"\n")
@@ -6440,7 +7352,7 @@ class ControlListener(Listener):
     def __init__(self, hub, path, sock=None, identity=None):
         self.path, self._trouble = path, None
         super().__init__(hub, sock or self._bind(path), False, None)
-        self.identity = identity or self._on_disk()         # of our file, for another may come to stand there
+        self.identity = identity or self._on_disk()         # of our file: another may come there
         hub.later(self.LOOK_SECONDS, self._look)
 
     def _bind(self, path):
@@ -6460,13 +7372,14 @@ class ControlListener(Listener):
     @staticmethod
     def _replace_dead(path):
         """Remove the socket of a HAS that has died; OSError(EADDRINUSE) if one lives there."""
+        alive = OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
                 trial.setblocking(False)
                 trial.connect(path)
-            raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path)
+            raise alive
         except BlockingIOError:                 # it has no time to accept us, but it lives
-            raise OSError(errno.EADDRINUSE, "another HAS is running with this has.conf", path) from None
+            raise alive from None
         except ConnectionRefusedError:          # a file that is no socket refuses, too
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise OSError(errno.EEXIST, "there is a file that is no socket", path) from None
@@ -6483,7 +7396,7 @@ class ControlListener(Listener):
         return found.st_dev, found.st_ino
 
     def _look(self):
-        """Make the socket anew if its file has gone; a living one of another HAS, or another file, is left alone."""
+        """Make the socket anew if its file has gone; another's, or another file, is left alone."""
         if self.closed:
             return
         self.hub.later(self.LOOK_SECONDS, self._look)
@@ -6494,8 +7407,8 @@ class ControlListener(Listener):
         except OSError as error:
             if self._trouble != error.strerror:
                 self._trouble = error.strerror
-                log.warning("the control socket %s has gone, and cannot be made anew: %s; it is tried on", self.path,
-                            error.strerror or error)
+                log.warning("the control socket %s has gone, and cannot be made anew: %s; "
+                            "it is tried on", self.path, error.strerror or error)
             return
         self._unregister()
         self.sock.close()
@@ -6518,512 +7431,192 @@ class ControlListener(Listener):
                 pass                            # its folder may be gone
 
 
-class Endings:
-    """Which ended links need a second probe before it is said that their users left (rule 2).
-
-    Links of several characters that end within a second are no ordinary leaving: a world that dies may close its
-    users one by one, and answer probes meanwhile. Pure: the clock is the caller's.
-    """
-
-    def __init__(self):
-        self._lately = collections.deque()      # (when, session number, who)
-        self._doubted = {}                      # session number -> the heartbeat connection that answered, or None
-
-    def ended(self, number, who, now):
-        """The world has ended a link of `who`."""
-        while self._lately and now - self._lately[0][0] > ENDINGS_SECONDS:
-            self._lately.popleft()
-        others = [other for _, other, name in self._lately if name != who]
-        self._lately.append((now, number, who))
-        self._doubted.pop(number, None)
-        for doubted in others + [number] * bool(others):
-            self._doubted.setdefault(doubted)
-
-    def needs_another(self, number, connection):
-        """Whether the answer that came over this heartbeat connection is not yet enough."""
-        if number not in self._doubted or self._doubted[number] == connection:
-            return False
-        self._doubted[number] = connection
-        return True
-
-    def forget(self, number):
-        """That session has ended."""
-        self._doubted.pop(number, None)
-
-
-class Suspects:
-    """Whose login may kill the world: who comes back last and alone, whom HAS logs in no more (rule 4). Pure.
-
-    Who came shortly before a death is a suspect. One such death means little: worlds die, and everybody comes back at
-    once. If the next life ends so, too, suspects come when all others are through, one at a time. If the world dies
-    behind such a single return, that is a strike; a login that the world outlives clears him. Two strikes bar him, but
-    only if they can hardly be chance: a world that dies often dies behind innocents, too. So each strike weighs as much
-    as a death was probable in the time from his return to it, at the rate of the world's other deaths in the last hour.
-    `who` is a character, or the number of a session at the login screen.
-    """
-
-    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
-    __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
-
-    def __init__(self):
-        self._came = {}            # who -> (when, whether alone), of this life
-        self._strikes = {}         # suspect -> [(when the world died, seconds after his single return)]
-        self._deaths, self._lives = [], []      # times; (begin, end); both of the last hour
-        self._begun = None         # when this life began; None while there is none
-        self._latest = 0.0         # when anybody came last
-        self._streak = 0           # deaths in a row that came shortly behind somebody
-        self.barred = set()
-
-    def found(self, now, here):
-        """The world is up, in a new life; `here`: who may come. Of those who have gone only strikes are remembered."""
-        self._begun, self._came = now, {}
-        self._strikes = {who: strikes for who, strikes in self._strikes.items() if strikes or who in here}
-        self.barred = {who for who in self.barred if who in here or isinstance(who, bytes)}
-
-    def came(self, who, now, typed=False):
-        """Somebody is let in to the world: HAS brings him (back), or he has typed a login."""
-        alone = not typed and self.is_suspect(who) and self.together == 1 and now - self._latest >= self.APART
-        self._came.pop(who, None)               # the dict is in the order of their coming
-        self._came[who] = (now, alone)
-        self._latest = now
-
-    def died(self, now):
-        """The world has died; returns the set of those who are barred from now on."""
-        if self._begun is None:
-            return set()
-        self._deaths = [at for at in self._deaths if now - at <= self.HOUR] + [now]
-        self._lives = [life for life in self._lives if now - life[1] <= self.HOUR] + [(self._begun, now)]
-        self._begun = None
-        self._strikes = {who: strikes for who, strikes in self._strikes.items()
-                         if who in self._came or strikes and now - strikes[-1][0] <= self.HOUR}
-        # of suspects who came in groups the last group is suspected further, or it would never be one alone
-        window = self.APART if self._streak > 1 and self.together > 1 else self.WINDOW
-        self._streak = self._streak + 1 if self._came and now - self._latest <= self.WINDOW else 0
-        for who, (when, _) in self._came.items():
-            if now - when > window:             # it outlived his coming
-                self._strikes.pop(who, None)
-                self.barred.discard(who)
-            else:
-                self._strikes.setdefault(who, [])
-        if self._came:
-            self._strike(*list(self._came.items())[-1], now)
-        new = {who for who, strikes in self._strikes.items()
-               if len(strikes) > 1 and self._chance(strikes, now) <= self.CHANCE} - self.barred
-        self.barred |= new
-        return new
-
-    def _strike(self, who, came, now):
-        when, alone = came
-        if alone and now - when <= self.WINDOW and who in self._strikes:
-            strikes = [strike for strike in self._strikes[who] if now - strike[0] <= self.HOUR]
-            self._strikes[who] = strikes + [(now, now - when)]
-
-    def _chance(self, strikes, now):
-        """How probable it is that a world that dies as often as this one died behind all these returns by chance."""
-        # without the longest life: a world that was sound for long and then dies again and again is broken by itself
-        lives = sorted(end - max(begin, now - self.HOUR) for begin, end in self._lives)
-        rate = (len(self._deaths) - len(strikes) + 1) / max(sum(lives[:-1]), 1.0)
-        product = 1.0
-        for _, seconds in strikes:
-            product *= 1 - math.exp(-rate * max(seconds, 0.02))
-        log = -math.log(max(product, 1e-300))   # Fisher's method: a product of many chances is small by itself
-        return product * sum(log ** k / math.factorial(k) for k in range(len(strikes)))
-
-    @property
-    def together(self):
-        """How many suspects come at a time: one, but for crowds, who would wait for many minutes."""
-        return max(1, -(-len(self._strikes) // self.STEPS))
-
-    def is_suspect(self, who):
-        """Whether he comes last."""
-        return self._streak > 1 and who in self._strikes
-
-    def wait(self, who, now):
-        """Seconds until this suspect may come. The calm before grows with his strikes: a world that always dies at the
-        same age dies without him then. Others' logins do not put him off for ever."""
-        strikes = len(self._strikes.get(who, ()))
-        calm = min(10, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
-        return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
-
-
-PACKED["Suspects"] = Suspects
-
-
-class LinkQueue:
-    """Who may connect to the world next: all links are opened here, paced for the world's family (rule 4)."""
+class Control:
+    """What admins ask, by the control socket or a signal."""
 
     def __init__(self, hub):
         self.hub = hub
-        self._suspects = collections.OrderedDict()          # the same of those who come when all others are through
-        self._suspects_woken = False
-        self._waiting = collections.OrderedDict()           # the sessions as its keys: a set in order
-        # session -> when its link was opened, oldest first; the server has not shown yet that it has accepted it
-        self._arriving = collections.OrderedDict()
-        self._next_at, self._woken = 0.0, False
+        self.listener = None                    # a ControlListener, where there is one
 
-    def __contains__(self, session):
-        return session in self._waiting or session in self._suspects
+    def open(self, path):
+        """Open the control socket. Where another HAS has it: OSError; else --status is off."""
+        try:
+            self.listener = ControlListener(self.hub, path)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path,
+                        error.strerror or error)
+        except AttributeError:
+            log.warning("no control socket: this platform has no unix sockets")
 
-    def add(self, session):
-        """Open the session's link when it is its turn."""
-        (self._suspects if self.hub.suspects.is_suspect(session.who) else self._waiting).setdefault(session)
-        self.go_on()
+    def close(self):
+        """Nobody can ask any more."""
+        if self.listener:
+            self.listener.close()
 
-    def arrived(self, session):
-        """The session's link has failed, or needs nobody's patience any more: the next may come."""
-        if self._arriving.pop(session, None) is not None:
-            self.go_on()
-
-    def spoke(self, session):
-        """The first bytes came over the session's link: the server has accepted it, and all that were opened before it,
-        for the kernel hands them out in order. What is scarce is the server's listen backlog, not its logins."""
-        if session not in self._arriving or self._one_by_one:
-            return
-        while self._arriving.popitem(last=False)[0] is not session:
-            pass
-        self.go_on()
-
-    @property
-    def _one_by_one(self):
-        """Whether each return must end before the next begins: sessions of one character on TinyMUSH."""
-        return self.hub.world.dialect.characters_one_by_one and bool(self.hub.doubles)
-
-    def forget(self, session):
-        """The session has ended."""
-        self._waiting.pop(session, None)
-        self._suspects.pop(session, None)
-        self._arriving.pop(session, None)
-        self.go_on()                            # the last of the others, perhaps
-
-    def clear(self):
-        """There is no world to connect to; every session will be added again when there is."""
-        self._waiting.clear()
-        self._suspects.clear()
-
-    def go_on(self):
-        """Open links soon, if any are wanted."""
-        if self._suspects and not (self._suspects_woken or self._waiting or self._arriving):
-            self._suspects_woken = True
-            self.hub.later(0, self._open_suspects)
-        if self._waiting and not self._woken:
-            self._woken = True
-            self.hub.later(max(0.0, self._next_at - self.hub.now), self._open_some)
-
-    def _open_some(self):
-        self._woken = False
-        hub, rate, opened = self.hub, self.hub.settings.resume_rate, 0
-        while self._waiting and hub.is_up:
-            wait = 0 if rate == 0 else self._wait()
-            if wait is None:
-                return                          # arrived() and spoke() call again
-            if wait:
-                self._woken = True
-                hub.later(wait, self._open_some)
-                return
-            if rate and hub.now < self._next_at or opened == LINKS_A_TURN:
-                self.go_on()
-                return
-            session, _ = self._waiting.popitem(last=False)
-            if not session.wants_link:
-                continue
-            self._next_at = hub.now + 1 / rate if rate else 0.0
-            self._arriving[session] = hub.now
-            opened += 1
-            hub.open_link(session)
-
-    def _wait(self):
-        """Seconds until the family takes one more link; None: when one of those that arrive has shown something. One
-        that is silent for a while (a name is looked up) holds up nobody, as long as the backlog has room."""
-        dialect, now = self.hub.world.dialect, self.hub.now
-        one_by_one = self._one_by_one
-        if len(self._arriving) >= (1 if one_by_one else max(dialect.at_once, dialect.most_silent)):
-            return None
-        fresh = [at for at in self._arriving.values() if now - at < SILENT_LINK_SECONDS]
-        return SILENT_LINK_SECONDS - (now - fresh[0]) if len(fresh) >= dialect.at_once else 0
-
-    def _open_suspects(self):
-        """When all others are through: one by one, with a pause before each, so that it is seen who kills the world."""
-        self._suspects_woken = False
+    def status(self):
+        """All that is told to admins: a dictionary of plain values, without secrets."""
         hub = self.hub
-        if self._waiting or self._arriving or hub.choosing or not hub.is_up:
-            return                              # go_on() is called again when that has changed
-        for session in list(self._suspects)[:hub.suspects.together]:
-            wait = hub.suspects.wait(session.who, hub.now)
-            if wait:
-                self._suspects_woken = True
-                hub.later(wait, self._open_suspects)
-                break
-            del self._suspects[session]
-            self._waiting[session] = None       # as any other now
-        self.go_on()
+        world, record, condition = hub.world, hub.record, hub.health.condition
+        addresses, now = hub.settings.mush_address, time.time()
+        address = world.address if world else addresses[0]
+        blind = world and world.blind and condition is Condition.UP
+        return {"version": VERSION, "pid": os.getpid(), "age": int(now - record.started),
+                "world": {"address": str(address), "family": world.dialect.name if world else None,
+                          "health": "blind" if blind else condition.value,
+                          "since": int(now - record.health_since),
+                          "addresses": [str(each) for each in addresses],
+                          "preferred": address == addresses[0],
+                          "heartbeat": self._heartbeat_status(), "wanted": record.wish},
+                "outages": {"count": record.outages,
+                            "seconds": int(record.lost_seconds(condition)),
+                            "last": int(now - record.last_outage) if record.outages else None},
+                "sessions": [session.status() for session in hub.sessions.values()]}
+
+    def _heartbeat_status(self):
+        hub = self.hub
+        record, settings = hub.record, hub.settings
+        if hub.health.condition is Condition.SILENT:
+            return f"no answer for {ago(time.time() - record.health_since + settings.hb_timeout)}"
+        if not hub.is_up or hub.health.loss:
+            return "away"
+        where = "at the login screen" if hub.world.blind else "logged in"
+        answers = f", answers in {record.round_trip * 1000:.1f} ms" if record.round_trip else ""
+        return f"{settings.hb_user} {where}{answers}"
+
+    def command(self, request):
+        """Carry out a request, {"do": NAME, ...}; return the answer, a dictionary."""
+        does = {"status": self._status, "notice": self._notice, "kick": self._kick}
+        name = request.get("do")
+        return does[name](request) if name in does else {"error": f"unknown request {name!r}"}
+
+    def _status(self, request):
+        return self.status()
+
+    def _notice(self, request):
+        """{"do": "notice", "text": ...}: write it to everybody."""
+        text = printable(str(request["text"]))
+        log.info("notice to everybody: %s", text)
+        self.hub.each("notify", text)
+        return {"done": f"told {users(len(self.hub.sessions))}"}
+
+    def _kick(self, request):
+        """{"do": "kick", "id": ...}: disconnect one."""
+        session = self.hub.sessions.get(request.get("id"))
+        if not session:
+            return {"error": f"there is no session {request.get('id')}: see --status"}
+        session.close("kicked by an admin",
+                      "# NOTICE # You were disconnected by an administrator.")
+        return {"done": f"{session} is being closed"}
+
+    def log_status(self):
+        """USR1: the status to the log."""
+        for line in status_lines(self.status()):
+            log.info("%s", line)
 
 
-class Hub:
-    """The main loop and all it owns. Main thread only, but for `mailbox`."""
+class Reload:
+    """HUP: the log is opened anew, the settings read again; wrong ones change nothing."""
+
+    def __init__(self, hub, load):
+        self.hub = hub
+        self._load = load                       # () -> (Settings, remarks)
+        self.log = None                         # (settings): opens the log as they say
+
+    def run(self):
+        """Do it."""
+        if self.log:
+            self.log(self.hub.settings)         # first: logrotate waits for nobody's typing error
+        try:
+            settings, remarks = self._read()
+        except (SettingsError, OSError) as error:
+            for problem in getattr(error, "problems", [str(error)]):
+                log.error("%s", problem)
+            log.error("HUP: the old settings stay in force; mend the above and kill -HUP again")
+            return
+        old = self.hub.settings
+        self._take(settings)
+        log_remarks(remarks)
+        self._tell_changes(old, settings)
+        if self.log and (old.log_file, old.log_level) != (settings.log_file, settings.log_level):
+            self.log(settings)
+        log.info("HUP: settings read")
+
+    def _read(self):
+        settings, remarks = self._load()
+        conf = self.hub.settings.conf
+        if conf and not settings.conf:
+            raise SettingsError([f"{conf}: sets nothing any more, or is not there, and settings in "
+                                 "force are from it: put it back (only a new start goes without "
+                                 "it)"])
+        return settings, remarks
+
+    def _take(self, settings):
+        hub = self.hub
+        hub.settings = hub.health.settings = settings
+        try:
+            hub.door.listen()
+        except OSError as error:
+            log.error("HUP: cannot listen on %s: %s; the old listeners stay, the other settings "
+                      "are taken over", error.filename, error.strerror)
+        hub.heartbeat.mailbox.post(hub.heartbeat.on_settings, settings)
+
+    @staticmethod
+    def _tell_changes(old, settings):
+        if old.control_socket != settings.control_socket:
+            log.warning("HUP: control_socket takes effect at the next start only")
+        if old.mush_address != settings.mush_address:
+            log.info("HUP: mush_address is now %s; users move when it is confirmed",
+                     ", ".join(map(str, settings.mush_address)))
+
+
+def log_remarks(remarks):
+    """What was noticed while reading the settings."""
+    for remark in remarks:
+        warning = remark.startswith("WARNING: ")
+        level = logging.WARNING if warning else logging.INFO
+        log.log(level, "%s", remark[9:] if warning else remark)
+
+
+class Hub(Loop):
+    """All of HAS in the main thread: the loop, its rooms, and what passes between them.
+
+    The heartbeat posts on_*; Health makes of it what is to be done, and the _do_* do that.
+    """
 
     def __init__(self, settings, load=None, clock=time.monotonic):
+        super().__init__(clock)
         self.settings = settings
-        self.clock, self.now = clock, clock()
-        self._load = load                       # reads the settings again: () -> (Settings, remarks)
-        self.selector = selectors.DefaultSelector()
-        self.mailbox = Mailbox()
-        self.selector.register(self.mailbox.reader, READ, self)
-        self.closed, self.owner = False, self   # the mailbox is served like a stream
-        self.listeners, self.control = [], None
-        self.arrivals, self.refused, self.most_files = Lobby(self), Lobby(self), 1 << 30
-        self.quiet = QuietLog(self.later)
-        self.visits = QuietLog(self.later, 2000)        # of ordinary users; nobody crowds them out of the log
-        self.sessions = {}                      # number -> Session, oldest first; numbers are never used again
-        self._numbers = itertools.count(1)
-        self._per_host = collections.Counter()
-        self.brake = LoginBrake()
-        self._braked = {}                       # address -> sessions whose login waits for it, as the keys of a dict
-        self._timers, self._timer_numbers = [], itertools.count()
-        self.patience = PATIENCE                # what may still be read with care in this turn
-        self.backlogs = collections.deque()     # sessions with more to be read
-        self.world, self.health = None, Health.STARTING
-        self.started = self.health_since = self.last_outage = time.time()
-        self.outages, self.outage_seconds, self.round_trip = 0, 0.0, None
-        self.pumps, self.rescues = [], []       # process ids; times of rescues
-        self.loss = None                        # a Loss, while the heartbeat has no connection
-        self.silent_until = 0.0                 # when a silent world is given up
-        self._lost_at = None                    # by the wall clock: when users lost the world, if they did
-        self._reasons = {}                      # Address -> why it could not be reached, since the world was found
-        self._wish = None                       # what the settings ask for in vain: "address: reason"
-        self.doubles = set()                    # characters with several sessions when the world came back
-        self.choosing = set()                  # numbers of sessions whose return waits for the answer to check()
-        self.noise = Noise()
-        self.suspects = Suspects()
-        self.links = LinkQueue(self)
-        self.endings = Endings()
-        self._connections = 0                   # heartbeat connections that were confirmed
+        self.sessions = {}                      # number -> Session, oldest first
+        self.health = Health(settings, self._is_linked)
+        self.record = Record()
+        self.door, self.logins, self.links = Door(self), Logins(self), Links(self)
+        self.control, self.reload = Control(self), Reload(self, load)
         self.heartbeat = None
         self.stopping = False
-        self.on_reload = None                   # told after new settings were taken
-
-    # ---- the loop
 
     def run(self):
         """Turn until stopped."""
         while not (self.stopping and not self.sessions):
             self.turn()
 
-    def turn(self, longest=None):
-        """Serve what is ready and what is due; wait for it at most `longest` seconds."""
-        self.patience = PATIENCE
-        timers = self._timers
-        if self.backlogs:
-            longest = 0
-        elif timers:                            # counted from the last look at the clock: late by one turn's work
-            due = max(0.0, timers[0][0] - self.now)
-            longest = due if longest is None else min(due, longest)
-        ready = self.selector.select(longest)
-        self.now = self.clock()
-        for key, events in ready:
-            stream = key.data
-            try:
-                if not stream.closed:           # closed earlier in this turn: its descriptor may be another's now
-                    stream.ready(events)
-            except Exception:
-                self._fault(stream.owner)
-        if timers and timers[0][0] <= self.now:
-            self._run_timers()
-        while self.backlogs and self.patience > 0:
-            self._safely(self.backlogs.popleft().inbox.take_turn)
+    def each(self, method, *arguments):
+        """Call a method of every session, oldest first; a fault in one ends only that one."""
+        for session in list(self.sessions.values()):
+            self.safely(getattr(session, method), *arguments)
 
-    def _fault(self, owner):
-        """An exception in a handler ends the client it was for, nothing else; a fault of the hub itself goes on up."""
-        if not hasattr(owner, "on_error"):
-            raise
-        log.exception("%s: a fault of HAS; this client is closed", owner)
-        owner.on_error()
-
-    def later(self, seconds, call, *arguments):
-        """Have `call(*arguments)` run after `seconds`."""
-        heapq.heappush(self._timers, (self.now + seconds, next(self._timer_numbers), call, arguments))
-
-    def _run_timers(self):
-        newest = next(self._timer_numbers)      # what is set from now on is for the next turn
-        while self._timers and self._timers[0][0] <= self.now and self._timers[0][1] < newest:
-            _, _, call, arguments = heapq.heappop(self._timers)
-            self._safely(call, *arguments)
-
-    def _safely(self, call, *arguments):
-        try:
-            call(*arguments)
-        except Exception:
-            self._fault(getattr(call, "__self__", self))
-
-    def ready(self, events):
-        """Something was posted to the mailbox."""
-        self.mailbox.run()
-
-    # ---- clients
-
-    def listen(self):
-        """Open the listeners the settings ask for; OSError leaves the old ones."""
-        settings, old = self.settings, self.listeners
-        ports = ((settings.local_port, False),) if settings.local_port or not settings.local_port_ssl else ()
-        ports += ((settings.local_port_ssl, True),) if settings.local_port_ssl else ()
-        wanted = [(settings.local_address, port, tls) for port, tls in ports]
-        kept = [it for it in old if it.wanted in wanted]
-        missing = [it for it in wanted if it not in [one.wanted for one in kept]]
-        try:
-            new = self._open(missing)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or len(kept) == len(old):
-                raise
-            for it in set(old) - set(kept):     # our own, on the same port at another address, is in the way
-                it.close()
-            self.listeners = kept
-            try:
-                new = self._open(missing)
-            except OSError:
-                self.listeners += self._open(list(dict.fromkeys(it.wanted for it in old if it not in kept)))
-                raise
-        for it in old:
-            if it not in kept and not it.closed:
-                it.close()
-        self.listeners = kept + new
-
-    def _open(self, wanted):
-        """Listeners for all of `wanted`, or OSError and none."""
-        opened = []
-        try:
-            for address, port, tls in wanted:
-                opened += [(sock, tls, (address, port, tls)) for sock in open_listeners(address, port)]
-        except OSError as error:
-            for sock, _, _ in opened:
-                sock.close()
-            raise cannot_listen(error, address, port, tls) from None
-        new = [Listener(self, *it) for it in opened]
-        for listener in new:
-            log.info("listening on %s", listener)
-        return new
-
-    def on_accept(self, sock, host, tls):
-        """A client was accepted."""
-        tune(sock, 60, 15, 5)
-        if sock.fileno() > self.most_files - 20:        # what is left is for links, the heartbeat and --status
-            self.quiet.note(host, "refused: no descriptors left: raise the limit (ulimit -n)", level=logging.ERROR)
-            sock.close()
-        elif tls and not self.settings.server_tls:
-            self.quiet.note(host, "refused: TLS is off; its listener is only left because another could not be had")
-            sock.close()
-        elif tls or self._is_front(host):
-            self._await(Arrival(self, sock, host, tls))
-        else:
-            self.on_client(Stream(self.selector, sock, None, None), host, False)
-
-    def _await(self, arrival):
-        """Bounds for each port and host; a share of the descriptors, so that the other ports have some."""
-        most = min(max(100, self.settings.max_clients), self.most_files // 8)
-        of_host = 0 if self._has_many(arrival.host) else self.settings.max_per_host
-        seconds = arrival.SECONDS if arrival.tls else arrival.NO_HEADER_SECONDS
-        self.arrivals.add(arrival, seconds, most, of_host)
-
-    def _is_front(self, host):
-        return any(ipaddress.ip_address(host) in network for network in self.settings.proxy_from)
-
-    def _has_many(self, host):
-        """Whether many people may come from an address: this machine's own, or a front's."""
-        return ipaddress.ip_address(host).is_loopback or self._is_front(host)
-
-    def on_client(self, stream, host, tls):
-        """A client is let in: make it a session and return that, or None if there is no room for it."""
-        refusal = self._refusal(host)
-        if refusal:
-            self.quiet.note(host, f"refused: {refusal}")
-            Refused(self, stream, host, refusal)
-            return None
-        try:
-            session = Session(self, next(self._numbers), stream, host, tls)
-            self.sessions[session.number] = session
-            self._per_host[host_group(host)] += 1
-            self.later(PROBE_SECONDS, session.announce)
-            self.greet(session)
-        except Exception:
-            log.exception("a fault of HAS in letting a client in; it is closed")
-            self.put_out(stream)
-            return None
-        return session
-
-    def put_out(self, stream):
-        """A client could not be let in: end what there is of it, a session or a stream alone."""
-        for session in [it for it in self.sessions.values() if it.client is stream]:
-            session.end()
-        stream.drop()
-
-    def look_at_first_words(self, host, data):
-        """A front whose address is not in proxy_from shows by its header: its users all have its address."""
-        if data.startswith((PROXY_1, PROXY_2)) and not self._is_front(host):
-            self.quiet.once(host, "sends PROXY headers, which are not believed: all its users count as one address; if "
-                            f"it is your own front, set proxy_from = {host} and kill -HUP")
-
-    def greet(self, session):
-        """A new session: to the world's login screen, or told that there is none now."""
-        if self.health is Health.DOWN:
-            session.wait(self.settings.offline_notice)
-        elif self.health is not Health.STARTING:
-            self.links.add(session)
-            session.on_world_silent(self.health is Health.SILENT)
-
-    def _refusal(self, host):
-        settings = self.settings
-        if settings.max_clients and len(self.sessions) >= settings.max_clients:
-            return "Too many users are connected now. Please try again later."
-        of_host = 0 if self._has_many(host) else settings.max_per_host
-        if of_host and self._per_host[host_group(host)] >= of_host:
-            return "Too many connections from your address."
-        return None
-
-    def logins_left(self, host):
-        """How many logins may be typed from this address before they are slowed down."""
-        if ipaddress.ip_address(host).is_loopback:
-            return 1 << 30                      # many people, or our own machine
-        return self.brake.left(host_group(host), self.now)
-
-    def login_wait(self, session, character):
-        """Seconds until this login may go on to the world; 0: it does, and counts. Ends with Lines.try_login."""
-        group = host_group(session.host)
-        wait = 0 if ipaddress.ip_address(session.host).is_loopback else self.brake.wait(group, self.now)
-        if wait:
-            self._braked.setdefault(group, {})[session] = True
-        else:
-            self.brake.count(group, character, self.now)
-            self._forget_braked(session)
-        return wait
-
-    def login_took(self, session):
-        """A login took. Others of its address may have waited for that."""
-        group = host_group(session.host)
-        self.brake.forgive(group, session.character.login.character)
-        for braked in list(self._braked.get(group, ())):
-            self._safely(braked.lines.try_login)
-
-    def _forget_braked(self, session):
-        group = host_group(session.host)
-        if self._braked.get(group, {}).pop(session, None) and not self._braked[group]:
-            del self._braked[group]
-
-    def forget(self, session):
-        """A session has ended."""
-        if self.sessions.pop(session.number, None):
-            group = host_group(session.host)
-            self._per_host[group] -= 1
-            if not self._per_host[group]:
-                del self._per_host[group]
-            self._forget_braked(session)
-            self.links.forget(session)
-            self.endings.forget(session.number)
-            self.settle(session)                # others of its character may have waited for it
-
-    # ---- links to the world
+    # ---- what sessions ask
 
     @property
     def is_up(self):
         """Whether links may be opened."""
-        return self.health in (Health.UP, Health.SILENT)
+        return self.health.is_up
+
+    @property
+    def world(self):
+        """The World users are on, if one was found."""
+        return self.health.world
 
     def connect(self, world, owner, on_data):
         """Begin to open a link to the world; OSError where that fails at once."""
@@ -7032,301 +7625,317 @@ class Hub:
         return TLSStream.connect(self.selector, world.target, owner, on_data, context=world.tls,
                                  server_name=world.address.host)
 
-    def open_link(self, session):
-        """It is the session's turn. The lines that tell others of its arrival will be hidden."""
-        if session.state in AWAY and session.character.trials:
-            self._expect_noise(session.character.trials[0].character)
-        self._safely(session.open_link)
-
-    def siblings(self, session):
-        """The other sessions of its character that are being logged in, or will be at once."""
-        name = session.character.trials[0].character
-        if name not in self.doubles:            # the usual case, without a look at everybody
-            return []
-        return [it for it in self.sessions.values() if it is not session and it.character.trials
-                and it.character.trials[0].character == name
-                and (it.state in COMING_BACK or it in self.links or it.number in self.choosing)]
-
-    def settle(self, session):
-        """One session of a character is in, or has failed: if none is under way any more, all that wait go on."""
-        siblings = self.siblings(session) if session.character.trials else []
-        if all(it.way_back.settled for it in siblings):
-            for it in siblings + [session]:
-                self._safely(it.way_back.settle)
-
-    def _expect_noise(self, name):
-        quiet = not self.noise
-        self.noise.expect(name, self.now + NOISE_SECONDS)
-        if quiet:
-            self.later(NOISE_SECONDS, self._prune_noise)
-            for session in self.sessions.values():
-                session.refresh()
-
-    def _prune_noise(self):
-        ends = self.noise.forget(self.now)
-        if ends is not None:
-            self.later(max(0.1, ends - self.now), self._prune_noise)
-
-    # ---- the health of the world; on_* are posted by the heartbeat
-
-    def _set_health(self, health, since=None):
-        """It is so since now, or that time by the wall clock: an outage lasts since users lost the world."""
-        if self.health is Health.DOWN and self.outages:         # before the first world was found it was none
-            self.outage_seconds += time.time() - self.health_since
-        if health is not self.health:
-            self.health, self.health_since = health, since or time.time()
-
-    def _each(self, method, *arguments):
-        """Call a method of every session, oldest first; a fault in one ends only that one."""
-        for session in list(self.sessions.values()):
-            self._safely(getattr(session, method), *arguments)
-
     def ask(self, session):
         """Why has this session's link ended? Answered by session.on_verdict."""
-        self.endings.ended(session.number, session.who, self.now)
-        self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, session.serial)
-        if self.loss:
-            self.later(AWAY_SECONDS, self._give_up_asking, session, session.serial)
-        self._judge_loss()
-
-    def _ask_again(self, session, serial):
-        if session.state is State.ASKING and session.serial == serial:
-            self.heartbeat.mailbox.post(self.heartbeat.on_ask, session.number, serial)
+        self.heard("ended", session.number, session.serial, session.life, session.who)
 
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
         if session.state in AWAY:
-            self.choosing.add(session.number)
-        self.heartbeat.mailbox.post(self.heartbeat.on_check, session.number, session.serial, list(pairs))
+            self.links.choosing.add(session.number)
+        self._post("on_check", session.number, session.serial, list(pairs))
+
+    def forget(self, session):
+        """A session has ended."""
+        if self.sessions.pop(session.number, None):
+            self.door.left(session)
+            self.logins.forget(session)
+            self.health.endings.forget(session.number)
+            self.links.forget(session)
+
+    # ---- what the heartbeat says
+
+    def _post(self, method, *arguments):
+        """Tell the heartbeat something."""
+        self.heartbeat.mailbox.post(getattr(self.heartbeat, method), *arguments)
+
+    def _is_linked(self):
+        return any(session.linked for session in self.sessions.values())
+
+    def heard(self, name, *arguments):
+        """Something was heard of the world: do what Health makes of it."""
+        for effect, *values in getattr(self.health, name)(*arguments, self.now):
+            getattr(self, "_do_" + effect)(*values)
+
+    def on_world_found(self, world):
+        """The heartbeat confirmed a world: the one users are on, or another."""
+        self.record.wish = None
+        self.heard("found", world)
+
+    def on_wish(self, trouble):
+        """What the settings ask for could not be had ("address: why"), or is tried anew (None)."""
+        self.record.wish = trouble
+
+    def on_heartbeat_lost(self, reason, dead):
+        """The heartbeat's connection ended; `dead`: the world was silent for too long."""
+        self.heard("lost", reason, dead)
+
+    def on_unreachable(self, address, reason, accepted):
+        """The heartbeat could not get (back) to a world, which took the connection or not."""
+        self.heard("unreachable", address, reason, accepted)
+
+    def on_trouble(self, address, reason, accepted):
+        """The heartbeat could not try to, for a reason that says nothing of the world."""
+        self.heard("trouble", address, reason, accepted)
+
+    def on_silent(self):
+        """A probe was not answered in time."""
+        self.heard("silent")
+
+    def on_answering(self):
+        """The world answers again."""
+        self.heard("answering")
+
+    def on_answers(self, asks, life, seconds):
+        """The world answered, within `seconds`, a probe sent after these links had ended."""
+        self.record.round_trip = seconds
+        self.heard("answered", asks, life)
 
     def on_checked(self, number, serial, verdicts):
         """The heartbeat's answer to check()."""
-        self.choosing.discard(number)
+        self.links.choosing.discard(number)
         self.links.go_on()
         session = self.sessions.get(number)
         if session:
-            self._safely(session.on_checked, serial, verdicts)
+            self.safely(session.on_checked, serial, verdicts)
 
-    def on_answers(self, asks, life, seconds):
-        """The world in its life `life` answered, within `seconds`, a probe sent after these links had ended."""
-        self.round_trip = seconds
-        for number, serial in asks:
-            session = self.sessions.get(number)
-            if session and session.state is State.ASKING and session.serial == serial:
-                if session.life == life and self.endings.needs_another(number, self._connections):
-                    self.later(ASK_AGAIN_SECONDS, self._ask_again, session, serial)
-                    continue
-                self._safely(session.on_verdict, session.life == life)
-                if session.state in AWAY and self.is_up:
-                    self._safely(session.connect_again)
+    # ---- what is to be done about it: the effects of Health
 
-    def on_world_found(self, world):
-        """The heartbeat confirmed a world: the one users are on, or another to which all move."""
-        old, was, since = self.world, self.health, self.health_since
-        moved = old and old.address != world.address
-        reborn = old and not moved and "?" not in old.life + world.life and old.life != world.life
-        renewed = world == old and self.is_up and self.loss is None     # a blind one: once a minute
-        self._reasons, self._wish = {}, None
-        self._connections += 1
-        log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s", world.address,
-                "lived on; the heartbeat is back" if old and old.life == world.life and self.is_up else "is up",
+    @staticmethod
+    def _do_say(level, text):
+        log.log(level, "%s", text)
+
+    def _do_later(self, seconds, event, *arguments):
+        self.later(seconds, self.heard, event, *arguments)
+
+    def _do_ask(self, number, serial):
+        self._post("on_ask", number, serial)
+
+    def _do_verdict(self, number, serial, left):
+        session = self.sessions.get(number)
+        if session and session.state is State.ASKING and session.serial == serial:
+            self.safely(session.on_verdict, left)
+            if session.state in AWAY and self.is_up:
+                self.safely(session.connect_again)
+
+    def _do_became(self, was, seconds):
+        if was is Condition.DOWN and self.record.outages:
+            log.info("the outage lasted %s; bringing back %s",
+                     ago(time.time() - self.record.health_since), users(len(self.sessions)))
+        self.record.became(was, self.health.condition, seconds)
+
+    def _do_silence(self, silent):
+        self.each("on_world_silent", silent)
+
+    def _do_down(self, reason, died):
+        log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
+        self._post("on_down")
+        self.links.died(died)
+        self.each("on_world_down", self.settings.offline_notice)
+
+    def _do_found(self, lived_on, renewed):
+        world = self.world
+        log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s",
+                world.address, "lived on; the heartbeat is back" if lived_on else "is up",
                 " (without heartbeat login)" if world.blind else "", world.dialect.name,
                 world.life.partition(" ")[2] or "start time unknown",
                 "" if world.blind or not world.dialect.logs_in else "; the heartbeat is logged in"
                 + (" and may check passwords" if world.checks else ""))
-        self.world = world
-        if moved:
-            log.warning("the world moves from %s to %s: %s taken along", old.address, world.address,
-                        users(len(self.sessions)))
-            self.links.clear()
-            self._each("on_world_down", self.settings.moved_notice)
-        elif reborn and was in (Health.UP, Health.SILENT):
-            log.warning("the world has been started anew: its users are brought back")
-            self._world_died()
-            self.links.clear()
-            for session in list(self.sessions.values()):
-                if session.life != world.life and session.link or session.state is State.ASKING:
-                    self._safely(session.on_world_down, self.settings.offline_notice)
-        if moved or reborn or was not in (Health.UP, Health.SILENT):
-            self.suspects.found(self.now, {it.character.would_be(it.number) for it in self.sessions.values()})
-        self._set_health(Health.UP)
-        if was is Health.SILENT:
-            self._each("on_world_silent", False)
-        logins = [it.character.login or it.character.pending for it in self.sessions.values()]
-        names = collections.Counter(login.character for login in logins if login)
-        self.doubles = {name for name, count in names.items() if count > 1}
-        self.loss = self._lost_at = None
-        if world.life.startswith("?"):
-            self.later(ADOPT_SECONDS, self._adopt, world.life)
-        if was is Health.DOWN and old:
-            log.info("the outage lasted %s; bringing back %s", ago(time.time() - since), users(len(self.sessions)))
-        self._each("connect_again")
+
+    def _do_moved(self, old):
+        log.warning("the world moves from %s to %s: %s taken along", old.address,
+                    self.world.address, users(len(self.sessions)))
+        self.links.clear()
+        self.each("on_world_down", self.settings.moved_notice)
+
+    def _do_reborn(self, died):
+        log.warning("the world has been started anew: its users are brought back")
+        self.links.died(died)
+        for session in list(self.sessions.values()):
+            if session.link and session.life != self.world.life or session.state is State.ASKING:
+                self.safely(session.on_world_down, self.settings.offline_notice)
+
+    def _do_up(self, is_new_life):
+        self.links.found(is_new_life)
+        self.each("connect_again")
         self.links.go_on()
 
-    def _adopt(self, life):
-        """Links that are still open long after the heartbeat's are in the same life of the world as it."""
-        if self.world.life == life and self.health is Health.UP:
-            for session in self.sessions.values():
-                if session.link:
-                    session.life = life
+    def _do_adopt(self, life):
+        for session in self.sessions.values():
+            if session.link:
+                session.life = life
 
-    def on_wish(self, trouble):
-        """What the settings ask for could not be had ("address: reason"), or is being tried anew (None)."""
-        self._wish = trouble
+    # ---- signals
 
-    def on_heartbeat_lost(self, reason, dead):
-        """The heartbeat's connection ended; `dead` if because the world was silent for too long."""
-        if self.health is Health.DOWN:
+    @staticmethod
+    def on_stop_key():
+        """TSTP, Ctrl-Z in the terminal: a stopped HAS would freeze every user."""
+        log.warning("Ctrl-Z (TSTP): not obeyed, it would freeze every user; to have the terminal "
+                    "back, start HAS under screen, tmux or nohup")
+
+    def stop(self):
+        """TERM, INT: say goodbye, flush, end."""
+        if self.stopping:
             return
-        log.info("the heartbeat lost its connection: %s", reason)
-        if dead:
-            self._down(reason)
-            return
-        self.loss, self._lost_at = Loss(self.now), self._lost_at or time.time()
-        self._judge_loss()
+        log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
+        self.stopping = True
+        for listener in self.door.listeners:
+            listener.close()
+        self.control.close()
+        self._post("on_stop")
+        self.each("close", "HAS stops",
+                  "# NOTICE # The front end of this world is going down. Goodbye.")
+        self.later(0.2, self._end_flushed, self.now + GOODBYE_SECONDS)
 
-    def on_unreachable(self, address, reason, accepted):
-        """The heartbeat could not get (back) to a world, which took the connection (`accepted`) or not even that."""
-        if reason != self._reasons.get(address):
-            log.info("the world at %s cannot be reached: %s; trying on every %g s", address, reason,
-                     self.settings.retry)
-        self._reasons[address] = reason
-        if self.health is Health.STARTING:
-            self._down(reason)
-        elif self.loss and address == self.world.address:
-            self.loss.tried(accepted, self.now)
-            self._judge_loss()
+    def _end_flushed(self, until):
+        """End the sessions whose clients have been sent everything; at `until` all of them."""
+        for session in list(self.sessions.values()):
+            if not session.client.out or self.now >= until:
+                session.end()
+        if self.sessions:
+            self.later(0.1, self._end_flushed, until)
 
-    def on_trouble(self, address, reason, accepted):
-        """The heartbeat could not try to get to a world, for a reason that says nothing of it."""
-        if self.health is Health.STARTING:
-            self.on_unreachable(address, reason, accepted)      # nobody is in it yet, and who comes must be told
-        else:
-            self._reasons.setdefault(address, reason)
-            if accepted and self.loss and address == self.world.address:
-                self.loss.heard()
 
-    def _give_up_asking(self, session, serial):
-        """Nobody can say why this link has ended, for the heartbeat is away: he is kept, and brought back."""
-        if self.loss and self.is_up and session.state is State.ASKING and session.serial == serial:
-            session.on_verdict(False)
-            session.connect_again()
+# ======================================================================
+# 10. Survival
+#
+# A new process in place of this one, by the same or another program: what
+# it takes over (Survival), whether it can (Rehearsal), and how (Upgrade).
+# ======================================================================
 
-    def _judge_silence(self):
-        """The world is silent: has it been so for too long? The heartbeat, which may have been lost meanwhile, says the
-        same where it can."""
-        if self.health is Health.SILENT and self.now >= self.silent_until:
-            self._down(f"no answer for {self.settings.dead_after:g} s")
+def ignore_terminal():
+    """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds."""
+    for name in ("SIGTSTP", "SIGTTOU", "SIGTTIN"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-    def _judge_loss(self):
-        """Does a lost heartbeat mean that the world is down?"""
-        if self.loss is None or not self.is_up:
-            return
-        asking = any(s.state is State.ASKING for s in self.sessions.values())
-        linked = any(s.linked for s in self.sessions.values())
-        wait = self.loss.wait(self.now, asking, linked, self.settings.dead_after)
-        if wait == 0:
-            self._down(self._reasons.get(self.world.address, "the heartbeat cannot get back"))
-        elif wait is not None:
-            self.later(wait, self._judge_loss)
 
-    def on_silent(self):
-        """A probe was not answered in time."""
-        if self.health is Health.UP:
-            log.warning("the world does not answer; users stay connected; down after %g s", self.settings.dead_after)
-            self._lost_at = time.time() - self.settings.hb_timeout
-            self.silent_until = self.now + max(0.0, self.settings.dead_after - self.settings.hb_timeout) + 1
-            self.later(self.silent_until - self.now, self._judge_silence)
-            self._set_health(Health.SILENT)
-            self._each("on_world_silent", True)
+# Signals that wait while one program takes over from another.
+HELD_BACK = {getattr(signal, name) for name in (
+    "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD", "SIGTSTP")
+    if hasattr(signal, name)}
 
-    def on_answering(self):
-        """The world answers again."""
-        if self.health is Health.SILENT:
-            log.warning("the world answers again")
-            self._lost_at = None
-            self._set_health(Health.UP)
-            self._each("on_world_silent", False)
 
-    def _world_died(self):
-        """Who may have killed it? One who froze it did so before a probe was first not answered."""
-        frozen = self.settings.dead_after if self.health is Health.SILENT else 0
-        for who in self.suspects.died(self.loss.since if self.loss else self.now - frozen):
-            name = printable(who) if isinstance(who, bytes) else f"session {who}, which has no login,"
-            log.warning("the world died each time just after %s had come back: HAS brings it back no more. Mend what runs "
-                        "at its login (@aconnect), or its client; who logs in by hand, and the world lives on, is cleared",
-                        name)
+def run_pump(pairs):
+    """The life of a forked process that holds the TLS of `pairs` (TLSStream, plain socket).
 
-    def _down(self, reason):
-        log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
-        if self.health is not Health.STARTING:
-            self.outages, self.last_outage = self.outages + 1, time.time()
-        self.heartbeat.mailbox.post(self.heartbeat.on_down)
-        self._world_died()
-        self._set_health(Health.DOWN, self._lost_at)
-        self.loss = self._lost_at = None
-        self.links.clear()
-        self._each("on_world_down", self.settings.offline_notice)
+    Never returns. Never logs, prints or resolves: another thread may have held a lock at the fork.
+    """
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in HELD_BACK:
+            ended = number == signal.SIGCHLD
+            signal.signal(number, signal.SIG_DFL if ended else signal.SIG_IGN)
+        ignore_terminal()
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        keep = sorted(sock.fileno() for stream, plain in pairs for sock in (stream.sock, plain))
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for low, high in zip([2] + keep, keep + [65536]):
+            os.closerange(low + 1, high)        # or plain clients would see no end; ports stay held
+        Pump(pairs).run()
+        status = 0
+    finally:
+        os._exit(status)
 
-    # ---- a new process in place of this one
+
+def pack_world(world):
+    """A World as plain values; its TLS context is made anew of the settings."""
+    return world and {**world._asdict(), "address": str(world.address),
+                      "target": pack(world.target), "dialect": world.dialect.name,
+                      "tls": world.tls is not None}
+
+
+def unpack_world(packed, settings):
+    """The World that pack_world() was given; what an older program did not know has its default."""
+    known = {name: packed[name] for name in World._fields if name in packed}
+    family, target = unpack(packed["target"])
+    tls = settings.world_tls if packed.get("tls", settings.mush_ssl) else None
+    if packed.get("tls") and tls is None:       # a HUP that has not come true has taken it away
+        tls = world_context(settings.mush_ssl_verify, settings.mush_ssl_ca, settings.files)
+    return World(**{**known, "address": parse_address(packed["address"]),
+                    "dialect": DIALECTS[packed["dialect"]], "tls": tls,
+                    "target": (socket.AddressFamily(family), target),
+                    "word": packed.get("word", settings.remotehostname_cmd)})
+
+
+class Survival(Survivor):
+    """What a new process takes over of this one, as plain values and open descriptors.
+
+    The new one makes a Hub, then unpack()s, then, when nothing can fail any more, go_on().
+    """
+
+    SURVIVES = "pumps", "rescues"
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
+
+    def _rooms(self):
+        """Whose SURVIVES are packed together: no name stands in two of them."""
+        hub = self.hub
+        return self, hub.record, hub.health, hub.links, hub.logins
 
     def pack(self, going=False):
-        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing here; when we are
-        `going`, a session that cannot be packed ends, rather than all."""
+        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing
+        here; when we are `going`, a session that cannot be packed ends, rather than all."""
+        hub, settings = self.hub, self.hub.settings
+        sessions, fds = self._pack_sessions(going)
+        listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)}
+                     for it in hub.door.listeners]
+        it = hub.control.listener
+        control = it and {"fd": it.sock.fileno(), "path": it.path, "identity": pack(it.identity)}
+        fds += [it["fd"] for it in listeners + [control] * bool(control)]
+        values = {name: it for room in self._rooms() for name, it in room.survivors().items()}
+        return {"format": 1, "version": VERSION, "settings": settings.texts,
+                "files": pack(settings.files), "conf": settings.conf, "sessions": sessions,
+                "listeners": listeners, "control": control, "world": pack_world(hub.world),
+                "health": hub.health.condition.name, "next_number": next(hub.door.numbers),
+                "values": {**values, "_lost_at": self._lost_at()}}, fds
+
+    def _pack_sessions(self, going):
         sessions, fds = [], []
-        for session in list(self.sessions.values()):
+        for session in list(self.hub.sessions.values()):
             try:
                 packed, kept = session.pack()
             except Exception:
                 if not going:
                     raise
-                self._fault(session)
+                self.hub.fault(session)
                 continue
             sessions.append(packed)
             fds += kept
-        listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)} for it in self.listeners]
-        control = self.control and {"fd": self.control.sock.fileno(), "path": self.control.path,
-                                    "identity": pack(self.control.identity)}
-        fds += [it["fd"] for it in listeners + [control] * bool(control)]
-        world = self.world and {**self.world._asdict(), "address": str(self.world.address),
-                                "target": pack(self.world.target), "dialect": self.world.dialect.name,
-                                "tls": self.world.tls is not None}
-        return {"format": 1, "version": VERSION, "settings": self.settings.texts,
-                "files": pack(self.settings.files), "conf": self.settings.conf, "sessions": sessions,
-                "listeners": listeners, "control": control, "world": world, "health": self.health.name,
-                "next_number": next(self._numbers),
-                "values": {**{name: getattr(self, name) for name in self._VALUES},
-                           **{name: pack(getattr(self, name)) for name in self._PACKED}}}, fds
+        return sessions, fds
 
-    _VALUES = ("health_since", "started", "outages", "outage_seconds", "last_outage", "round_trip", "pumps", "rescues",
-               "silent_until", "_lost_at")
-    _PACKED = ("noise", "doubles", "brake", "suspects")              # the same for what JSON does not know
+    def _lost_at(self):
+        """When users lost the world: by the wall clock, so it was always packed."""
+        lost_at = self.hub.health.lost_at
+        return None if lost_at is None else time.time() - (self.hub.now - lost_at)
 
     def unpack(self, state, whole=True):
-        """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on). `whole`: a session
-        that cannot be taken up is an exception; else, for no other program could do better, it ends."""
-        for name, value in state["values"].items():
-            if name in self._VALUES + self._PACKED:
-                setattr(self, name, unpack(value) if name in self._PACKED else value)
-        self._numbers = itertools.count(state["next_number"])
-        self.health = Health[state["health"]]
-        if state["world"]:
-            it = state["world"]
-            family, target = unpack(it["target"])
-            known = {name: it[name] for name in World._fields if name in it}
-            settings = self.settings
-            tls = settings.world_tls if it.get("tls", settings.mush_ssl) else None
-            if it.get("tls") and tls is None:   # a HUP that has not come true has taken it away
-                tls = world_context(settings.mush_ssl_verify, settings.mush_ssl_ca, settings.files)
-            self.world = World(**{**known, "address": parse_address(it["address"]), "dialect": DIALECTS[it["dialect"]],
-                                  "target": (socket.AddressFamily(family), target), "tls": tls,
-                                  "word": it.get("word", settings.remotehostname_cmd)})
-        self.listeners = [Listener(self, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
-                          for it in state["listeners"]]
-        if state["control"]:
-            it = state["control"]
-            self.control = ControlListener(self, it["path"], socket.socket(fileno=it["fd"]),
-                                           unpack(it.get("identity")))
+        """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on).
+
+        `whole`: a session that cannot be taken up is an exception; else, for no other program could
+        do better, it ends.
+        """
+        hub, values = self.hub, state["values"]
+        for room in self._rooms():
+            room.take_up(values)
+        if values.get("_lost_at") is not None:
+            hub.health.lost_at = hub.now - (time.time() - values["_lost_at"])
+        hub.health.condition = Condition[state["health"]]
+        hub.health.world = state["world"] and unpack_world(state["world"], hub.settings)
+        hub.door.numbers = itertools.count(state["next_number"])
+        hub.door.listeners = [
+            Listener(hub, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
+            for it in state["listeners"]]
+        control = state["control"]
+        if control:
+            sock = socket.socket(fileno=control["fd"])
+            hub.control.listener = ControlListener(hub, control["path"], sock,
+                                                   unpack(control.get("identity")))
         for packed in state["sessions"]:
             try:
                 self._unpack_session(packed)
@@ -7337,16 +7946,15 @@ class Hub:
                 self._close_packed(packed)
 
     def _unpack_session(self, packed):
-        values = packed["values"]
-        stream = Stream(self.selector, socket.socket(fileno=packed["client"]["fd"]), None, None)
-        session = Session(self, values["number"], stream, values["host"], values["tls"])
-        self.sessions[session.number] = session
-        self._per_host[host_group(session.host)] += 1
+        hub, values = self.hub, packed["values"]
+        sock = socket.socket(fileno=packed["client"]["fd"])
+        session = hub.door.enter(values["number"], Stream(hub.selector, sock, None, None),
+                                 values["host"], values["tls"])
         session.unpack(packed)
 
     def _close_packed(self, packed):
-        """Forget the session that was packed so, however far it was unpacked, and close what it had open."""
-        session = self.sessions.get(packed["values"].get("number"))
+        """Forget the session that was packed so, however far it was unpacked; close what it had."""
+        session = self.hub.sessions.get(packed["values"].get("number"))
         if session:
             session.end()
         for stream in filter(None, (packed["client"], packed["link"])):
@@ -7355,37 +7963,40 @@ class Hub:
             except OSError:
                 pass                            # closed with its session
 
-    def go_on(self):
-        """After unpack(): begin anew what was under way."""
-        if self.health is Health.SILENT:
-            self.later(max(0.0, self.silent_until - self.now), self._judge_silence)
-            self._each("on_world_silent", True)
-        if self.noise:
-            self._prune_noise()
-        self._each("go_on")
+    def go_on(self, parked=None):
+        """After unpack(), or where no new process could be made: begin anew what was under way.
+
+        `parked`: what the heartbeat has left for its successor (Heartbeat.parked).
+        """
+        hub = self.hub
+        if "connection" not in (parked or {}):
+            hub.on_heartbeat_lost("it could not be handed over", False)
+        hub.heard("go_on")
+        if hub.links.noise:
+            hub.links.prune_noise()
+        hub.each("go_on")
 
     def move_tls_out(self):
-        """Give every TLS stream to a forked process that feeds this one plain bytes, for TLS cannot cross exec.
-
-        Returns nothing; OSError leaves all as it was.
-        """
-        inside = [(session, name) for session in self.sessions.values() for name in ("client", "link")
-                  if isinstance(getattr(session, name), TLSStream) and not getattr(session, name).connecting]
+        """Give every TLS stream to a forked process that feeds this one plain bytes: TLS cannot
+        cross exec. Returns nothing; OSError leaves all as it was."""
+        inside = [(session, name) for session in self.hub.sessions.values()
+                  for name in ("client", "link") if is_open_tls(getattr(session, name))]
         if not inside:
             return
         pairs = [socket.socketpair() for _ in inside]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)     # 3.12: fork beside threads; ours has ended
-            pid = os.fork()
+            warnings.simplefilter("ignore", DeprecationWarning)     # 3.12: fork beside threads;
+            pid = os.fork()                                         # ours has ended
         if pid == 0:
-            run_pump([(getattr(session, name), pair[1]) for (session, name), pair in zip(inside, pairs)])
+            run_pump([(getattr(session, name), pair[1])
+                      for (session, name), pair in zip(inside, pairs)])
         self.pumps.append(pid)
         for (session, name), (ours, theirs) in zip(inside, pairs):
             theirs.close()
             try:
                 session.replace_stream(name, ours)
             except Exception:                   # it would be read by two processes now
-                self._fault(session)
+                self.hub.fault(session)
                 ours.close()
 
     def reap(self):
@@ -7398,179 +8009,49 @@ class Hub:
             if done:
                 self.pumps.remove(pid)
             if status:
-                log.error("the process that held the TLS of some clients ended by a fault (wait status %d)", status)
-
-    # ---- what admins ask
-
-    def status(self):
-        """All that is told to admins: a dictionary of plain values, without secrets."""
-        world = self.world
-        lasting = time.time() - self.health_since if self.health is Health.DOWN and self.outages else 0
-        address = world.address if world else self.settings.mush_address[0]
-        return {"version": VERSION, "pid": os.getpid(), "age": int(time.time() - self.started), "world": {
-                    "address": str(address), "family": world.dialect.name if world else None,
-                    "health": "blind" if world and world.blind and self.health is Health.UP else self.health.value,
-                    "since": int(time.time() - self.health_since),
-                    "addresses": [str(a) for a in self.settings.mush_address],
-                    "preferred": address == self.settings.mush_address[0],
-                    "heartbeat": self._heartbeat_status(), "wanted": self._wish},
-                "outages": {"count": self.outages, "seconds": int(self.outage_seconds + lasting),
-                            "last": int(time.time() - self.last_outage) if self.outages else None},
-                "sessions": [session.status() for session in self.sessions.values()]}
-
-    def _heartbeat_status(self):
-        if self.health is Health.SILENT:
-            return f"no answer for {ago(time.time() - self.health_since + self.settings.hb_timeout)}"
-        if not self.is_up or self.loss:
-            return "away"
-        where = f"{self.settings.hb_user} {'at the login screen' if self.world.blind else 'logged in'}"
-        return where + (f", answers in {self.round_trip * 1000:.1f} ms" if self.round_trip else "")
-
-    def command(self, request):
-        """Carry out a request of the control socket: {"do": "status"}, {"do": "notice", "text": ...} or
-        {"do": "kick", "id": ...}; return the answer."""
-        if request.get("do") == "status":
-            return self.status()
-        if request.get("do") == "notice":
-            log.info("notice to everybody: %s", printable(str(request["text"])))
-            self._each("notify", printable(str(request["text"])))
-            return {"done": f"told {users(len(self.sessions))}"}
-        if request.get("do") == "kick":
-            session = self.sessions.get(request.get("id"))
-            if not session:
-                return {"error": f"there is no session {request.get('id')}: see --status"}
-            session.close("kicked by an admin", "# NOTICE # You were disconnected by an administrator.")
-            return {"done": f"{session} is being closed"}
-        return {"error": f"unknown request {request.get('do')!r}"}
-
-    def log_status(self):
-        """USR1: the status to the log."""
-        for line in status_lines(self.status()):
-            log.info("%s", line)
-
-    # ---- signals
-
-    def reload(self):
-        """HUP: open the log anew, read the settings again; what is wrong with them changes nothing."""
-        if self.on_reload:
-            self.on_reload(self.settings)       # first of all: logrotate waits for nobody's typing error
-        try:
-            settings, remarks = self._load()
-            if self.settings.conf and not settings.conf:
-                raise SettingsError([f"{self.settings.conf}: sets nothing any more, or is not there, and settings in "
-                                     "force are from it: put it back (only a new start goes without it)"])
-        except (SettingsError, OSError) as error:
-            for problem in getattr(error, "problems", [str(error)]):
-                log.error("%s", problem)
-            log.error("HUP: the old settings stay in force; mend the above and kill -HUP again")
-            return
-        old, self.settings = self.settings, settings
-        try:
-            self.listen()
-        except OSError as error:
-            log.error("HUP: cannot listen on %s: %s; the old listeners stay, the other settings are taken over",
-                      error.filename, error.strerror)
-        log_remarks(remarks)
-        if old.control_socket != settings.control_socket:
-            log.warning("HUP: control_socket takes effect at the next start only")
-        if old.mush_address != settings.mush_address:
-            log.info("HUP: mush_address is now %s; users move when it is confirmed",
-                     ", ".join(map(str, settings.mush_address)))
-        self.heartbeat.mailbox.post(self.heartbeat.on_settings, settings)
-        if self.on_reload and (old.log_file, old.log_level) != (settings.log_file, settings.log_level):
-            self.on_reload(settings)
-        log.info("HUP: settings read")
-
-    def on_stop_key(self):
-        """TSTP, Ctrl-Z in the terminal: a stopped HAS would freeze every user."""
-        log.warning("Ctrl-Z (TSTP): not obeyed, it would freeze every user; to have the terminal back, start HAS under "
-                    "screen, tmux or nohup")
-
-    def stop(self):
-        """TERM, INT: say goodbye, flush, end."""
-        if self.stopping:
-            return
-        log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
-        self.stopping = True
-        for listener in self.listeners + [self.control] * bool(self.control):
-            listener.close()
-        self.heartbeat.mailbox.post(self.heartbeat.on_stop)
-        self._each("close", "HAS stops", "# NOTICE # The front end of this world is going down. Goodbye.")
-        self.later(0.2, self._end_flushed, self.now + GOODBYE_SECONDS)
-
-    def _end_flushed(self, until):
-        """End the sessions whose clients have been sent everything; at `until` all of them."""
-        for session in list(self.sessions.values()):
-            if not session.client.out or self.now >= until:
-                session.end()
-        if self.sessions:
-            self.later(0.1, self._end_flushed, until)
+                log.error("the process that held the TLS of some clients ended by a fault "
+                          "(wait status %d)", status)
 
 
-def ignore_terminal():
-    """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds, would freeze all users."""
-    for name in ("SIGTSTP", "SIGTTOU", "SIGTTIN"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def run_pump(pairs):
-    """The life of a forked process that holds the TLS of `pairs` (TLSStream, plain socket). Never returns.
-
-    It never logs, prints or resolves: another thread may have held a lock when it was forked.
-    """
-    status = 1
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in Upgrade.HELD_BACK:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
-        ignore_terminal()
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        keep = sorted(sock.fileno() for stream, plain in pairs for sock in (stream.sock, plain))
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        for low, high in zip([2] + keep, keep + [65536]):
-            os.closerange(low + 1, high)        # or plain clients would see no end, and ports stay held
-        Pump(pairs).run()
-        status = 0
-    finally:
-        os._exit(status)
+def is_open_tls(stream):
+    """Whether it is a stream whose TLS has been agreed on."""
+    return isinstance(stream, TLSStream) and not stream.connecting
 
 
 def proof_of_rehearsal(nonce, sessions):
-    """What a program says that has taken over this many sessions from a state that holds this nonce."""
+    """What a program says that took over so many sessions from a state that holds this nonce."""
     return f"HAS took over {sessions} sessions: {nonce}\n".encode()
 
 
 class Rehearsal:
     """A child that restores a copy of the real state with a new program, while nobody waits for it.
 
-    The program may be any file: only one that says the nonce in the state, and how many sessions it has restored from
-    it, has proved that it can take over. `done(trouble)` is called at its end, with why it has failed or "".
+    The program may be any file: only one that says the nonce in the state, and how many sessions it
+    has restored from it, has proved that it can take over. `done(trouble)` is called at its end,
+    with why it has failed or "".
     """
 
     SECONDS = 20
 
-    def __init__(self, hub, program, command, done):
-        self.hub, self._done, self._said, self._over = hub, done, b"", False
+    def __init__(self, survival, program, command, done):
+        self.hub, self._done, self._said, self._over = survival.hub, done, b"", False
         nonce = secrets.token_hex(16)
-        state, fds = hub.pack()
+        state, fds = survival.pack()
         self._proof = proof_of_rehearsal(nonce, len(state["sessions"]))
         with contextlib.ExitStack() as passed:
             memory = memory_file(json.dumps({**state, "nonce": nonce}).encode())
             passed.callback(os.close, memory)
             ours, theirs = socket.socketpair()
             passed.callback(theirs.close)
-            self._output = Stream(hub.selector, ours, self, self._on_output)
+            self._output = Stream(self.hub.selector, ours, self, self._on_output)
             try:
-                self._child = subprocess.Popen(command(program, memory) + ["--rehearse"],
-                                               pass_fds=[program, memory, *fds], stdin=subprocess.DEVNULL,
-                                               stdout=theirs, stderr=theirs)
+                self._child = subprocess.Popen(
+                    command(program, memory) + ["--rehearse"], pass_fds=[program, memory, *fds],
+                    stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
             except BaseException:
                 self._output.drop()
                 raise
-        hub.later(self.SECONDS, self.end)
+        self.hub.later(self.SECONDS, self.end)
 
     def _on_output(self, data):
         self._said = (self._said + data)[-4000:]
@@ -7582,7 +8063,7 @@ class Rehearsal:
             self._output.drop()
             self._judge()
 
-    on_error = end                              # a fault of HAS while listening to it (it was logged)
+    on_error = end                              # a fault of HAS while listening (it was logged)
 
     def on_stream_end(self, stream, reason):
         """Its output has ended."""
@@ -7592,7 +8073,7 @@ class Rehearsal:
     def _judge(self):
         status = self._child.poll()
         if status is None:
-            self.hub.later(0.02, self._judge)
+            self.hub.later(0.02, self._judge)   # its output ends just before it does
         elif not self._over:
             self._over = True
             self._done(self._trouble(status))
@@ -7601,35 +8082,35 @@ class Rehearsal:
         if status == 0 and self._proof in self._said:
             return ""
         why = f"status {status}" if status else (
-            "it ended without a proof that it had taken over the sessions: it is empty, cut off, older than the one "
-            "that runs, or another program")
+            "it ended without a proof that it had taken over the sessions: it is empty, cut off, "
+            "older than the one that runs, or another program")
         said = self._said.decode("utf-8", "replace").splitlines()[-12:]
-        return "\n".join([why + (". It said:" if said else ""), *(f"    {printable(line)}" for line in said)])
+        return "\n".join([why + (". It said:" if said else ""),
+                          *(f"    {printable(line)}" for line in said)])
 
 
 class Upgrade:
-    """Replaces the running program by the has.py on disk, in the same process, with every connection kept.
+    """Replaces the running program by the has.py on disk, in the same process, all connected.
 
     USR2 -> has.py is read, once, into a memory file: what is rehearsed is what will run
          -> Rehearsal
          -> the heartbeat parks, TLS moves to a pump, the state goes to a memory file -> exec.
-    A new program that fails while restoring executes the old one again, which was kept in one more memory file.
-    Main thread only.
+    A new program that fails while restoring executes the old one again, which was kept in one more
+    memory file.
     """
 
     ARRIVAL_SECONDS, RESCUES, RESCUE_SECONDS = 3, 3, 600
-    HELD_BACK = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD",
-                                                    "SIGTSTP") if hasattr(signal, name)}
 
-    def __init__(self, hub, script, config, source):
-        self.hub, self.script, self.config, self.source = hub, script, config, source
-        self._program = None                    # the memory file with the new program, from USR2 to its end
+    def __init__(self, survival, script, config, source):
+        self.survival, self.hub = survival, survival.hub
+        self.script, self.config, self.source = script, config, source
+        self._program = None                    # the memory file with the new one, from USR2 on
 
     def begin(self):
         """USR2: rehearse; go() follows if that went well."""
         if not MEMORY_FILES:
-            log.error("USR2: this platform has no memory files (memfd_create, /proc), and passwords must not go to "
-                      "disk: no upgrade; stop HAS and start it anew")
+            log.error("USR2: this platform has no memory files (memfd_create, /proc), and "
+                      "passwords must not go to disk: no upgrade; stop HAS and start it anew")
         elif self._program is not None:
             log.warning("USR2: an upgrade is being rehearsed already")
         else:
@@ -7644,11 +8125,11 @@ class Upgrade:
     def _rehearse(self):
         with open(self.script, "rb") as file:
             self._program = memory_file(file.read())
-        Rehearsal(self.hub, self._program, self._command, self._on_rehearsed)
+        Rehearsal(self.survival, self._program, self._command, self._on_rehearsed)
 
     def _command(self, program, memory):
-        return [sys.executable, memory_path(program), "--script", self.script, "--config", self.config,
-                "--resume", str(memory)]
+        return [sys.executable, memory_path(program), "--script", self.script,
+                "--config", self.config, "--resume", str(memory)]
 
     def _on_rehearsed(self, trouble):
         if not trouble:
@@ -7656,7 +8137,8 @@ class Upgrade:
             return
         self._forget_program()
         first, *more = trouble.split("\n")
-        log.error("USR2: the new %s failed its rehearsal (%s): HAS goes on as it is", self.script, first)
+        log.error("USR2: the new %s failed its rehearsal (%s): HAS goes on as it is", self.script,
+                  first)
         for line in more:
             log.error("%s", line)
 
@@ -7667,26 +8149,26 @@ class Upgrade:
 
     @staticmethod
     def _log_failure(what, error):
-        """Say why HAS goes on as it is; an exception that no system call made is a fault of ours."""
+        """Say why HAS goes on as it is; an exception that no system call made is a fault."""
         if isinstance(error, OSError):
             log.error("%s: %s; HAS goes on as it is", what, error)
         else:
             log.error("%s: a fault of HAS, which goes on as it is", what, exc_info=error)
 
     def _go_soon(self, until):
-        """Clients in the middle of a TLS handshake cannot be taken along: let them arrive, but not for ever."""
-        if self.hub.arrivals and self.hub.now < until:
+        """Clients in a TLS handshake cannot be taken along: let them arrive, but not for ever."""
+        if self.hub.door.arrivals and self.hub.now < until:
             self.hub.later(0.05, self._go_soon, until)
         else:
             self.go()
 
     def go(self):
-        """Replace this program now, by the new one or by itself; returns only if that failed, and then all goes on."""
-        hub, opened = self.hub, []
-        hub.heartbeat.mailbox.post(hub.heartbeat.on_stop)
-        hub.heartbeat.join(1)                   # stuck in DNS: exec ends it
-        parked = hub.heartbeat.parked
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, self.HELD_BACK)
+        """Replace this program now, by the new one or by itself; returns only if that failed."""
+        heartbeat, opened = self.hub.heartbeat, []
+        heartbeat.mailbox.post(heartbeat.on_stop)
+        heartbeat.join(1)                       # stuck in DNS: exec ends it
+        parked = heartbeat.parked
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
             self._execute(parked, opened)
         except Exception as error:              # whatever it is: everybody is still here
@@ -7699,10 +8181,10 @@ class Upgrade:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _execute(self, parked, opened):
-        """exec, with all that the new program needs; the memory files made for it are added to `opened`."""
-        hub, program = self.hub, self._program
-        hub.move_tls_out()
-        state, fds = hub.pack(going=True)
+        """exec, with all that the new program needs; memory files made for it go to `opened`."""
+        program = self._program
+        self.survival.move_tls_out()
+        state, fds = self.survival.pack(going=True)
         opened.append(memory_file(self.source))
         state.update(heartbeat=parked, kept=opened[0], program=program)
         opened.append(memory_file(json.dumps(state).encode()))
@@ -7712,7 +8194,8 @@ class Upgrade:
         try:
             for fd in fds:
                 os.set_inheritable(fd, True)
-            os.execv(sys.executable, self._command(opened[0] if program is None else program, opened[1]))
+            os.execv(sys.executable, self._command(opened[0] if program is None else program,
+                                                   opened[1]))
         finally:
             for fd in fds:
                 os.set_inheritable(fd, False)
@@ -7722,24 +8205,25 @@ class Upgrade:
         hub = self.hub
         hub.heartbeat = Heartbeat(hub, hub.mailbox, hub.settings, parked)
         hub.heartbeat.start()
-        if "connection" not in (parked or {}):
-            hub.on_heartbeat_lost("it could not be handed over", False)
-        hub.go_on()
+        self.survival.go_on(parked)
 
     def rescue(self):
-        """An exception would end the main loop: go on with a fresh copy of the program; returns if that cannot be."""
-        hub = self.hub
-        hub.rescues = [at for at in hub.rescues if time.time() - at < self.RESCUE_SECONDS] + [time.time()]
-        if not MEMORY_FILES or len(hub.rescues) > self.RESCUES:
+        """An exception would end the main loop: go on with a fresh copy of the program.
+
+        Returns if that cannot be.
+        """
+        survival, now = self.survival, time.time()
+        survival.rescues = [at for at in survival.rescues if now - at < self.RESCUE_SECONDS] + [now]
+        if not MEMORY_FILES or len(survival.rescues) > self.RESCUES:
             return
-        log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)", len(hub.rescues),
-                  self.RESCUES, self.RESCUE_SECONDS)
+        log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)",
+                  len(survival.rescues), self.RESCUES, self.RESCUE_SECONDS)
         self._forget_program()                  # one that was being rehearsed
         self.go()
 
 
 # ======================================================================
-# 9. Command line
+# 11. Command line
 #
 # Arguments, the log, signals, the exit status.
 # ======================================================================
@@ -7944,8 +8428,8 @@ def parse_arguments(arguments):
 def take_signals(hub, upgrade):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
-    for number, call in (("SIGHUP", hub.reload), ("SIGUSR1", hub.log_status), ("SIGUSR2", upgrade.begin),
-                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", hub.reap),
+    for number, call in (("SIGHUP", hub.reload.run), ("SIGUSR1", hub.control.log_status), ("SIGUSR2", upgrade.begin),
+                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", upgrade.survival.reap),
                          ("SIGTSTP", hub.on_stop_key)):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
@@ -8102,19 +8586,6 @@ def ask_running(options, path):
     return 0 if answer["world"]["health"] in ("up", "blind") else 1
 
 
-def open_control(hub, path):
-    """Open the control socket. A HAS that lives there already is an OSError; anything else only costs --status."""
-    try:
-        hub.control = ControlListener(hub, path)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise
-        log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path,
-                    error.strerror or error)
-    except AttributeError:
-        log.warning("no control socket: this platform has no unix sockets")
-
-
 def tell_systemd(text):
     """Tell the service manager something, if one listens (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
@@ -8137,10 +8608,10 @@ def start_has(settings, remarks, load, control, program):
         log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
                  ", ".join(map(str, settings.mush_address)))
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
-        open_control(hub, control)
-        hub.listen()
+        hub.control.open(control)
+        hub.door.listen()
     except OSError as error:
-        if hub and hub.control:
+        if hub:
             hub.control.close()
         trouble = f"cannot start: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
         if log.handlers:
@@ -8149,7 +8620,7 @@ def start_has(settings, remarks, load, control, program):
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
-    return serve(hub, handler, program)
+    return serve(Survival(hub), handler, program)
 
 
 def resume(options, script, source, load):
@@ -8162,7 +8633,8 @@ def resume(options, script, source, load):
         settings = settings_of(state["settings"], unpack(state.get("files")), conf)
         handler = restart_log(settings)
         hub = Hub(settings, load)
-        hub.unpack(state, whole=not last)
+        survival = Survival(hub)
+        survival.unpack(state, whole=not last)
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # without a goodbye: every connection is the other process's
@@ -8179,10 +8651,8 @@ def resume(options, script, source, load):
         log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
                  len(hub.sessions))
         warn_of_differences(settings, load)
-        if "connection" not in (state["heartbeat"] or {}):
-            hub.on_heartbeat_lost("it could not be handed over", False)
-        hub.go_on()
-    return serve(hub, handler, (script, options.config, source), go_on)
+        survival.go_on(state["heartbeat"])
+    return serve(survival, handler, (script, options.config, source), go_on)
 
 
 def own_memory_file():
@@ -8196,7 +8666,7 @@ def disinherit(hub, state, state_file):
     """After a resume, when nothing is left to fall back on: children get none of what was handed over."""
     own, parked = own_memory_file(), (state["heartbeat"] or {}).get("connection")
     socks = [stream.sock for session in hub.sessions.values() for stream in (session.client, session.link) if stream]
-    socks += [listener.sock for listener in hub.listeners + [hub.control] * bool(hub.control)]
+    socks += [listener.sock for listener in [*hub.door.listeners, hub.control.listener] if listener]
     fds = [sock.fileno() for sock in socks] + [own] * (own is not None)
     for fd in fds + [parked["fd"]] if parked else fds:
         os.set_inheritable(fd, False)
@@ -8218,11 +8688,11 @@ def warn_of_differences(settings, load):
                     "new has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
 
 
-def serve(hub, handler, program, go_on=None):
+def serve(survival, handler, program, go_on=None):
     """Start the heartbeat, go_on() where another process left off, turn until stopped; return the exit status."""
-    upgrade = Upgrade(hub, *program)
-    hub.on_reload = handler.reload
-    hub.most_files = files_allowed()
+    hub, upgrade = survival.hub, Upgrade(survival, *program)
+    hub.reload.log = handler.reload
+    hub.door.most_files = files_allowed()
     hub.heartbeat.start()
     take_signals(hub, upgrade)
     # select() makes a tuple for each ready stream: with thousands of users those alone would have Python search all
@@ -8237,8 +8707,7 @@ def serve(hub, handler, program, go_on=None):
         log.exception("a fault in the main loop of HAS")
         upgrade.rescue()
         log.error("HAS stops: see the fault above, and report it")
-        if hub.control:
-            hub.control.close()
+        hub.control.close()
         return 1
     hub.heartbeat.join(1)
     log.info("stopped")

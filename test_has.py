@@ -1942,15 +1942,16 @@ class Rig:
 
     def upgrade(self):
         """USR2 without the exec: another hub takes over what this one packed."""
-        old, (state, fds) = self.hub, self.hub.pack()
+        old, (state, fds) = self.hub, has.Survival(self.hub).pack()
         for session in old.sessions.values():
             for stream in filter(None, (session.client, session.link)):
                 (stream.sock.detach if stream.sock.fileno() in fds else stream.sock.close)()
         for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
             sock.close()
         self.hub = self._new_hub()
-        self.hub.unpack(json.loads(json.dumps(state)))
-        self.hub.go_on()
+        survival = has.Survival(self.hub)
+        survival.unpack(json.loads(json.dumps(state)))
+        survival.go_on({"connection": None})
         for peer in self.peers:
             peer.session = self.hub.sessions.get(peer.session.number, peer.session)
         self.settle()
@@ -2004,7 +2005,7 @@ class Rig:
             ours, theirs = socket.socketpair()
         peer, known = Peer(ours), set(self.hub.sessions)
         self.peers.append(peer)
-        self.hub.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
+        self.hub.door.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
         peer.session = next((s for n, s in self.hub.sessions.items() if n not in known), None)
         self.settle()
         return peer
@@ -2040,7 +2041,7 @@ class Rig:
     def close(self):
         for session in list(self.hub.sessions.values()):
             session.end()
-        for listener in self.hub.listeners:
+        for listener in self.hub.door.listeners:
             listener.close()
         self.hub.selector.close()
         for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other, self.full] + [
@@ -2066,7 +2067,7 @@ def check_consistent(case, rig):
     """The selector knows open descriptors of living sessions only, each under its right number."""
     streams = [s for x in rig.hub.sessions.values() for s in (x.client, x.link) if s]
     case.assertFalse([s for s in streams if s.closed], "a session keeps a closed stream")
-    known = [rig.hub.mailbox.reader] + [s.sock for s in streams] + [x.sock for x in rig.hub.listeners]
+    known = [rig.hub.mailbox.reader] + [s.sock for s in streams] + [x.sock for x in rig.hub.door.listeners]
     for fd, key in rig.hub.selector.get_map().items():
         case.assertIn(key.fileobj, known)
         case.assertEqual(fd, key.fileobj.fileno())
@@ -2174,7 +2175,7 @@ def cause(rig, event, client, link):
          "ten seconds": lambda: rig.clock.advance(10.1), "silent": lambda: rig.post(rig.hub.on_silent),
          "verdict: left": lambda: rig.answer([(number, serial)], client.session.life),
          "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"), "world down": rig.down,
-         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"), "HUP": rig.hub.reload,
+         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"), "HUP": rig.hub.reload.run,
          "address moved": lambda: rig.found("life 9", rig.other, AWAY)}[event]()
 
 
@@ -2316,14 +2317,14 @@ class EveryOrder(unittest.TestCase):
             elif event == "3 s":
                 rig.clock.advance(3.1)
             elif event == "HUP":
-                rig.hub.reload()
+                rig.hub.reload.run()
             else:
                 is_back = True
                 rig.found({"same": "life 1", "new": "life 2", "unknown": "?2"}[life])
             rig.settle()
             if refused and "heartbeat" == event:
                 rig.post(rig.hub.on_unreachable, HOME, "refused", False)
-            elif refused and not is_back and rig.hub.loss:
+            elif refused and not is_back and rig.hub.health.loss:
                 rig.post(rig.hub.on_unreachable, HOME, "refused", False)
             if is_back and rig.beat.asks:
                 rig.answer()
@@ -2390,7 +2391,7 @@ class EveryOrder(unittest.TestCase):
              "fail-over": lambda: rig.found("life 2", rig.other, AWAY)}[event]()
             rig.settle()
             asked.extend(rig.beat.asks)
-            if rig.hub.health is has.Health.UP:                 # the heartbeat answers, old questions too
+            if rig.hub.health.condition is has.Condition.UP:        # the heartbeat answers, old questions too
                 rig.answer(list(asked))
         try:
             sent = self.walk(rig, client, order, lambda events: self.fate(events, has_quit), cause)
@@ -2506,9 +2507,9 @@ class HeartbeatAlone(RigCase):
                 else:
                     rig.post(rig.hub.on_unreachable, HOME, "refused", False)
                     rig.pass_time(3.1)
-                self.assertEqual(rig.hub.status()["world"]["since"], 60 if silent else 53)
+                self.assertEqual(rig.hub.control.status()["world"]["since"], 60 if silent else 53)
                 rig.found("life 2")
-                self.assertEqual(rig.hub.status()["outages"]["seconds"], 60 if silent else 53)
+                self.assertEqual(rig.hub.control.status()["outages"]["seconds"], 60 if silent else 53)
 
     def test_its_loss_disturbs_nobody(self):
         """Booted, and back within 3 s, whatever is known of the world's life; the same for a refused try."""
@@ -3800,7 +3801,7 @@ class SuspectsComeLast(RigCase):
     def test_who_is_barred_gets_the_login_screen_and_a_notice(self):
         rig = self.rig(suspicious=True)
         (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob")
-        rig.hub.suspects.barred.add(b"alice")
+        rig.hub.links.suspects.barred.add(b"alice")
         rig.down()
         rig.found("life 2")
         self.assertEqual([state_of(client) for client in (alice, bob)], ["LOGIN", "RETURNING"])
@@ -3809,7 +3810,7 @@ class SuspectsComeLast(RigCase):
     def test_a_client_that_kills_it_from_the_login_screen_is_closed(self):
         rig = self.rig(suspicious=True)
         client = rig.client()
-        rig.hub.suspects.barred.add(client.session.number)
+        rig.hub.links.suspects.barred.add(client.session.number)
         rig.down()
         rig.found("life 2")
         self.assertEqual((state_of(client), client.lines()), ("CLOSING", ["# OFFLINE", "# SUSPECT"]))
@@ -3907,8 +3908,8 @@ class NewConnections(RigCase):
     @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform names these options otherwise")
     def test_vanished_peers_are_noticed(self):
         rig = self.rig(dead_after=33)
-        rig.hub.listen()
-        with socket.create_connection(rig.hub.listeners[0].sock.getsockname()):
+        rig.hub.door.listen()
+        with socket.create_connection(rig.hub.door.listeners[0].sock.getsockname()):
             rig.settle(lambda: rig.hub.sessions)
             (session,) = rig.hub.sessions.values()
             rig.game.accept()
@@ -4517,8 +4518,8 @@ class FairTurns(RigCase):
 
     def test_newcomers_come_in_by_and_by(self):
         rig = self.rig()
-        rig.hub.listen()
-        port, clients = rig.hub.listeners[0].sock.getsockname()[1], []
+        rig.hub.door.listen()
+        port, clients = rig.hub.door.listeners[0].sock.getsockname()[1], []
         for _ in range(3 * has.ACCEPTS_A_TURN):
             clients.append(socket.create_connection(("127.0.0.1", port)))
             self.addCleanup(clients[-1].close)
@@ -5145,7 +5146,7 @@ class Front:
 
     def __init__(self, case, family, state="LOGIN", charset=""):
         for target, value in (("Stream.send", self._sent), ("Lines.take", self._typed),
-                              ("Hub.login_wait", lambda *_: 0)):
+                              ("Logins.wait", lambda *_: 0)):
             owner, name = getattr(has, target.partition(".")[0]), target.partition(".")[2]
             setattr(self, name, getattr(owner, name))
             patch = unittest.mock.patch.object(owner, name, (
@@ -5534,7 +5535,7 @@ class LoginBrake(RigCase):
         rig = self.rig()
         rig.client(host="2001:db8:1:2::1").send("connect bob x\r\n" * 4)
         rig.settle()
-        self.assertEqual([rig.hub.logins_left(host) for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
+        self.assertEqual([rig.hub.logins.left(host) for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
 
 
 class Lobby(RigCase):
@@ -5543,7 +5544,7 @@ class Lobby(RigCase):
     def arrive(self, rig, host, tls=False):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        rig.hub.on_accept(theirs, host, tls)
+        rig.hub.door.on_accept(theirs, host, tls)
         peer = Peer(ours)
         rig.settle()
         return peer
@@ -5554,7 +5555,7 @@ class Lobby(RigCase):
     def test_silent_arrivals_make_room_for_newer_ones_of_their_port_only(self):
         rig = self.front(max_clients=100)
         silent = [self.arrive(rig, "192.0.2.1") for _ in range(130)]
-        self.assertEqual(len(rig.hub.arrivals), 100)
+        self.assertEqual(len(rig.hub.door.arrivals), 100)
         self.assertEqual([peer.read() is not None and peer.ended for peer in silent], [True] * 30 + [False] * 100)
         plain = rig.client()
         self.assertEqual(state_of(plain), "LOGIN")
@@ -5583,7 +5584,7 @@ class Lobby(RigCase):
         peer.send("PROXY TCP4 ")
         rig.pass_time(*[0.5] * 24)
         peer.read()
-        self.assertEqual((len(rig.hub.sessions), peer.ended, len(rig.hub.arrivals)), (1, True, 0))
+        self.assertEqual((len(rig.hub.sessions), peer.ended, len(rig.hub.door.arrivals)), (1, True, 0))
 
     def test_a_broken_header_is_not_served(self):
         rig = self.front()
@@ -5613,16 +5614,16 @@ class Lobby(RigCase):
         self.assertTrue(refused.ended)
         refused.sock.close()
         rig.settle()
-        self.assertEqual(len(rig.hub.refused), 0)
+        self.assertEqual(len(rig.hub.door.refused), 0)
 
     def test_who_is_refused_and_stays_is_closed(self):
         rig = self.rig(max_clients=1)
         rig.client()
         for _ in range(150):
             rig.client()
-        self.assertEqual(len(rig.hub.refused), has.Refused.MOST)
+        self.assertEqual(len(rig.hub.door.refused), has.Refused.MOST)
         rig.pass_time(*[0.5] * 12)
-        self.assertEqual(len(rig.hub.refused), 0)
+        self.assertEqual(len(rig.hub.door.refused), 0)
 
 
 class TestQuietLog(unittest.TestCase):
@@ -5696,26 +5697,26 @@ class Listeners(RigCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = free_port()
             rig = self.rig(local_address="", local_port=port)
-            rig.hub.listen()
-            before = [listener.sock.getsockname() for listener in rig.hub.listeners]
+            rig.hub.door.listen()
+            before = [listener.sock.getsockname() for listener in rig.hub.door.listeners]
             rig.hub.settings = settings_of((("local_address", "127.0.0.1"), ("local_port", taken.getsockname()[1])))
             with self.assertRaises(OSError):
-                rig.hub.listen()
-            self.assertEqual([listener.sock.getsockname() for listener in rig.hub.listeners], before)
+                rig.hub.door.listen()
+            self.assertEqual([listener.sock.getsockname() for listener in rig.hub.door.listeners], before)
             socket.create_connection(("127.0.0.1", port), 5).close()
 
     def test_a_tls_client_of_a_listener_that_should_be_gone_disturbs_nobody(self):
         rig = self.rig()
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        rig.hub.on_accept(theirs, "203.0.113.9", True)
-        self.assertEqual((ours.recv(1), len(rig.hub.arrivals)), (b"", 0))
+        rig.hub.door.on_accept(theirs, "203.0.113.9", True)
+        self.assertEqual((ours.recv(1), len(rig.hub.door.arrivals)), (b"", 0))
 
     def test_a_fault_in_letting_a_client_in_ends_that_client(self):
         rig = self.rig(local_address="127.0.0.1", local_port=0)
-        rig.hub.listen()
-        rig.hub.on_accept = lambda *_: 1 / 0
-        with socket.create_connection(rig.hub.listeners[0].sock.getsockname(), 5) as client:
+        rig.hub.door.listen()
+        rig.hub.door.on_accept = lambda *_: 1 / 0
+        with socket.create_connection(rig.hub.door.listeners[0].sock.getsockname(), 5) as client:
             rig.settle(lambda: select.select([client], [], [], 0)[0])
             self.assertEqual(client.recv(1), b"")
 
@@ -5832,8 +5833,8 @@ class Limits(RigCase):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO, errno.EPERM):
             with self.subTest(errno.errorcode[number]):
                 rig = self.rig()
-                rig.hub.listen()
-                (listener,) = rig.hub.listeners
+                rig.hub.door.listen()
+                (listener,) = rig.hub.door.listeners
                 real, caller = listener.sock, socket.create_connection(listener.sock.getsockname())
                 self.addCleanup(caller.close)
                 failing = mock.Mock(wraps=real, accept=mock.Mock(side_effect=OSError(number, "planted")))
@@ -5909,7 +5910,7 @@ class TestPartsOfTheProgram(unittest.TestCase):
 
     def test_usr2_without_memfd_is_refused(self):
         with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
-            has.Upgrade(None, "has.py", "has.conf", b"").begin()
+            has.Upgrade(types.SimpleNamespace(hub=None), "has.py", "has.conf", b"").begin()
         self.assertIn("no memory files", logged.output[0])
 
     def test_lines_that_nobody_reads_are_dropped_and_counted(self):
@@ -5963,7 +5964,7 @@ class TestPartsOfTheProgram(unittest.TestCase):
 def parts_of_has():
     """has.py cut at its banners: [(title, first line, last line)]."""
     lines = pathlib.Path(HAS).read_text().split("\n")
-    starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d\. ", line)]
+    starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d+\. ", line)]
     return [(lines[start - 1][2:], start, end) for start, end in zip(starts, starts[1:] + [len(lines)])]
 
 
@@ -5974,7 +5975,7 @@ class TestFiles(unittest.TestCase):
         return (pathlib.Path(HERE) / name).read_text()
 
     def test_the_list_of_parts_is_the_banners(self):
-        listed = re.findall(r"^    (\d\. \w[\w ]*?)  ", has.__doc__, re.M)
+        listed = re.findall(r"^    (\d+\. \w[\w ]*?)  ", has.__doc__, re.M)
         self.assertEqual(listed, [title for title, _, _ in parts_of_has()])
 
     def test_a_part_uses_only_the_parts_above_it(self):
@@ -5994,7 +5995,7 @@ class TestFiles(unittest.TestCase):
 
     def test_families_are_named_in_part_3_and_the_settings_only(self):
         lines = self.read("has.py").split("\n")
-        allowed = [range(start, end) for title, start, end in parts_of_has() if title[0] in "13"]
+        allowed = [range(start, end) for title, start, end in parts_of_has() if title[:3] in ("1. ", "3. ")]
         begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
         end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
         names = [f for f in has.FAMILIES if f != "plain"]
@@ -8071,12 +8072,12 @@ class TestProgram(Case):
         path = os.path.join(folder, "players.log")
         with open(path, "w") as file:
             file.write("precious\n")
-        hub = types.SimpleNamespace(control=None)
+        control = has.Control(None)
         with self.assertLogs(has.log, "WARNING") as said:
-            has.open_control(hub, path)
+            control.open(path)
         self.assertIn(f"no control socket at {path} (there is a file that is no socket)", said.output[0])
         with open(path) as file:
-            self.assertEqual((file.read(), hub.control), ("precious\n", None))
+            self.assertEqual((file.read(), control.listener), ("precious\n", None))
 
     def test_a_control_socket_that_was_deleted_comes_back(self):
         rig = Rig()
@@ -8570,7 +8571,7 @@ class TestUpgrade(Case):
         with open(HAS) as file:
             whole = file.read()
         hollow = rb"failed its rehearsal \(it ended without a proof"
-        for text, expect in ((whole.replace("class Hub:", "class Hub"), rb"failed its rehearsal \(status 1"),
+        for text, expect in ((whole.replace("class Hub(Loop):", "class Hub(Loop)"), rb"failed its rehearsal \(status 1"),
                              ("", hollow), (whole[:whole.index("if __name__ ==")], hollow),
                              ("print('hello')\n", hollow), ("print('HAS took over 1 sessions: 0')\n", hollow)):
             with open(self.script, "w") as file:
@@ -8626,7 +8627,7 @@ class TestUpgrade(Case):
 
     def test_a_fault_of_the_upgrade_itself_disturbs_nobody(self):
         self.has.stop()
-        self.edit("        hub.move_tls_out()\n        state, fds", "        raise ValueError('planted')\n        state, fds")
+        self.edit("        self.survival.move_tls_out()\n", "        raise ValueError('planted')\n")
         self.has = Has(self, self.python(), self.script, mush_address=self.mush.address, beat=0.3).wait_up()
         self.has.faults, self.pid = True, self.has.process.pid
         alice = self.player("Alice", "alicepw")
