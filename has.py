@@ -2375,7 +2375,10 @@ def tune(sock, idle, interval, count, user_timeout=0):
 
 def reset(sock):
     """Close with RST, so that the port is free at once."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass                                    # it never was connected (macOS)
     sock.close()
 
 
@@ -2386,6 +2389,28 @@ def is_connected_to_itself(sock):
                 and sock.getsockname() == sock.getpeername())
     except OSError:
         return False                            # gone again already
+
+
+def begin_connect(target):
+    """A non-blocking socket that connects to target = (family, address); OSError where that fails
+    at once. When it can be written to, connect_error() says how it went."""
+    sock = socket.socket(target[0], socket.SOCK_STREAM)
+    sock.setblocking(False)
+    error = sock.connect_ex(target[1])
+    if error not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise OSError(error, os.strerror(error))
+    return sock
+
+
+def connect_error(sock):
+    """Why such a socket is not connected, as an OSError, or None; it is to be reset() then."""
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        return OSError(error, os.strerror(error))
+    if is_connected_to_itself(sock):            # closed with RST, or the MUSH could not bind its port
+        return OSError(errno.ECONNREFUSED, "connected to itself: nothing listens there")
+    return None
 
 
 class Stream:
@@ -2416,13 +2441,7 @@ class Stream:
     @classmethod
     def connect(cls, selector, target, owner, on_data, **more):
         """Begin to connect to target = (family, address); OSError where that fails at once."""
-        sock = socket.socket(target[0], socket.SOCK_STREAM)
-        sock.setblocking(False)
-        error = sock.connect_ex(target[1])
-        if error not in (0, errno.EINPROGRESS):
-            sock.close()
-            raise OSError(error, os.strerror(error))
-        return cls(selector, sock, owner, on_data, connecting=True, **more)
+        return cls(selector, begin_connect(target), owner, on_data, connecting=True, **more)
 
     def _update(self):
         """Tell the selector what is wanted, if that changed."""
@@ -2467,14 +2486,12 @@ class Stream:
                 self._end("")
 
     def _finish_connect(self):
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = connect_error(self.sock)
         if error:
-            self._end(os.strerror(error))
-        elif is_connected_to_itself(self.sock):
             self.selector.unregister(self.sock)
             self._interest, self.closed = 0, True
-            reset(self.sock)                    # so that the MUSH can bind its port
-            self._end("connected to itself: nothing listens there")
+            reset(self.sock)
+            self._end(error.strerror)
         else:
             self._opened()
 
@@ -4942,35 +4959,57 @@ class Session:
 # The thread that stays logged in to the world as a character of its own. It
 # probes the world, answers the hub's questions, checks passwords and looks
 # for the next address. The only place that may block; it gets values and
-# gives values, never Session objects. A Connection is what can be asked of
-# one world; the Heartbeat decides what is asked, when, and of which world.
+# gives values, never Session objects. From below: a Talk is bytes, a
+# Connection what can be asked of one world, the Connector opens one, the
+# Entrance has it confirmed, the Search says to which address, and the
+# Heartbeat lives with it. All of them run in the heartbeat's thread only.
 # ======================================================================
 
 World = collections.namedtuple(
     "World", "address target dialect life blind checks told rights telnet shut tls word looks",
     defaults=(True, True, True, False, None, "auto", None))
-World.__doc__ = """A confirmed world: its Address, (socket family, numeric address), Dialect, the life it is in (its
-start id; one that begins with "?" is unknown and new for each heartbeat connection), whether the heartbeat could
-not log in (blind), whether it may check passwords, whether the world understands the address line (told), whether
-the heartbeat has the flag it should have (rights), whether the world knows telnet from text (telnet), and whether it
-refused the heartbeat's login (shut): its database may be broken. What links need to be opened as the heartbeat's was:
-a TLS context or None (tls), the remotehostname_cmd (word). The name of the family it looks like, if that is another
-than mush_type says (looks)."""
+World.__doc__ = """A confirmed world.
 
-LOGIN_AGAIN_SECONDS = 300          # after a refused heartbeat login (PennMUSH bars an address after 10 failures)
-LOGIN_CLOSED_SECONDS = 30          # after one that was not taken for another reason: disabled, full
-RENEW_SECONDS = 60                 # a connection left at the login screen is closed by the world after 120 s
+address: its Address; target: (socket family, numeric address); dialect: its Dialect
+life: the life it is in, by its start id; one that begins with "?" is unknown, and new for each
+    heartbeat connection
+blind: the heartbeat could not log in; shut: it was refused, so the database may be broken
+checks: the heartbeat may check passwords; rights: it has the flag it should have
+told: the world understands the address line; telnet: it knows telnet from text
+tls, word: what links need to be opened as the heartbeat's was: a TLS context or None, the
+    remotehostname_cmd
+looks: the name of the family it looks like, if that is another than mush_type says
+"""
+
+LOGIN_AGAIN_SECONDS = 300          # after a refused login: PennMUSH bars an address after 10
+LOGIN_CLOSED_SECONDS = 30          # after one not taken for another reason: disabled, full
+RENEW_SECONDS = 60                 # a world closes who stays at its login screen after 120 s
+RENEW_AGAIN_SECONDS = 10           # ... where this machine's own trouble kept us from that
 FASTEST_RETRY = 0.1                # seconds between tries to reach a world that is down, at first
+WISH_SECONDS = 5                   # least time between tries of the address that a HUP asks for
 START_ID_SECONDS = 1.1             # start ids tell lives apart that began a second apart, not less
+LONG_AGO = 86400.0                 # the age of a life whose start id does not tell
 LOOK_UP_SECONDS = 10               # a world that is down: its name is looked up again this often
-# What a connect says of the world: that nobody answers, or listens. All else is trouble of this machine's own.
-OF_THE_WORLD = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
-                errno.EHOSTDOWN, errno.ENOENT, errno.EAGAIN}
+REACH_SECONDS = 3                  # for a connect, and for the TLS handshake behind it
+SEND_SECONDS = 2                   # a short line waits this long only where the world reads nothing
+GREETING_SECONDS = 3               # for what a world says at connect ...
+GREETING_PAUSE = 0.25              # ... which is over when nothing more comes for so long
+INFO_SECONDS = 3                   # for the INFO that tells the family of an unknown world
+ASIDE_SECONDS = 2                  # for answers that can be done without: rights, checks
+TELNET_SECONDS = 1                 # for a telnet answer, or an offer made at connect
+WITNESS_SECONDS = 1                # an idle connection that lives on for so long: the world lives
+FAULT_SECONDS = 1                  # pause after a fault of HAS itself
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
+CHECKS_A_LINE = 20                 # passwords in one line: the world stands still while it reads it
+MOST_TEXT, MOST_COMMANDS = 262144, 50           # what is kept of what the world sends, the newest
+LAST_WORDS = 250                   # ... and shown of its last words, if the connection ends
+# What a connect says of the world: nobody answers, or listens. All else is this machine's trouble.
+OF_THE_WORLD = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT,
+                errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOENT, errno.EAGAIN}
 
 
 class Lost(Exception):
-    """The heartbeat's connection, or a try to make one, failed."""
+    """The heartbeat's connection, or a try to make one, failed; `facts` are of those named here."""
 
     dead = False                   # the world was silent for too long
     ours = False                   # the fault lies with this machine, not with the world
@@ -4979,73 +5018,96 @@ class Lost(Exception):
     alive = False                  # ... and hung up, or sent something: it lives
     at_address = False             # ... and ended it when it was told a user's address
 
+    def __init__(self, why, **facts):
+        super().__init__(why)
+        self.__dict__.update(facts)
 
-class Moved(Exception):
-    """Another world was confirmed; `connection` leads to it."""
+
+class Moved(BaseException):
+    """Another world was confirmed; `connection` leads to it. No error, so no `except Exception`."""
 
     def __init__(self, connection):
         super().__init__()
         self.connection = connection
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """HAS stops, or is replaced by a new process."""
 
 
+class Context:
+    """What the rooms of the heartbeat's thread have in common: the settings in force, the clock
+    (seconds), the way to the hub, what the log has heard, and the one place where it waits."""
+
+    def __init__(self, hub, hub_mailbox, settings, clock=time.monotonic):
+        self.hub, self._hub_mailbox, self.settings, self.clock = hub, hub_mailbox, settings, clock
+        self.mailbox, self.stopping = Mailbox(), False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.mailbox.reader, READ, None)
+        self._said = {}            # subject -> what was logged of it last
+
+    def tell(self, call, *arguments):
+        """Have the hub run one of its methods."""
+        self._hub_mailbox.post(call, *arguments)
+
+    def log_change(self, level, subject, text):
+        """Log a text about a subject, at DEBUG if it is what was said of that the last time: so as
+        not to repeat it for years."""
+        log.log(logging.DEBUG if self._said.get(subject) == text else level, "%s", text)
+        self._said[subject] = text
+
+    def forget_said(self, subject=None):
+        """The subject, or all, is new to the log again."""
+        self._said = {it: text for it, text in self._said.items() if subject not in (None, it)}
+
+    def watch(self, sock, reader, events=READ):
+        """Have reader.receive() called when something comes, until reader.ended is not None."""
+        self._selector.register(sock, events, reader)
+
+    def close(self, sock):
+        """Close a socket that may be watched."""
+        if sock.fileno() >= 0 and sock in [it.fileobj for it in self._selector.get_map().values()]:
+            self._selector.unregister(sock)
+        sock.close()
+
+    def wait(self, until):
+        """Serve the mailbox and read what comes, until something came or the time `until`."""
+        for key, _ in self._selector.select(max(0.0, until - self.clock())):
+            if key.data is None:
+                self.mailbox.run()
+            else:
+                key.data.receive()
+                if key.data.ended is not None:
+                    self._selector.unregister(key.fileobj)
+        if self.stopping:
+            raise Stopped
+
+
 _OWN_MARK = re.compile(rb"=[0-9a-f]{10,12}=[aze]?")
-
-
-def _age_by_start_id(life):
-    """Seconds since the start that a start id names, by this machine's clock; a day if it does not tell."""
-    text = life.rpartition(" since ")[2]
-    try:
-        began = int(text) if text.isdigit() else time.mktime(time.strptime(text))
-    except (ValueError, OverflowError):
-        return 86400.0
-    age = time.time() - began
-    return age if age >= 0 else 86400.0         # another clock
 
 
 def _new_nonce():
     return b"=" + secrets.token_hex(6).encode() + b"="
 
 
-class Connection:
-    """One heartbeat connection: what is known of the world behind it, and what can be asked of that.
+class Talk:
+    """Text and telnet commands to and from one world. Whoever waits gets Lost when it ends."""
 
-    Heartbeat thread only. `wait(until)` is the heartbeat's: it has receive() called when something comes, and
-    returns after that or at the time `until`. Every question raises Lost when the connection ends instead.
-    """
-
-    def __init__(self, sock, address, target, settings, wait):
-        self.sock, self.address, self.target, self.settings, self.wait = sock, address, target, settings, wait
-        self.tls, self.word = settings.world_tls, settings.remotehostname_cmd
-        self.dialect, self.life = PLAIN, None
-        self.blind, self.checks, self.told, self.rights, self.telnet = False, False, True, True, True
+    def __init__(self, sock, context, secret):
+        self.sock, self._context, self._secret = sock, context, secret
+        self.clock = context.clock
         self.scanner = Scanner()
         self.spoke = False         # anything was received
         self.text = b""            # received and not yet looked at
-        self.heard = b""           # the end of the text received since send()
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
-        self.refused = False       # the world said that the login was wrong
-        self.looks = None          # the family it looks like, if mush_type says another
-        self.renew_at = None       # when a connection at the login screen must be made anew
-        self._settled = self._greeted = False
-        self._tokens, self._filled = None, time.monotonic()
+        self._heard = b""          # the text received since send()
+        self._greeted = None       # whether hear_greeting() has heard any
+        context.watch(sock, self)
 
-    @property
-    def world(self):
-        """What the hub is told."""
-        return World(self.address, self.target, self.dialect, self.life, self.blind, self.checks, self.told,
-                     self.rights, self.telnet, self.refused, self.tls, self.word, self.looks)
-
-    @property
-    def lacks_something(self):
-        """Whether the world could give the heartbeat more than it does, once somebody has mended it."""
-        return self.blind or not self.rights or not self.told or not self.dialect.logs_in
-
-    # ---- bytes
+    def close(self):
+        """Close the connection."""
+        self._context.close(self.sock)
 
     def receive(self):
         """Read what has come."""
@@ -5061,17 +5123,16 @@ class Connection:
             self.ended = "closed by the world"
         for is_command, piece in self.scanner.feed(data):
             if is_command:
-                self.commands = self.commands[-50:] + [piece]
+                self.commands = self.commands[-MOST_COMMANDS:] + [piece]
             else:
-                self.text = (self.text + piece)[-262144:]
-                self.heard = (self.heard + piece)[-500:]
+                self.text = (self.text + piece)[-MOST_TEXT:]
+                self._heard = (self._heard + piece)[-2 * LAST_WORDS:]
 
     def send(self, data):
-        """Send a short line; Lost if the connection is gone."""
-        self.heard = b"" if self.ended is None else self.heard
+        """Send a short line."""
+        self._heard = b"" if self.ended is None else self._heard
         try:
-            self.sock.setblocking(True)
-            self.sock.settimeout(2)
+            self.sock.settimeout(SEND_SECONDS)
             self.sock.sendall(data)
             self.sock.setblocking(False)
         except OSError as error:
@@ -5079,287 +5140,752 @@ class Connection:
             raise self.lost() from None
 
     def lost(self, why=None):
-        """A Lost that says why, with the world's last words: "not allowed from this host" explains much."""
-        heard = _OWN_MARK.sub(b"", self.heard)  # or they would be other words at each try
-        lines = [line.strip() for line in heard.split(b"\n") if re.search(rb"[A-Za-z\x80-\xff]", line)]
+        """A Lost that says why, with the world's last words: "not allowed from this host" explains
+        much. Not with marks: those are other words at each try."""
+        lines = [line.strip() for line in _OWN_MARK.sub(b"", self._heard).split(b"\n")
+                 if re.search(rb"[A-Za-z\x80-\xff]", line)]
         words = printable(b" ".join(lines[-3:]))
-        shown = f'; its last words: "{words[:250]}"' if words and self.settings.hb_pass not in words else ""
-        lost = Lost((why or self.ended) + shown)
-        lost.accepted, lost.alive = True, self.ended is not None or self.spoke
-        return lost
+        hidden = not words or self._secret in words
+        shown = "" if hidden else f'; its last words: "{words[:LAST_WORDS]}"'
+        return Lost((why or self.ended) + shown, accepted=True,
+                    alive=self.ended is not None or self.spoke)
 
-    def spare(self):
-        """How many commands the world's quota still allows at once (then 1 a second)."""
-        if not self.dialect.quota:
-            return 10 ** 6
-        now = time.monotonic()
-        tokens = self.dialect.quota if self._tokens is None else self._tokens + now - self._filled
-        self._tokens, self._filled = min(self.dialect.quota, tokens), now
-        return self._tokens
-
-    def _spend(self):
-        self._tokens = self.spare() - 1
-
-    def _expect(self, pattern, seconds):
-        """Wait for text that matches; return the match, or None when the time is over."""
-        until = time.monotonic() + seconds
-        while True:
-            match = pattern.search(self.text)
-            if match:
-                self.text = self.text[match.end():]
-                return match
-            if not self._goes_on(until):
-                return None
-
-    def _expect_command(self, pattern, seconds):
-        """The same for a telnet command."""
-        until = time.monotonic() + seconds
-        while True:
-            for piece in self.commands:
-                match = pattern.search(piece)
-                if match:
-                    return match
-            if not self._goes_on(until):
-                return None
-
-    def _goes_on(self, until):
+    def goes_on(self, until):
         """Wait for more; False when the time is over."""
         if self.ended is not None:
             raise self.lost()
-        if time.monotonic() >= until:
+        if self.clock() >= until:
             return False
-        self.wait(until)
+        self._context.wait(until)
         return True
+
+    def _await(self, find, seconds):
+        until = self.clock() + seconds
+        while True:
+            match = find()
+            if match or not self.goes_on(until):
+                return match
+
+    def expect(self, pattern, seconds):
+        """Wait for text that matches, and take it and all before it; return the match, or None."""
+        match = self._await(lambda: pattern.search(self.text), seconds)
+        if match:
+            self.text = self.text[match.end():]
+        return match
+
+    def expect_command(self, pattern, seconds):
+        """Wait for a telnet command that matches; return the match, or None."""
+        return self._await(
+            lambda: next(filter(None, map(pattern.search, self.commands)), None), seconds)
+
+    def ask(self, line, pattern, seconds):
+        """Send a line and wait for text that matches; return the match, or None."""
+        self.send(line)
+        return self.expect(pattern, seconds)
+
+    def hear_greeting(self):
+        """Wait, the first time, until the world has said what it says at connect; whether any text
+        has come by now."""
+        until, quiet = self.clock() + GREETING_SECONDS, self._greeted is not None
+        while self.clock() < until and not quiet and self.ended is None:
+            seen = len(self.text) + len(self.commands)
+            self._context.wait(min(until, self.clock() + GREETING_PAUSE) if seen else until)
+            quiet = seen and seen == len(self.text) + len(self.commands)
+        self._greeted = bool(self._greeted or self.text.strip())
+        return self._greeted
+
+
+class Quota:
+    """The commands a world still takes at once, `most` (None: any number), then one a second: a
+    token bucket. Pure."""
+
+    def __init__(self, most, clock, tokens=None):
+        self._most, self._clock, self._filled = most, clock, clock()
+        self._tokens = most if tokens is None else tokens
+
+    def spare(self):
+        """How many commands may be sent at once."""
+        if not self._most:
+            return 10 ** 6
+        now = self._clock()
+        self._tokens = min(self._most, self._tokens + now - self._filled)
+        self._filled = now
+        return self._tokens
+
+    def spend(self):
+        """A command is sent."""
+        self._tokens = self.spare() - 1
+
+
+class Connection:
+    """One heartbeat connection: the World behind it, as far as it is known, and what can be asked
+    of that. Every question raises Lost when the connection ends instead."""
+
+    def __init__(self, talk, address, target, settings):
+        self.talk, self.settings = talk, settings
+        self.world = World(address, target, PLAIN, None, False, False, tls=settings.world_tls,
+                           word=settings.remotehostname_cmd)
+        self.quota = Quota(None, talk.clock)
+        self.renew_at = None       # when a connection at the login screen must be made anew
+
+    def note(self, **facts):
+        """That is known of the World now."""
+        self.world = self.world._replace(**facts)
+
+    @property
+    def dialect(self):
+        """The family, PLAIN until it is known."""
+        return self.world.dialect
+
+    @property
+    def address(self):
+        """The Address of the world."""
+        return self.world.address
+
+    @property
+    def lacks_something(self):
+        """Whether the world could give more than it does, once somebody has mended it."""
+        world = self.world
+        return world.blind or not (world.rights and world.told and world.dialect.logs_in)
+
+    def close(self):
+        """Close the connection."""
+        self.talk.close()
 
     # ---- who are you?
 
     def identify(self, known, try_address):
-        """Find the family (`known`, if it was found before) and the start id of the world's life, which is constant
-        over in-place restarts and new at each start; and with `try_address` whether users' addresses can be told."""
+        """Find the family (`known`, if it was found before), the start id, which is constant over
+        in-place restarts and new at each start, whether the world knows telnet, and with
+        `try_address` whether users' addresses can be told."""
         if self.address.path:
-            self.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", self.address.path))
-        self.dialect = known or self._recognise()
-        if self.dialect.address_may_be_refused and self.settings.remotehostname_cmd != "none":
-            self.told = try_address and self._understands_address()
-        self.life = self._start_id() or f"?{secrets.token_hex(4)}"
-        self.telnet = not self.dialect.end_command or bool(self.commands) or self._knows_telnet()
+            self.talk.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", self.address.path))
+        dialect = known or self._recognise()
+        self.note(dialect=dialect)
+        self.quota = Quota(dialect.quota, self.talk.clock)
+        if dialect.address_may_be_refused and self.world.word != "none":
+            self.note(told=try_address and self._understands_address())
+        self.note(life=self._start_id() or f"?{secrets.token_hex(4)}")
+        self.note(telnet=not dialect.end_command or bool(self.talk.commands)
+                   or self._knows_telnet())
 
     def _recognise(self):
-        self._let_settle()
-        banner, answer = b"".join(self.commands) + self.text, None
-        if self.ended is not None:
-            raise self.lost()
+        talk, answer = self.talk, None
+        talk.hear_greeting()
+        banner = b"".join(talk.commands) + talk.text
+        if talk.ended is not None:
+            raise talk.lost()
         dialect, how = recognise(banner, b""), "by what it sends at connect"
         if dialect is None:
-            self.send(b"INFO\r\n")
-            answer = self._expect(_INFO_BLOCK, 3)
-            dialect, how = recognise(banner, answer.group() if answer else b""), "by its answer to INFO"
+            answer = talk.ask(b"INFO\r\n", _INFO_BLOCK, INFO_SECONDS)
+            dialect = recognise(banner, answer.group() if answer else b"")
+            how = "by its answer to INFO"
         if dialect is None and not banner and not answer:
-            raise self.lost("it took the connection but does not answer")
+            raise talk.lost("it took the connection but does not answer")
         if dialect is None:
-            log.warning("%s: the family of this world was not recognised: HAS serves it as `plain`, without logins; "
-                        "set mush_type", self.address)
+            log.warning("%s: the family of this world was not recognised: HAS serves it as "
+                        "`plain`, without logins; set mush_type", self.address)
             return PLAIN
         log.info("%s: the world is a %s, recognised %s", self.address, dialect.name, how)
         return dialect
 
-    def _let_settle(self):
-        """Wait until the world has said what it says at connect: for a pause of 0.25 s, or 3 s. Only once."""
-        until, quiet = time.monotonic() + 3, self._settled
-        while time.monotonic() < until and not quiet and self.ended is None:
-            seen = len(self.text) + len(self.commands)
-            self.wait(min(until, time.monotonic() + 0.25) if seen else until)
-            quiet = seen and seen == len(self.text) + len(self.commands)
-        self._greeted = self._greeted or bool(self.text.strip())
-        self._settled = True
-
     def _understands_address(self):
-        """Whether the address line is taken in silence: a server that does not know it shows its login screen again."""
-        self._let_settle()
-        self.text = b""
-        word = self.settings.remotehostname_cmd
-        self.send(self.dialect.address_line("127.0.0.1", 0, word, None) + b"INFO\r\n")
+        """Whether the address line is taken in silence: who does not know it shows the login screen
+        again."""
+        greeted = self.talk.hear_greeting()
+        self.talk.text = b""
+        line = self.dialect.address_line("127.0.0.1", 0, self.world.word, None) + b"INFO\r\n"
+        pattern = re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n")
+        self.talk.send(line)
         try:
-            answer = self._expect(re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n"),
-                                  self.settings.hb_timeout)
+            answer = self.talk.expect(pattern, self.settings.hb_timeout)
         except Lost as lost:
             lost.at_address = True
             raise
         if not answer:
-            raise self.lost("it took the connection but does not answer")
-        # RhostMUSH with ssl_welcome 1 says nothing before the line, and its banner behind it (worlds/rhostmush.md f)
-        if not answer.group(1).strip() or not self._greeted:
+            raise self.talk.lost("it took the connection but does not answer")
+        # RhostMUSH with ssl_welcome 1 says nothing before the line, and its banner behind it
+        # (worlds/rhostmush.md f)
+        if not answer.group(1).strip() or not greeted:
             return True
-        log.warning("%s: the world does not know the line that hands over addresses, so it is not sent; switch it on "
-                    "there (README), then kill -HUP, or set remotehostname_cmd = none", self.address)
+        log.warning("%s: the world does not know the line that hands over addresses, so it is not "
+                    "sent; switch it on there (README), then kill -HUP, or set "
+                    "remotehostname_cmd = none", self.address)
         return False
 
     def _start_id(self):
         dialect, seconds = self.dialect, self.settings.hb_timeout
         if not dialect.start_question:
             return None
-        if dialect.start_command:               # only to a server that offers it: others would take it as text
-            if not self._expect_command(re.compile(re.escape(dialect.start_command)), 1):
+        if dialect.start_command:               # only who offers it: others take it as text
+            if not self._sees(dialect.start_command):
                 return None
-            self.send(dialect.start_question)
-            answer = self._expect_command(dialect.start_answer, seconds)
+            self.talk.send(dialect.start_question)
+            answer = self.talk.expect_command(dialect.start_answer, seconds)
         else:
-            self.send(dialect.start_question)
-            answer = self._expect(dialect.start_answer, seconds)
+            answer = self.talk.ask(dialect.start_question, dialect.start_answer, seconds)
         if not answer:
             raise self._silent("it took the connection but does not answer")
         if not dialect.start_command:
             self._compare_family(answer.string[:answer.end()])
         return f"{self.address} since {printable(answer.group(1))}"
 
+    def _sees(self, command):
+        """Whether that telnet command has come, or comes now."""
+        return bool(self.talk.expect_command(re.compile(re.escape(command)), TELNET_SECONDS))
+
     def _knows_telnet(self):
-        """Some TeenyMUSHes offer nothing and yet answer; others take telnet for text (worlds/teenymush.md a)."""
-        self.send(self.dialect.end_question + b"\r\n")          # the line end takes such text off the next line
-        return bool(self._expect_command(re.compile(re.escape(self.dialect.end_command)), 1))
-
-    # ---- the login
-
-    def log_in(self, login):
-        """Log in and have a probe answered. False if the login did not take: see `refused`, and `ended`, for a world
-        may hang up on it (logins disabled, full)."""
-        proof = self.dialect.proof(True, self.telnet)
-        until = overdue = time.monotonic() + self.settings.hb_timeout
-        self.commands.clear()
-        self.send(proof.script(login))
-        while not proof.ended and time.monotonic() < until:
-            self.text, news = proof.hear(self.text)
-            if News.ASK in news:
-                overdue = time.monotonic() + END_SECONDS
-                self.send(proof.question())
-            if proof.asked and time.monotonic() >= overdue or any(
-                    proof.saw_command(piece) for piece in self.commands):
-                proof.end()
-            if not proof.ended:
-                if self.ended is not None and not proof.login:
-                    return False
-                self._goes_on(min(until, overdue))
-        if not proof.ended:
-            raise self._silent("it does not answer to the heartbeat's login")
-        self.refused = proof.refused
-        if proof.login and not self.ask(self.settings.hb_timeout):
-            raise self.lost("the heartbeat is logged in but gets no answer")
-        return bool(proof.login)
+        """Some TeenyMUSHes offer nothing and yet answer; others take telnet for text
+        (worlds/teenymush.md a): the line end takes that off the next line."""
+        self.talk.send(self.dialect.end_question + b"\r\n")
+        return self._sees(self.dialect.end_command)
 
     def look_at_family(self):
-        """Something did not work as mush_type promises: whether the world is of another family; see `looks`."""
-        if self.settings.mush_type != "auto" and not self.looks:
-            self.send(b"INFO\r\n")
-            info = self._expect(_INFO_BLOCK, 2)
+        """Something did not work as mush_type promises: whether the world is of another family."""
+        if self.settings.mush_type != "auto" and not self.world.looks:
+            info = self.talk.ask(b"INFO\r\n", _INFO_BLOCK, ASIDE_SECONDS)
             self._compare_family(info.group() if info else b"")
-        return bool(self.looks)
+        return bool(self.world.looks)
 
     def _compare_family(self, info):
-        looks = recognise(b"".join(self.commands) + self.text, info)
+        looks = recognise(b"".join(self.talk.commands) + self.talk.text, info)
         if self.settings.mush_type != "auto" and looks not in (None, self.dialect):
-            self.looks = looks.name
+            self.note(looks=looks.name)
 
     def _silent(self, where):
         """The Lost of a world that does not answer what its family would."""
         try:
             self.look_at_family()
         except Lost:
-            pass                                # it has ended meanwhile; why it was given up is what counts
-        return self.lost(where + (f"; it looks like a {self.looks}: is mush_type right?" if self.looks else ""))
+            pass                                # it has ended meanwhile; what counts is why we gave up
+        looks = self.world.looks
+        return self.talk.lost(
+            where + (f"; it looks like a {looks}: is mush_type right?" if looks else ""))
+
+    # ---- the login
+
+    def log_in(self, login):
+        """Log in and have a probe answered. False if the login did not take: see world.shut, and
+        talk.ended, for a world may hang up on it (logins disabled, full)."""
+        talk, proof = self.talk, self.dialect.proof(True, self.world.telnet)
+        until = overdue = talk.clock() + self.settings.hb_timeout
+        talk.commands.clear()
+        talk.send(proof.script(login))
+        while not proof.ended and talk.clock() < until:
+            talk.text, news = proof.hear(talk.text)
+            if News.ASK in news:
+                overdue = talk.clock() + END_SECONDS
+                talk.send(proof.question())
+            if any(map(proof.saw_command, talk.commands)) or (
+                    proof.asked and talk.clock() >= overdue):
+                proof.end()
+            if not proof.ended:
+                if talk.ended is not None and not proof.login:
+                    return False
+                talk.goes_on(min(until, overdue))
+        if not proof.ended:
+            raise self._silent("it does not answer to the heartbeat's login")
+        self.note(shut=proof.refused)
+        if proof.login and not self.ask(self.settings.hb_timeout):
+            raise talk.lost("the heartbeat is logged in but gets no answer")
+        return bool(proof.login)
 
     def look_at_rights(self, login):
         """Find out whether the heartbeat may do what it is for; a WARNING says what it lacks."""
-        dialect, user = self.dialect, self.settings.hb_user
+        dialect = self.dialect
+        if not (dialect.check_function or dialect.flag_question):
+            return
         if dialect.check_function:
-            self.checks = self.rights = self.verdicts([login]) == [True]
-            if not self.rights and not self.look_at_family():
-                log.warning("%s: the heartbeat %s may not check passwords: set its %s flag, then kill -HUP; until then "
-                            "a login counts by the world's own words", self.address, user, dialect.needed_flag)
-        elif dialect.flag_question:
+            rights = self.verdicts([login]) == [True]
+            self.note(checks=rights, rights=rights)
+            lack = ("may not check passwords: set its {flag} flag, then kill -HUP; until then a "
+                    "login counts by the world's own words")
+        else:
             nonce = _new_nonce()
-            answer = self._think(b"think %s %s %s\r\n" % (nonce, dialect.flag_question, nonce), nonce)
-            self.rights = answer == b"1" if self.settings.mush_type != "auto" else answer != b"0"
-            if not self.rights and not self.look_at_family():
-                log.warning("%s: the heartbeat %s has no %s flag: it cannot get back in while logins are disabled or "
-                            "the game is full: set it, then kill -HUP", self.address, user, dialect.needed_flag)
+            answer = self._think(b"think %s %s %s\r\n" % (nonce, dialect.flag_question, nonce),
+                                 nonce)
+            is_known = self.settings.mush_type != "auto"
+            self.note(rights=answer == b"1" if is_known else answer != b"0")
+            lack = ("has no {flag} flag: it cannot get back in while logins are disabled or the "
+                    "game is full: set it, then kill -HUP")
+        if not self.world.rights and not self.look_at_family():
+            log.warning("%s: the heartbeat %s %s", self.address, self.settings.hb_user,
+                        lack.format(flag=dialect.needed_flag))
 
     def stay_outside(self):
         """Watch from the login screen, where HAS does not get in."""
-        self.blind = True
-        self.renew_at = time.monotonic() + RENEW_SECONDS
+        self.note(blind=True)
+        self.renew_at = self.talk.clock() + RENEW_SECONDS
         if not self._ask_at_login_screen(self.settings.hb_timeout):
-            raise self.lost("it does not answer at the login screen")
+            raise self.talk.lost("it does not answer at the login screen")
 
     # ---- questions
 
     def question(self, seconds):
-        """Put the question whether the world lives; True if it was answered within `seconds`."""
+        """Ask whether the world lives; True if it was answered within `seconds`."""
         if self.dialect.logs_in:
-            return self._ask_at_login_screen(seconds) if self.blind else self.ask(seconds)
-        until = time.monotonic() + 1            # the idle connection is the witness: it survives a user's leaving
-        while self._goes_on(until):
+            return self._ask_at_login_screen(seconds) if self.world.blind else self.ask(seconds)
+        until = self.talk.clock() + WITNESS_SECONDS
+        while self.talk.goes_on(until):
             pass
         return True
 
     def ask(self, seconds):
         """Send one probe; True if its own answer came as a whole line."""
         nonce = _new_nonce()
-        self._spend()
-        self.send(self.dialect.probe(nonce))
-        return bool(self._expect(re.compile(rb"(?m)^" + nonce + rb"\r?\n"), seconds))
+        self.quota.spend()
+        answer = re.compile(rb"(?m)^" + nonce + rb"\r?\n")
+        return bool(self.talk.ask(self.dialect.probe(nonce), answer, seconds))
 
     def _ask_at_login_screen(self, seconds):
         line, pattern = self.dialect.login_probe
         nonce = _new_nonce()
-        self.text = b""
-        self.send(line.replace(b"%(n)s", nonce))
-        return bool(self._expect(re.compile(pattern.pattern.replace(b"%(n)s", nonce)), seconds))
+        self.talk.text = b""
+        answer = re.compile(pattern.pattern.replace(b"%(n)s", nonce))
+        return bool(self.talk.ask(line.replace(b"%(n)s", nonce), answer, seconds))
 
     def _think(self, line, nonce):
-        """Send a line whose answer stands between two nonces; return that, or None after 2 s."""
-        self._spend()
-        self.send(line)
-        answer = self._expect(re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce)), 2)
+        """Send a line whose answer stands between two nonces; return that, or None."""
+        self.quota.spend()
+        answer = re.compile(rb"(?m)^%s (.*) %s\r?\n" % (nonce, nonce))
+        answer = self.talk.ask(line, answer, ASIDE_SECONDS)
         return answer and answer.group(1)
 
     def can_ask(self, pairs):
         """Whether one line can ask about all these pairs."""
-        line = self.dialect.check(pairs, _new_nonce()) if self.checks else None
-        return line is not None and len(line) <= self.dialect.longest_line
+        return self.world.checks and self._check_line(pairs, _new_nonce()) is not None
+
+    def _check_line(self, pairs, nonce):
+        line = self.dialect.check(pairs, nonce)
+        return line if line is not None and len(line) <= self.dialect.longest_line else None
 
     def verdicts(self, pairs):
-        """Ask about all pairs in one line; a list as long as `pairs` of True, False or None (unknown)."""
-        unknown, nonce = [None] * len(pairs), _new_nonce()
-        line = self.dialect.check(pairs, nonce)
-        if line is None or len(line) > self.dialect.longest_line:
-            return unknown
-        answer = self._think(line, nonce)
-        verdicts = unknown if answer is None else self.dialect.verdicts(answer)
-        return verdicts if len(verdicts) == len(pairs) else unknown
+        """Ask about all pairs in one line; a list as long as `pairs` of True, False or None
+        (unknown)."""
+        nonce = _new_nonce()
+        line = self._check_line(pairs, nonce)
+        answer = line and self._think(line, nonce)
+        verdicts = [] if answer is None else self.dialect.verdicts(answer)
+        return verdicts if len(verdicts) == len(pairs) else [None] * len(pairs)
 
     # ---- a new process in place of this one
 
-    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "renew_at", "text", "target", "refused", "word",
+    _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "target", "shut", "word",
                "looks")
 
     def park(self):
-        """What a new process needs to go on with this connection, whose socket is left open; plain values."""
-        return {"fd": self.sock.detach(), "address": str(self.address), "dialect": self.dialect.name,
-                "held": pack(self.scanner.held), "spare": self.spare(),
-                "values": {name: pack(getattr(self, name)) for name in self._PARKED}}
+        """What a new process needs to go on with this connection, whose socket is left open."""
+        values = {name: getattr(self.world, name) for name in self._PARKED}
+        values.update(renew_at=self.renew_at, text=self.talk.text)
+        return {"fd": self.talk.sock.detach(), "address": str(self.address),
+                "dialect": self.dialect.name, "held": pack(self.talk.scanner.held),
+                "spare": self.quota.spare(),
+                "values": {name: pack(value) for name, value in values.items()}}
 
     @classmethod
-    def unpark(cls, left, settings, wait):
+    def unpark(cls, left, context):
         """The connection that park() left."""
-        sock = socket.socket(fileno=left["fd"])
+        sock, settings = socket.socket(fileno=left["fd"]), context.settings
         sock.setblocking(False)
-        connection = cls(sock, parse_address(left["address"]), None, settings, wait)
-        connection.tls = None                   # the socket of a TLS connection is never parked
-        for name in set(cls._PARKED) & set(left["values"]):
-            setattr(connection, name, unpack(left["values"][name]))
-        connection.target = (socket.AddressFamily(connection.target[0]), connection.target[1])
-        connection.dialect, connection.scanner.held = DIALECTS[left["dialect"]], unpack(left["held"])
-        connection._tokens = left["spare"]
+        values = {name: unpack(value) for name, value in left["values"].items()}
+        text, renew_at = values.pop("text"), values.pop("renew_at")
+        if "refused" in values:                 # its older name
+            values["shut"] = values.pop("refused")
+        family, target = values["target"]
+        values["target"] = socket.AddressFamily(family), target
+        address, dialect = parse_address(left["address"]), DIALECTS[left["dialect"]]
+        held = unpack(left["held"])
+        talk = Talk(sock, context, settings.hb_pass)            # nothing fails from here on
+        talk.text, talk.scanner.held = text, held
+        connection = cls(talk, address, None, settings)
+        connection.renew_at = renew_at
+        connection.note(dialect=dialect, tls=None,              # the socket of TLS is never parked
+                        **{name: values[name] for name in cls._PARKED if name in values})
+        connection.quota = Quota(dialect.quota, talk.clock, left["spare"])
         return connection
+
+
+class AddressBook:
+    """Where addresses lead: a target is (socket family, numeric address).
+
+    Nothing is looked up in the way of an answer, and DNS may fail. So a name that led to a world is
+    looked up again only when it has led nowhere for LOOK_UP_SECONDS, and another world's name in a
+    thread of its own, which touches nothing here but `post`, that of the heartbeat's mailbox.
+    """
+
+    def __init__(self, post, clock):
+        self._post, self._clock = post, clock
+        self._led = {}             # Address -> the target that led to its world the last time
+        self._nowhere = {}         # Address -> since when, or when it was looked up since
+        self._asked = set()        # the Addresses that such a thread looks up
+        self._found = {}           # Address -> a list of targets that it found, or its exception
+
+    def leads(self, address, target):
+        """That target led to the world."""
+        self._led[address] = target
+        self._nowhere.pop(address, None)
+
+    def leads_nowhere(self, address):
+        """Nothing led to the world."""
+        self._nowhere.setdefault(address, self._clock())
+
+    def forget_all_but(self, address):
+        """The settings have changed; where users are is still known, whatever DNS says."""
+        self._led = {it: target for it, target in self._led.items() if it == address}
+        self._nowhere.clear()
+
+    def targets(self, address):
+        """A list of targets to try; OSError or UnicodeError. Blocks for DNS, if it must."""
+        known, since = self._led.get(address), self._nowhere.get(address)
+        if known and (since is None or self._clock() < since + LOOK_UP_SECONDS):
+            return [known]
+        self._nowhere[address] = self._clock()
+        try:
+            found = self._found.pop(address, None) or self.look_up(address)
+            if isinstance(found, Exception):
+                raise found
+            return found
+        except (OSError, UnicodeError) as error:
+            if not known:
+                raise
+            log.debug("%s: cannot be looked up: %s; tried on where it was", address, error)
+            return [known]
+
+    def is_at_hand(self, address):
+        """Whether targets() will not block; if it would, a look-up is begun."""
+        if address.path or address in self._led or address in self._found or _is_numeric(
+                address.host):
+            return True
+        if address not in self._asked:
+            self._asked.add(address)
+            threading.Thread(target=self._look_up_beside, args=(address,), name="look-up",
+                             daemon=True).start()
+        return False
+
+    def _look_up_beside(self, address):
+        try:
+            found = self.look_up(address)
+        except Exception as error:              # told where the address is tried
+            found = error
+        self._post(self._on_found, address, found)
+
+    def _on_found(self, address, found):
+        self._asked.discard(address)
+        self._found[address] = found
+
+    @staticmethod
+    def look_up(address):
+        """The targets of an address, without this book. Blocks for DNS."""
+        if address.path:
+            return [(socket.AF_UNIX, address.path)]
+        found = socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
+        return list(dict.fromkeys((family, target) for family, _, _, _, target in found))
+
+
+class _Dial:
+    """A connect under way, for Context.watch(): it is over when anything is said of its socket."""
+
+    ended = None
+
+    def receive(self):
+        """The socket may be written to, or has failed."""
+        self.ended = ""
+
+
+class Connector:
+    """Opens a Connection to an address, over TLS if that is wanted."""
+
+    def __init__(self, context, book):
+        self._context, self._book = context, book
+
+    def open(self, address):
+        """A Connection to an address; Lost says whose fault it is that there is none."""
+        try:
+            sock, target = self._reach(address)
+        except (OSError, UnicodeError) as error:
+            self._book.leads_nowhere(address)
+            number = getattr(error, "errno", None)
+            ours = isinstance(error, socket.gaierror) or number not in OF_THE_WORLD
+            raise Lost(getattr(error, "strerror", None) or str(error), ours=ours, refused=not ours
+                       and number in (errno.ECONNREFUSED, errno.ENOENT)) from None
+        settings = self._context.settings
+        if settings.world_tls:
+            try:
+                sock = self._wrap(sock, address)
+            except OSError as error:            # all this says of the world is that it lives
+                raise Lost(error.strerror, accepted=True, ours=True) from None
+        self._book.leads(address, target)
+        talk = Talk(sock, self._context, settings.hb_pass)
+        return Connection(talk, address, target, settings)
+
+    def _reach(self, address):
+        """(a connected socket, the target); the last target's OSError where none answers."""
+        failure = None
+        for target in self._book.targets(address):
+            try:
+                return self._connect(target), target
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _connect(self, target):
+        """A connected non-blocking socket; OSError."""
+        sock, settings = begin_connect(target), self._context.settings
+        try:
+            self._await(sock)
+            error = connect_error(sock)
+            if error:
+                reset(sock)
+                raise error
+            if not isinstance(target[1], str) and target[1][1] in (
+                    settings.local_port, settings.local_port_ssl) and _is_ours(
+                        target[1][0], {"local_address": settings.local_address}):
+                raise OSError(errno.ELOOP, "that is HAS itself: give the port of the MUSH")
+            tune(sock, 15, 5, 3)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _await(self, sock):
+        """Wait until the connect is over; OSError where that takes too long."""
+        context, dial = self._context, _Dial()
+        until = context.clock() + REACH_SECONDS
+        context.watch(sock, dial, WRITE)
+        try:
+            while dial.ended is None:
+                if context.clock() >= until:
+                    raise OSError(errno.ETIMEDOUT, "no answer to the connect")
+                context.wait(until)
+        except BaseException:
+            context.close(sock)
+            raise
+
+    def _wrap(self, sock, address):
+        """The TLS handshake with the world; OSError says why not."""
+        try:
+            sock.settimeout(REACH_SECONDS)
+            tls = self._context.settings.world_tls
+            sock = tls.wrap_socket(sock, server_hostname=address.host)
+            sock.setblocking(False)
+            return sock
+        except (OSError, ValueError) as error:
+            sock.close()
+            raise OSError(errno.EPROTO, f"TLS: {tls_reason(error)}") from None
+
+
+def _age_by_start_id(life):
+    """Seconds since the start that a start id names, by this machine's clock."""
+    text = life.rpartition(" since ")[2]
+    try:
+        began = int(text) if text.isdigit() else time.mktime(time.strptime(text))
+    except (ValueError, OverflowError):
+        return LONG_AGO
+    age = time.time() - began
+    return age if age >= 0 else LONG_AGO        # another clock
+
+
+class Lives:
+    """The names of the lives of worlds: start ids, unless those prove nothing. Pure.
+
+    A world that dies in the second in which it was started, and is started again at once, has the
+    same start id: what follows such a life gets another name, and what follows one in between
+    nobody listened.
+    """
+
+    def __init__(self, clock):
+        self._clock = clock
+        self._life, self._since = None, 0.0     # the one we were in last; when it was first seen
+        self._renamed = (None, None)            # a start id that proves nothing, its life's name
+
+    def name(self, life):
+        """The name of the life that has this start id."""
+        return self._renamed[1] if life == self._renamed[0] else life
+
+    def enter(self, life):
+        """We are in that life; the first one that we see began before we looked."""
+        if life != self._life:
+            age = 0.0 if self._life else _age_by_start_id(life)
+            self._life, self._since = life, self._clock() - age
+
+    def doubt(self):
+        """The connection was lost: this life may have ended in its first second."""
+        if self._clock() - self._since < START_ID_SECONDS:
+            self.rename()
+
+    def rename(self):
+        """Whatever its start id, what follows is another life."""
+        if self._life:
+            start_id = self._renamed[0] if self._life == self._renamed[1] else self._life
+            self._renamed = (start_id, f"{start_id} ({secrets.token_hex(4)})")
+
+    def park(self):
+        """Plain values for a new process."""
+        return {"life": [self._life, self._since], "renamed": list(self._renamed)}
+
+    def unpark(self, parked):
+        """Take up what park() left."""
+        self._life, self._since = parked.get("life", (None, 0.0))
+        self._renamed = tuple(parked.get("renamed", (None, None)))
+
+
+class LoginPause:
+    """No login is tried before `until`, in the life of the world in which one was not taken. Pure.
+    """
+
+    def __init__(self, clock):
+        self._clock, self.until = clock, 0.0
+        self._life, self.refused = None, False  # the life; whether the world refused that login
+
+    def begin(self, seconds):
+        """One did not show whether it was taken: the world is of another family."""
+        self.until = self._clock() + seconds
+
+    def begin_in(self, life, refused):
+        """One was not taken in that life; return for how long none is tried."""
+        seconds = LOGIN_AGAIN_SECONDS if refused else LOGIN_CLOSED_SECONDS
+        self.begin(seconds)
+        self._life, self.refused = life, refused
+        return seconds
+
+    def end(self):
+        """The settings have changed, or the life is over."""
+        self.until = 0.0
+
+    def holds_in(self, life):
+        """Whether a login must wait in that life."""
+        return self._clock() < self.until and (life.startswith("?") or life == self._life)
+
+    def park(self):
+        """Plain values for a new process."""
+        return {"login_after": self.until, "login_life": self._life, "login_refused": self.refused}
+
+    def unpark(self, parked):
+        """Take up what park() left."""
+        self.until = parked["login_after"]
+        self._life, self.refused = parked.get("login_life"), parked.get("login_refused", False)
+
+
+class Entrance:
+    """The way into a world: from its address to a Connection that is recognised, logged in where
+    that can be, and confirmed by an answered probe."""
+
+    def __init__(self, context, connector, lives):
+        self._context, self._connector, self._lives = context, connector, lives
+        self.pause = LoginPause(context.clock)
+        self._known = {}           # Address -> Dialect as recognised
+        self._untold = set()       # Addresses where the word that hands over addresses ends it
+        self._shut_out = False     # the last login was not taken, and the log says so
+
+    def on_settings(self, other_worlds):
+        """New settings are in force: maybe other addresses, or another mush_type."""
+        if other_worlds:
+            self._known.clear()
+        self._untold.clear()
+        self.pause.end()
+
+    def park(self):
+        """Plain values for a new process."""
+        return {"known": [[str(address), it.name] for address, it in self._known.items()],
+                **self.pause.park()}
+
+    def unpark(self, parked):
+        """Take up what park() left."""
+        known = {_address_or_none(address): name for address, name in parked["known"]}
+        self._known = {address: DIALECTS[name] for address, name in known.items() if address}
+        self.pause.unpark(parked)
+
+    def establish(self, address):
+        """A confirmed Connection to an address; Lost says why there is none."""
+        connection = self._identified(address)
+        if not connection.dialect.logs_in:
+            self._or_close(connection, connection.question, WITNESS_SECONDS)
+        elif not self._or_close(connection, self._log_in, connection):
+            connection = self._stay_outside(connection)
+        looks = connection.world.looks
+        if looks:
+            self._context.log_change(
+                logging.WARNING, (address, "looks"),
+                f"{address}: mush_type = {connection.dialect.name}, but the world looks like a "
+                f"{looks}: set mush_type = {looks} (or auto), then kill -HUP")
+        return connection
+
+    def _stay_outside(self, connection):
+        """The login was not taken: stay at the login screen, or get in after all."""
+        if connection.talk.ended is not None:
+            connection.close()
+            life, connection = connection.world.life, self._identified(connection.address)
+            if life != connection.world.life:   # it did not hang up on us: it died, and is back
+                self.pause.end()
+                if self._or_close(connection, self._log_in, connection):
+                    return connection
+        self._or_close(connection, connection.stay_outside)
+        return connection
+
+    @staticmethod
+    def _or_close(connection, call, *arguments):
+        """call(*arguments); the connection is closed if that fails."""
+        try:
+            return call(*arguments)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _identified(self, address):
+        """A Connection whose family and life are known; Lost."""
+        mush_type = self._context.settings.mush_type
+        known = self._known.get(address) if mush_type == "auto" else DIALECTS[mush_type]
+        connection = self._connector.open(address)
+        try:
+            self._or_close(connection, connection.identify, known, address not in self._untold)
+        except Lost as lost:
+            if not lost.at_address:
+                raise
+            connection = self._connector.open(address)
+            self._or_close(connection, connection.identify, known, False)
+            self._untold.add(address)           # it lives, and does without the line
+            log.warning("%s: the world hangs up on the line that hands over addresses (%s), so it "
+                        "is not sent; allow HAS there (README), then kill -HUP, or set "
+                        "remotehostname_cmd = none", address, lost)
+        if connection.dialect is not PLAIN:
+            self._known[address] = connection.dialect
+        connection.note(life=self._lives.name(connection.world.life))
+        return connection
+
+    def _log_in(self, connection):
+        """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
+        if self.pause.holds_in(connection.world.life):
+            connection.note(shut=self.pause.refused)
+            return False
+        context, settings = self._context, self._context.settings
+        login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
+        if connection.log_in(login):
+            if self._shut_out:
+                log.info("%s: the heartbeat %s is logged in now", connection.address,
+                         settings.hb_user)
+            self._shut_out = False
+            context.forget_said("login")
+            connection.look_at_rights(login)
+            return True
+        self._shut_out = True
+        if connection.talk.ended is None and connection.look_at_family():
+            self.pause.begin(LOGIN_AGAIN_SECONDS)
+        else:
+            self._say_not_taken(connection, settings)
+        return False
+
+    def _say_not_taken(self, connection, settings):
+        world = connection.world
+        pause = self.pause.begin_in(world.life, world.shut)
+        what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and "
+                "hb_pass, or make the character (README), then kill -HUP." if world.shut else
+                "does not take the heartbeat's login "
+                f"({connection.talk.lost('it gives no reason')}): are logins disabled, or is it "
+                "full?")
+        loss = ", but passwords cannot be checked" if world.dialect.check_function else ""
+        self._context.log_change(
+            logging.WARNING, "login", f"{world.address}: the world {what} Users are kept and "
+            f"brought back all the same{loss}; next try every {pause} s")
 
 
 def _address_or_none(text):
@@ -5370,603 +5896,451 @@ def _address_or_none(text):
         return None
 
 
-class Heartbeat(threading.Thread):
-    """The heartbeat's thread. Others may call start(), post to `mailbox`, and join(seconds); nothing else."""
+class Course:
+    """Which address users are on, which is tried next, and how soon. Pure."""
 
-    def __init__(self, hub, hub_mailbox, settings, parked=None):
-        super().__init__(name="heartbeat", daemon=True)
-        self.mailbox = Mailbox()
-        self._hub, self._hub_mailbox, self._settings = hub, hub_mailbox, settings
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.mailbox.reader, READ, None)
-        self._asks = []            # (session number, link serial) whose links ended
-        self._checks = collections.deque()      # (session number, link serial, pairs)
-        self._current = None       # the Address users are on
-        self._wanted = None        # the Address a HUP asks for, not yet confirmed
+    def __init__(self, clock):
+        self._clock = clock
+        self.current = None        # the Address users are on
+        self.wanted = None         # the Address a HUP asks for, not yet confirmed
+        self.down_since = None
         self._try_at = 0.0         # when the next other address may be tried
         self._answering_since = None            # how long the preferred address has answered
-        self._down_since = None
-        self._login_after = 0.0    # no login is tried before, in the life of the world in which one was not taken:
-        self._login_life, self._login_refused = None, False
-        self._known = {}           # Address -> Dialect as recognised
-        self._targets = {}         # Address -> (socket family, numeric address) that led to its world the last time
-        self._targets_age = {}     # Address -> since when that has led nowhere, or when it was looked up since then
-        self._round_trip = 0.0     # of the last probe that was answered at once, in seconds
-        self._looking, self._looked_up = set(), {}          # addresses; Address -> numeric forms, or an exception
-        self._shut_out = False     # the last try to log in was not taken, and the log says so
-        self._untold = set()       # the addresses of worlds that hang up when they are told a user's address
-        self._said = {}            # subject -> what was logged of it last, so as not to repeat it for years
-        self._renew = False        # the settings ask for a new connection to the same world
-        self._lacks = False        # the world we are on does not give the heartbeat all it needs
-        self._stopping = False
-        self._parked_before = parked            # what park() of an older process left
-        self._life, self._life_since = None, 0.0            # the one we were in last, and when it was seen first
-        self._renamed = (None, None)            # a start id that proved nothing, and the name its life has here
-        self._silent_since = None               # when the probe was sent that the world has not answered yet
-        self.parked = None         # for a new process; read it only after join()
 
-    # ---- messages of the hub, run in this thread
-
-    def on_ask(self, number, serial):
-        """A link ended: does the world live?"""
-        self._asks.append((number, serial))
-
-    def on_check(self, number, serial, pairs):
-        """Which of these pairs are right? Answered by hub.on_checked."""
-        self._checks.append((number, serial, pairs))
-
-    def on_settings(self, settings):
-        """New settings hold; a changed list of addresses is a wish to move."""
-        changed = settings.mush_address != self._settings.mush_address
-        own = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca", "remotehostname_cmd")
-        if changed or settings.mush_type != self._settings.mush_type:
-            self._known.clear()
-        if changed:                             # where users are is still known, whatever DNS says
-            self._targets = {address: it for address, it in self._targets.items() if address == self._current}
-            self._targets_age.clear()
-        self._untold.clear()
-        self._said.clear()
-        self._renew = self._renew or self._lacks or any(
-            getattr(settings, key) != getattr(self._settings, key) for key in own) or (
-            settings.files.get("mush_ssl_ca") != self._settings.files.get("mush_ssl_ca"))
-        self._settings = settings
-        self._login_after = self._try_at = 0.0
-        if changed:
-            first = settings.mush_address[0]
-            self._wanted = first if first != self._current else None
-            self._tell(self._hub.on_wish, None)
+    def on_settings(self, first):
+        """New settings are in force; with `first`, the preferred address, they ask for a move."""
+        self._try_at = 0.0
+        if first:
+            self.wanted = first if first != self.current else None
 
     def on_down(self):
-        """The hub says that the world is down: another one may take over after failover_after."""
-        self._down_since = self._down_since or time.monotonic()
+        """The world is down: another one may take over after failover_after."""
+        self.down_since = self.down_since or self._clock()
 
-    def on_stop(self):
-        """End the thread; `parked` says how a new process can go on."""
-        self._stopping = True
+    def arrive(self, address):
+        """Users are on that address now."""
+        self.current, self.down_since = address, None
+        if self.wanted == address:
+            self.wanted = None
 
-    # ---- the thread
-
-    def try_once(self, address):
-        """Log in to a world once, without the thread; return its World, or Lost. For --check --probe."""
-        connection = self._establish(address)
-        self._close(connection)
-        return connection.world
-
-    def run(self):
-        """Find a world, stay with it until it is lost, for ever."""
-        connection = self._unpark(self._parked_before) if self._parked_before else None
-        while not self._stopping:
-            try:
-                connection = connection or self._search()
-                self._attend(connection)
-            except Moved as moved:
-                self._close(connection)
-                connection = moved.connection
-                continue
-            except Lost as lost:
-                self._doubt_life()
-                self._tell(self._hub.on_heartbeat_lost, str(lost), lost.dead)
-            except Stopped:
-                self.parked = self._park(connection)
-                return
-            except Exception:
-                log.exception("heartbeat: a fault of HAS; the heartbeat starts anew")
-                self._tell(self._hub.on_heartbeat_lost, "fault", False)
-                self._pause(1)
-            self._close(connection)
-            connection = self._parked_before = None
-            self._forget_checks()
-
-    def _park(self, connection):
-        """Leave the connection open for a new process; plain values."""
-        parked = {"current": str(self._current or ""), "wanted": str(self._wanted or ""),
-                  "login_after": self._login_after, "login_life": self._login_life,
-                  "login_refused": self._login_refused, "down_since": self._down_since,
-                  "silent_since": self._silent_since, "life": [self._life, self._life_since],
-                  "renamed": list(self._renamed),
-                  "known": [[str(address), dialect.name] for address, dialect in self._known.items()]}
-        if connection and connection.ended is None and type(connection.sock) is socket.socket:
-            parked["connection"] = connection.park()
-        return parked
-
-    def _unpark(self, parked):
-        """Take up what _park() left; return its Connection, if it left one."""
-        self._current, self._wanted = (_address_or_none(parked[name]) for name in ("current", "wanted"))
-        self._login_after, self._down_since = parked["login_after"], parked["down_since"]
-        self._login_life, self._login_refused = parked.get("login_life"), parked.get("login_refused", False)
-        self._silent_since = parked.get("silent_since")
-        self._life, self._life_since = parked.get("life", (None, 0.0))
-        self._renamed = tuple(parked.get("renamed", (None, None)))
-        known = {_address_or_none(address): DIALECTS[name] for address, name in parked["known"]}
-        self._known = {address: dialect for address, dialect in known.items() if address}
-        if "connection" not in parked:
-            return None
-        try:
-            connection = Connection.unpark(parked["connection"], self._settings, self._wait)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:      # another version did it otherwise
-            log.warning("the heartbeat's connection could not be taken over (%r); it makes another one", error)
-            self._tell(self._hub.on_heartbeat_lost, "it could not be taken over", False)
-            return None
-        self._selector.register(connection.sock, READ, connection)
-        self._targets[connection.address] = connection.target
-        self._current, self._down_since = connection.address, None
-        return connection
-
-    def _tell(self, call, *arguments):
-        self._hub_mailbox.post(call, *arguments)
-
-    def _log_change(self, level, subject, text):
-        """Log a text about a subject, at DEBUG if it is what was said of that the last time."""
-        log.log(logging.DEBUG if self._said.get(subject) == text else level, "%s", text)
-        self._said[subject] = text
-
-    def _wait(self, until):
-        """Serve the mailbox and read what comes, until something came or the time `until`."""
-        for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
-            if key.data is None:
-                self.mailbox.run()
-            else:
-                key.data.receive()
-                if key.data.ended is not None:
-                    self._selector.unregister(key.fileobj)
-        if self._stopping:
-            raise Stopped
-
-    def _pause(self, seconds):
-        """Wait; cut short when a link ends, for then somebody wants to know."""
-        until, asked = time.monotonic() + seconds, len(self._asks)
-        while time.monotonic() < until and not (len(self._asks) > asked and self._down_since is None):
-            self._wait(until)
-
-    def _close(self, connection):
-        if connection:
-            if connection.sock.fileno() >= 0 and connection.sock in self._registered():
-                self._selector.unregister(connection.sock)
-            connection.sock.close()
-
-    def _registered(self):
-        return [key.fileobj for key in self._selector.get_map().values()]
-
-    def _or_close(self, connection, call, *arguments):
-        """call(*arguments); the connection is closed if that fails."""
-        try:
-            return call(*arguments)
-        except BaseException:
-            self._close(connection)
-            raise
-
-    # ---- finding a world
-
-    def _search(self):
-        """Try the addresses until one of them is confirmed."""
-        while True:
-            for address in self._candidates():
-                try:
-                    return self._establish(address)
-                except Lost as lost:
-                    if lost.ours:
-                        self._log_change(logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
-                                         "nothing of the world: users on open connections play on")
-                    elif not lost.accepted:     # nobody listens: the life in which a login was refused is over
-                        self._login_after = 0.0
-                    if lost.refused and address == self._current:
-                        self._rename_life()
-                    says_nothing = lost.ours or lost.alive
-                    self._tell(self._hub.on_trouble if says_nothing else self._hub.on_unreachable, address, str(lost),
-                               lost.accepted)
-                except (Moved, Stopped):
-                    raise
-                except Exception as error:      # costs this try only: another address may do
-                    self._log_change(logging.ERROR, (address, "fault"), f"{address}: a fault of HAS in trying it: "
-                                     + traceback.format_exc())
-                    self._tell(self._hub.on_trouble, address, repr(error), False)
-            self._pause(self._pace())
-
-    def _pace(self):
-        """Seconds until the next try: ten a second in the first minute of an outage, for a refused connect on this
-        machine costs 50 us; then ever fewer, down to one in `retry`. Far worlds as their round trip allows."""
-        minutes = (time.monotonic() - (self._down_since or time.monotonic())) / 60
-        return min(self._settings.retry, max(FASTEST_RETRY, 10 * self._round_trip) * 2 ** max(0.0, minutes - 1))
-
-    def _candidates(self):
-        """The addresses to try now, in order."""
-        addresses, settings = self._settings.mush_address, self._settings
-        first = self._wanted or (self._current if self._current in addresses else addresses[0])
-        others = [a for a in [self._current] + addresses if a and a != first]
-        down = self._down_since is not None and time.monotonic() - self._down_since
-        if self._wanted:
+    def candidates(self, settings):
+        """The addresses to try now, in order, while users are on none."""
+        addresses = settings.mush_address
+        stay = self.current if self.current in addresses else addresses[0]
+        first = self.wanted or stay
+        others = [it for it in [self.current] + addresses if it and it != first]
+        if self.wanted:
             return [first] + others[:1]
-        if settings.failover_after and down and down >= settings.failover_after:
-            return [first] + others
-        return [first]
+        down = self.down_since is not None and self._clock() - self.down_since
+        fails_over = settings.failover_after and down and down >= settings.failover_after
+        return [first] + others if fails_over else [first]
 
-    def _establish(self, address):
-        """Connect to an address, recognise the family, log in and have a probe answered; Lost says why not."""
-        connection = self._confirmed(address)
-        if connection.looks:
-            looks = connection.looks
-            self._log_change(logging.WARNING, (address, "looks"), f"{address}: mush_type = {connection.dialect.name}, but "
-                             f"the world looks like a {looks}: set mush_type = {looks} (or auto), then kill -HUP")
-        return connection
+    def pace(self, settings, round_trip):
+        """Seconds until the next try: ten a second in the first minute of an outage, for a refused
+        connect on this machine costs 50 us; then ever fewer, down to one in `retry`. Far worlds as
+        their round trip allows (seconds)."""
+        now = self._clock()
+        minutes = (now - (self.down_since or now)) / 60
+        fastest = max(FASTEST_RETRY, 10 * round_trip)
+        return min(settings.retry, fastest * 2 ** max(0.0, minutes - 1))
 
-    def _confirmed(self, address):
-        connection = self._identified(address)
-        if not connection.dialect.logs_in:
-            self._or_close(connection, connection.question, 1)
-            return connection
-        if self._or_close(connection, self._log_in, connection):
-            return connection
-        if connection.ended is not None:
-            self._close(connection)
-            life, connection = connection.life, self._identified(address)
-            if life != connection.life:         # it did not hang up on the login: it died, and is back
-                self._login_after = 0.0
-                if self._or_close(connection, self._log_in, connection):
-                    return connection
-        self._or_close(connection, connection.stay_outside)
-        return connection
+    def other(self, settings):
+        """The address to try while users are on another: the wanted or preferred one."""
+        preferred = settings.mush_address[0]
+        fails_back = settings.failback_after and self.current != preferred
+        due = self._clock() >= self._try_at and (self.wanted or fails_back)
+        return (self.wanted or preferred) if due else None
 
-    def _identified(self, address):
-        """A connection to the world at an address whose family is known; Lost."""
-        known = (DIALECTS[self._settings.mush_type] if self._settings.mush_type != "auto" else
-                 self._known.get(address))
-        connection = self._open(address)
-        try:
-            self._or_close(connection, connection.identify, known, address not in self._untold)
-        except Lost as lost:
-            if not lost.at_address:
-                raise
-            connection = self._open(address)
-            self._or_close(connection, connection.identify, known, False)
-            self._untold.add(address)           # it lives, and does without the line
-            log.warning("%s: the world hangs up on the line that hands over addresses (%s), so it is not sent; allow "
-                        "HAS there (README), then kill -HUP, or set remotehostname_cmd = none", address, lost)
-        if connection.dialect is not PLAIN:
-            self._known[address] = connection.dialect
-        if connection.life == self._renamed[0]:
-            connection.life = self._renamed[1]
-        return connection
+    def begin_try(self, settings):
+        """other() is tried now; return whether a HUP asks for it."""
+        pause = max(WISH_SECONDS, settings.retry) if self.wanted else settings.beat
+        self._try_at = self._clock() + pause
+        return self.wanted is not None
 
-    def _note_life(self, life):
-        """We are in that life of the world; the first one that we see began before we looked."""
-        if life != self._life:
-            age = 0.0 if self._life else _age_by_start_id(life)
-            self._life, self._life_since = life, time.monotonic() - age
+    def is_to_move(self, wanted, settings, answers):
+        """Whether to move to the address that was tried. `answers`: a world is confirmed there."""
+        if wanted:
+            return answers
+        now = self._clock()
+        since = self._answering_since or now
+        moves = answers and now - since >= settings.failback_after
+        self._answering_since = since if answers and not moves else None
+        return moves
 
-    def _doubt_life(self):
-        """The connection was lost: a start id tells only whole seconds, and this life may have ended in its first one."""
-        if time.monotonic() - self._life_since < START_ID_SECONDS:
-            self._rename_life()
+    def park(self):
+        """Plain values for a new process."""
+        return {"current": str(self.current or ""), "wanted": str(self.wanted or ""),
+                "down_since": self.down_since}
 
-    def _rename_life(self):
-        """A world that dies in the second in which it was started, and is started again at once, has the same start id:
-        then that proves nothing, and what follows has another name. Nor does it where nobody listened in between."""
-        if self._life:
-            start_id = self._renamed[0] if self._life == self._renamed[1] else self._life
-            self._renamed = (start_id, f"{start_id} ({secrets.token_hex(4)})")
+    def unpark(self, parked):
+        """Take up what park() left."""
+        self.current = _address_or_none(parked["current"])
+        self.wanted = _address_or_none(parked["wanted"])
+        self.down_since = parked["down_since"]
 
-    def _log_in(self, connection):
-        """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
-        new_life = not connection.life.startswith("?") and connection.life != self._login_life
-        if time.monotonic() < self._login_after and not new_life:
-            connection.refused = self._login_refused
-            return False
-        settings, dialect = self._settings, connection.dialect
-        login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
-        if connection.log_in(login):
-            if self._shut_out:
-                log.info("%s: the heartbeat %s is logged in now", connection.address, settings.hb_user)
-            self._shut_out = False
-            self._said.pop("login", None)
-            connection.look_at_rights(login)
-            return True
-        self._shut_out = True
-        if connection.ended is None and connection.look_at_family():
-            self._login_after = time.monotonic() + LOGIN_AGAIN_SECONDS
-            return False
-        pause = LOGIN_AGAIN_SECONDS if connection.refused else LOGIN_CLOSED_SECONDS
-        self._login_after = time.monotonic() + pause
-        self._login_life, self._login_refused = connection.life, connection.refused
-        what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and hb_pass, or make the "
-                "character (README), then kill -HUP." if connection.refused else
-                f"does not take the heartbeat's login ({connection.lost('it gives no reason')}): are logins disabled, "
-                "or is it full?")
-        loss = ", but passwords cannot be checked" if dialect.check_function else ""
-        self._log_change(logging.WARNING, "login", f"{connection.address}: the world {what} Users are kept and brought "
-                         f"back all the same{loss}; next try every {pause} s")
-        return False
 
-    def _open(self, address):
-        """A Connection to an address, over TLS if that is wanted; Lost."""
-        failure = None
-        try:
-            for target in self._targets_of(address):
-                try:
-                    sock = self._connect(target)
-                    break
-                except OSError as error:
-                    failure = error
-            else:
-                raise failure
-        except (OSError, UnicodeError) as error:
-            self._targets_age.setdefault(address, time.monotonic())
-            lost = Lost(getattr(error, "strerror", None) or str(error))
-            lost.ours = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno not in OF_THE_WORLD
-            lost.refused = not lost.ours and error.errno in (errno.ECONNREFUSED, errno.ENOENT)
-            raise lost from None
-        if self._settings.world_tls:
-            try:
-                sock = self._wrap(sock, address)
-            except OSError as error:            # it took the connection: that it lives is all this says
-                lost = Lost(error.strerror)
-                lost.accepted = lost.ours = True
-                raise lost from None
-        self._targets[address] = target
-        self._targets_age.pop(address, None)
-        connection = Connection(sock, address, target, self._settings, self._wait)
-        self._selector.register(sock, READ, connection)
-        return connection
+class Search:
+    """Finds the world that users are to be on: any, when they are on none, or a better one."""
 
-    def _targets_of(self, address):
-        """Where to connect to. A name that led to a world is looked up again only when it has led nowhere for a while:
-        nothing is looked up in the way of an answer, and DNS may fail."""
-        known = self._targets.get(address)
-        failing_since = self._targets_age.get(address)
-        if known and (failing_since is None or time.monotonic() < failing_since + LOOK_UP_SECONDS):
-            return [known]
-        self._targets_age[address] = time.monotonic()
-        try:
-            found = self._looked_up.pop(address, None) or self._resolve(address)
-            if isinstance(found, Exception):
-                raise found
-            return found
-        except (OSError, UnicodeError) as error:
-            if not known:
-                raise
-            log.log(logging.DEBUG, "%s: cannot be looked up: %s; tried on where it was", address, error)
-            return [known]
+    def __init__(self, context, course, entrance, book, lives, rest):
+        self._context, self._course, self._entrance = context, course, entrance
+        self._book, self._lives = book, lives
+        self._rest = rest          # waits between two rounds
 
-    def _is_looked_up(self, address):
-        """Whether another address can be tried without a look-up in the way of answers; if not, one is begun."""
-        if address.path or address in self._targets or address in self._looked_up or _is_numeric(address.host):
-            return True
-        if address not in self._looking:
-            self._looking.add(address)
-            threading.Thread(target=self._look_up, args=(address,), name="look-up", daemon=True).start()
-        return False
-
-    def _look_up(self, address):
-        """The life of a thread of its own: it reads nothing of this object but the mailbox."""
-        try:
-            found = self._resolve(address)
-        except Exception as error:              # told where the address is tried
-            found = error
-        self.mailbox.post(self._on_looked_up, address, found)
-
-    def _on_looked_up(self, address, found):
-        self._looking.discard(address)
-        self._looked_up[address] = found
-
-    @staticmethod
-    def _resolve(address):
-        """The numeric forms of an address. Blocks for DNS."""
-        if address.path:
-            return [(socket.AF_UNIX, address.path)]
-        found = socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
-        return list(dict.fromkeys((family, target) for family, _, _, _, target in found))
-
-    def _connect(self, target):
-        """A connected non-blocking socket; OSError."""
-        sock = socket.socket(target[0], socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            error = sock.connect_ex(target[1])
-            if error == errno.EINPROGRESS:
-                self._await_writable(sock, time.monotonic() + 3)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error))
-            if is_connected_to_itself(sock):
-                reset(sock)
-                raise OSError(errno.ECONNREFUSED, "connected to itself: nothing listens there")
-            if not isinstance(target[1], str) and target[1][1] in (
-                    self._settings.local_port, self._settings.local_port_ssl) and _is_ours(
-                        target[1][0], {"local_address": self._settings.local_address}):
-                raise OSError(errno.ELOOP, "that is HAS itself: give the port of the MUSH")
-            tune(sock, 15, 5, 3)
-            return sock
-        except BaseException:
-            sock.close()
-            raise
-
-    def _wrap(self, sock, address):
-        """The TLS handshake with the world; OSError says why not."""
-        try:
-            sock.settimeout(3)
-            sock = self._settings.world_tls.wrap_socket(sock, server_hostname=address.host)
-            sock.setblocking(False)
-            return sock
-        except (OSError, ValueError) as error:
-            sock.close()
-            raise OSError(errno.EPROTO, f"TLS: {tls_reason(error)}") from None
-
-    def _await_writable(self, sock, until):
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(sock, WRITE)
-            waiting.register(self.mailbox.reader, READ)
-            while time.monotonic() < until:
-                for key, _ in waiting.select(max(0.0, until - time.monotonic())):
-                    if key.fileobj is sock:
-                        return
-                    self.mailbox.run()
-                if self._stopping:
-                    raise Stopped
-        raise OSError(errno.ETIMEDOUT, "no answer to the connect")
-
-    # ---- staying with a world
-
-    def _attend(self, connection):
-        """Probe, answer, check, until the connection is lost or another address is confirmed."""
-        self._current, self._down_since = connection.address, None
-        if self._wanted == self._current:
-            self._wanted = None
-        self._note_life(connection.life)
-        self._lacks = connection.lacks_something
-        if self._parked_before:                 # an older process found this world; does it still answer?
-            self._parked_before = None
-            self._probe(connection)
-        self._tell(self._hub.on_world_found, connection.world)
-        beat_at = time.monotonic() + self._settings.beat
+    def find(self):
+        """Try the addresses until one is confirmed; return its Connection."""
         while True:
-            now = time.monotonic()
-            if connection.ended is not None:
-                raise Lost(connection.ended)
-            self._consider_moving()
-            if self._renew:
-                self._renew = False             # before: a HUP may come in the middle of it
-                better = self._try(connection.address, connection)
-                if better:
-                    raise Moved(better)
-            if connection.renew_at and now >= min(connection.renew_at, self._login_after):
-                self._renew_outside(connection)
-            if self._asks or now >= beat_at:
-                self._probe(connection)
-                beat_at = time.monotonic() + self._settings.beat
-            elif self._checks and connection.spare() > PROBE_RESERVE:
-                self._check(connection)
-            else:
-                self._wait(min(beat_at, now + 1) if self._checks or self._wanted or connection.renew_at else beat_at)
+            for address in self._course.candidates(self._context.settings):
+                try:
+                    return self._entrance.establish(address)
+                except Lost as lost:
+                    self._note_failure(address, lost)
+                except Exception as error:      # costs this try only: another address may do
+                    self._context.log_change(
+                        logging.ERROR, (address, "fault"),
+                        f"{address}: a fault of HAS in trying it: {traceback.format_exc()}")
+                    self._context.tell(self._context.hub.on_trouble, address, repr(error), False)
+            self._rest()
 
-    def _renew_outside(self, connection):
-        """Before the world's login screen closes on us; later, where this machine has trouble."""
-        try:
-            raise Moved(self._establish(connection.address))
-        except Lost as lost:
-            if not lost.ours:
-                raise
-            self._log_change(logging.ERROR, (connection.address, "ours"), f"the heartbeat: {lost}; tried again in 10 s")
-            connection.renew_at = time.monotonic() + 10
-            self._login_after = max(self._login_after, connection.renew_at)
+    def _note_failure(self, address, lost):
+        hub = self._context.hub
+        if lost.ours:
+            self._context.log_change(
+                logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
+                "nothing of the world: users on open connections play on")
+        elif not lost.accepted:                 # nobody listens: the life of that refusal is over
+            self._entrance.pause.end()
+        if lost.refused and address == self._course.current:
+            self._lives.rename()
+        tell = hub.on_trouble if lost.ours or lost.alive else hub.on_unreachable
+        self._context.tell(tell, address, str(lost), lost.accepted)
 
-    def _probe(self, connection):
-        """One probe serves all who asked before it was sent. Lost when the world is silent for dead_after."""
-        asks, self._asks = self._asks, []
-        settings, silent, now = self._settings, self._silent_since is not None, time.monotonic()
-        self._silent_since = started = self._silent_since or now
+    def consider_moving(self):
+        """While users are served: Moved, if another address is to be taken and confirmed."""
+        course, settings = self._course, self._context.settings
+        address = course.other(settings)
+        if not address or not self._book.is_at_hand(address):
+            return
+        wanted = course.begin_try(settings)
+        connection = self.try_beside(address)
+        if course.is_to_move(wanted, self._context.settings, connection is not None):
+            raise Moved(connection)
+        if connection:
+            connection.close()
+
+    def try_beside(self, address, old=None):
+        """A connection to another world, or another one to the same, no worse than the `old` one;
+        None (logged) where that cannot be had."""
         try:
-            answered = connection.question(min(settings.hb_timeout, settings.dead_after))
-            while not answered:
-                if not silent:
-                    silent = True
-                    self._tell(self._hub.on_silent)
-                left = started + self._settings.dead_after - time.monotonic()
-                if left <= 0:
-                    lost = Lost(f"no answer for {settings.dead_after:g} s")
-                    lost.dead = True
-                    raise lost
-                self._consider_moving()
-                answered = connection.question(min(left, settings.hb_timeout))
+            connection = self._entrance.establish(address)
+            worse = old and _is_worse(connection.world, old.world)
+            if worse:
+                connection.close()
+                raise Lost(worse)
+            return connection
+        except Exception as error:
+            if not isinstance(error, Lost):
+                log.exception("%s: a fault of HAS in trying it", address)
+            self._say_not_better(address, error)
+            return None
+
+    def _say_not_better(self, address, error):
+        context, current, wanted = self._context, self._course.current, self._course.wanted
+        if address == current:
+            context.log_change(
+                logging.ERROR, address, f"HUP: the new settings do not work with {address}: "
+                f"{error}; the old connection is kept; mend mush_type, mush_ssl or hb_user, then "
+                "kill -HUP")
+        else:
+            context.log_change(
+                logging.ERROR if address == wanted else logging.INFO, address,
+                f"{address} cannot take over: {error}; users stay on {current}")
+        if address in (current, wanted):
+            context.tell(context.hub.on_wish, f"{address}: {error}")
+
+
+def _is_worse(world, old):
+    """Why one World is worse than an older one of the same, or None."""
+    if world.blind and not old.blind or world.looks and not old.looks:
+        return (f"it looks like a {world.looks}" if world.looks else
+                "the heartbeat's login is not taken any more")
+    return None
+
+
+class Probes:
+    """Asks the world whether it lives, and tells the hub."""
+
+    def __init__(self, context):
+        self._context = context
+        self.asks = []             # (session number, link serial) whose links ended
+        self.silent_since = None   # when the probe was sent that is not answered yet
+        self.round_trip = 0.0      # of the last probe that was answered at once, in seconds
+
+    def probe(self, connection, meanwhile):
+        """One probe serves all who asked before it was sent. `meanwhile` is called while the world
+        is silent; Lost when it has been so for dead_after."""
+        asks, self.asks = self.asks, []
+        try:
+            started = self._await_answer(connection, meanwhile)
         except (Lost, Moved):
-            self._asks, self._silent_since = asks + self._asks, None
+            self.asks, self.silent_since = asks + self.asks, None
             raise
-        self._silent_since = None
-        self._round_trip = self._round_trip if silent else time.monotonic() - started
-        if silent:
-            self._tell(self._hub.on_answering)
-        self._tell(self._hub.on_answers, asks, connection.life, time.monotonic() - started)
+        self.silent_since = None
+        context = self._context
+        context.tell(context.hub.on_answers, asks, connection.world.life, context.clock() - started)
 
-    def _check(self, connection):
+    def _await_answer(self, connection, meanwhile):
+        """Returns when the probe was sent, or the first one since the world is silent."""
+        context, settings = self._context, self._context.settings
+        silent, now = self.silent_since is not None, context.clock()
+        self.silent_since = started = self.silent_since or now
+        answered = connection.question(min(settings.hb_timeout, settings.dead_after))
+        while not answered:
+            if not silent:
+                silent = True
+                context.tell(context.hub.on_silent)
+            dead_after = context.settings.dead_after
+            left = started + dead_after - context.clock()
+            if left <= 0:
+                raise Lost(f"no answer for {dead_after:g} s", dead=True)
+            meanwhile()
+            answered = connection.question(min(left, settings.hb_timeout))
+        if silent:
+            context.tell(context.hub.on_answering)
+        else:
+            self.round_trip = context.clock() - started
+        return started
+
+
+class Checks:
+    """Passwords to be checked, asked of the world together."""
+
+    def __init__(self, context):
+        self._context = context
+        self._waiting = collections.deque()     # (session number, link serial, pairs)
+
+    def __len__(self):
+        return len(self._waiting)
+
+    def add(self, number, serial, pairs):
+        """Which of these pairs are right? Answered by hub.on_checked."""
+        self._waiting.append((number, serial, pairs))
+
+    def _tell(self, number, serial, verdicts):
+        self._context.tell(self._context.hub.on_checked, number, serial, verdicts)
+
+    def forget(self):
+        """Nobody can say."""
+        while self._waiting:
+            number, serial, pairs = self._waiting.popleft()
+            self._tell(number, serial, [None] * len(pairs))
+
+    def ask(self, connection):
         """Ask about as many waiting pairs as fit into one line."""
         batch, pairs = [], []
-        while self._checks and (not batch or len(pairs) < 20):
-            number, serial, asked = self._checks[0]
+        while self._waiting and (not batch or len(pairs) < CHECKS_A_LINE):
+            number, serial, asked = self._waiting[0]
             can_ask = connection.can_ask(asked)
             if can_ask and not connection.can_ask(pairs + asked):
                 break                           # it begins the next line
-            self._checks.popleft()
+            self._waiting.popleft()
             if not can_ask:
-                self._tell(self._hub.on_checked, number, serial, [None] * len(asked))
+                self._tell(number, serial, [None] * len(asked))
                 continue
             batch.append((number, serial, len(asked)))
             pairs += asked
         verdicts = connection.verdicts(pairs) if pairs else []
         for number, serial, count in batch:
-            self._tell(self._hub.on_checked, number, serial, verdicts[:count])
+            self._tell(number, serial, verdicts[:count])
             verdicts = verdicts[count:]
 
-    def _forget_checks(self):
-        while self._checks:
-            number, serial, pairs = self._checks.popleft()
-            self._tell(self._hub.on_checked, number, serial, [None] * len(pairs))
 
-    def _consider_moving(self):
-        """While users are served: confirm the address a HUP asked for, or the preferred one; Moved if so."""
-        now, settings = time.monotonic(), self._settings
-        preferred = settings.mush_address[0]
-        if now < self._try_at or not self._is_looked_up(self._wanted or preferred):
-            return
-        if self._wanted:
-            self._try_at = now + max(5.0, settings.retry)
-            connection = self._try(self._wanted)
-            if connection:
-                raise Moved(connection)
-        elif settings.failback_after and self._current != preferred:
-            self._try_at = now + settings.beat
-            connection = self._try(preferred)
-            if not connection:
-                self._answering_since = None
+class Heartbeat(threading.Thread):
+    """The heartbeat's thread: finds a world, stays with it until it is lost, for ever.
+
+    Others may call start(), post to `mailbox`, join(seconds), and then read `parked`; nothing else.
+    """
+
+    def __init__(self, hub, hub_mailbox, settings, parked=None, clock=time.monotonic):
+        super().__init__(name="heartbeat", daemon=True)
+        self._context = context = Context(hub, hub_mailbox, settings, clock)
+        self.mailbox = context.mailbox
+        self._book = AddressBook(self.mailbox.post, clock)
+        self._lives, self._course = Lives(clock), Course(clock)
+        self._entrance = Entrance(context, Connector(context, self._book), self._lives)
+        self._search = Search(context, self._course, self._entrance, self._book, self._lives,
+                              self._rest)
+        self._probes, self._checks = Probes(context), Checks(context)
+        self._renew = False        # the settings ask for a new connection to the same world
+        self._lacks = False        # the world we are on does not give the heartbeat all it needs
+        self._parked_before = parked            # what an older process left
+        self.parked = None         # for a new process
+
+    # ---- messages of the hub, run in this thread
+
+    def on_ask(self, number, serial):
+        """A link ended: does the world live?"""
+        self._probes.asks.append((number, serial))
+
+    def on_check(self, number, serial, pairs):
+        """Which of these pairs are right? Answered by hub.on_checked."""
+        self._checks.add(number, serial, pairs)
+
+    _OWN_KEYS = ("mush_type", "hb_user", "hb_pass", "mush_ssl", "mush_ssl_verify", "mush_ssl_ca",
+                 "remotehostname_cmd")          # settings that a connection is made with
+
+    def on_settings(self, settings):
+        """New settings are in force; a changed list of addresses is a wish to move."""
+        context, old = self._context, self._context.settings
+        moves = settings.mush_address != old.mush_address
+        self._entrance.on_settings(moves or settings.mush_type != old.mush_type)
+        if moves:
+            self._book.forget_all_but(self._course.current)
+        context.forget_said()
+        self._renew = self._renew or self._lacks or any(
+            getattr(settings, key) != getattr(old, key) for key in self._OWN_KEYS) or (
+            settings.files.get("mush_ssl_ca") != old.files.get("mush_ssl_ca"))
+        context.settings = settings
+        self._course.on_settings(settings.mush_address[0] if moves else None)
+        if moves:
+            context.tell(context.hub.on_wish, None)
+
+    def on_down(self):
+        """The hub says that the world is down."""
+        self._course.on_down()
+
+    def on_stop(self):
+        """End the thread; `parked` says how a new process can go on."""
+        self._context.stopping = True
+
+    # ---- the thread
+
+    def try_once(self, address):
+        """Log in to a world once, without the thread; return its World, or Lost. For --check
+        --probe."""
+        connection = self._entrance.establish(address)
+        connection.close()
+        return connection.world
+
+    def run(self):
+        """The life of the thread."""
+        context, rest = self._context, 0
+        connection = self._unpark(self._parked_before) if self._parked_before else None
+        while not context.stopping:
+            try:
+                self._pause(rest)
+                rest = 0
+                connection = connection or self._search.find()
+                self._attend(connection)
+            except Moved as moved:
+                connection.close()
+                connection = moved.connection
+                continue
+            except Lost as lost:
+                self._lives.doubt()
+                context.tell(context.hub.on_heartbeat_lost, str(lost), lost.dead)
+            except Stopped:
+                self.parked = self._park(connection)
                 return
-            self._answering_since = self._answering_since or now
-            if now - self._answering_since >= settings.failback_after:
-                self._answering_since = None
-                raise Moved(connection)
-            self._close(connection)
+            except Exception:
+                log.exception("heartbeat: a fault of HAS; the heartbeat starts anew")
+                context.tell(context.hub.on_heartbeat_lost, "fault", False)
+                rest = FAULT_SECONDS
+            if connection:
+                connection.close()
+            connection = self._parked_before = None
+            self._checks.forget()
 
-    def _try(self, address, old=None):
-        """A connection to another world, or another one to the same, no worse than the `old` one; None (logged) where
-        that cannot be had."""
-        try:
-            connection = self._establish(address)
-            if old and (connection.blind and not old.blind or connection.looks and not old.looks):
-                self._close(connection)
-                raise Lost(f"it looks like a {connection.looks}" if connection.looks else
-                           "the heartbeat's login is not taken any more")
-            return connection
-        except (Moved, Stopped):
-            raise
-        except Exception as error:
-            lost = error
-            if not isinstance(error, Lost):
-                log.exception("%s: a fault of HAS in trying it", address)
-            if address == self._current:
-                self._log_change(logging.ERROR, address, f"HUP: the new settings do not work with {address}: {lost}; "
-                                 "the old connection is kept; mend mush_type, mush_ssl or hb_user, then kill -HUP")
-            else:
-                level = logging.ERROR if address == self._wanted else logging.INFO
-                self._log_change(level, address, f"{address} cannot take over: {lost}; users stay on {self._current}")
-            if address in (self._current, self._wanted):
-                self._tell(self._hub.on_wish, f"{address}: {lost}")
+    def _park(self, connection):
+        """Leave the connection open for a new process; plain values."""
+        parked = {**self._course.park(), **self._entrance.park(), **self._lives.park(),
+                  "silent_since": self._probes.silent_since}
+        if connection and connection.talk.ended is None and (
+                type(connection.talk.sock) is socket.socket):
+            parked["connection"] = connection.park()
+        return parked
+
+    def _unpark(self, parked):
+        """Take up what _park() left; return its Connection, if it left one."""
+        context = self._context
+        for room in (self._course, self._entrance, self._lives):
+            room.unpark(parked)
+        self._probes.silent_since = parked.get("silent_since")
+        if "connection" not in parked:
             return None
+        try:
+            connection = Connection.unpark(parked["connection"], context)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            log.warning("the heartbeat's connection could not be taken over (%r); it makes another "
+                        "one", error)           # another version did it otherwise
+            context.tell(context.hub.on_heartbeat_lost, "it could not be taken over", False)
+            return None
+        self._book.leads(connection.address, connection.world.target)
+        self._course.current, self._course.down_since = connection.address, None
+        return connection
+
+    def _rest(self):
+        """Wait until the next round of tries."""
+        self._pause(self._course.pace(self._context.settings, self._probes.round_trip))
+
+    def _pause(self, seconds):
+        """Wait; cut short when a link ends, for then somebody wants to know."""
+        context, asks = self._context, len(self._probes.asks)
+        until = context.clock() + seconds
+        while context.clock() < until and (
+                len(self._probes.asks) <= asks or self._course.down_since is not None):
+            context.wait(until)
+
+    def _attend(self, connection):
+        """Probe, answer, check, until the connection is lost or another address is confirmed."""
+        context = self._context
+        self._course.arrive(connection.address)
+        self._lives.enter(connection.world.life)
+        self._lacks = connection.lacks_something
+        if self._parked_before:                 # an older process found it: does it still answer?
+            self._parked_before = None
+            self._probe(connection)
+        context.tell(context.hub.on_world_found, connection.world)
+        beat_at = context.clock() + context.settings.beat
+        while True:
+            if connection.talk.ended is not None:
+                raise Lost(connection.talk.ended)
+            self._search.consider_moving()
+            self._renew_where_due(connection)
+            if self._probes.asks or context.clock() >= beat_at:
+                self._probe(connection)
+                beat_at = context.clock() + context.settings.beat
+            elif self._checks and connection.quota.spare() > PROBE_RESERVE:
+                self._checks.ask(connection)
+            else:
+                soon = self._checks or self._course.wanted or connection.renew_at
+                context.wait(min(beat_at, context.clock() + 1) if soon else beat_at)
+
+    def _probe(self, connection):
+        self._probes.probe(connection, self._search.consider_moving)
+
+    def _renew_where_due(self, connection):
+        """Moved to another connection to the same world, if the settings or its login screen want
+        one."""
+        if self._renew:
+            self._renew = False                 # before: a HUP may come in the middle of it
+            better = self._search.try_beside(connection.address, connection)
+            if better:
+                raise Moved(better)
+        due = connection.renew_at and min(connection.renew_at, self._entrance.pause.until)
+        if due is None or self._context.clock() < due:
+            return
+        try:
+            raise Moved(self._entrance.establish(connection.address))
+        except Lost as lost:
+            if not lost.ours:
+                raise
+            self._context.log_change(
+                logging.ERROR, (connection.address, "ours"),
+                f"the heartbeat: {lost}; tried again in {RENEW_AGAIN_SECONDS} s")
+            connection.renew_at = self._context.clock() + RENEW_AGAIN_SECONDS
+            pause = self._entrance.pause
+            pause.until = max(pause.until, connection.renew_at)
 
 
 # ======================================================================
