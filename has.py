@@ -5357,7 +5357,7 @@ class Connection:
         try:
             self.look_at_family()
         except Lost:
-            pass                                # it has ended meanwhile; what counts is why we gave up
+            pass                                # it has ended meanwhile: why we gave up counts
         looks = self.world.looks
         return self.talk.lost(
             where + (f"; it looks like a {looks}: is mush_type right?" if looks else ""))

@@ -214,7 +214,7 @@ class TestSettings(SettingsCase):
         heartbeat = has.Heartbeat(None, None, settings_of(()))
         heartbeat._unpark({"current": "a..b:1", "wanted": "", "login_after": 0.0, "down_since": None,
                            "known": [["a..b:1", "tinymux"], ["mush.example:2", "tinymux"]]})
-        self.assertEqual((heartbeat._current, [str(it) for it in heartbeat._known]), (None, ["mush.example:2"]))
+        self.assertEqual((heartbeat._course.current, [str(it) for it in heartbeat._entrance._known]), (None, ["mush.example:2"]))
 
     def test_a_comment_behind_a_value_is_warned_of(self):
         for key, value in (("log_file", "has.log # logs"), ("admins", "Alice # me"), ("hb_user", "beat ; the bot"),
@@ -3890,10 +3890,10 @@ class Pace(RigCase):
         for retry, round_trip, minutes, wanted in (
                 (1, 0.0003, 0, 0.1), (1, 0.0003, 0.9, 0.1), (1, 0.0003, 2, 0.2), (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1),
                 (60, 0.0003, 600, 60), (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
-            heartbeat = has.Heartbeat(None, None, settings_of((("retry", retry),)))
-            heartbeat._round_trip = round_trip
-            heartbeat._down_since = time.monotonic() - 60 * minutes
-            self.assertAlmostEqual(heartbeat._pace(), wanted, 2)
+            course = has.Course(lambda: 1000.0 + 60 * minutes)
+            course.down_since = 1000.0
+            pace = course.pace(types.SimpleNamespace(retry=retry), round_trip)
+            self.assertAlmostEqual(pace, wanted, 2)
 
 
 class NewConnections(RigCase):
@@ -6258,9 +6258,9 @@ class TestHeartbeat(Case):
         for number, ours in ((errno.ECONNREFUSED, False), (errno.ETIMEDOUT, False), (errno.EHOSTUNREACH, False),
                              (errno.ENETUNREACH, True), (errno.EACCES, True), (errno.EADDRNOTAVAIL, True),
                              (errno.EMFILE, True), (errno.ENOMEM, True)):
-            with mock.patch.object(heartbeat, "_connect", side_effect=OSError(number, "x")):
+            with mock.patch.object(has, "begin_connect", side_effect=OSError(number, "x")):
                 with self.assertRaises(has.Lost) as lost:
-                    heartbeat._open(HOME)
+                    heartbeat.try_once(HOME)
             self.assertEqual(lost.exception.ours, ours, errno.errorcode[number])
 
     def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
@@ -6295,30 +6295,35 @@ class TestHeartbeat(Case):
     def test_its_own_trouble_is_told_as_such(self):
         """No descriptors, no memory, no name; TLS fails behind the connect; a fault in the try."""
         world, hub, heartbeat = self.start(silent_start=0.05)
-        for count, (method, error) in enumerate((
-                ("_connect", OSError(errno.EMFILE, "Too many open files")), ("_connect", OSError(errno.ENOMEM, "no memory")),
-                ("_connect", OSError(errno.ENOBUFS, "no buffers")), ("_targets_of", socket.gaierror(-2, "not known")),
-                ("_targets_of", UnicodeError("label too long")), ("_identified", ValueError("planted"))), 2):
+        for count, (room, method, error) in enumerate((
+                (has.Connector, "_connect", OSError(errno.EMFILE, "Too many open files")),
+                (has.Connector, "_connect", OSError(errno.ENOMEM, "no memory")),
+                (has.Connector, "_connect", OSError(errno.ENOBUFS, "no buffers")),
+                (has.AddressBook, "targets", socket.gaierror(-2, "not known")),
+                (has.AddressBook, "targets", UnicodeError("label too long")),
+                (has.Entrance, "_identified", ValueError("planted"))), 2):
             with self.subTest(error=error), self.assertLogs(has.log, "ERROR"):
                 del hub.told[:]
-                with mock.patch.object(heartbeat, method, side_effect=error):
+                with mock.patch.object(room, method, side_effect=error):
                     world.boot("heartbeat")
                     hub.wait("on_trouble", 2)
                 hub.wait("on_world_found")
                 self.assertEqual(hub._of("on_unreachable"), [])
 
     def test_a_certificate_that_is_not_accepted_says_nothing_of_the_world(self):
-        heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
-        with mock.patch.object(heartbeat, "_settings", types.SimpleNamespace(world_tls=True)), mock.patch.object(
-                heartbeat, "_connect"), mock.patch.object(heartbeat, "_wrap", side_effect=OSError(71, "TLS: expired")):
+        settings = types.SimpleNamespace(world_tls=True)
+        heartbeat = has.Heartbeat(Witness(), Witness(), settings)
+        connector = heartbeat._entrance._connector
+        expired = OSError(71, "TLS: expired")
+        with mock.patch.object(connector, "_connect"), mock.patch.object(connector, "_wrap", side_effect=expired):
             with self.assertRaises(has.Lost) as lost:
-                heartbeat._open(HOME)
+                connector.open(HOME)
         self.assertEqual((lost.exception.ours, lost.exception.accepted, str(lost.exception)), (True, True, "TLS: expired"))
 
     def test_a_try_of_another_address_costs_that_try_only(self):
         """Whatever it raises: the connection that lives is kept."""
         world, hub, heartbeat = self.start(silent_start=0.05)
-        with mock.patch.object(heartbeat, "_identified", side_effect=ValueError("planted")):
+        with mock.patch.object(has.Entrance, "_identified", side_effect=ValueError("planted")):
             with self.assertLogs(has.log, "ERROR"):
                 changed = settings_of((("beat", 1000), ("mush_address", "127.0.0.1:9"), ("mush_type", "pennmush")))
                 heartbeat.mailbox.post(heartbeat.on_settings, changed)
@@ -6345,11 +6350,11 @@ class TestHeartbeat(Case):
     def test_a_refused_connect_ends_the_pause_where_lives_have_no_name(self):
         """TeenyMUSHes without MSSP do not tell when they were started; that nobody listened does."""
         heartbeat = has.Heartbeat(Witness(), Witness(), settings_of((("mush_address", "127.0.0.1:9"), ("retry", 0.05))))
-        heartbeat._login_after = time.monotonic() + 300
-        heartbeat._pause = mock.Mock(side_effect=has.Stopped)
-        with self.assertRaises(has.Stopped):
-            heartbeat._search()
-        self.assertEqual(heartbeat._login_after, 0.0)
+        pause, search = heartbeat._entrance.pause, heartbeat._search
+        pause.begin(300)
+        with mock.patch.object(search, "_rest", side_effect=has.Stopped), self.assertRaises(has.Stopped):
+            search.find()
+        self.assertEqual(pause.until, 0.0)
 
     def test_a_start_id_of_the_same_second_proves_nothing(self):
         """A world that dies in the second in which it was started, and is back in it, is not the one of before."""
@@ -6358,7 +6363,7 @@ class TestHeartbeat(Case):
             lives = ["world since today"]
             for seen_for in (0, 0, 2):          # the first life began nobody knows when; then within a second; then later
                 if len(lives) > 1:
-                    heartbeat._life_since = time.monotonic() - seen_for
+                    heartbeat._lives._since = time.monotonic() - seen_for
                 world.boot("heartbeat")
                 lives.append(hub.wait("on_world_found", len(lives) + 1)[-1][0].life)
             self.assertEqual((lives[1], lives[3]), (lives[0], lives[2]))
@@ -6370,11 +6375,10 @@ class TestHeartbeat(Case):
         for told, young in ((str(int(now)), True), (time.ctime(now), True), (str(int(now) - 5), False),
                             (time.ctime(now - 3600), False), (time.ctime(now + 3600), False), ("today", False),
                             ("9" * 99, False), ("Wed Feb 31 25:00:00 2026", False)):
-            heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
-            life = f"127.0.0.1:4201 since {told}"
-            heartbeat._note_life(life)
-            heartbeat._doubt_life()
-            self.assertEqual(heartbeat._renamed[0] == life, young, told)
+            lives, life = has.Lives(time.monotonic), f"127.0.0.1:4201 since {told}"
+            lives.enter(life)
+            lives.doubt()
+            self.assertEqual(lives.name(life) != life, young, told)
 
     def test_a_start_id_proves_nothing_where_nobody_listened_in_between(self):
         with mock.patch.object(has.Connection, "_start_id", return_value="world since today"):
@@ -6386,7 +6390,7 @@ class TestHeartbeat(Case):
                 hub.wait("on_unreachable", refused + 1)
                 world.start()
                 lives.append(hub.wait("on_world_found", number + 1)[-1][0].life)
-                heartbeat._life_since = 0.0                         # nobody knows when it began
+                heartbeat._lives._since = 0.0                       # nobody knows when it began
             self.assertEqual(len(set(lives)), 3)
 
     def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
