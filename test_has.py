@@ -8560,7 +8560,7 @@ class TestUpgrade(Case):
 
     def test_a_heartbeat_connection_that_another_version_left_otherwise(self):
         self.has.stop()
-        self.edit('"values": {name: pack(getattr(self, name)) for name in self._PARKED}', '"other": 1')
+        self.edit('"values": {name: pack(value) for name, value in values.items()}', '"other": 1')
         self.has = Has(self, self.python(), self.script, mush_address=self.mush.address).wait_up()
         self.pid = self.has.process.pid
         alice = self.player("Alice", "alicepw")
