@@ -1929,12 +1929,12 @@ def recognise(banner, info):
 _MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")  # secret, number, letter
 # What may follow the secret in a mark of which only the beginning has come.
 _MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")
-_AFTER_SECRET = 12                 # bytes of a mark behind its secret: the number, `=`, a letter, CR LF
+_AFTER_SECRET = 12                 # bytes of a mark behind its secret: number, `=`, letter, CR LF
 _INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
 
 MOST_TRIES = 64                    # logins of one link whose outcome may still come
 MOST_HELD = 1 << 20                # bytes of a return that are kept, the newest
-MOST_BLOCK = 4096                  # bytes behind a mark that are looked at: what proves stands first
+MOST_BLOCK = 4096                  # bytes behind a mark that are looked at
 END_SECONDS = 1                    # a world that knows telnet has answered question() by then
 
 
@@ -8603,8 +8603,8 @@ class Upgrade:
 # ======================================================================
 
 class LogHandler(logging.Handler):
-    """Writes the log without ever waiting: a stopped terminal (Ctrl-S, screen's copy mode), a dead one or a full
-    disk stops nobody. Lines that do not fit are dropped, and counted when there is room again. Any thread."""
+    """Writes the log without ever waiting: a stopped terminal (Ctrl-S, screen's copy mode), a dead
+    one or a full disk stops nobody. Lines that do not fit are dropped and counted. Any thread."""
 
     LONGEST_WAIT_BYTES = 65536
 
@@ -8612,25 +8612,28 @@ class LogHandler(logging.Handler):
         super().__init__()
         self._path, self._waiting, self._dropped = path, b"", 0
         self._fd = self._open()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
+                                            "%Y-%m-%d %H:%M:%S"))
 
     def _open(self):
+        flags = os.O_WRONLY | os.O_NONBLOCK
         if self._path:
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
-        try:                                    # a description of our own, so that O_NONBLOCK is nobody else's
-            return os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            return os.open(self._path, flags | os.O_APPEND | os.O_CREAT, 0o640)
+        try:                                    # a description of our own: its flags are ours alone
+            return os.open(os.ttyname(2), flags | os.O_NOCTTY)
         except OSError:
             return 2
 
     def reload(self, settings):
-        """New settings: take their log file, opened anew (logrotate), and level; the old file stays if that fails."""
+        """Take the log file of these settings, opened anew (logrotate), if it can be, and level."""
         log.setLevel(settings.log_level.upper())
         self._path = settings.log_file
         with self.lock:
             try:
                 fd = self._open()
             except OSError as error:
-                log.error("cannot open log_file %s: %s; the log goes on where it was", self._path, error.strerror)
+                log.error("cannot open log_file %s: %s; the log goes on where it was", self._path,
+                          error.strerror)
                 return
             if self._fd != 2:
                 os.close(self._fd)
@@ -8673,47 +8676,44 @@ def install_log(handler, level):
 
 
 def restart_log(settings):
-    """Go on with the log of another process; where its file cannot be opened any more, on standard error."""
+    """Go on with the log of another process; on standard error if its file cannot be opened."""
     try:
         return start_log(settings)
     except OSError as error:
         handler = install_log(LogHandler(), settings.log_level)
-        log.error("cannot open log_file %s: %s; the log goes to standard error till the next HUP", settings.log_file,
-                  error.strerror)
+        log.error("cannot open log_file %s: %s; the log goes to standard error till the next HUP",
+                  settings.log_file, error.strerror)
         return handler
 
 
 def raise_limits(settings):
-    """Allow as many descriptors as the system does, and no core dump, which would hold passwords."""
+    """Allow as many descriptors as the system does, and no core dump: it would hold passwords."""
     try:
         import fcntl                            # neither is on every platform
         import resource
     except ImportError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError) as error:
-        log.warning("cannot raise the limit of open files: %s", error)
-    core = core_limit()
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (core, core))
-    except (ValueError, OSError) as error:
-        log.warning("cannot switch core dumps off (%s): a crash would leave passwords in one", error)
+    for what, limit, trouble in (
+            (resource.RLIMIT_NOFILE, hard, "cannot raise the limit of open files: %s"),
+            (resource.RLIMIT_CORE, core_limit(),
+             "cannot switch core dumps off (%s): a crash would leave passwords in one")):
+        try:
+            resource.setrlimit(what, (limit, limit))
+        except (ValueError, OSError) as error:
+            log.warning(trouble, error)
     for remark in too_few_files(settings, hard):
         log.warning("%s", remark)
-    # Linux doubles the table of descriptors when it is full, and where there are threads that stops all of us for 10
-    # to 20 ms (fs/file.c, expand_fdtable: it waits for RCU): once, now, for as many as there may be.
+    # Linux doubles the table of descriptors when it is full, and where there are threads that stops
+    # all of us for 10 to 20 ms (expand_fdtable waits for RCU): once, now, for as many as may come.
     needed, allowed = files_needed(settings) or 20000, files_allowed()
-    try:
-        with open(os.devnull) as file:
-            os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, (min(needed, allowed) if allowed > 0 else needed) - 1))
-    except OSError:
-        pass                                    # an upgrade: the last one is in use, so the table is that large
+    last = (min(needed, allowed) if allowed > 0 else needed) - 1
+    with contextlib.suppress(OSError), open(os.devnull) as file:        # in use: an upgrade
+        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, last))
 
 
 def core_limit():
-    """The limit that means no core dump: where Linux pipes them to a program it ignores 0, and obeys 1 (core(5))."""
+    """The limit that means no core dump: Linux, if it pipes them, ignores 0 and obeys 1 (core(5))."""
     try:
         with open("/proc/sys/kernel/core_pattern") as file:
             return int(file.read(1) == "|")
@@ -8729,8 +8729,8 @@ def files_needed(settings):
 def too_few_files(settings, hard):
     """A remark if the hard limit of open files cannot carry max_clients."""
     needed = files_needed(settings)
-    return [f"max_clients = {settings.max_clients} needs {needed} open files, the system allows {hard}: raise the hard "
-            "limit (ulimit -Hn)"] if 0 < hard < needed else []
+    return [f"max_clients = {settings.max_clients} needs {needed} open files, the system allows "
+            f"{hard}: raise the hard limit (ulimit -Hn)"] if 0 < hard < needed else []
 
 
 def files_allowed(which=0):
@@ -8750,7 +8750,8 @@ HELP = """signals:
 
 exit status:
   0  stopped; --check: nothing is wrong; --status: the world is up; --notice, --kick: done
-  1  could not start, or stopped by a fault; --status: the world is silent or down; --probe: it lacks something
+  1  could not start, or stopped by a fault; --status: the world is silent or down;
+     --probe: it lacks something
   2  wrong settings or arguments; --kick: there is no such session
   3  --status, --notice, --kick: HAS is not running
 
@@ -8767,19 +8768,25 @@ def typed_text(argument):
 
 def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
-    parser = argparse.ArgumentParser(prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
-                                     description="HAS - Higher Availability Service: keeps players connected while "
-                                     "their MUSH is away.")
-    parser.add_argument("--config", metavar="FILE",
-                        help="settings over the constants in has.py (default: has.conf beside has.py, if there is one)")
+    parser = argparse.ArgumentParser(
+        prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
+        description="HAS - Higher Availability Service: keeps players connected while their MUSH "
+                    "is away.")
+    parser.add_argument("--config", metavar="FILE", help="settings over the constants in has.py "
+                        "(default: has.conf beside has.py, if there is one)")
     asking = parser.add_mutually_exclusive_group()
-    asking.add_argument("--check", action="store_true", help="read the settings, say what is wrong with them, and exit")
-    asking.add_argument("--status", action="store_true", help="ask the running HAS how it is, and exit")
-    asking.add_argument("--notice", metavar="TEXT", help="have the running HAS write TEXT to every user")
-    asking.add_argument("--kick", metavar="ID", type=int, help="have the running HAS disconnect session ID (--status)")
-    parser.add_argument("--probe", action="store_true", help="with --check: try the world once, too; say what it lacks")
+    asking.add_argument("--check", action="store_true",
+                        help="read the settings, say what is wrong with them, and exit")
+    asking.add_argument("--status", action="store_true",
+                        help="ask the running HAS how it is, and exit")
+    asking.add_argument("--notice", metavar="TEXT",
+                        help="have the running HAS write TEXT to every user")
+    asking.add_argument("--kick", metavar="ID", type=int,
+                        help="have the running HAS disconnect session ID (--status)")
+    parser.add_argument("--probe", action="store_true",
+                        help="with --check: try the world once, too; say what it lacks")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
-    parser.add_argument("--script", help=argparse.SUPPRESS)                 # these three are for Upgrade
+    parser.add_argument("--script", help=argparse.SUPPRESS)             # three for Upgrade
     parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
@@ -8802,13 +8809,13 @@ def parse_arguments(arguments):
 def take_signals(hub, upgrade):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
-    for number, call in (("SIGHUP", hub.reload.run), ("SIGUSR1", hub.control.log_status), ("SIGUSR2", upgrade.begin),
-                         ("SIGTERM", hub.stop), ("SIGINT", hub.stop), ("SIGCHLD", upgrade.survival.reap),
-                         ("SIGTSTP", hub.on_stop_key)):
-        if hasattr(signal, number):
-            signal.signal(getattr(signal, number), lambda *_, call=call: hub.mailbox.post(call))
+    for name, call in (("SIGHUP", hub.reload.run), ("SIGUSR1", hub.control.log_status),
+                       ("SIGUSR2", upgrade.begin), ("SIGTERM", hub.stop), ("SIGINT", hub.stop),
+                       ("SIGCHLD", upgrade.survival.reap), ("SIGTSTP", hub.on_stop_key)):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_, call=call: hub.mailbox.post(call))
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])          # blocked over an exec: they come now
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])      # blocked over an exec: they come now
 
 
 def main(arguments=None):
@@ -8828,7 +8835,7 @@ def main(arguments=None):
     except OSError as error:
         if not isinstance(error, BrokenPipeError):          # `has.py --status | head`
             print(f"has.py: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the rest would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the rest would be tried again
         return 1
 
 
@@ -8840,7 +8847,8 @@ def carry_out(options, load, source):
         settings, remarks = load()
     except SettingsError as error:
         print("\n".join(error.problems), file=sys.stderr)
-        print(f"has.py: {len(error.problems)} wrong in the settings: mend it and start again", file=sys.stderr)
+        print(f"has.py: {len(error.problems)} wrong in the settings: mend it and start again",
+              file=sys.stderr)
         return 2
     if options.check:
         print("\n".join([*remarks, *too_few_files(settings, files_allowed(1))]))
@@ -8852,11 +8860,11 @@ def carry_out(options, load, source):
 
 
 def start_trouble(settings):
-    """What in this machine would keep HAS from starting, a line each; a port that is taken may be the running HAS's."""
-    trouble = []
-    folder = os.path.dirname(settings.log_file)
-    if settings.log_file and not os.access(settings.log_file if os.path.exists(settings.log_file) else folder, os.W_OK):
-        trouble.append(f"log_file = {settings.log_file}: cannot be written: make the folder, or mend its rights")
+    """What in this machine would keep HAS from starting, a line each. (Its ports may be taken: by
+    the HAS that runs.)"""
+    trouble, path = [], settings.log_file
+    if path and not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
+        trouble.append(f"log_file = {path}: cannot be written: make the folder, or mend its rights")
     try:
         for sock in open_listeners(settings.local_address, 0):
             sock.close()
@@ -8866,17 +8874,17 @@ def start_trouble(settings):
 
 
 def probe(settings):
-    """Try every address once and print what works, with the remedy for what does not; return the exit status."""
-    log.handlers[:], log.propagate = [logging.StreamHandler(sys.stdout)], False
-    log.setLevel(logging.WARNING)               # what the heartbeat warns of says more than a yes or no
+    """Try every address once; print what works and how to mend what does not. The exit status."""
+    install_log(logging.StreamHandler(sys.stdout), "warning")   # of what the heartbeat warns
     heartbeat, good = Heartbeat(None, Mailbox(), settings), True
     for address in settings.mush_address:
         try:
             world = heartbeat.try_once(address)
         except Lost as lost:
             print(f"{address}: cannot be used: {lost}: " + (
-                "somebody answers there: is that the MUSH, is mush_type right, does it take connections from here?"
-                if lost.accepted else "is the MUSH up, and is mush_address right?"))
+                "somebody answers there: is that the MUSH, is mush_type right, "
+                "does it take connections from here?" if lost.accepted else
+                "is the MUSH up, and is mush_address right?"))
             good = False
         else:
             print(f"{address}: reachable, and it answers")
@@ -8887,35 +8895,43 @@ def probe(settings):
 
 def findings(world, settings):
     """What a confirmed world gives HAS: (what, how it is) pairs for people."""
-    dialect, over_tcp = world.dialect, not world.address.path
-    told = ("off (remotehostname_cmd)" if settings.remotehostname_cmd == "none" else
-            "over TCP this family cannot be told; by its unix socket it can" if dialect is UNIX_DIALECT and over_tcp
-            else "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", world.address.path)
-            else "the world is told" if world.told else "not understood: switch it on in the MUSH (README)")
-    looks = f", but it looks like a {world.looks}: set mush_type = {world.looks}" if world.looks else ""
-    return [("family", dialect.name + looks + (
-                "" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
-            ("heartbeat login", "not possible with this family" if not dialect.logs_in else
-             "works" if not world.blind else
-             f"not taken, as said above: is {settings.hb_user} made there (README), are hb_user and hb_pass right?"),
-            ("password check", "none in this family, and none needed" if not dialect.check_function else
-             "works" if world.checks else f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
-            ("heartbeat's flag", f"lacks {dialect.needed_flag}: it is shut out while logins are disabled: set the flag"
-             if not world.rights and not dialect.check_function else "nothing is missing"),
-            ("real address", told)]
+    dialect, path = world.dialect, world.address.path
+    looks = f", but it looks like a {world.looks}: set mush_type = {world.looks}"
+    return [
+        ("family", dialect.name + (looks if world.looks else "") + (
+            "" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
+        ("heartbeat login",
+         "not possible with this family" if not dialect.logs_in else
+         "works" if not world.blind else
+         f"not taken, as said above: is {settings.hb_user} made there (README), "
+         "are hb_user and hb_pass right?"),
+        ("password check",
+         "none in this family, and none needed" if not dialect.check_function else
+         "works" if world.checks else
+         f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
+        ("heartbeat's flag",
+         "nothing is missing" if world.rights or dialect.check_function else
+         f"lacks {dialect.needed_flag}: it is shut out while logins are disabled: set the flag"),
+        ("real address",
+         "off (remotehostname_cmd)" if settings.remotehostname_cmd == "none" else
+         "over TCP this family cannot be told; by its unix socket it can"
+         if dialect is UNIX_DIALECT and not path else
+         "this family cannot be told" if not dialect.address_line("192.0.2.1", 0, "auto", path) else
+         "the world is told" if world.told else
+         "not understood: switch it on in the MUSH (README)")]
 
 
 def owners_of(sock, path):
-    """The user ids of those who made the socket at `path`, and who listen where `sock` is connected to it."""
+    """The user ids of who made the socket at `path`, and who listens where `sock` is connected."""
     owners = {os.stat(path).st_uid}
     if hasattr(socket, "SO_PEERCRED"):          # Linux; struct ucred: pid, uid, gid (unix(7))
-        size = struct.calcsize("3i")
-        owners.add(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1])
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        owners.add(struct.unpack("3i", peer)[1])
     return owners
 
 
 def believed_owners(path, options):
-    """Whose control socket is HAS's: ours, root's, or theirs who could change its folder or HAS itself anyway."""
+    """Whose control socket is HAS's: ours, root's, theirs who could change its folder or HAS."""
     owners = {0, os.geteuid()}
     for place in (os.path.dirname(path), options.script, options.config):
         if os.path.exists(place):
@@ -8942,8 +8958,8 @@ def ask_running(options, path):
             sock.connect(path)
             strangers = owners_of(sock, path) - believed_owners(path, options)
             if strangers:
-                print(f"has.py: {path} belongs to {user_name(min(strangers))}, who may be anybody: not believed; "
-                      "ask as the user who runs HAS, or remove it", file=sys.stderr)
+                print(f"has.py: {path} belongs to {user_name(min(strangers))}, who may be anybody: "
+                      "not believed; ask as the user who runs HAS, or remove it", file=sys.stderr)
                 return 3
             sock.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
@@ -8979,18 +8995,19 @@ def start_has(settings, remarks, load, control, program):
         handler = start_log(settings)
         raise_limits(settings)
         hub = Hub(settings, load)
-        log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(), sys.version.split()[0],
-                 ", ".join(map(str, settings.mush_address)))
+        log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(),
+                 sys.version.split()[0], ", ".join(map(str, settings.mush_address)))
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
         hub.control.open(control)
         hub.door.listen()
     except OSError as error:
         if hub:
             hub.control.close()
-        trouble = f"cannot start: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+        where = f"{error.filename}: " if error.filename else ""
+        trouble = f"cannot start: {where}{error.strerror or error}"
         if log.handlers:
             log.error("%s", trouble)
-        if settings.log_file:                   # nobody looks there now, and it may be the log of another HAS
+        if settings.log_file:                   # nobody looks there now; it may be another HAS's
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
@@ -9000,8 +9017,8 @@ def start_has(settings, remarks, load, control, program):
 def resume(options, script, source, load):
     """Go on where another process has left off (Upgrade); return the exit status."""
     state = json.loads(read_memory_file(options.resume).decode())
-    kept = state.get("kept")                    # the memory file with the older program; none at a rehearsal
-    last = kept is not None and own_memory_file() == kept       # there is no other program that could do better
+    kept = state.get("kept")                    # memory file of the older program; none to rehearse
+    last = kept is not None and own_memory_file() == kept       # no other program could do better
     try:
         conf = state.get("conf", options.config if read_conf(options.config)[0] else "")
         settings = settings_of(state["settings"], unpack(state.get("files")), conf)
@@ -9011,7 +9028,7 @@ def resume(options, script, source, load):
         survival.unpack(state, whole=not last)
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
-            os._exit(0)                         # without a goodbye: every connection is the other process's
+            os._exit(0)                         # no goodbye: the connections are another process's
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])
     except Exception:
         if options.rehearse or last:
@@ -9022,25 +9039,26 @@ def resume(options, script, source, load):
 
     def go_on():
         raise_limits(settings)
-        log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION, state["version"], os.getpid(),
-                 len(hub.sessions))
+        log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION,
+                 state["version"], os.getpid(), len(hub.sessions))
         warn_of_differences(settings, load)
         survival.go_on(state["heartbeat"])
     return serve(survival, handler, (script, options.config, source), go_on)
 
 
 def own_memory_file():
-    """The descriptor of the memory file this program runs from, or None: a file on disk. It stays open: a traceback
-    reads its lines from there, and must not find another file under that number."""
+    """The descriptor of the memory file this program runs from, or None: a file on disk. It stays
+    open: a traceback reads its lines there, and must find no other file under that number."""
     folder, _, name = __file__.rpartition("/")
     return int(name) if folder == memory_path("").rstrip("/") else None
 
 
 def disinherit(hub, state, state_file):
-    """After a resume, when nothing is left to fall back on: children get none of what was handed over."""
+    """After a resume, with nothing left to fall back on: children get none of its descriptors."""
     own, parked = own_memory_file(), (state["heartbeat"] or {}).get("connection")
-    socks = [stream.sock for session in hub.sessions.values() for stream in (session.client, session.link) if stream]
-    socks += [listener.sock for listener in [*hub.door.listeners, hub.control.listener] if listener]
+    socks = [stream.sock for session in hub.sessions.values()
+             for stream in (session.client, session.link) if stream]
+    socks += [it.sock for it in [*hub.door.listeners, hub.control.listener] if it]
     fds = [sock.fileno() for sock in socks] + [own] * (own is not None)
     for fd in fds + [parked["fd"]] if parked else fds:
         os.set_inheritable(fd, False)
@@ -9053,24 +9071,25 @@ def warn_of_differences(settings, load):
     try:
         on_disk, _ = load()
     except (SettingsError, OSError) as error:
-        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: %s",
-                    str(error).partition("\n")[0])
+        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: "
+                    "%s", str(error).partition("\n")[0])
         return
     differ = [key for key in SETTINGS if on_disk.texts[key] != settings.texts[key]]
     if differ:
-        log.warning("the settings on disk are not those in force: %s; they count from the next HUP or start: if the "
-                    "new has.py brought them, put yours back now, best into has.conf", ", ".join(differ))
+        log.warning("the settings on disk are not those in force: %s; they count from the next HUP "
+                    "or start: if the new has.py brought them, put yours back now, best into "
+                    "has.conf", ", ".join(differ))
 
 
 def serve(survival, handler, program, go_on=None):
-    """Start the heartbeat, go_on() where another process left off, turn until stopped; return the exit status."""
+    """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
     hub, upgrade = survival.hub, Upgrade(survival, *program)
     hub.reload.log = handler.reload
     hub.door.most_files = files_allowed()
     hub.heartbeat.start()
     take_signals(hub, upgrade)
-    # select() makes a tuple for each ready stream: with thousands of users those alone would have Python search all
-    # sessions for garbage several times a second (a tenth of the CPU at 9,000 users). Its default is 700.
+    # select() makes a tuple for each ready stream: with thousands of users these alone would have
+    # Python search all sessions for garbage several times a second, with its default of 700.
     gc.set_threshold(30000)
     tell_systemd("READY=1")
     try:
@@ -9089,13 +9108,13 @@ def serve(survival, handler, program, go_on=None):
 
 
 def prepare_output():
-    """What the shell may have left out: descriptors 0 to 2 (`>&-`), or a client would be given the number of the log;
-    and a character set (LC_ALL=C), or a name could not be printed."""
+    """What the shell may have left out: descriptors 0 to 2 (`>&-`), or a client would be given the
+    number of the log; and a character set (LC_ALL=C), or a name could not be printed."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)        # the lowest number that is free: fd
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # the lowest that is free
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
