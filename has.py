@@ -8713,7 +8713,7 @@ def raise_limits(settings):
 
 
 def core_limit():
-    """The limit that means no core dump: Linux, if it pipes them, ignores 0 and obeys 1 (core(5))."""
+    """The limit that means no core dump: Linux, if it pipes them, ignores 0, obeys 1 (core(5))."""
     try:
         with open("/proc/sys/kernel/core_pattern") as file:
             return int(file.read(1) == "|")
