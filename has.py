@@ -123,6 +123,23 @@ ADMINS = ""                       # characters that may type #? for the list of 
 CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
 LOG_FILE = ""                     # file for the log; empty: standard error
 LOG_LEVEL = "info"                # debug, info, warning or error
+# What users read more seldom; has.conf says when. {words} in braces are filled in.
+GUEST_NOTICE = "# NOTICE # This world is ONLINE again. Guests have to log in again."
+LOGIN_KEPT_NOTICE = "# NOTICE # You will be logged in when the world returns."
+UNSENT_MORE_NOTICE = "(and {lines} lines more)"
+STILL_OFFLINE_NOTICE = "# NOTICE # This world has been OFFLINE for {time}. Still waiting."
+HOLD_OVER_NOTICE = "# NOTICE # The world is still offline. Please come back later."
+LOGIN_BRAKE_NOTICE = ("# NOTICE # Too many logins were tried from your address: "
+                      "yours goes on in {seconds} s.")
+TOO_LONG_NOTICE = "# NOTICE # That line is too long."
+UNREADABLE_NOTICE = "# NOTICE # This world cannot read that line."
+FULL_NOTICE = "# NOTICE # Too many users are connected now. Please try again later."
+FULL_HOST_NOTICE = "# NOTICE # Too many connections from your address."
+KICKED_NOTICE = "# NOTICE # You were disconnected by an administrator."
+GOODBYE_NOTICE = "# NOTICE # The front end of this world is going down. Goodbye."
+OUTPUT_LOST_NOTICE = "<output lost: {lines} lines>"
+ARE_YOU_THERE_NOTICE = "[Yes]"
+LIST_HEADING_NOTICE = "id name address state age idle in out tls size"
 # ---- END CONFIGURATION ----
 
 VERSION = "1.0"
@@ -278,11 +295,37 @@ _YES, _NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
 _yes_or_no = _checked(lambda text: text.lower() in _YES + _NO, "is neither yes nor no",
                       lambda text: text.lower() in _YES)
 _file = _checked(lambda text: not text or os.path.isfile(text), "there is no such file")
+def _notice(*placeholders):
+    """A reader of texts for users, in which these {placeholders} are filled in: see filled()."""
+    known = " or ".join(f"{{{word}}}" for word in placeholders) or "nothing"
+
+    def parse(text):
+        if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]", text):
+            raise ValueError("holds control characters")
+        for word in _PLACEHOLDER.findall(text):
+            if word not in placeholders:
+                raise ValueError(f"there is no {{{word}}} in this notice: {known} is filled in")
+        return text
+    return parse
+
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+def filled(notice, **values):
+    """A notice of the settings with its {placeholders} filled in."""
+    return _PLACEHOLDER.sub(lambda it: str(values[it.group(1)]), notice)
+
+
+def _headings(text):
+    if len(text.split()) != 10:
+        raise ValueError("must be ten words, one for each column")
+    return _notice()(text)
+
+
 _word = _checked(re.compile(r"[^\s\x00-\x1f\x7f]+").fullmatch, "must be one word without blanks")
 _name = _checked(re.compile(r'(?=.*\S)[^\x00-\x1f\x7f"]+').fullmatch, "must be a character's name")
 _path = _checked(re.compile(r"[^\x00-\x1f\x7f]*").fullmatch, "holds control characters")
-_notice = _checked(re.compile(r"[^\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]*").fullmatch,
-                   "holds control characters")
 _seconds = _number(0, 10 ** 8, float)
 _interval = _number(0.05, 10 ** 6, float)
 SETTINGS = {
@@ -295,12 +338,17 @@ SETTINGS = {
     "hb_timeout": _interval, "dead_after": _interval,
     "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
-    "offline_notice": _notice, "online_notice": _notice, "moved_notice": _notice,
-    "silent_notice": _notice, "unsent_notice": _notice, "relogin_failed_notice": _notice,
-    "suspect_notice": _notice, "login_hold": _seconds, "hold": _seconds,
+    "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
     "output_limit": _number(4096, 1 << 30),
     "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
+    **{f"{name}_notice": _notice() for name in (
+        "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "guest",
+        "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host", "kicked",
+        "goodbye", "are_you_there")},
+    "unsent_more_notice": _notice("lines"), "still_offline_notice": _notice("time"),
+    "login_brake_notice": _notice("seconds"), "output_lost_notice": _notice("lines"),
+    "list_heading_notice": _headings,
 }
 CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
 PATHS = CERTIFICATES + ("control_socket", "log_file")
@@ -863,8 +911,6 @@ class Spelling:
 
     __slots__ = ("coloured", "marked_up")
 
-    _LOST = re.compile(rb"(?:<|&lt;)output lost: (\d+) lines(?:>|&gt;)\r\n")
-
     def __init__(self, coloured=False, marked_up=False):
         self.coloured = coloured   # it was sent an escape: colour may be on
         self.marked_up = marked_up # it speaks Pueblo: `<` begins a tag
@@ -887,11 +933,15 @@ class Spelling:
         tag = b'"' * (begun.group().count(b'"') % 2) + b">" if begun else b""
         return unfinished(tail) + tag + self.reset()
 
-    def lost(self, cut):
-        """One line in place of `cut`: how many lines were lost, those told of in it included."""
-        earlier = self._LOST.findall(cut)
-        lines = cut.count(b"\n") - len(earlier) + sum(map(int, earlier))
-        return self.reset() + self.spell(f"<output lost: {lines} lines>", "ascii") + b"\r\n"
+    def lost(self, cut, notice, codec=None):
+        """`notice` in place of `cut`: how many lines were lost, those told of in it included."""
+        if not notice:
+            return self.reset()
+        before, _, behind = (self.spell(part, codec) for part in notice.partition("{lines}"))
+        earlier = re.findall(re.escape(before) + rb"(\d+)" + re.escape(behind) + b"\r\n", cut)
+        told = len(earlier) * (notice.count("\n") + 1)
+        lines = cut.count(b"\n") - told + sum(map(int, earlier))
+        return self.reset() + self.spell(filled(notice, lines=lines), codec) + b"\r\n"
 
 
 PLAIN_SPELLING = Spelling()
@@ -2918,7 +2968,7 @@ PACKED["FirstLine"] = FirstLine
 TYPED_LINE = FirstLine(is_http=False)           # of all the others
 
 
-def shorten(out, limit, committed=0, spelling=PLAIN_SPELLING):
+def shorten(out, limit, lost, committed=0):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
 
     One visible line says how many were lost; telnet commands are kept.
@@ -2928,7 +2978,7 @@ def shorten(out, limit, committed=0, spelling=PLAIN_SPELLING):
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
     cut = bytes(out[begun:start])
     kept = b"".join(piece for is_command, piece in Scanner().feed(cut) if is_command)
-    return out[:begun] + kept + spelling.lost(cut) + _unfinished_command(cut) + out[start:]
+    return out[:begun] + kept + lost(cut) + _unfinished_command(cut) + out[start:]
 
 
 def _unfinished_command(data):
@@ -2945,22 +2995,24 @@ def ago(seconds):
         f"{minutes}m {seconds % 60}s" if minutes else f"{seconds}s")
 
 
-def status_lines(status):
+def status_lines(status, heading=LIST_HEADING_NOTICE):
     """The status (Control.status) as lines of text for people."""
     world, outages = status["world"], status["outages"]
-    lines = [f"HAS {status['version']}, pid {status['pid']}, up {ago(status['age'])}: the world {world['address']} "
-             f"({world['family'] or 'family unknown'}) is {world['health']} for {ago(world['since'])}",
-             f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, {ago(outages['seconds'])} in all"
-             + (f", the last {ago(outages['last'])} ago" if outages["count"] else "")]
+    last = f", the last {ago(outages['last'])} ago" if outages["count"] else ""
+    lines = [f"HAS {status['version']}, pid {status['pid']}, up {ago(status['age'])}: the world "
+             f"{world['address']} ({world['family'] or 'family unknown'}) is {world['health']} for "
+             f"{ago(world['since'])}",
+             f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, "
+             f"{ago(outages['seconds'])} in all{last}"]
     if world["wanted"]:
         lines.append(f"the settings ask in vain for {world['wanted']}")
     if status["sessions"]:
-        lines.append("   id name             address                  state      age      idle     in       out "
-                     " tls size")
-    for it in status["sessions"]:
-        lines.append(f"{it['id']:>5} {it['name'][:16]:<16} {it['host']:<24} {it['state']:<10} {ago(it['age']):<8} "
-                     f"{ago(it['idle']):<8} {it['bytes_in']:<8} {it['bytes_out']:<8} {'yes' if it['tls'] else 'no':<3} "
-                     f"{it['size']}")
+        rows = [heading.split()] + [
+            (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]), ago(it["idle"]),
+             it["bytes_in"], it["bytes_out"], "yes" if it["tls"] else "no", it["size"])
+            for it in status["sessions"]]
+        columns = "{:>5} {:<16} {:<24} {:<10} {:<8} {:<8} {:<8} {:<8} {:<3} {}"
+        lines += [columns.format(*row) for row in rows]
     return lines
 
 
@@ -3340,7 +3392,12 @@ class Screen:
         """Keep what is held for a client that does not read within output_limit."""
         limit, client = self.session.hub.settings.output_limit, self.client
         if self.stuck and len(client.out) > limit + client.committed:
-            client.out = shorten(client.out, limit * 3 // 4, client.committed, self.spelling)
+            client.out = shorten(client.out, limit * 3 // 4, self._lost, client.committed)
+
+    def _lost(self, cut):
+        """What is shown in place of `cut`."""
+        notice = self.session.hub.settings.output_lost_notice
+        return self.spelling.lost(cut, notice, self.session.telnet.codec)
 
     def on_room(self):
         """The client has taken enough: its link is read again."""
@@ -3436,7 +3493,8 @@ class Telnet:
         """Answer the client for a server that cannot (RFC 1123 3.2.1), or does not just now. Its
         size, type and character set are for the next one."""
         if piece == AYT:
-            self._answer(b"\r\n[Yes]\r\n")
+            notice = self.session.hub.settings.are_you_there_notice
+            self._answer(b"\r\n" + self.session.screen.spelling.spell(notice, self.codec) + b"\r\n")
             return
         verb, option = piece[1], piece[2] if len(piece) == 3 else None
         if option is None:
@@ -3882,7 +3940,8 @@ class Lines:
         proven = self.session.character.proven.decode("utf-8", "replace")
         if line != b"#?" or proven not in self.hub.settings.admins:
             return False
-        self.session.screen.answer("\n".join(status_lines(self.hub.control.status())))
+        self.session.screen.answer("\n".join(status_lines(
+            self.hub.control.status(), self.hub.settings.list_heading_notice)))
         return True
 
     # ---- what the world will read of somebody who is logged in, or about to be
@@ -3965,7 +4024,7 @@ class Lines:
     def _take_at_login(self, line, raw):
         session, dialect = self.session, self.session.dialect
         if len(session.inbox.typed.buffer) > dialect.longest_login:
-            session.screen.answer("# NOTICE # That line is too long.")
+            session.screen.answer(self.hub.settings.too_long_notice)
             return b""
         if self._is_handover(line):
             what = "typed the word that hands over addresses"
@@ -3973,7 +4032,7 @@ class Lines:
                                 level=logging.WARNING)
             return b""
         if dialect.harms(line):
-            session.screen.answer("# NOTICE # This world cannot read that line.")
+            session.screen.answer(self.hub.settings.unreadable_notice)
             return b""
         login = dialect.read_login(line)
         if login:
@@ -3989,8 +4048,8 @@ class Lines:
         wait = self.hub.logins.wait(session, login.character)
         if wait:
             self.braked = login, raw
-            session.screen.answer("# NOTICE # Too many logins were tried from your address: "
-                                  f"yours goes on in {math.ceil(wait)} s.")
+            session.screen.answer(filled(self.hub.settings.login_brake_notice,
+                                         seconds=math.ceil(wait)))
             session.inbox.slow_down(wait)
             self.hub.later(wait, self.try_login)
             return b""
@@ -4028,7 +4087,7 @@ class Lines:
         elif login or self._is_handover(line):
             if login:
                 session.character.type_while_away(login)
-            screen.answer("# NOTICE # You will be logged in when the world returns.")
+            screen.answer(self.hub.settings.login_kept_notice)
         else:
             self._answer_unsent(line)
 
@@ -4042,9 +4101,10 @@ class Lines:
 
     def _tell_unsent(self):
         more, self.unsent = self.unsent - UNSENT_LINES, 0
-        session = self.session
+        session, settings = self.session, self.hub.settings
         if more > 0 and session.state in AWAY and not session.client.closed:
-            session.screen.answer(self.hub.settings.unsent_notice, b" (and %d lines more)" % more)
+            notice, more = settings.unsent_notice, filled(settings.unsent_more_notice, lines=more)
+            session.screen.answer(notice and f"{notice} {more}")
 
 
 class Return:
@@ -4069,8 +4129,7 @@ class Return:
         """The world is up: queue for a link, to the game or to the login screen."""
         session, hub, character = self.session, self.hub, self.character
         self.greeting = self.greeting or (
-            "# NOTICE # This world is ONLINE again. Guests have to log in again."
-            if character.is_guest else hub.settings.online_notice)
+            hub.settings.guest_notice if character.is_guest else hub.settings.online_notice)
         character.plan_return(session.dialect.logs_in)
         if session.who in hub.links.suspects.barred:
             self._give_up()
@@ -4278,17 +4337,15 @@ class Hold:
         elif session.state in COMING_BACK or hub.is_up:
             hub.later(1, self.look, since)      # his return is under way, or soon will be
         else:
-            session.close("held long enough",
-                          "# NOTICE # The world is still offline. Please come back later.")
+            session.close("held long enough", settings.hold_over_notice)
 
     def _tell_how_long(self):
         """Once a while: he has heard nothing since the notice that the world is down."""
         if self.hub.is_up or self.hub.now - self.told_at < STILL_DOWN_SECONDS:
             return
         self.told_at = self.hub.now
-        lasted = ago(time.time() - self.hub.record.health_since)
-        self.session.screen.answer(
-            f"# NOTICE # This world has been OFFLINE for {lasted}. Still waiting.")
+        self.session.screen.answer(filled(self.hub.settings.still_offline_notice,
+                                          time=ago(time.time() - self.hub.record.health_since)))
 
     # ---- silence
 
@@ -7109,11 +7166,11 @@ class Refused:
     SECONDS, MOST = 5, 100
     port = "refused"
 
-    def __init__(self, hub, stream, host, why):
+    def __init__(self, hub, stream, host, notice):
         self.hub, self.stream, self.host = hub, stream, host
         stream.owner, stream.on_data = self, self.on_data
         hub.door.refused.add(self, self.SECONDS, self.MOST)
-        stream.send(b"# NOTICE # " + why.encode() + b"\r\n")
+        stream.send(PLAIN_SPELLING.spell(notice, None) + b"\r\n" if notice else b"")
         stream.finish()
 
     def on_data(self, data):
@@ -7240,8 +7297,9 @@ class Door:
         """A client is let in: make it a session and return that; None if there is no room."""
         refusal = self._refusal(host)
         if refusal:
-            self.quiet.note(host, f"refused: {refusal}")
-            Refused(self.hub, stream, host, refusal)
+            why, notice = refusal
+            self.quiet.note(host, f"refused: {why}")
+            Refused(self.hub, stream, host, notice)
             return None
         try:
             session = self.enter(next(self.numbers), stream, host, tls)
@@ -7274,12 +7332,13 @@ class Door:
         stream.drop()
 
     def _refusal(self, host):
+        """Why there is no room for a client: (for the log, for him), or None."""
         settings = self.hub.settings
         if settings.max_clients and len(self.hub.sessions) >= settings.max_clients:
-            return "Too many users are connected now. Please try again later."
+            return "max_clients are connected", settings.full_notice
         of_host = 0 if self._has_many(host) else settings.max_per_host
         if of_host and self._hosts[host_group(host)] >= of_host:
-            return "Too many connections from your address."
+            return "max_per_host are connected from its address", settings.full_host_notice
         return None
 
     def look_at_first_words(self, host, data):
@@ -7880,8 +7939,7 @@ class Control:
         session = self.hub.sessions.get(request.get("id"))
         if not session:
             return {"error": f"there is no session {request.get('id')}: see --status"}
-        session.close("kicked by an admin",
-                      "# NOTICE # You were disconnected by an administrator.")
+        session.close("kicked by an admin", self.hub.settings.kicked_notice)
         return {"done": f"{session} is being closed"}
 
     def log_status(self):
@@ -8157,8 +8215,7 @@ class Hub(Loop):
             listener.close()
         self.control.close()
         self._post("on_stop")
-        self.each("close", "HAS stops",
-                  "# NOTICE # The front end of this world is going down. Goodbye.")
+        self.each("close", "HAS stops", self.settings.goodbye_notice)
         self.later(0.2, self._end_flushed, self.now + GOODBYE_SECONDS)
 
     def _end_flushed(self, until):

@@ -155,6 +155,30 @@ def splits(data):
 
 # ---- 1. Settings
 
+# Today's words: what users read only now and then, and tests look for.
+RARE_NOTICES = {
+    "guest_notice": "# NOTICE # This world is ONLINE again. Guests have to log in again.",
+    "login_kept_notice": "# NOTICE # You will be logged in when the world returns.",
+    "unsent_more_notice": "(and {lines} lines more)",
+    "still_offline_notice": "# NOTICE # This world has been OFFLINE for {time}. Still waiting.",
+    "hold_over_notice": "# NOTICE # The world is still offline. Please come back later.",
+    "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on in {seconds} s.",
+    "too_long_notice": "# NOTICE # That line is too long.",
+    "unreadable_notice": "# NOTICE # This world cannot read that line.",
+    "full_notice": "# NOTICE # Too many users are connected now. Please try again later.",
+    "full_host_notice": "# NOTICE # Too many connections from your address.",
+    "kicked_notice": "# NOTICE # You were disconnected by an administrator.",
+    "goodbye_notice": "# NOTICE # The front end of this world is going down. Goodbye.",
+    "output_lost_notice": "<output lost: {lines} lines>",
+    "are_you_there_notice": "[Yes]",
+    "list_heading_notice": "id name address state age idle in out tls size"}
+
+
+def told_of(cut, spelling=has.PLAIN_SPELLING):
+    """What a client reads in place of `cut`."""
+    return spelling.lost(cut, RARE_NOTICES["output_lost_notice"])
+
+
 SCRIPT_VALUES = {
     "mush_address": "mush.example:4096", "local_port": 4201, "hb_pass": "s3cr3t", "beat": 10, "local_address": "",
     "offline_notice": "# off"}
@@ -420,6 +444,23 @@ class TestSettings(SettingsCase):
         settings, _ = self.load("mush_address = unix:/x, [::2]:1 ,b:2")
         self.assertEqual([str(a) for a in settings.mush_address], ["unix:/x", "[::2]:1", "b:2"])
 
+    def test_the_texts_of_today_are_the_defaults(self):
+        shipped = TestFiles().shipped()
+        self.assertEqual({key: shipped[key] for key in RARE_NOTICES}, RARE_NOTICES)
+        self.assertEqual(set(has.SETTINGS) - set(RARE_NOTICES), {key for key in shipped if key not in RARE_NOTICES})
+
+    def test_what_stands_in_braces_in_a_notice_must_exist(self):
+        for key, text, trouble in (
+                ("login_brake_notice", "In {minutes} m", "there is no {minutes} in this notice: {seconds} is filled in"),
+                ("still_offline_notice", "{Time}", "there is no {Time} in this notice: {time} is filled in"),
+                ("offline_notice", "for {time}", "there is no {time} in this notice: nothing is filled in"),
+                ("list_heading_notice", "a b", "must be ten words, one for each column"),
+                ("goodbye_notice", "a\tb", "holds control characters")):
+            self.assertEqual(self.wrong(f"{key} = {text}"), [f"C:1: {key} = {text}: {trouble}"])
+        settings, _ = self.load("offline_notice = {} {\nlogin_brake_notice = {seconds} { {seconds}\nfull_notice =")
+        self.assertEqual((settings.offline_notice, settings.full_notice), ("{} {", ""))
+        self.assertEqual(has.filled(settings.login_brake_notice, seconds="{time}"), "{time} { {time}")
+
     def test_an_encrypted_ssl_key_is_an_error_and_no_question(self):
         folder = os.path.dirname(self.conf)
         cert, key = certificate(folder)
@@ -534,7 +575,7 @@ class TestScanner(unittest.TestCase):
         lost = 0
         for _ in range(3):
             before = out.count(b"\n")
-            out = has.shorten(out + line * 300, 8192)
+            out = has.shorten(out + line * 300, 8192, told_of)
             found = re.findall(rb"<output lost: (\d+) lines>\r\n", out)
             self.assertEqual(len(found), 1)
             self.assertEqual(before + 300 - (1 if lost else 0) + lost, int(found[0]) + out.count(b"\n") - 1)
@@ -780,14 +821,23 @@ class TestSpelling(unittest.TestCase):
         self.assertEqual(spelling.spell("a<b>&", None, b"<i>"), b"a&lt;b&gt;&amp;&lt;i&gt;")
         for tail, end in ((b"", b""), (b"text", b""), (b"<b>x", b""), (b"<a href=", b">"), (b'<a href="x', b'">'), (b'<a b="c"', b">")):
             self.assertEqual(spelling.end(tail), end, tail)
-        self.assertEqual(spelling.lost(b"a\n<b>\n"), b"&lt;output lost: 2 lines&gt;\r\n")
-        self.assertEqual(spelling.lost(b"a\n" + spelling.lost(b"b\n" * 5)), b"&lt;output lost: 6 lines&gt;\r\n")
+        self.assertEqual(told_of(b"a\n<b>\n", spelling), b"&lt;output lost: 2 lines&gt;\r\n")
+        self.assertEqual(told_of(b"a\n" + told_of(b"b\n" * 5, spelling), spelling),
+                         b"&lt;output lost: 6 lines&gt;\r\n")
 
     def test_colour(self):
         spelling = has.Spelling()
-        self.assertEqual((spelling.end(b"text"), spelling.lost(b"\n")), (b"", b"<output lost: 1 lines>\r\n"))
+        self.assertEqual((spelling.end(b"text"), told_of(b"\n", spelling)), (b"", b"<output lost: 1 lines>\r\n"))
         spelling.coloured = True
-        self.assertEqual((spelling.end(b"\x1b[3"), spelling.lost(b"\n")), (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
+        self.assertEqual((spelling.end(b"\x1b[3"), told_of(b"\n", spelling)), (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
+
+
+    def test_lines_lost_in_words_of_the_site(self):
+        spelling, words = has.Spelling(), "{lines} l\u00ednies\nperdudes"
+        once = spelling.lost(b"a\n" * 3, words, "iso8859-1")
+        self.assertEqual(once, b"3 l\xednies\r\nperdudes\r\n")
+        self.assertEqual(spelling.lost(b"a\n" + once, words, "iso8859-1"), b"4 l\xednies\r\nperdudes\r\n")
+        self.assertEqual((spelling.lost(b"a\n", ""), spelling.lost(b"a\n", "lost")), (b"", b"lost\r\n"))
 
 
 # ---- 3. Dialects
@@ -1839,7 +1889,7 @@ class Beat:
 
 NOTICES = {name + "_notice": "# " + name.upper() for name in ("offline", "online", "moved", "silent", "unsent")}
 PLAIN_SETTINGS = dict(
-    NOTICES, relogin_failed_notice="# REFUSED", suspect_notice="# SUSPECT", mush_address="127.0.0.1:4001", mush_type="auto",
+    NOTICES, **RARE_NOTICES, relogin_failed_notice="# REFUSED", suspect_notice="# SUSPECT", mush_address="127.0.0.1:4001", mush_type="auto",
     local_address="127.0.0.1", local_port=0, proxy_from="", hb_user="heartbeat", hb_pass="heartbeat", beat=10, retry=1,
     hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
@@ -2954,7 +3004,7 @@ class StuckClient(RigCase):
                  "counted twice": b"".join(lines[:3]) + b"<output lost: 7 lines>\r\n" + b"".join(lines[3:])}
         for name, text in cases.items():
             with self.subTest(name):
-                out = bytes(has.shorten(bytearray(text), 2000))
+                out = bytes(has.shorten(bytearray(text), 2000, told_of))
                 self.assertLess(len(out), 2100)
                 self.assertTrue(out.startswith(lines[0]) and out.endswith(lines[-1]))
                 (lost,) = re.findall(rb"<output lost: (\d+) lines>\r\n", out)
@@ -2966,7 +3016,7 @@ class StuckClient(RigCase):
         gmcp = b"\xff\xfa\xc9Some.Thing {\n \"a\": 1\n}\xff\xf0"
         text = b"first\r\n" + gmcp.join([b"some line\r\n" * 20] * 20) + b"last\r\n"
         for limit in range(1000, 1300):
-            out = bytes(has.shorten(bytearray(text), limit))
+            out = bytes(has.shorten(bytearray(text), limit, told_of))
             self.assertEqual(out.count(gmcp), text.count(gmcp), limit)
 
 
@@ -9014,6 +9064,8 @@ class Has:
                          "output_limit": 1048576,
                          "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
                          "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
+        known = has.read_constants(script)[0]   # an older has.py lacks some
+        self.settings.update({key: text for key, text in RARE_NOTICES.items() if key in known})
         self.configure(**settings)
         self._log, self._change = b"", threading.Condition()
         self.process = subprocess.Popen([python, script, "--config", self.conf], stdin=subprocess.DEVNULL,
