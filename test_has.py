@@ -2480,6 +2480,230 @@ class TestLoss(unittest.TestCase):
         return unittest.mock.ANY if number is None else Near(number)
 
 
+class Watch:
+    """Health turned by hand: a clock, timers, users with a link each, and what became of them."""
+
+    def __init__(self, *names, **settings):
+        limits = {"hb_timeout": 10, "dead_after": 60, "retry": 1, **settings}
+        self.now, self.timers, self.said, self.count = 1000.0, [], [], itertools.count()
+        self.users = dict.fromkeys(names, "PLAYING")
+        self.lives, self.asked, self.outages = dict.fromkeys(names, "life 1"), [], 0
+        self.is_back = False
+        self.health = has.Health(types.SimpleNamespace(**limits),
+                                 lambda: "PLAYING" in self.users.values())
+        self.found("life 1")
+
+    def event(self, name, *arguments):
+        for effect, *values in getattr(self.health, name)(*arguments, self.now):
+            getattr(self, "do_" + effect)(*values)
+
+    def found(self, life, address=HOME):
+        self.event("found", has.World(address, None, has.UNKNOWN, life, False, False))
+
+    def end_link(self, name):
+        if self.users[name] == "PLAYING":
+            self.users[name] = "ASKING"
+            self.event("ended", name, 1, self.lives[name], name)
+
+    def answer(self, life="life 1"):
+        asked, self.asked = self.asked, []
+        self.event("answered", asked, life)
+
+    def pass_time(self, seconds):
+        until = self.now + seconds
+        while self.timers and self.timers[0][0] <= until:
+            self.now, _, event, arguments = heapq.heappop(self.timers)
+            self.event(event, *arguments)
+        self.now = until
+
+    def do_later(self, seconds, event, *arguments):
+        heapq.heappush(self.timers, (self.now + seconds, next(self.count), event, arguments))
+
+    def do_ask(self, number, serial):
+        self.asked.append((number, serial))
+
+    def do_verdict(self, number, serial, left):
+        assert self.users[number] == "ASKING", "a verdict nobody waits for"
+        self.users[number] = "CLOSING" if left else "RETURNING" if self.health.is_up else "WAITING"
+
+    def hold(self, which):
+        self.users = {name: "WAITING" if which(name, state) and state != "CLOSING" else state
+                      for name, state in self.users.items()}
+
+    def do_down(self, reason, died):
+        assert died <= self.now
+        self.outages += 1
+        self.hold(lambda name, state: True)
+
+    def do_moved(self, old):
+        self.hold(lambda name, state: True)
+
+    def do_reborn(self, died):
+        life = self.health.world.life
+        self.hold(lambda name, state: state == "ASKING" or self.lives[name] != life)
+
+    def do_up(self, is_new_life):
+        back = [name for name, state in self.users.items() if state == "WAITING"]
+        self.lives.update(dict.fromkeys(back, self.health.world.life))
+        self.users.update(dict.fromkeys(back, "RETURNING"))
+
+    def do_adopt(self, life):
+        self.lives.update((name, life) for name, state in self.users.items() if state == "PLAYING")
+
+    def do_say(self, level, text):
+        self.said.append(text)
+
+    def do_silence(self, silent):
+        self.said.append("silent" if silent else "not silent")
+
+    def do_found(self, lived_on, renewed):
+        self.said.append("no news" if renewed else "lived on" if lived_on else "is up")
+
+    def do_became(self, was, seconds):
+        assert was is not self.health.condition and seconds >= 0
+
+
+class TestHealth(unittest.TestCase):
+    """Rule 2 and the world's health, without sockets: each order in which things can be learnt."""
+
+    def test_every_order_of_loss_and_return(self):
+        """As EveryOrder.test_loss_and_return, by the same oracle; HUP is not Health's business."""
+        events = [event for event in EveryOrder.EVENTS if event != "HUP"]
+        orders = [order for order in itertools.permutations(events)
+                  if order.index("answer") < order.index("heartbeat") < order.index("back")]
+        lives = "same", "new", "unknown"
+        for order, life, refused in itertools.product(orders, lives, (False, True)):
+            watch = Watch("user")
+            for count, event in enumerate(order, 1):
+                self.cause(watch, event, life, refused)
+                wanted = EveryOrder.verdict(order[:count], life, refused, False)
+                self.assertEqual(watch.users["user"], wanted, (order[:count], life, refused))
+
+    @staticmethod
+    def cause(watch, event, life="same", refused=False):
+        lives = {"same": "life 1", "new": "life 2", "unknown": "?2"}
+        if event == "link":
+            watch.end_link("user")
+        elif event == "heartbeat":
+            watch.event("lost", "closed by the world", False)
+        elif event == "answer":
+            watch.answer()
+        elif event == "3 s":
+            watch.pass_time(3.1)
+        elif event == "back":
+            watch.found(lives[life])
+            watch.is_back = True
+        if refused and watch.health.loss:
+            watch.event("unreachable", HOME, "refused", False)
+        if watch.is_back:                       # the heartbeat asks again what it was asked
+            watch.answer(watch.health.world.life)
+
+    def test_every_order_of_silence_death_and_fail_over(self):
+        events = ("silent", "answers", "dead", "fail-over", "link")
+        for size in range(1, 6):
+            for order in filter(EveryOrder.can_be, itertools.permutations(events, size)):
+                watch, asked = Watch("user"), []
+                for count, event in enumerate(order, 1):
+                    {"link": lambda: watch.end_link("user"),
+                     "silent": lambda: watch.event("silent"),
+                     "answers": lambda: watch.event("answering"),
+                     "dead": lambda: watch.event("lost", "no answer", True),
+                     "fail-over": lambda: watch.found("life 2", AWAY)}[event]()
+                    asked += watch.asked
+                    if watch.health.condition is has.Condition.UP:
+                        watch.asked = list(asked)
+                        watch.answer(watch.health.world.life)
+                    wanted = EveryOrder.fate(order[:count], False)
+                    self.assertEqual(watch.users["user"], wanted, order[:count])
+
+    # two users and all that can be heard, in every order: what must hold whatever comes
+
+    EVENTS = ("one ends", "two ends", "lost", "refused", "mute", "alive", "answer", "4 s", "silent")
+
+    def test_what_holds_in_every_order(self):
+        """Nobody leaves but by an answer of his own life; what proves nothing disturbs nobody; who
+        waits for a verdict has one when the heartbeat is back; an outage is told once."""
+        count = 0
+        for order in itertools.permutations(self.EVENTS, 5):
+            watch = Watch("one", "two")
+            for event in order:
+                if event in ("answer", "silent") and watch.health.loss:
+                    break                       # cannot be: a lost connection answers nothing
+                self.hear(watch, event)
+            else:
+                count += 1
+                self.check(watch, order)
+        self.assertGreater(count, 5000)
+
+    @staticmethod
+    def hear(watch, event):
+        if event == "lost":
+            watch.event("lost", "closed", False)
+        elif event in ("refused", "mute"):
+            watch.event("unreachable", HOME, event, event == "mute")
+        elif event == "alive":
+            watch.event("trouble", HOME, "hung up", True)
+        elif event == "answer":
+            watch.answer()
+        elif event == "4 s":
+            watch.pass_time(4)
+        elif event == "silent":
+            watch.event("silent")
+        else:
+            watch.end_link(event.partition(" ")[0])
+
+    def check(self, watch, order):
+        states = watch.users.values()
+        ended = [name for name in watch.users if f"{name} ends" in order]
+        self.assertTrue("answer" in order or "CLOSING" not in states, order)
+        if "lost" not in order:
+            self.assertNotIn("WAITING", states, order)          # no sign of death
+        if {"refused", "mute"}.isdisjoint(order) and len(ended) < 2:
+            self.assertEqual(watch.outages, 0, order)
+        self.assertLessEqual(watch.outages, 1, order)
+        for name in watch.users:
+            if name not in ended and not watch.outages:
+                self.assertEqual(watch.users[name], "PLAYING", order)
+        watch.found("life 1")
+        for _ in range(3):
+            watch.answer()
+            watch.pass_time(1)
+        self.assertNotIn("ASKING", watch.users.values(), order)
+        self.assertNotIn("WAITING", watch.users.values(), order)
+
+    def test_a_silent_world_is_given_up_in_time_and_only_once(self):
+        watch = Watch("user")
+        watch.event("silent")
+        watch.pass_time(50.9)
+        self.assertEqual((watch.users["user"], watch.health.is_up), ("PLAYING", True))
+        watch.pass_time(0.2)
+        self.assertEqual((watch.users["user"], watch.outages), ("WAITING", 1))
+        watch.event("lost", "no answer for 60 s", True)
+        self.assertEqual(watch.outages, 1)
+
+    def test_who_may_have_killed_it_did_so_before_it_fell_silent_or_the_heartbeat_was_lost(self):
+        lost, refused = ("lost", "closed", False), ("unreachable", HOME, "refused", False)
+        for events, died in (((lost, 2, refused, 4), 1000.0), ((("silent",), 51), 991.0)):
+            watch, deaths = Watch("user"), []
+            watch.do_down = lambda reason, when: deaths.append(when)
+            for event in events:
+                watch.event(*event) if isinstance(event, tuple) else watch.pass_time(event)
+            self.assertEqual(deaths, [died])
+
+    def test_every_effect_has_its_method(self):
+        """The list in the docstring, what Health returns, and what the hub can do are the same."""
+        source = pathlib.Path(HAS).read_text()
+        tree = next(it for it in ast.parse(source).body if getattr(it, "name", "") == "Health")
+        firsts = [it.elts[0] for it in ast.walk(tree) if isinstance(it, ast.Tuple) and it.elts]
+        returned = {it.value for it in firsts if isinstance(it, ast.Constant)} - {
+            *has.Health.SURVIVES, None}
+        listed = {name for line in re.findall(r"(?m)^        (\w.*?)  ", has.Health.__doc__)
+                  for name in re.findall(r"\b[a-z]+\b", line)}
+        methods = {name[len("_do_"):] for name in vars(has.Hub) if name.startswith("_do_")}
+        self.assertEqual(returned, methods)
+        self.assertEqual(listed, methods)
+
+
 class Near(float):
     def __eq__(self, other):
         return other is not None and abs(self - other) < 1e-6
