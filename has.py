@@ -6755,6 +6755,24 @@ PATIENCE = 40                      # line ends, and as many kilobytes, read with
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 
+# What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
+# source for `hub.` in part 6, and for `session.` and `other.` below it.
+FOR_SESSIONS = {
+    "now", "later", "selector", "patience", "backlogs",         # the loop
+    "settings", "world", "is_up", "record.health_since",        # how things are
+    "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
+    "links.add", "links.spoke", "links.arrived",                # its link: wanted, accepted, over
+    "links.siblings", "links.settle", "links.suspects", "links.noise",
+    "logins.left", "logins.wait", "logins.took",                # typed logins, by address
+    "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
+OF_SESSIONS = {
+    "number", "host", "client", "link", "serial", "life", "state",
+    "linked", "wants_link", "who", "character", "way_back.settled",
+    "announce", "refresh", "status", "notify", "close", "end",
+    "wait", "open_link", "connect_again", "way_back.settle", "lines.try_login", "inbox.take_turn",
+    "on_checked", "on_verdict", "on_world_down", "on_world_silent",
+    "pack", "unpack", "go_on", "replace_stream"}
+
 
 def users(count):
     """A number of users in words."""
@@ -6815,7 +6833,8 @@ class Loop:
         if timers and timers[0][0] <= self.now:
             self._run_timers()
         while self.backlogs and self.patience > 0:
-            self.safely(self.backlogs.popleft().inbox.take_turn)
+            session = self.backlogs.popleft()
+            self.safely(session.inbox.take_turn)
 
     def ready(self, events):
         """Something was posted to the mailbox."""

@@ -6267,6 +6267,48 @@ class TestFiles(unittest.TestCase):
                  and defined.get(node.id, 0) > part(node.lineno)]
         self.assertEqual(wrong, [])
 
+    def test_session_and_hub_use_of_each_other_what_is_listed(self):
+        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
+        used = {name: set() for name in ("hub", "session", "heartbeat")}
+        for names, line in self.chains(tree):
+            part = sum(start <= line for _, start, _ in parts)
+            if part == 6 and "hub" in names[:-1]:
+                used["hub"].add(names[names.index("hub") + 1:][:2])
+            elif part == 7 and "_hub" in names[:-1]:
+                used["heartbeat"].add(names[names.index("_hub") + 1])
+            elif part > 7 and names[0] in ("session", "other"):
+                used["session"].add(names[1:3])
+            self.assertFalse(part == 7 and names[0] == "session", f"line {line}: a Session")
+        used["session"] |= {(node.args[0].value,) for node in ast.walk(tree)
+                            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                            and node.func.attr == "each"}
+        for listed, kind in ((has.FOR_SESSIONS, "hub"), (has.OF_SESSIONS, "session")):
+            found = {names[0] if names[0] in listed else ".".join(names) for names in used[kind]}
+            self.assertEqual(found, listed)
+        self.assertEqual({name for name in vars(has.Hub) if name.startswith("on_")},
+                         used["heartbeat"] | {"on_stop_key"})
+
+    def test_sessions_are_called_session_or_other_below_their_part(self):
+        tree, wrong = ast.parse(self.read("has.py")), []
+        for node in ast.walk(tree):
+            over = ast.unparse(node.iter) if hasattr(node, "iter") and hasattr(ast, "unparse") else ""
+            if re.search(r"\bsessions\.values\(\)", over) and ast.unparse(node.target) not in (
+                    "session", "other"):
+                wrong.append(f"{ast.unparse(node.target)} in {over}")
+        self.assertEqual(wrong, [])
+
+    @staticmethod
+    def chains(tree):
+        """All `a.b.c` of a program that begin with a name: (its names, the line)."""
+        inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and id(node) not in inner:
+                names, line = [], node.lineno
+                while isinstance(node, ast.Attribute):
+                    names, node = [node.attr] + names, node.value
+                if isinstance(node, ast.Name):
+                    yield (node.id, *names), line
+
     def test_families_are_named_in_part_3_and_the_settings_only(self):
         lines = self.read("has.py").split("\n")
         allowed = [range(start, end) for title, start, end in parts_of_has() if title[:3] in ("1. ", "3. ")]
