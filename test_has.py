@@ -6274,8 +6274,8 @@ class TestFiles(unittest.TestCase):
             part = sum(start <= line for _, start, _ in parts)
             if part == 6 and "hub" in names[:-1]:
                 used["hub"].add(names[names.index("hub") + 1:][:2])
-            elif part == 7 and "_hub" in names[:-1]:
-                used["heartbeat"].add(names[names.index("_hub") + 1])
+            elif part == 7 and "hub" in names[:-1]:
+                used["heartbeat"].add(names[names.index("hub") + 1])
             elif part > 7 and names[0] in ("session", "other"):
                 used["session"].add(names[1:3])
             self.assertFalse(part == 7 and names[0] == "session", f"line {line}: a Session")
