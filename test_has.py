@@ -7241,8 +7241,7 @@ class TestWorldHealth(Case):
             has.signal(signal.SIGUSR2)
             has.wait_log(rb"goes on where", after=after)
         passed = time.monotonic() - began
-        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status", "--json"], timeout=20,
-                                stdout=subprocess.PIPE, universal_newlines=True)
+        status = has.ask("--status", "--json")
         state = json.loads(status.stdout)["world"]
         self.assertEqual((state["health"], status.returncode), ("silent", 1))
         self.assertGreaterEqual(state["since"], passed - 1)      # since the first unanswered probe, not anew
@@ -7274,9 +7273,7 @@ class TestWorldHealth(Case):
             has.signal(signal.SIGHUP)
             has.wait_log(rb"the new settings do not work with .*the old connection is kept", 15, after)
             self.client(has, "connect Alice alicepw", world, "Alice").close()
-            status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
-                                    stdout=subprocess.PIPE, universal_newlines=True)
-            self.assertRegex(status.stdout, r"\(tinymux\)(?s:.*)logged in")
+            self.assertRegex(has.ask("--status").stdout, r"\(tinymux\)(?s:.*)logged in")
             has.configure(**back)
             has.signal(signal.SIGHUP)
             has.wait_log(rb"HUP: settings read", 10, after)
@@ -7288,9 +7285,7 @@ class TestWorldHealth(Case):
         has.configure(hb_pass="heartbeat")
         has.signal(signal.SIGHUP)
         has.wait_log(rb"the heartbeat heartbeat is logged in now")
-        status = subprocess.run([sys.executable, HAS, "--config", has.conf, "--status"], timeout=20,
-                                stdout=subprocess.PIPE, universal_newlines=True)
-        self.assertRegex(status.stdout, "heartbeat: heartbeat logged in")
+        self.assertRegex(has.ask("--status").stdout, "heartbeat: heartbeat logged in")
 
     def test_a_long_freeze_is_a_death(self):
         world = self.world()
@@ -8181,7 +8176,7 @@ class TestRelay(Case):
 
     def test_a_client_that_never_reads_disturbs_nobody(self):
         world = self.world("tinymux")
-        has = Has(self, mush_address=world.address, output_limit=262144).wait_up()
+        has = Has(self, script=calm_program(), mush_address=world.address, output_limit=262144).wait_up()
         deaf = self.client(has, "connect Alice alicepw", world, "Alice", receive_buffer=4096)
         other = self.client(has, "connect Bob bobpw", world, "Bob")
         for _ in range(200):
@@ -8335,12 +8330,13 @@ class TestAddress(Case):
 # ======================================================================
 
 class TestProgram(Case):
-    """Command line, log, signals, control socket, TLS."""
+    """Command line, log, signals, control socket."""
 
-    def run_has(self, *arguments, **more):
-        command = arguments[0] if isinstance(arguments[0], list) else [sys.executable, HAS, *arguments]
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20,
-                              **more)
+    def shell(self, arguments, before="", **more):
+        """has.py run by a shell that has done something before."""
+        return subprocess.run(
+            ["sh", "-c", f"{before}exec {sys.executable} {calm_program()} {arguments}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20, **more)
 
     def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
         folder = tempfile.mkdtemp()
@@ -8349,21 +8345,22 @@ class TestProgram(Case):
         with open(conf, "w") as file:
             file.write("beet = 5\nlocal_port = many\nmush_type = mushy\n")
         for arguments in (("--check",), ()):
-            done = self.run_has("--config", conf, *arguments)
+            done = run_main("--config", conf, *arguments)
             self.assertEqual(done.returncode, 2)
             for text in ("has.conf:1: beet: no such setting; did you mean beat?", "has.conf:2: local_port = many",
                          "has.conf:3: mush_type = mushy", "3 wrong in the settings"):
                 self.assertIn(text, done.stderr)
 
     def test_port_taken(self):
+        """It says so, and leaves no dead control socket."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             folder = tempfile.mkdtemp()
             self.addCleanup(shutil.rmtree, folder)
             conf = os.path.join(folder, "has.conf")
             with open(conf, "w") as file:
                 file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\nlog_file =\n")
-            done, port = self.run_has("--config", conf), taken.getsockname()[1]
-        self.assertEqual(done.returncode, 1)
+            done, port = run_failing("--config", conf), taken.getsockname()[1]
+        self.assertEqual((done.returncode, os.listdir(folder)), (1, ["has.conf"]))
         self.assertIn("cannot start: 127.0.0.1, local_port %d: Address already in use: another program has this port"
                       % port, done.stderr)
 
@@ -8371,7 +8368,7 @@ class TestProgram(Case):
         has = Has(self, mush_address="127.0.0.1:1").wait_down()
         log_file = os.path.join(has.folder, "has.log")
         has.configure(log_file=log_file)
-        done = self.run_has("--config", has.conf)           # a second HAS on the same has.conf
+        done = run_failing("--config", has.conf)            # a second HAS on the same has.conf
         self.assertEqual((done.returncode, done.stderr.splitlines()), (1, [
             f"has.py: cannot start: {has.conf[:-5]}.sock: another HAS is running with this has.conf"]))
 
@@ -8380,11 +8377,11 @@ class TestProgram(Case):
         for settings, text in ((dict(log_file="/nonexistent/has.log"), "log_file = /nonexistent/has.log: cannot be written"),
                                (dict(log_file="", local_address="192.0.2.1"), "local_address = 192.0.2.1: ")):
             has.configure(**settings)
-            done = self.run_has("--config", has.conf, "--check")
+            done = has.ask("--check")
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stdout)
         has.configure(local_address="127.0.0.1")
-        self.assertEqual(self.run_has("--config", has.conf, "--check").returncode, 0)
+        self.assertEqual(has.ask("--check").returncode, 0)
 
     def test_a_file_at_the_control_socket_s_path_is_left_alone(self):
         folder = tempfile.mkdtemp()
@@ -8422,16 +8419,6 @@ class TestProgram(Case):
         control.close()
         self.assertEqual(read_text(path), "precious")
 
-    def test_a_second_start_that_fails_leaves_no_dead_socket(self):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            folder = tempfile.mkdtemp()
-            self.addCleanup(shutil.rmtree, folder)
-            conf = os.path.join(folder, "has.conf")
-            with open(conf, "w") as file:
-                file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\n")
-            self.assertEqual(self.run_has("--config", conf).returncode, 1)
-        self.assertEqual(os.listdir(folder), ["has.conf"])
-
     def test_a_has_conf_that_was_emptied_or_has_gone_is_refused(self):
         has = Has(self, mush_address="127.0.0.1:1").wait_down()
         for spoil in (lambda: open(has.conf, "w").close(), lambda: os.unlink(has.conf)):
@@ -8447,15 +8434,14 @@ class TestProgram(Case):
         """An ASCII locale, closed outputs, few descriptors: no traceback, and a status that can be relied on."""
         has = Has(self, mush_address="127.0.0.1:1", offline_notice="caf\u00e9").wait_down()
         environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        done = self.run_has("--config", has.conf, "--status", env=environment)
-        self.assertEqual((done.returncode, done.stderr), (1, ""))
-        done = self.run_has("--config", has.conf, "--notice", "caf\u00e9", env=environment)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for redirection in (">&-", "2>&-", ">&- 2>&-", ">/dev/full"):
-            done = self.run_has(shell_command(f"--config {has.conf} --status {redirection}"))
+        for request, status in (("--status", 1), ("--notice caf\u00e9", 0)):
+            done = self.shell(f"--config {has.conf} {request}", env=environment)
+            self.assertEqual((done.returncode, done.stderr), (status, ""))
+        for redirection in (">&-", ">&- 2>&-", ">/dev/full"):
+            done = self.shell(f"--config {has.conf} --status {redirection}")
             self.assertNotIn("Traceback", done.stderr, redirection)
             self.assertEqual(done.returncode, 1)
-        done = self.run_has(shell_command(f"--config {has.conf} --status", "ulimit -n 8; "))
+        done = self.shell(f"--config {has.conf} --status", "ulimit -n 8; ")
         self.assertNotIn("Traceback", done.stderr)
 
     def test_the_terminal_stops_nobody(self):
@@ -8470,7 +8456,7 @@ class TestProgram(Case):
         for arguments, text in ((("--probe",), "--probe goes with --check"), (("--json",), "--json goes with --status"),
                                 (("--config", "/nonexistent/has.conf"), "there is no such file"),
                                 (("--notice", " "), "say something"), (("--kick", "x"), "invalid int value")):
-            done = self.run_has(*arguments)
+            done = run_main(*arguments)
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stderr)
 
@@ -8514,7 +8500,7 @@ class TestProgram(Case):
         self.assertTrue(os.path.exists(path))
         has = Has(self, mush_address="127.0.0.1:1", control_socket=path)
         has.wait_log(rb"is down")
-        self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 1)
+        self.assertEqual(has.ask("--status").returncode, 1)
         self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
 
     def test_control_socket(self):
@@ -8525,31 +8511,30 @@ class TestProgram(Case):
         self.assertNotIn(b"heartbeat:", bob.seen)
         alice.send("#?\r\n").expect("heartbeat: .*")
         alice.expect("Alice .* PLAYING")
-        ask = ("--config", has.conf)
         self.assertEqual(os.stat(has.conf[:-5] + ".sock").st_mode & 0o777, 0o600)
-        done = self.run_has(*ask, "--status", "--json")
+        done = self.shell(f"--config {has.conf} --status --json")
         status = json.loads(done.stdout)
         self.assertEqual((done.returncode, status["world"]["health"], [s["name"] for s in status["sessions"]]),
                          (0, "up", ["Alice", "Bob"]))
-        self.assertEqual(self.run_has(*ask, "--notice", "Cake \x1b[2J at nine").returncode, 0)
+        self.assertEqual(has.ask("--notice", "Cake \x1b[2J at nine").returncode, 0)
         for client in (alice, bob):
             client.expect(r"Cake \?\[2J at nine\r\n")
         number = next(s["id"] for s in status["sessions"] if s["name"] == "Bob")
-        self.assertEqual(self.run_has(*ask, "--kick", str(number)).returncode, 0)
+        self.assertEqual(has.ask("--kick", str(number)).returncode, 0)
         bob.expect_end()
-        self.assertEqual(self.run_has(*ask, "--kick", "999").returncode, 2)
+        self.assertEqual(has.ask("--kick", "999").returncode, 2)
         with socket.socket(socket.AF_UNIX) as garbage:
             garbage.connect(has.conf[:-5] + ".sock")
             garbage.sendall(b"[1]\n")
             self.assertIn(b"bad request", garbage.recv(1000))
         world.kill()
         alice.expect(re.escape(OFFLINE))
-        self.assertEqual(self.run_has(*ask, "--status").returncode, 1)
+        self.assertEqual(has.ask("--status").returncode, 1)
         has.signal(signal.SIGUSR1)
         has.wait_log(rb"outages: 1")
-        self.assertEqual(self.run_has(*ask).returncode, 1)      # a second HAS on the same has.conf
+        self.assertEqual(run_failing("--config", has.conf).returncode, 1)      # a second HAS on the same has.conf
         has.stop()
-        self.assertEqual(self.run_has(*ask, "--status").returncode, 3)
+        self.assertEqual(has.ask("--status").returncode, 3)
 
     def test_a_terminal_that_nobody_reads_stops_nobody(self):
         world = self.world("tinymux")
@@ -8558,7 +8543,7 @@ class TestProgram(Case):
         has = Has(self, mush_address=world.address).wait_up()
         port = free_port()
         has.configure(local_port=port, log_level="debug", control_socket=has.folder + "/other.sock")
-        process = subprocess.Popen([sys.executable, HAS, "--config", has.conf], stdin=slave, stdout=slave, stderr=slave)
+        process = subprocess.Popen([sys.executable, calm_program(), "--config", has.conf], stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -8580,7 +8565,7 @@ class TestProgram(Case):
 
     def test_the_password_is_nowhere(self):
         world = self.world("tinymux", players={"heartbeat": "hbs3cret", "Alice": "s3cretpw", "Bob": "bobpw"})
-        has = Has(self, mush_address=world.address, hb_pass="hbs3cret", log_level="debug").wait_up()
+        has = Has(self, script=calm_program(), mush_address=world.address, hb_pass="hbs3cret").wait_up()
         alice = self.client(has, "connect Alice s3cretpw", world, "Alice")
         alice.send("@password s3cretpw=news3cret\r\n").expect("changed")
         world.kill()
@@ -8592,7 +8577,7 @@ class TestProgram(Case):
             has.signal(number)
         has.wait_log(b"HUP: settings read")
         pid = has.process.pid
-        shown = has.log + json.dumps(json.loads(self.run_has("--config", has.conf, "--status", "--json").stdout)).encode()
+        shown = has.log + has.ask("--status", "--json").stdout.encode()
         for name in ("cmdline", "environ"):
             with open(f"/proc/{pid}/{name}", "rb") as file:
                 shown += file.read()
@@ -8614,12 +8599,7 @@ class TestProgram(Case):
         has.configure(beat="often")             # logrotate waits for nobody's typing error
         has.signal(signal.SIGHUP)
         world.wait(lambda w: os.path.exists(path) and "the old settings stay" in read_text(path), what="another log file")
-        self.assertEqual(self.run_has("--config", has.conf, "--status").returncode, 0)
-
-
-def shell_command(arguments, before=""):
-    """has.py run by a shell that has done something before."""
-    return ["sh", "-c", f"{before}exec {sys.executable} {HAS} {arguments}"]
+        self.assertEqual(has.ask("--status").returncode, 0)
 
 
 class TestTLS(Case):
@@ -9312,13 +9292,149 @@ def calm_program():
     return str(start)
 
 
+def run_main(*arguments):
+    """has.main() in this process, for what does not start a HAS: its exit status and what it prints."""
+    out, errors, level = io.StringIO(), io.StringIO(), has.log.level
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), \
+            mock.patch.multiple(has.log, handlers=[], propagate=has.log.propagate):
+        try:
+            status = has.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        has.log.setLevel(level)
+    return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=errors.getvalue())
+
+
+def run_failing(*arguments):
+    """A HAS that ends by itself: its exit status and its log."""
+    process = Born(arguments)
+    with process.stderr:
+        errors = process.stderr.read().decode()
+    return types.SimpleNamespace(returncode=process.wait(10), stderr=errors)
+
+
+class Nursery:
+    """A process that has imported has.py and forks one HAS after another: a tenth of what a start costs.
+
+    It is forked itself before the tests open anything or start a thread. Requests are lines of JSON, one
+    at a time: {arguments, environ} and a descriptor for stderr beside it, answered by the new pid; or a pid,
+    answered by its exit status, null while it lives. As in calm_program() nobody is suspected.
+    """
+
+    sock = None                     # our end; None: HASes are started in fresh interpreters
+
+    @classmethod
+    def open(cls):
+        cls.sock, theirs = socket.socketpair()
+        cls.lock = threading.Lock()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not os.fork():
+            cls.sock.close()
+            try:
+                cls.serve(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    @classmethod
+    def ask(cls, request, *fds):
+        with cls.lock:
+            cls.sock.sendmsg([json.dumps(request).encode() + b"\n"],
+                             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd)) for fd in fds])
+            return json.loads(cls.sock.recv(100).decode())
+
+    @classmethod
+    def serve(cls, sock):
+        """Answer until the process of the tests has ended."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        data = b""
+        while True:
+            piece, control, *_ = sock.recvmsg(65536, socket.CMSG_SPACE(4))
+            if not piece:
+                return
+            data += piece
+            for _, _, packed in control:
+                errors, = struct.unpack("i", packed)
+            if data.endswith(b"\n"):
+                request, data = json.loads(data.decode()), b""
+                answer = cls.bear(errors, **request) if isinstance(request, dict) else cls.status_of(request)
+                sock.sendall(json.dumps(answer).encode())
+
+    @staticmethod
+    def status_of(pid):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            return None
+        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    @staticmethod
+    def bear(errors, arguments, environ):
+        """Fork a HAS whose stderr is this descriptor; return its pid."""
+        pid = os.fork()
+        if pid:
+            os.close(errors)
+            return pid
+        status = 1
+        try:
+            os.dup2(errors, 2)
+            for number in (0, 1):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.closerange(3, 1000)
+            os.environ.clear()
+            os.environ.update(environ)
+            has.Suspects.WINDOW = -1
+            has.prepare_output()
+            status = has.main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+
+class Born:
+    """A HAS of the nursery's: what we use of subprocess.Popen."""
+
+    def __init__(self, arguments):
+        ours, theirs = os.pipe()
+        self.stderr, self.returncode = open(ours, "rb"), None
+        self.pid = Nursery.ask({"arguments": arguments, "environ": dict(os.environ)}, theirs)
+        os.close(theirs)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = Nursery.ask(self.pid)
+        return self.returncode
+
+    def wait(self, timeout=60):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("has.py", timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 class Has:
-    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once."""
+    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once.
+
+    It is a child of the nursery where there is one, unless the test needs a certain `script` or `python`.
+    """
 
     faults = False                  # True: the test has planted one
 
     def __init__(self, case, python=sys.executable, script=None, **settings):
-        self.script = script = script or calm_program()
         self.folder = tempfile.mkdtemp(prefix="has-test-")
         case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.conf = os.path.join(self.folder, "has.conf")
@@ -9334,8 +9450,12 @@ class Has:
         self.settings.update({key: text for key, text in RARE_NOTICES.items() if key in known})
         self.configure(**settings)
         self._log, self._change = b"", threading.Condition()
-        self.process = subprocess.Popen([python, script, "--config", self.conf], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if Nursery.sock and not script and python == sys.executable:
+            self.process = Born(["--config", self.conf])
+        else:
+            self.process = subprocess.Popen(
+                [python, script or calm_program(), "--config", self.conf], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         case.addCleanup(self.end)
@@ -9393,10 +9513,13 @@ class Has:
     def client(self, **more):
         return Client(self.port, **more)
 
+    def ask(self, *arguments):
+        """`has.py --config (its has.conf) ARGUMENT ...`, see run_main."""
+        return run_main("--config", self.conf, *arguments)
+
     def probe(self):
         """What `--check --probe` prints with the same has.conf."""
-        return subprocess.run([sys.executable, HAS, "--config", self.conf, "--check", "--probe"], timeout=20,
-                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+        return self.ask("--check", "--probe").stdout
 
     def memory(self):
         """Resident kilobytes."""
@@ -9444,9 +9567,10 @@ SILENT, REFUSED = "# NOTICE # This world does not answer just now.", "# NOTICE #
 def certificate(folder):
     """A self-signed certificate and its key; the tests need the openssl program for it."""
     cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
-                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key,
+         "-out", cert, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return cert, key
 
 
@@ -12817,6 +12941,7 @@ class Result(unittest.TextTestResult):
 
 def run_here(names):
     """Run tests in this process; return (passed, failed, skipped)."""
+    Nursery.open()
     loader = unittest.defaultTestLoader
     module = sys.modules[__name__]
     suite = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
@@ -12887,7 +13012,6 @@ def pieces():
 
 def run_all():
     """Run every test, those that start programs side by side; print the counts of each class, return all of them."""
-    calm_program()
     waiting, jobs, total = pieces(), {}, collections.defaultdict(lambda: [0, 0, 0])
     while waiting or jobs:
         while waiting and len(jobs) < SIDE_BY_SIDE:
