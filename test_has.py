@@ -6590,10 +6590,15 @@ class TestHeartbeat(Case):
 
     def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
         world, hub, heartbeat = self.start(silent_start=0.05, name=True)
-        with mock.patch.object(has, "LOOK_UP_SECONDS", 0.2), mock.patch.object(
-                socket, "getaddrinfo", side_effect=socket.gaierror(-3, "Temporary failure")) as asked:
+        asked = threading.Semaphore(0)
+
+        def look_up(*arguments):
+            asked.release()
+            raise socket.gaierror(-3, "Temporary failure")
+        with mock.patch.object(has, "LOOK_UP_SECONDS", 0.2), mock.patch.object(socket, "getaddrinfo", look_up):
             world.kill()
-            world.wait(lambda _: asked.call_count >= 2, what="looked up again")
+            for _ in range(2):
+                self.assertTrue(asked.acquire(timeout=10), "it is looked up, and again")
             self.assertFalse([it for it in hub._of("on_trouble") if "Temporary" in it[1]])
             world.start()
             hub.wait("on_world_found", 2)
