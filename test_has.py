@@ -464,7 +464,7 @@ class TestSettings(SettingsCase):
     def test_an_encrypted_ssl_key_is_an_error_and_no_question(self):
         folder = os.path.dirname(self.conf)
         cert, key = certificate(folder)
-        subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-in", key, "-out", key + ".aes"], check=True,
+        subprocess.run(["openssl", "ec", "-aes128", "-passout", "pass:secret", "-in", key, "-out", key + ".aes"], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         tls = f"local_port_ssl = 4242\nssl_cert = {cert}\nssl_key = {key}"
         self.load(tls)
@@ -8960,9 +8960,7 @@ class TestUpgrade(Case):
         alice.barrier()
 
     def test_a_fault_of_the_upgrade_itself_disturbs_nobody(self):
-        self.edit("        self.survival.move_tls_out()
-", "        raise ValueError('planted')
-")
+        self.edit("        self.survival.move_tls_out()\n", "        raise ValueError('planted')\n")
         self.start(fresh=True)
         self.has.faults = True
         alice = self.player("Alice", "alicepw")
@@ -9402,7 +9400,8 @@ class Nursery:
             os.environ.clear()
             os.environ.update(environ)
             has.Suspects.WINDOW = -1
-            has.prepare_output()
+            sys.stdout, sys.stderr = (      # the old ones may stand for files that can be sought in
+                open(fd, "w", buffering=1, errors="backslashreplace") for fd in (1, 2))
             status = has.main(arguments)
         except BaseException:
             traceback.print_exc()
