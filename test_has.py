@@ -7523,16 +7523,16 @@ class TestWorldHealth(Case):
         has.wait_up()
 
     def test_backlog_of_one_and_many_users(self):
-        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(100)}})
+        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(40)}})
         has = Has(self, mush_address=world.address).wait_up()
-        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(100)]
+        users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(40)]
         world.kill()
         for user in users:
             user.expect(re.escape(OFFLINE))
         world.start()
         for user in users:
             user.expect(re.escape(ONLINE))
-        world.wait(lambda w: all(w.online(f"u{n}") for n in range(100)), what="all are in")
+        world.wait(lambda w: all(w.online(f"u{n}") for n in range(40)), what="all are in")
         for user in users:
             self.assertNotRegex(user.barrier(), rb" has (re-?)?connected")
         users[0].send("QUIT\r\n").expect_end()
@@ -7605,8 +7605,8 @@ class TestCrashes(Case):
         self.assertFalse(world.online("Bob"))
         self.assertIn(b"just after bob had come back", has.log)
 
-    def test_a_thousand_users_are_told_and_back_in_time(self):
-        count = 300                             # the test's own sockets and threads set the pace above this
+    def test_a_hundred_users_are_told_and_back_in_time(self):
+        count = 100                             # above, the world that tells all of each sets the pace; --bench has more
         world = self.world("tinymux", quota=False, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
         has = Has(self, mush_address=world.address).wait_up()
         users = [has.client() for _ in range(count)]
@@ -8196,7 +8196,7 @@ class TestRelay(Case):
     def test_a_megabyte_of_any_bytes_each_way(self):
         _, client, link = self.echo_world()
         client.sock.settimeout(5)
-        random_bytes = random.Random(4).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        random_bytes = random.Random(4).getrandbits(8 << 17).to_bytes(1 << 17, "big")
         for blob in (random_bytes.replace(b"\xff", b"\xfe"), random_bytes.replace(b"\xff", b"\xff\xff"), b"x" * (1 << 20)):
             self.carry(blob, client.sock, link)
             self.carry(blob, link, client.sock)
@@ -8231,13 +8231,14 @@ class TestRelay(Case):
         has = Has(self, script=calm_program(), mush_address=world.address, output_limit=262144).wait_up()
         deaf = self.client(has, "connect Alice alicepw", world, "Alice", receive_buffer=4096)
         other = self.client(has, "connect Bob bobpw", world, "Bob")
-        for _ in range(200):
+        before = has.memory()
+        for _ in range(200):                                    # 22 MB: more than all kernel buffers hold
             world.emit("Alice", (b"spam " * 15 + b"\r\n") * 1500)
         world.wait(lambda w: not w.online("Alice")[0].out, 20, "HAS drains the deaf client's link")
         other.barrier()
-        self.assertLess(has.memory(), 60000)
-        deaf.expect(rb"<output lost: \d+ lines>")
-        deaf.barrier()
+        self.assertLess(has.memory() - before, 4000)
+        deaf.skip(rb"<output lost: \d+ lines>")
+        deaf.send("say done\r\n").skip(rb"You say, .done")
 
     def test_idle_costs_nothing_up_or_down(self):
         world = self.world("tinymux")
@@ -9169,6 +9170,12 @@ class Client:
             if ended:
                 raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
 
+    def skip(self, pattern):
+        """As expect(), for megabytes: nothing of them is kept."""
+        data = b""
+        while not re.search(pattern, data):
+            data = data[-200:] + self.sock.recv(262144)
+
     def expect_notice(self, text, seconds=10.0):
         """Read until the notice; nothing came with it but a colour reset, and that only after an escape of the world's."""
         coloured = b"\x1b" in self.seen[:len(self.seen) - len(self.text)]
@@ -10088,11 +10095,11 @@ class World:
         if self._stopped():
             return
         events = (0 if conn.closing else selectors.EVENT_READ) | (selectors.EVENT_WRITE if conn.out else 0)
-        handler = functools.partial(self._ready, conn)
         try:
-            self._selector.modify(conn.sock, events, handler)
+            if self._selector.get_key(conn.sock).events != events:
+                self._selector.modify(conn.sock, events, functools.partial(self._ready, conn))
         except KeyError:
-            self._selector.register(conn.sock, events, handler)
+            self._selector.register(conn.sock, events, functools.partial(self._ready, conn))
 
     def _ready(self, conn, _sock, events):
         if events & selectors.EVENT_WRITE:
