@@ -9470,7 +9470,7 @@ class Has:
                          "output_limit": 1048576,
                          "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
                          "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
-        known = has.read_constants(script)[0]   # an older has.py lacks some
+        known = has.read_constants(script or HAS)[0]    # an older has.py lacks some
         self.settings.update({key: text for key, text in RARE_NOTICES.items() if key in known})
         self.configure(**settings)
         self._log, self._change = b"", threading.Condition()
