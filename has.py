@@ -6801,16 +6801,11 @@ class Loop:
     def __init__(self, clock=time.monotonic):
         self.clock, self.now = clock, clock()   # now: of this turn
         self.selector = selectors.DefaultSelector()
-        self.mailbox = Mailbox()                # it is served like a stream
+        self.mailbox, self.owner = Mailbox(), self          # it is served like a stream
         self.selector.register(self.mailbox.reader, READ, self)
         self._timers, self._timer_numbers = [], itertools.count()
         self.patience = PATIENCE                # what may still be read with care in this turn
         self.backlogs = collections.deque()     # sessions with more to be read
-
-    @property
-    def owner(self):
-        """Whose fault it is when the mailbox cannot be served."""
-        return self
 
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""

@@ -16,6 +16,7 @@ import fcntl
 import faulthandler
 import functools
 import heapq
+import inspect
 import io
 import ipaddress
 import itertools
@@ -2697,7 +2698,7 @@ class TestHealth(unittest.TestCase):
         firsts = [it.elts[0] for it in ast.walk(tree) if isinstance(it, ast.Tuple) and it.elts]
         returned = {it.value for it in firsts if isinstance(it, ast.Constant)} - {
             *has.Health.SURVIVES, None}
-        listed = {name for line in re.findall(r"(?m)^        (\w.*?)  ", has.Health.__doc__)
+        listed = {name for line in re.findall(r"(?m)^    (\w.*?)  ", inspect.cleandoc(has.Health.__doc__))
                   for name in re.findall(r"\b[a-z]+\b", line)}
         methods = {name[len("_do_"):] for name in vars(has.Hub) if name.startswith("_do_")}
         self.assertEqual(returned, methods)
@@ -4555,6 +4556,20 @@ class TakenOver(RigCase):
         links = rig.game.accept(), rig.game.accept()
         rig.let_in(links[0])
         self.assertEqual([state_of(first), state_of(second)], ["RETURNING"] * 2)
+
+    def test_an_outage_that_began_in_the_process_before(self):
+        rig = self.rig()
+        with mock.patch.object(has.time, "time", lambda: 1e9 + rig.clock.now):
+            rig.player()
+            rig.post(rig.hub.on_heartbeat_lost, "closed", False)
+            rig.pass_time(2)
+            rig.upgrade()
+            rig.pass_time(1)
+            rig.post(rig.hub.on_heartbeat_lost, "closed again", False)
+            rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+            rig.pass_time(3.1)
+            world = rig.hub.control.status()["world"]
+            self.assertEqual((world["health"], world["since"]), ("down", 6))
 
     def test_lines_typed_at_a_silent_world(self):
         rig = self.rig()
