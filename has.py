@@ -7407,7 +7407,7 @@ class LoginBrake:
             self.tries[address] = left
 
 
-class Logins(Survivor):
+class LoginQueue(Survivor):
     """Typed logins: how many may go on from an address, and which sessions wait for that."""
 
     SURVIVES = "brake",
@@ -8037,7 +8037,7 @@ class Hub(Loop):
         self.sessions = {}                      # number -> Session, oldest first
         self.health = Health(settings, self._is_linked)
         self.record = Record()
-        self.door, self.logins, self.links = Door(self), Logins(self), Links(self)
+        self.door, self.logins, self.links = Door(self), LoginQueue(self), Links(self)
         self.control, self.reload = Control(self), Reload(self, load)
         self.heartbeat = None
         self.stopping = False

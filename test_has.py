@@ -5435,7 +5435,7 @@ class Front:
 
     def __init__(self, case, family, state="LOGIN", charset=""):
         for target, value in (("Stream.send", self._sent), ("Lines.take", self._typed),
-                              ("Logins.wait", lambda *_: 0)):
+                              ("LoginQueue.wait", lambda *_: 0)):
             owner, name = getattr(has, target.partition(".")[0]), target.partition(".")[2]
             setattr(self, name, getattr(owner, name))
             patch = unittest.mock.patch.object(owner, name, (
