@@ -6854,7 +6854,9 @@ class Loop:
             self.fault(getattr(call, "__self__", self))
 
     def fault(self, owner):
-        """An exception (the one being handled) ends its owner; one of the hub goes on up."""
+        """An exception (the one being handled) ends its owner, for a room of a session the session;
+        one of the hub goes on up."""
+        owner = getattr(owner, "session", owner)
         if not hasattr(owner, "on_error"):
             raise
         log.exception("%s: a fault of HAS; this client is closed", owner)

@@ -4707,6 +4707,23 @@ class Isolation(RigCase):
                 self.assertFalse(is_gone(good))
                 check_consistent(self, rig)
 
+    def test_a_fault_in_a_timer_or_a_turn_of_a_session_s_rooms_ends_it_alone(self):
+        for name in ("inbox.take_turn", "lines.try_login", "hold.look", "screen._watch",
+                     "way_back.settle"):
+            with self.subTest(name):
+                rig = self.rig()
+                (bad, _), (good, _) = rig.player("Alice"), rig.player("Bob")
+                room, method = name.split(".")
+                room = getattr(bad.session, room)
+                planted = RuntimeError("planted")
+                with mock.patch.object(type(room), method, side_effect=planted, autospec=True):
+                    with self.assertLogs("has", "ERROR") as logs:
+                        rig.hub.later(0, types.MethodType(getattr(type(room), method), room))
+                        rig.settle()
+                self.assertTrue(is_gone(bad))
+                self.assertFalse(is_gone(good))
+                self.assertIn("Alice", logs.output[0])
+
     def test_a_fault_of_the_hub_is_loud(self):
         rig = self.rig()
         rig.hub.later(1, lambda: 1 / 0)
