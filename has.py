@@ -24,9 +24,9 @@ The parts, in reading order; each uses only the parts above it:
 
     1. Settings       the constants you edit, how they are read and checked
     2. Telnet         bytes to text and commands; what was negotiated
-    3. Dialects       the server families: logins, marks, checks, addresses
-    4. Mailbox        the one way between the two threads
-    5. Stream         one non-blocking socket
+    3. Dialects       the server families: how each reads lines, logs in, is asked
+    4. Logins         which login took, and what becomes of it
+    5. Wire           the way between threads, and one non-blocking socket
     6. Session        one user: every rule a user can see
     7. Heartbeat      the thread that watches the world and checks passwords
     8. Health         what is known of the world, from what was heard of it
@@ -1213,8 +1213,7 @@ class Replay:
 #
 # One class for each server family: data and small pure functions. Nothing
 # outside this part knows which family it talks to. The facts were recorded
-# from the real servers. A Proof follows the logins of one link, a Change what
-# becomes of the character after them.
+# from the real servers.
 # ======================================================================
 
 class Credentials:
@@ -1439,10 +1438,6 @@ class Dialect:
         `epoch`: when he came, or 0; `word`: as in remotehostname_cmd; `path`: of a unix socket.
         """
         return b""
-
-    def proof(self, returning=False, telnet=True):
-        """A Proof for a new link: by marks where the family has them, else by its words."""
-        return (MarkProof if self.mark_behind else WordProof)(self, returning, telnet)
 
     def probe(self, nonce):
         """A line a logged-in character sends whose answer is the line `nonce` alone."""
@@ -1976,6 +1971,13 @@ def recognise(banner, info):
     return None
 
 
+# ======================================================================
+# 4. Logins
+#
+# Pure: no sockets, no clock. A Proof follows the logins on one link, a Change
+# what becomes of the character after them.
+# ======================================================================
+
 _MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")  # secret, number, letter
 # What may follow the secret in a mark of which only the beginning has come.
 _MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")
@@ -2001,7 +2003,7 @@ class Proof:
 
     `script` is a whole login that HAS sends, `wrap` makes one that is typed provable. `hear` takes
     the link's text, free of telnet, `saw_command` a telnet command. While `returning`, all up to
-    the end marker is kept in `held`. There is one for each link, of the kind Dialect.proof() says.
+    the end marker is kept in `held`. There is one for each link: see proof_for().
     """
 
     __slots__ = ("dialect", "returning", "telnet", "held", "login", "refused", "ended", "_tries")
@@ -2251,6 +2253,11 @@ class WordProof(Proof):
         return True
 
 
+def proof_for(dialect, returning=False, telnet=True):
+    """A Proof for a new link: by marks where the family has them, else by its words."""
+    return (MarkProof if dialect.mark_behind else WordProof)(dialect, returning, telnet)
+
+
 class Change:
     """A typed change of a password or name, followed until the world answers (rule 7)."""
 
@@ -2279,6 +2286,13 @@ class Change:
             return Credentials(login.verb, login.name, self.new)
         return Credentials(login.verb, self.new, login.password)
 
+
+# ======================================================================
+# 5. Wire
+#
+# How values go over to another process, calls to another thread, bytes to
+# another machine.
+# ======================================================================
 
 PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner,
           "Agreement": Agreement, "Replay": lambda: Replay(Agreement()),
@@ -2323,7 +2337,7 @@ def unpack(value):
     if kind == "object":
         slots = value["slots"]
         if content == "Proof":                  # older programs had one class for both kinds
-            content = type(unpack(slots["dialect"]).proof()).__name__
+            content = type(proof_for(unpack(slots["dialect"]))).__name__
         made = PACKED[content]()
         for name in _slots_of(made) & set(slots):
             setattr(made, name, unpack(slots[name]))
@@ -2359,12 +2373,6 @@ def survives(made):
     return made
 
 
-# ======================================================================
-# 4. Mailbox
-#
-# The one way between the threads, used in both directions.
-# ======================================================================
-
 class Mailbox:
     """Calls posted by any thread (or a signal handler), run by the owner's thread in order."""
 
@@ -2393,13 +2401,6 @@ class Mailbox:
             call, arguments = self._calls.popleft()
             call(*arguments)
 
-
-# ======================================================================
-# 5. Stream
-#
-# One non-blocking socket with its out-buffer. What it is interested in is
-# computed in one place; every close says which: finish() or drop().
-# ======================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NOT_NOW = (BlockingIOError, InterruptedError) + (
@@ -2458,13 +2459,14 @@ def connect_error(sock):
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         return OSError(error, os.strerror(error))
-    if is_connected_to_itself(sock):            # closed with RST, or the MUSH could not bind its port
+    if is_connected_to_itself(sock):            # it holds the port that the MUSH needs
         return OSError(errno.ECONNREFUSED, "connected to itself: nothing listens there")
     return None
 
 
 class Stream:
-    """One non-blocking socket in the hub's selector. Main thread only.
+    """One non-blocking socket in the hub's selector, and its out-buffer. Main thread only. What it
+    is interested in is computed in one place; every close says which: finish() or drop().
 
     The owner is told by on_data(data), a bound method, and owner.on_stream_open(stream),
     on_stream_end(stream, reason), on_stream_full and on_stream_room (the out-buffer passed
@@ -2658,112 +2660,6 @@ class Stream:
         if len(self.out) > HIGH_WATER:
             self.full = True
             self.owner.on_stream_full(self)
-
-
-class Splice:
-    """Two streams, each sent what the other receives. Used by a Pump."""
-
-    CLOSE_SECONDS = 12             # HAS, at the plain side, closes within 10 s what has ended
-
-    def __init__(self, selector, inside, sock):
-        self.inside = inside                    # the TLS stream, of another process's selector
-        inside.selector, inside._interest = selector, 0
-        inside.owner, inside.on_data = self, self._from_inside
-        self.plain = Stream(selector, sock, self, self._from_plain)
-        self._ending_since = None
-
-    def start(self):
-        """Serve what waits inside TLS, unseen by a selector; what was held was for the other."""
-        if self.inside.ended:
-            self.plain.finish()
-        self.inside.full = self.inside._paused = False
-        self.inside._update()
-        self.inside.ready(READ | WRITE)
-
-    def _from_inside(self, data):
-        self.plain.send(data)
-
-    def _from_plain(self, data):
-        self.inside.send(data)
-
-    def _other(self, stream):
-        return self.plain if stream is self.inside else self.inside
-
-    def on_stream_end(self, stream, reason):
-        """One side ended: the other is told, and both are closed when both have ended."""
-        other = self._other(stream)
-        other.finish()
-        if other.ended or reason:
-            self.on_error()
-
-    def on_stream_full(self, stream):
-        """One side does not take what it is sent: stop reading the other."""
-        self._other(stream).pause()
-
-    def on_stream_room(self, stream):
-        """Read again."""
-        self._other(stream).resume()
-
-    @property
-    def is_to_be_watched(self):
-        """Whether it could last too long: one side has ended, or could end without being read."""
-        inside = self.inside
-        return not inside.closed and (inside.ended or self.plain.ended or inside.full)
-
-    def look(self, now):
-        """Close both when one has ended long enough: the other may ignore that, and not read."""
-        ending = self.inside.ended or self.plain.ended or self._is_left()
-        if self._ending_since is None and ending:
-            self._ending_since = now
-        if self._ending_since is not None and now >= self._ending_since + self.CLOSE_SECONDS:
-            self.on_error()
-
-    def _is_left(self):
-        """Whether the plain side was closed, though what it had sent before waits to be read."""
-        poll = select.poll()
-        poll.register(self.plain.sock, 0)
-        return bool(poll.poll(0))               # POLLHUP comes unasked
-
-    def on_error(self):
-        """Close both."""
-        self.plain.drop()
-        self.inside.drop()
-
-
-class Pump:
-    """Serves Splices until the last has ended; a process of its own (run_pump)."""
-
-    def __init__(self, pairs, clock=time.monotonic):
-        self._clock, self._selector = clock, selectors.DefaultSelector()
-        self._splices = [Splice(self._selector, stream, plain) for stream, plain in pairs]
-        self._watched, self._look_at = set(), 0.0
-
-    def run(self):
-        """Turn until the last client has gone."""
-        for splice in self._splices:
-            self._safely(splice, splice.start)
-        while self._selector.get_map():
-            self.turn()
-
-    def turn(self):
-        """Serve what is ready; once a second look at those that are ending."""
-        for key, events in self._selector.select(1 if self._watched else None):
-            if not key.data.closed:
-                self._safely(key.data.owner, key.data.ready, events)
-        now = self._clock()
-        if self._watched and now >= self._look_at:
-            self._look_at = now + 1
-            for splice in self._watched:
-                self._safely(splice, splice.look, now)
-            self._watched = {splice for splice in self._watched if splice.is_to_be_watched}
-
-    def _safely(self, splice, call, *arguments):
-        try:
-            call(*arguments)
-        except Exception:                       # nobody to tell: end this pair, keep the others
-            splice.on_error()
-        if splice.is_to_be_watched:
-            self._watched.add(splice)
 
 
 class TLSStream(Stream):
@@ -4623,7 +4519,7 @@ class Session:
     def _connect(self):
         world, returning = self.hub.world, self.state in AWAY and bool(self.character.trials)
         self.serial += 1
-        self.proof = world.dialect.proof(returning, world.telnet)
+        self.proof = proof_for(world.dialect, returning, world.telnet)
         self.telnet.new_link()
         self.inbox.typed.charset, self.spoke_at = b"", 0
         self.character.changing, self.screen.hidden, self.screen.expected = None, b"", []
@@ -4830,7 +4726,7 @@ class Session:
     def _logged_out(self):
         log.info("%s: logged out to the login screen", self)
         self.character.log_out()
-        self.proof = self.dialect.proof(False, self.hub.world.telnet)
+        self.proof = proof_for(self.dialect, False, self.hub.world.telnet)
         self.enter(State.LOGIN)
 
     def on_checked(self, serial, verdicts):
@@ -5424,7 +5320,7 @@ class Connection:
     def log_in(self, login):
         """Log in and have a probe answered. False if the login did not take: see world.shut, and
         talk.ended, for a world may hang up on it (logins disabled, full)."""
-        talk, proof = self.talk, self.dialect.proof(True, self.world.telnet)
+        talk, proof = self.talk, proof_for(self.dialect, True, self.world.telnet)
         until = overdue = talk.clock() + self.settings.hb_timeout
         talk.commands.clear()
         talk.send(proof.script(login))
@@ -8261,6 +8157,112 @@ def ignore_terminal():
 HELD_BACK = {getattr(signal, name) for name in (
     "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD", "SIGTSTP")
     if hasattr(signal, name)}
+
+
+class Splice:
+    """Two streams, each sent what the other receives. Used by a Pump."""
+
+    CLOSE_SECONDS = 12             # HAS, at the plain side, closes within 10 s what has ended
+
+    def __init__(self, selector, inside, sock):
+        self.inside = inside                    # the TLS stream, of another process's selector
+        inside.selector, inside._interest = selector, 0
+        inside.owner, inside.on_data = self, self._from_inside
+        self.plain = Stream(selector, sock, self, self._from_plain)
+        self._ending_since = None
+
+    def start(self):
+        """Serve what waits inside TLS, unseen by a selector; what was held was for the other."""
+        if self.inside.ended:
+            self.plain.finish()
+        self.inside.full = self.inside._paused = False
+        self.inside._update()
+        self.inside.ready(READ | WRITE)
+
+    def _from_inside(self, data):
+        self.plain.send(data)
+
+    def _from_plain(self, data):
+        self.inside.send(data)
+
+    def _other(self, stream):
+        return self.plain if stream is self.inside else self.inside
+
+    def on_stream_end(self, stream, reason):
+        """One side ended: the other is told, and both are closed when both have ended."""
+        other = self._other(stream)
+        other.finish()
+        if other.ended or reason:
+            self.on_error()
+
+    def on_stream_full(self, stream):
+        """One side does not take what it is sent: stop reading the other."""
+        self._other(stream).pause()
+
+    def on_stream_room(self, stream):
+        """Read again."""
+        self._other(stream).resume()
+
+    @property
+    def is_to_be_watched(self):
+        """Whether it could last too long: one side has ended, or could end without being read."""
+        inside = self.inside
+        return not inside.closed and (inside.ended or self.plain.ended or inside.full)
+
+    def look(self, now):
+        """Close both when one has ended long enough: the other may ignore that, and not read."""
+        ending = self.inside.ended or self.plain.ended or self._is_left()
+        if self._ending_since is None and ending:
+            self._ending_since = now
+        if self._ending_since is not None and now >= self._ending_since + self.CLOSE_SECONDS:
+            self.on_error()
+
+    def _is_left(self):
+        """Whether the plain side was closed, though what it had sent before waits to be read."""
+        poll = select.poll()
+        poll.register(self.plain.sock, 0)
+        return bool(poll.poll(0))               # POLLHUP comes unasked
+
+    def on_error(self):
+        """Close both."""
+        self.plain.drop()
+        self.inside.drop()
+
+
+class Pump:
+    """Serves Splices until the last has ended; a process of its own (run_pump)."""
+
+    def __init__(self, pairs, clock=time.monotonic):
+        self._clock, self._selector = clock, selectors.DefaultSelector()
+        self._splices = [Splice(self._selector, stream, plain) for stream, plain in pairs]
+        self._watched, self._look_at = set(), 0.0
+
+    def run(self):
+        """Turn until the last client has gone."""
+        for splice in self._splices:
+            self._safely(splice, splice.start)
+        while self._selector.get_map():
+            self.turn()
+
+    def turn(self):
+        """Serve what is ready; once a second look at those that are ending."""
+        for key, events in self._selector.select(1 if self._watched else None):
+            if not key.data.closed:
+                self._safely(key.data.owner, key.data.ready, events)
+        now = self._clock()
+        if self._watched and now >= self._look_at:
+            self._look_at = now + 1
+            for splice in self._watched:
+                self._safely(splice, splice.look, now)
+            self._watched = {splice for splice in self._watched if splice.is_to_be_watched}
+
+    def _safely(self, splice, call, *arguments):
+        try:
+            call(*arguments)
+        except Exception:                       # nobody to tell: end this pair, keep the others
+            splice.on_error()
+        if splice.is_to_be_watched:
+            self._watched.add(splice)
 
 
 def run_pump(pairs):

@@ -841,7 +841,7 @@ class TestSpelling(unittest.TestCase):
         self.assertEqual((spelling.lost(b"a\n", ""), spelling.lost(b"a\n", "lost")), (b"", b"lost\r\n"))
 
 
-# ---- 3. Dialects
+# ---- 3. Dialects, 4. Logins
 
 GOOD, BAD = has.Credentials(b"connect", b"Alice", b"alicepw"), has.Credentials(b"connect", b"Alice", b"wrong")
 
@@ -1242,7 +1242,7 @@ class TestProof(unittest.TestCase):
     @staticmethod
     def typed(family, *logins):
         """A Proof that wrapped `logins`."""
-        proof = DIALECTS[family].proof()
+        proof = has.proof_for(DIALECTS[family])
         for login in logins:
             proof.wrap(login, login.line() + b"\r\n", {})
         return proof
@@ -1257,7 +1257,7 @@ class TestProof(unittest.TestCase):
                 ("tinymux", b"OUTPUTPREFIX Nf\r\nOUTPUTPREFIX N\r\n", b"OUTPUTPREFIX p\r\n"),
                 ("rhostmush", both % (b"b", b"y", b"SESSION"), both % (b"a", b"z", b"SESSION"))):
             for settings, prefix, suffix in (({}, b"", b""), (own, b" P", b" S")):
-                sent = DIALECTS[family].proof().wrap(GOOD, b"co A p\r\n", settings)
+                sent = has.proof_for(DIALECTS[family]).wrap(GOOD, b"co A p\r\n", settings)
                 before_it, behind_it = (marks.replace(b" p\r", prefix + b"\r").replace(b" s\r", suffix + b"\r")
                                         for marks in (before, behind))
                 expected = before_it + b"co A p\r\n" + behind_it
@@ -1312,12 +1312,12 @@ class TestProof(unittest.TestCase):
 
     def test_a_link_without_live_marks_need_not_be_read(self):
         for family in FAMILIES:
-            self.assertFalse(DIALECTS[family].proof().live)
+            self.assertFalse(has.proof_for(DIALECTS[family]).live)
             proof = self.typed(family, GOOD)
             self.assertTrue(proof.live)
             proof.retire()
             self.assertFalse(proof.live)
-            self.assertTrue(DIALECTS[family].proof(returning=True).live)
+            self.assertTrue(has.proof_for(DIALECTS[family], returning=True).live)
 
     def test_outcomes_of_teenymush_come_in_order_at_the_start_of_a_line(self):
         other, fail = has.Credentials(b"co", b"Bob", b"b"), SHOWN["teenymush"][1]
@@ -1342,7 +1342,7 @@ class TestProof(unittest.TestCase):
                 ("pennmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n \r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\nIDLE Ne\r\n"),
                 ("tinymux", b"OUTPUTPREFIX\r\nINFO\r\n"),
                 ("rhostmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\nSESSION\r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\n")):
-            sent = DIALECTS[family].proof(True).script(GOOD).replace(nonce(), b"N")
+            sent = has.proof_for(DIALECTS[family], True).script(GOOD).replace(nonce(), b"N")
             self.assertEqual(sent, (b"OUTPUTPREFIX N\r\n" if family == "tinymux" else b"") + line + behind)
 
     def test_a_return_is_held_until_the_end_marker_in_every_split(self):
@@ -1351,7 +1351,7 @@ class TestProof(unittest.TestCase):
                 data = b"banner\r\n" + answer(family, right, 0, END[family])
                 held = b"banner\r\n" + SHOWN[family][not right] + (END[family] if END[family] == INFO else b"")
                 for chunks in splits(data):
-                    proof = DIALECTS[family].proof(True)
+                    proof = has.proof_for(DIALECTS[family], True)
                     proof.script(GOOD)
                     for chunk in chunks:
                         self.assertFalse(proof.ended, (family, chunks))
@@ -1366,7 +1366,7 @@ class TestProof(unittest.TestCase):
                     self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
 
     def test_teenymush_is_not_asked_for_the_end_before_the_first_outcome(self):
-        proof = DIALECTS["teenymush"].proof(True)
+        proof = has.proof_for(DIALECTS["teenymush"], True)
         proof.script(GOOD)
         self.assertEqual((proof.feed(b"banner\n"), proof.asked, proof.saw_command(b"\xff\xfc\x56")), (b"", False, False))
 
@@ -1374,7 +1374,7 @@ class TestProof(unittest.TestCase):
         arrival = b"MAIL: You have 0 messages.\r\nThe Void\r\nAlice has connected.\r\n"
         for right, data in ((True, SHOWN["teenymush"][0] + arrival), (False, b"banner\n" + SHOWN["teenymush"][1])):
             for chunks in splits(data):
-                proof = DIALECTS["teenymush"].proof(True, telnet=False)
+                proof = has.proof_for(DIALECTS["teenymush"], True, telnet=False)
                 proof.script(GOOD)
                 for chunk in chunks:
                     self.assertFalse(proof.ended, chunks)
@@ -1396,7 +1396,7 @@ class TestProof(unittest.TestCase):
                 ("tinymux", answer("tinymux", False, 0, END["tinymux"]), b"", [ended]),
                 ("teenymush", SHOWN["teenymush"][0], b"\xff\xfc\x56", [took, ask]),
                 ("teenymush", SHOWN["teenymush"][1], b"\xff\xfc\x56", [ask])):
-            proof = DIALECTS[family].proof(True)
+            proof = has.proof_for(DIALECTS[family], True)
             proof.script(GOOD)
             self.assertEqual(proof.hear(text + b"after"), (b"after" * (not command), wanted))
             self.assertEqual(proof.hear(b"")[1], [])                # told once
@@ -1404,12 +1404,12 @@ class TestProof(unittest.TestCase):
 
     def test_the_end_marker_can_be_asked_for_once_more(self):
         for family, asked in (("pennmush", b"IDLE =0123abcd01=e\r\n"), ("tinymux", b"INFO\r\n"), ("teenymush", b"\xff\xfd\x56")):
-            proof = DIALECTS[family].proof(True)
+            proof = has.proof_for(DIALECTS[family], True)
             proof.script(GOOD)
             proof.end()
             self.assertEqual((proof.settles, proof.ask_again(), proof.ended), (True, asked, False))
             self.assertEqual(proof.feed(b"Bob has connected.\r\n"), b"")
-        self.assertFalse(DIALECTS["tinymush"].proof().settles)      # INFO answers elsewhere
+        self.assertFalse(has.proof_for(DIALECTS["tinymush"]).settles)      # INFO answers elsewhere
 
     def test_what_older_programs_packed_under_one_name(self):
         for family, kind in (("tinymux", has.MarkProof), ("teenymush", has.WordProof)):
@@ -1422,13 +1422,13 @@ class TestProof(unittest.TestCase):
     def test_a_refusal_that_is_none(self):
         for family, text in (("pennmush", b"Player connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
                              ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
-            proof = DIALECTS[family].proof(True)
+            proof = has.proof_for(DIALECTS[family], True)
             proof.script(GOOD)
             proof.feed(text + END[family].replace(b"N", nonce()) if END[family] != INFO else text + INFO)
             self.assertEqual((proof.ended, proof.refused, proof.login), (True, False, None))
 
 
-# ---- 4. Mailbox
+# ---- 5. Wire
 
 class TestMailbox(unittest.TestCase):
     def setUp(self):
@@ -1495,7 +1495,6 @@ class TestMailbox(unittest.TestCase):
             self.box.reader.recv(1)
 
 
-# ---- 5. Stream
 
 class Selector(selectors.DefaultSelector):
     """Counts what it is told."""
@@ -5691,7 +5690,7 @@ class BoundMarks(RigCase):
             self.assertEqual((session.state.name, session.character.proven, session.character.login), ("LOGIN", b"", None), family)
 
     def test_the_marks_never_repeat_on_a_link(self):
-        proof = DIALECTS["tinymux"].proof()
+        proof = has.proof_for(DIALECTS["tinymux"])
         sent = b"".join(proof.wrap(BAD, b"connect Alice wrong\r\n", {}) for _ in range(600))
         numbers = re.findall(rb"OUTPUTPREFIX (=\w+=)f", sent)
         self.assertEqual(len(set(numbers)), 600)
