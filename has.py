@@ -8185,23 +8185,23 @@ class Splice:
     def _from_plain(self, data):
         self.inside.send(data)
 
-    def _other(self, stream):
+    def _opposite(self, stream):
         return self.plain if stream is self.inside else self.inside
 
     def on_stream_end(self, stream, reason):
         """One side ended: the other is told, and both are closed when both have ended."""
-        other = self._other(stream)
-        other.finish()
-        if other.ended or reason:
+        opposite = self._opposite(stream)
+        opposite.finish()
+        if opposite.ended or reason:
             self.on_error()
 
     def on_stream_full(self, stream):
         """One side does not take what it is sent: stop reading the other."""
-        self._other(stream).pause()
+        self._opposite(stream).pause()
 
     def on_stream_room(self, stream):
         """Read again."""
-        self._other(stream).resume()
+        self._opposite(stream).resume()
 
     @property
     def is_to_be_watched(self):
