@@ -1981,12 +1981,13 @@ def recognise(banner, info):
 _MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")  # secret, number, letter
 # What may follow the secret in a mark of which only the beginning has come.
 _MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")
-_AFTER_SECRET = 12                 # bytes of a mark behind its secret: number, `=`, letter, CR LF
+_AFTER_SECRET = 12                 # bytes of a mark behind that: number, `=`, letter, CR LF
 _INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
 
 MOST_TRIES = 64                    # logins of one link whose outcome may still come
 MOST_HELD = 1 << 20                # bytes of a return that are kept, the newest
-MOST_BLOCK = 4096                  # bytes behind a mark that are looked at
+LONGEST_OUTCOME = 300              # bytes of an unfinished line that is read along, the newest
+MOST_BLOCK = 4096                  # bytes behind a mark that are looked at: the first
 END_SECONDS = 1                    # a world that knows telnet has answered question() by then
 
 
@@ -2229,7 +2230,7 @@ class WordProof(Proof):
         """The outcome of a line begins a line. But lines that a build does not know as a login
         (`con` on older TeenyMUSHes) have none: so the ones behind it may be right too."""
         *lines, self._line = (self._line + text).split(b"\n")
-        self._line = self._line[-300:]
+        self._line = self._line[-LONGEST_OUTCOME:]
         for line in lines:
             outcome = self._tries and self.dialect.outcome.match(line)
             if not outcome:
@@ -2271,7 +2272,7 @@ class Change:
     def outcome(self, dialect, text):
         """Take text of the world: True (changed), False (refused) or None (not answered yet)."""
         *lines, self._line = (self._line + text).split(b"\n")
-        self._line = self._line[-300:]
+        self._line = self._line[-LONGEST_OUTCOME:]
         changed, kept = ((dialect.password_changed, dialect.password_kept)
                          if self.kind == "password" else (dialect.name_changed, dialect.name_kept))
         for line in lines:
@@ -2407,6 +2408,7 @@ NOT_NOW = (BlockingIOError, InterruptedError) + (
     (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
 CHUNK = 65536
+LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
 
 
 def tune(sock, idle, interval, count, user_timeout=0):
@@ -4450,7 +4452,7 @@ class Session:
 
     def on_stream_open(self, link):
         """The link is open."""
-        tune(link.sock, 15, 5, 3, self.hub.settings.dead_after + 10)
+        tune(link.sock, *LINK_KEEPALIVE, self.hub.settings.dead_after + 10)
         self.handle(Event.OPENED)
 
     def on_stream_full(self, stream):
@@ -4951,6 +4953,7 @@ INFO_SECONDS = 3                   # for the INFO that tells the family of an un
 ASIDE_SECONDS = 2                  # for answers that can be done without: rights, checks
 TELNET_SECONDS = 1                 # for a telnet answer, or an offer made at connect
 WITNESS_SECONDS = 1                # an idle connection that lives on for so long: the world lives
+LOOK_SECONDS = 1                   # while a check waits for the quota, or an address for its turn
 FAULT_SECONDS = 1                  # pause after a fault of HAS itself
 PROBE_RESERVE = 20                 # commands of the quota that checks never use
 CHECKS_A_LINE = 20                 # passwords in one line: the world stands still while it reads it
@@ -5009,9 +5012,9 @@ class Context:
         log.log(logging.DEBUG if self._said.get(subject) == text else level, "%s", text)
         self._said[subject] = text
 
-    def forget_said(self, subject=None):
-        """The subject, or all, is new to the log again."""
-        self._said = {it: text for it, text in self._said.items() if subject not in (None, it)}
+    def forget_said(self):
+        """The settings have changed: all is new to the log again."""
+        self._said.clear()
 
     def watch(self, sock, reader, events=READ):
         """Have reader.receive() called when something comes, until reader.ended is not None."""
@@ -5594,7 +5597,7 @@ class Connector:
                     settings.local_port, settings.local_port_ssl) and _is_ours(
                         target[1][0], {"local_address": settings.local_address}):
                 raise OSError(errno.ELOOP, "that is HAS itself: give the port of the MUSH")
-            tune(sock, 15, 5, 3)
+            tune(sock, *LINK_KEEPALIVE)
             return sock
         except BaseException:
             sock.close()
@@ -5638,85 +5641,73 @@ def _age_by_start_id(life):
     return age if age >= 0 else LONG_AGO        # another clock
 
 
-class Lives:
+class Lives(Survivor):
     """The names of the lives of worlds: start ids, unless those prove nothing. Pure.
 
     A world that dies in the second in which it was started, and is started again at once, has the
-    same start id: what follows such a life gets another name, and what follows one in between
+    same start id: what follows such a life gets another name, and what follows one behind which
     nobody listened.
     """
 
+    SURVIVES = "life", "renamed"
+
     def __init__(self, clock):
         self._clock = clock
-        self._life, self._since = None, 0.0     # the one we were in last; when it was first seen
-        self._renamed = (None, None)            # a start id that proves nothing, its life's name
+        self.life = None, 0.0                   # the one we were in last; when it was first seen
+        self.renamed = None, None               # a start id that proves nothing; its life's name
 
-    def name(self, life):
+    def name(self, start_id):
         """The name of the life that has this start id."""
-        return self._renamed[1] if life == self._renamed[0] else life
+        return self.renamed[1] if start_id == self.renamed[0] else start_id
 
     def enter(self, life):
         """We are in that life; the first one that we see began before we looked."""
-        if life != self._life:
-            age = 0.0 if self._life else _age_by_start_id(life)
-            self._life, self._since = life, self._clock() - age
+        if life != self.life[0]:
+            age = 0.0 if self.life[0] else _age_by_start_id(life)
+            self.life = life, self._clock() - age
 
     def doubt(self):
         """The connection was lost: this life may have ended in its first second."""
-        if self._clock() - self._since < START_ID_SECONDS:
+        if self._clock() - self.life[1] < START_ID_SECONDS:
             self.rename()
 
     def rename(self):
         """Whatever its start id, what follows is another life."""
-        if self._life:
-            start_id = self._renamed[0] if self._life == self._renamed[1] else self._life
-            self._renamed = (start_id, f"{start_id} ({secrets.token_hex(4)})")
-
-    def park(self):
-        """Plain values for a new process."""
-        return {"life": [self._life, self._since], "renamed": list(self._renamed)}
-
-    def unpark(self, parked):
-        """Take up what park() left."""
-        self._life, self._since = parked.get("life", (None, 0.0))
-        self._renamed = tuple(parked.get("renamed", (None, None)))
+        life, (start_id, name) = self.life[0], self.renamed
+        if life:
+            start_id = start_id if life == name else life
+            self.renamed = start_id, f"{start_id} ({secrets.token_hex(4)})"
 
 
-class LoginPause:
-    """No login is tried before `until`, in the life of the world in which one was not taken. Pure.
-    """
+class LoginPause(Survivor):
+    """When a login may be tried: not before `login_after` in the life of the world in which one was
+    not taken. Pure."""
+
+    SURVIVES = "login_after", "login_life", "login_refused"
 
     def __init__(self, clock):
-        self._clock, self.until = clock, 0.0
-        self._life, self.refused = None, False  # the life; whether the world refused that login
+        self._clock, self.login_after = clock, 0.0
+        self.login_life, self.login_refused = None, False       # refused: or not taken otherwise
 
     def begin(self, seconds):
         """One did not show whether it was taken: the world is of another family."""
-        self.until = self._clock() + seconds
+        self.login_after = self._clock() + seconds
 
     def begin_in(self, life, refused):
         """One was not taken in that life; return for how long none is tried."""
         seconds = LOGIN_AGAIN_SECONDS if refused else LOGIN_CLOSED_SECONDS
         self.begin(seconds)
-        self._life, self.refused = life, refused
+        self.login_life, self.login_refused = life, refused
         return seconds
 
     def end(self):
         """The settings have changed, or the life is over."""
-        self.until = 0.0
+        self.login_after = 0.0
 
     def holds_in(self, life):
         """Whether a login must wait in that life."""
-        return self._clock() < self.until and (life.startswith("?") or life == self._life)
-
-    def park(self):
-        """Plain values for a new process."""
-        return {"login_after": self.until, "login_life": self._life, "login_refused": self.refused}
-
-    def unpark(self, parked):
-        """Take up what park() left."""
-        self.until = parked["login_after"]
-        self._life, self.refused = parked.get("login_life"), parked.get("login_refused", False)
+        return self._clock() < self.login_after and (
+            life.startswith("?") or life == self.login_life)
 
 
 class Entrance:
@@ -5737,16 +5728,14 @@ class Entrance:
         self._untold.clear()
         self.pause.end()
 
-    def park(self):
-        """Plain values for a new process."""
-        return {"known": [[str(address), it.name] for address, it in self._known.items()],
-                **self.pause.park()}
+    def survivors(self):
+        """For a new process, as Survivor has it."""
+        return {"known": [[str(address), it.name] for address, it in self._known.items()]}
 
-    def unpark(self, parked):
-        """Take up what park() left."""
-        known = {_address_or_none(address): name for address, name in parked["known"]}
+    def take_up(self, values):
+        """Go on with what survivors() of another process gave."""
+        known = {_address_or_none(address): name for address, name in values["known"]}
         self._known = {address: DIALECTS[name] for address, name in known.items() if address}
-        self.pause.unpark(parked)
 
     def establish(self, address):
         """A confirmed Connection to an address; Lost says why there is none."""
@@ -5808,16 +5797,15 @@ class Entrance:
     def _log_in(self, connection):
         """Try to log the heartbeat in, unless that was refused just now; whether it is in."""
         if self.pause.holds_in(connection.world.life):
-            connection.note(shut=self.pause.refused)
+            connection.note(shut=self.pause.login_refused)
             return False
         context, settings = self._context, self._context.settings
         login = Credentials(b"connect", settings.hb_user.encode(), settings.hb_pass.encode())
         if connection.log_in(login):
-            if self._shut_out:
-                log.info("%s: the heartbeat %s is logged in now", connection.address,
-                         settings.hb_user)
+            context.log_change(
+                logging.INFO if self._shut_out else logging.DEBUG, "login",
+                f"{connection.address}: the heartbeat {settings.hb_user} is logged in now")
             self._shut_out = False
-            context.forget_said("login")
             connection.look_at_rights(login)
             return True
         self._shut_out = True
@@ -5920,16 +5908,15 @@ class Course:
         self._answering_since = since if answers and not moves else None
         return moves
 
-    def park(self):
-        """Plain values for a new process."""
+    def survivors(self):
+        """For a new process, as Survivor has it."""
         return {"current": str(self.current or ""), "wanted": str(self.wanted or ""),
                 "down_since": self.down_since}
 
-    def unpark(self, parked):
-        """Take up what park() left."""
-        self.current = _address_or_none(parked["current"])
-        self.wanted = _address_or_none(parked["wanted"])
-        self.down_since = parked["down_since"]
+    def take_up(self, values):
+        """Go on with what survivors() of another process gave."""
+        self.current, self.wanted = (_address_or_none(values[it]) for it in ("current", "wanted"))
+        self.down_since = values["down_since"]
 
 
 class Search:
@@ -6020,8 +6007,10 @@ def _is_worse(world, old):
     return None
 
 
-class Probes:
+class Probes(Survivor):
     """Asks the world whether it lives, and tells the hub."""
+
+    SURVIVES = "silent_since",
 
     def __init__(self, context):
         self._context = context
@@ -6124,6 +6113,8 @@ class Heartbeat(threading.Thread):
         self._search = Search(context, self._course, self._entrance, self._book, self._lives,
                               self._rest)
         self._probes, self._checks = Probes(context), Checks(context)
+        self._rooms = (self._course, self._entrance, self._entrance.pause, self._lives,
+                       self._probes)            # what survives in them is parked together
         self._renew = False        # the settings ask for a new connection to the same world
         self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._parked_before = parked            # what an older process left
@@ -6206,8 +6197,9 @@ class Heartbeat(threading.Thread):
 
     def _park(self, connection):
         """Leave the connection open for a new process; plain values."""
-        parked = {**self._course.park(), **self._entrance.park(), **self._lives.park(),
-                  "silent_since": self._probes.silent_since}
+        parked = {}
+        for room in self._rooms:
+            parked.update(room.survivors())
         if connection and connection.talk.ended is None and (
                 type(connection.talk.sock) is socket.socket):
             parked["connection"] = connection.park()
@@ -6216,9 +6208,8 @@ class Heartbeat(threading.Thread):
     def _unpark(self, parked):
         """Take up what _park() left; return its Connection, if it left one."""
         context = self._context
-        for room in (self._course, self._entrance, self._lives):
-            room.unpark(parked)
-        self._probes.silent_since = parked.get("silent_since")
+        for room in self._rooms:
+            room.take_up(parked)
         if "connection" not in parked:
             return None
         try:
@@ -6267,7 +6258,7 @@ class Heartbeat(threading.Thread):
                 self._checks.ask(connection)
             else:
                 soon = self._checks or self._course.wanted or connection.renew_at
-                context.wait(min(beat_at, context.clock() + 1) if soon else beat_at)
+                context.wait(min(beat_at, context.clock() + LOOK_SECONDS) if soon else beat_at)
 
     def _probe(self, connection):
         self._probes.probe(connection, self._search.consider_moving)
@@ -6280,7 +6271,7 @@ class Heartbeat(threading.Thread):
             better = self._search.try_beside(connection.address, connection)
             if better:
                 raise Moved(better)
-        due = connection.renew_at and min(connection.renew_at, self._entrance.pause.until)
+        due = connection.renew_at and min(connection.renew_at, self._entrance.pause.login_after)
         if due is None or self._context.clock() < due:
             return
         try:
@@ -6293,7 +6284,7 @@ class Heartbeat(threading.Thread):
                 f"the heartbeat: {lost}; tried again in {RENEW_AGAIN_SECONDS} s")
             connection.renew_at = self._context.clock() + RENEW_AGAIN_SECONDS
             pause = self._entrance.pause
-            pause.until = max(pause.until, connection.renew_at)
+            pause.login_after = max(pause.login_after, connection.renew_at)
 
 
 # ======================================================================

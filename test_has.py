@@ -6715,7 +6715,7 @@ class TestHeartbeat(Case):
         pause.begin(300)
         with mock.patch.object(search, "_rest", side_effect=has.Stopped), self.assertRaises(has.Stopped):
             search.find()
-        self.assertEqual(pause.until, 0.0)
+        self.assertEqual(pause.login_after, 0.0)
 
     def test_a_start_id_of_the_same_second_proves_nothing(self):
         """A world that dies in the second in which it was started, and is back in it, is not the one of before."""
@@ -6724,7 +6724,7 @@ class TestHeartbeat(Case):
             lives = ["world since today"]
             for seen_for in (0, 0, 2):          # the first life began nobody knows when; then within a second; then later
                 if len(lives) > 1:
-                    heartbeat._lives._since = time.monotonic() - seen_for
+                    heartbeat._lives.life = lives[-1], time.monotonic() - seen_for
                 world.boot("heartbeat")
                 lives.append(hub.wait("on_world_found", len(lives) + 1)[-1][0].life)
             self.assertEqual((lives[1], lives[3]), (lives[0], lives[2]))
@@ -6751,7 +6751,7 @@ class TestHeartbeat(Case):
                 hub.wait("on_unreachable", refused + 1)
                 world.start()
                 lives.append(hub.wait("on_world_found", number + 1)[-1][0].life)
-                heartbeat._lives._since = 0.0                       # nobody knows when it began
+                heartbeat._lives.life = lives[-1], 0.0               # nobody knows when it began
             self.assertEqual(len(set(lives)), 3)
 
     def park(self, hub, heartbeat):
