@@ -6522,6 +6522,974 @@ class Witness:
         return [arguments for name, *arguments in self.told if name == call]
 
 
+# ---- Its rooms by hand: the clock stands still but while they wait, and a function is the world
+
+class StillContext(has.Context):
+    """A Context whose world answers at once what it is asked, or time passes.
+
+    `world` is called with what HAS has sent, and returns bytes, or None to hang up. `later` holds
+    (time, bytes or None) that come by themselves.
+    """
+
+    def __init__(self, world=lambda sent: b"", **settings):
+        super().__init__(Witness(), Witness(), settings_of(tuple(settings.items())),
+                         clock=lambda: self.now)
+        self.now, self.world, self.later, self.sent = 1000.0, world, [], b""
+        self.ours, self.theirs = socket.socketpair()
+        for sock in (self.ours, self.theirs):
+            sock.setblocking(False)
+        self.told = self._hub_mailbox.told
+
+    def talk(self, secret="sesame"):
+        self.reader = has.Talk(self.ours, self, secret)
+        return self.reader
+
+    def connection(self, dialect="plain", **facts):
+        found = has.Connection(self.talk(), HOME, None, self.settings)
+        found.note(dialect=DIALECTS[dialect], life="life 1", **facts)
+        found.quota = has.Quota(DIALECTS[dialect].quota, self.clock)
+        return found
+
+    def watch(self, sock, reader, events=has.READ):
+        """Nothing is waited for."""
+
+    def give(self, data):
+        if data is None:
+            self.theirs.close()
+        elif data:
+            self.theirs.sendall(data)
+        self.reader.receive()
+
+    def wait(self, until):
+        try:
+            sent = self.theirs.recv(65536)
+        except BlockingIOError:
+            sent = b""
+        self.sent += sent
+        due = [it for it in self.later if it[0] <= until]
+        if sent:
+            self.give(self.world(sent))
+        elif due:
+            self.later.remove(due[0])
+            self.now = due[0][0]
+            self.give(due[0][1])
+        else:
+            self.now = max(self.now, until)
+
+
+class StillCase(unittest.TestCase):
+    """Nonces are known: see nonce(); those of probes are NONCE."""
+
+    NONCE = b"=0123abcd="
+
+    def setUp(self):
+        patch = mock.patch("has.secrets.token_hex", lambda size: "0123abcd")
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def context(self, world=lambda sent: b"", **settings):
+        made = StillContext(world, **settings)
+        for sock in (made.ours, made.theirs, made.mailbox.reader, made.mailbox.writer):
+            self.addCleanup(sock.close)
+        self.addCleanup(made._selector.close)
+        return made
+
+    def lost(self, call, *arguments):
+        """The Lost that comes of a call."""
+        with self.assertRaises(has.Lost) as caught:
+            call(*arguments)
+        return caught.exception
+
+
+class TestTalk(StillCase):
+    def test_expected_text_is_taken_with_all_before_it(self):
+        context = self.context(lambda sent: b"one two three")
+        talk = context.talk()
+        self.assertTrue(talk.ask(b"count\r\n", re.compile(rb"two"), 5))
+        self.assertEqual((context.sent, talk.text, context.now), (b"count\r\n", b" three", 1000.0))
+        self.assertIsNone(talk.expect(re.compile(rb"four"), 5))
+        self.assertEqual((talk.text, context.now), (b" three", 1005.0))
+
+    def test_telnet_commands_are_kept_apart(self):
+        context = self.context()
+        talk = context.talk()
+        context.later = [(1001, b"a\xff\xfb"), (1002, b"\x46b"), (1003, b"\xff\xfd\x18" * 99)]
+        self.assertTrue(talk.expect_command(re.compile(b"\xfb\x46"), 5))
+        self.assertEqual((talk.text, context.now), (b"ab", 1002))
+        self.assertIsNone(talk.expect_command(re.compile(b"\xfb\x01"), 5))
+        self.assertLessEqual(len(talk.commands), has.MOST_COMMANDS + 1)
+
+    def test_the_end_is_told_with_the_last_words(self):
+        mark = b"=0123456789=\r\n"
+        for words, shown in ((b"Go away!\r\n", '; its last words: "Go away!"'), (b"", ""),
+                             (b"1\r\n2\r\nA\r\nB\r\nC\r\n" + mark + b"D\r\n",
+                              '; its last words: "B C D"'),
+                             (b"the password is sesame\r\n", "")):
+            context = self.context()
+            context.later = [(1001, words), (1002, None)]
+            lost = self.lost(context.talk().expect, re.compile(b"never"), 5)
+            self.assertEqual(str(lost), "closed by the world" + shown)
+            self.assertEqual((lost.accepted, lost.alive, lost.ours), (True, True, False))
+        context = self.context(lambda sent: None)
+        context.later = [(1001, b"Said before\r\n")]
+        talk = context.talk()
+        self.assertIsNone(talk.expect(re.compile(b"never"), 2))
+        lost = self.lost(talk.ask, b"x\r\n", re.compile(b"never"), 2)
+        self.assertEqual(str(lost), "closed by the world")
+
+    def test_what_cannot_be_sent_is_an_end_too(self):
+        context = self.context()
+        talk = context.talk()
+        context.theirs.close()
+        self.assertRegex(str(self.lost(talk.send, b"x\r\n")), "^cannot send: ")
+        self.assertRegex(str(self.lost(talk.send, b"x\r\n")), "^cannot send: ")
+        talk.close()
+        self.assertEqual(talk.sock.fileno(), -1)
+
+    def test_a_greeting_is_over_after_a_pause_and_waited_for_once(self):
+        for later, heard, ends in (([(1000.5, b"Wel"), (1000.6, b"come")], True, 1000.85),
+                                   ([], False, 1003), ([(1002.9, b"Hm")], True, 1003),
+                                   ([(1001, b"\xff\xfb\x46")], False, 1001.25)):
+            context = self.context()
+            talk, context.later = context.talk(), later
+            self.assertEqual((talk.hear_greeting(), round(context.now, 2)), (heard, ends))
+            talk.hear_greeting()
+            self.assertEqual(round(context.now, 2), ends)
+
+
+class TestQuota(unittest.TestCase):
+    def test_commands_come_back_one_a_second(self):
+        now = [50.0]
+        quota = has.Quota(100, lambda: now[0])
+        for _ in range(30):
+            quota.spend()
+        self.assertEqual(quota.spare(), 70)
+        now[0] += 10
+        self.assertEqual(quota.spare(), 80)
+        now[0] += 1000
+        self.assertEqual(quota.spare(), 100)
+        self.assertEqual(has.Quota(100, lambda: now[0], 7).spare(), 7)
+        self.assertGreater(has.Quota(None, lambda: now[0]).spare(), 1000)
+
+
+class TestConnection(StillCase):
+    """What is asked of a world, and understood of its answers."""
+
+    OFFERS = b"".join((command(WILL, 3), command(DO, NAWS), command(DO, TTYPE), command(WILL, 70)))
+    UPTIME = b"\xff\xfa\x46\x01UPTIME\x02123\xff\xf0"
+
+    @staticmethod
+    def info(version):
+        return (b"### Begin INFO 1\r\nName: X\r\nUptime: today\r\nVersion: " + version
+                + b"\r\n### End INFO\r\n")
+
+    def identified(self, context, known=None, try_address=True):
+        found = has.Connection(context.talk(), HOME, None, context.settings)
+        found.identify(known and DIALECTS[known], try_address)
+        return found.world
+
+    def test_families_and_lives(self):
+        def teeny(sent):
+            return self.UPTIME if sent == command(DO, 70) else b""
+        context = self.context(teeny)
+        context.later = [(1000, self.OFFERS)]
+        with self.assertLogs(has.log, "INFO") as logged:
+            world = self.identified(context)
+        self.assertEqual((world.dialect.name, world.life, world.telnet, world.told),
+                         ("teenymush", "127.0.0.1:4001 since 123", True, True))
+        self.assertIn("recognised by what it sends at connect", logged.output[0])
+        for version, name in ((b"PennMUSH 1.8", "pennmush"), (b"TinyMUSH 4.0", "tinymush"),
+                              (b"MUX 2.13", "tinymux"), (b"Rhost 4", "rhostmush")):
+            with self.assertLogs(has.log, "INFO") as logged:
+                world = self.identified(self.context(lambda sent: self.info(version)))
+            self.assertEqual((world.dialect.name, world.life), (name, "127.0.0.1:4001 since today"))
+            self.assertIn("by its answer to INFO", logged.output[0])
+
+    def test_a_world_that_is_not_recognised(self):
+        context = self.context(lambda sent: b"Huh?\r\n")
+        context.later = [(1001, b"Welcome\r\n")]
+        with self.assertLogs(has.log, "WARNING"):
+            world = self.identified(context)
+        self.assertEqual((world.dialect, world.life), (has.PLAIN, "?0123abcd"))
+        context = self.context()
+        self.assertIn("does not answer", str(self.lost(self.identified, context)))
+        self.assertEqual(context.now, 1000 + has.GREETING_SECONDS + has.INFO_SECONDS)
+        self.assertIn("closed", str(self.lost(self.identified, self.context(lambda sent: None))))
+        context = self.context()
+        context.later = [(1001, b"Not from there.\r\n"), (1001.1, None)]
+        self.assertIn("Not from there.", str(self.lost(self.identified, context)))
+
+    def test_a_teenymush_without_mssp_has_no_start_id(self):
+        for answer, telnet in ((b"\xff\xfc\x56", True), (b"Huh?\r\n", False)):
+            context = self.context(lambda sent: answer)
+            world = self.identified(context, "teenymush")
+            self.assertEqual((world.life, world.telnet), ("?0123abcd", telnet))
+            self.assertEqual(context.sent, b"\xff\xfd\x56\r\n")
+
+    def test_whether_addresses_can_be_told(self):
+        """RhostMUSH: a line taken in silence was understood, and so is one before its greeting."""
+        for greeting, before, told in ((b"Hi\r\n", b"", True), (b"Hi\r\n", b"Hi\r\n", False),
+                                       (b"", b"Hi\r\n", True)):
+            context = self.context(lambda sent: before * (b"PROXY" in sent) + self.info(b"Rhost 4"),
+                                   mush_type="rhostmush")
+            context.later = [(1000, greeting)] * bool(greeting)
+            with self.assertLogs(has.log, "WARNING") as logged:
+                has.log.warning("the log")
+                self.assertEqual(self.identified(context, "rhostmush").told, told)
+            self.assertEqual(len(logged.output), 1 if told else 2)
+            self.assertIn(b"PROXY TCP4 127.0.0.1 ", context.sent)
+        context = self.context(lambda sent: None)
+        self.assertTrue(self.lost(self.identified, context, "rhostmush").at_address)
+        lost = self.lost(self.identified, self.context(), "rhostmush")
+        self.assertIn("does not answer", str(lost))
+        context = self.context(lambda sent: self.info(b"Rhost 4"))
+        self.assertFalse(self.identified(context, "rhostmush", False).told)
+        self.assertNotIn(b"PROXY", context.sent)
+        context = self.context(lambda sent: self.info(b"Rhost 4"), remotehostname_cmd="none")
+        self.assertTrue(self.identified(context, "rhostmush").told)
+        self.assertNotIn(b"PROXY", context.sent)
+
+    @staticmethod
+    def game(family, right=True):
+        """A world of that family that takes a login, or refuses it, and answers probes."""
+        def world(sent):
+            if b"connect" in sent:
+                return answer(family, right, 0, END[family])
+            if sent == b"\xff\xfd\x56":
+                return b"\xff\xfc\x56"
+            return sent[6:] if sent.startswith(b"think ") else b""
+        return world
+
+    def test_logins_by_family(self):
+        for family in FAMILIES:
+            for right in (True, False):
+                connection = self.context(self.game(family, right)).connection(family)
+                self.assertEqual(connection.log_in(GOOD), right, family)
+                self.assertEqual(connection.world.shut, not right, family)
+
+    def test_a_teenymush_that_leaves_the_question_unanswered_is_in_all_the_same(self):
+        game = self.game("teenymush")
+        context = self.context(lambda sent: b"" if sent == b"\xff\xfd\x56" else game(sent))
+        self.assertTrue(context.connection("teenymush").log_in(GOOD))
+        self.assertEqual(context.now, 1000 + has.END_SECONDS)
+
+    def test_logins_that_lead_nowhere(self):
+        connection = self.context(lambda sent: None).connection("tinymux")
+        self.assertFalse(connection.log_in(GOOD))
+        self.assertEqual(connection.talk.ended, "closed by the world")
+        context = self.context(mush_type="tinymux", hb_timeout=4)
+        lost = self.lost(context.connection("tinymux").log_in, GOOD)
+        self.assertIn("does not answer to the heartbeat's login", str(lost))
+        self.assertEqual(context.now, 1004 + has.ASIDE_SECONDS)     # it was asked for its family
+        context = self.context(
+            lambda sent: self.info(b"PennMUSH 1") if sent == b"INFO\r\n" else b"",
+            mush_type="teenymush")
+        lost = self.lost(context.connection("teenymush").log_in, GOOD)
+        self.assertIn("it looks like a pennmush: is mush_type right?", str(lost))
+        game = self.game("tinymux")
+        context = self.context(lambda sent: b"" if sent.startswith(b"think") else game(sent))
+        lost = self.lost(context.connection("tinymux").log_in, GOOD)
+        self.assertIn("is logged in but gets no answer", str(lost))
+
+    def test_rights(self):
+        for family, said, checks, rights, warning in (
+                ("pennmush", b"1", True, True, None),
+                ("pennmush", b"0", False, False, "may not check passwords: set its WIZARD flag"),
+                ("rhostmush", b"#-1 PERMISSION DENIED", False, False, "ROYALTY or IMMORTAL"),
+                ("tinymux", b"1", False, True, None), ("tinymux", b"Huh?", False, True, None),
+                ("tinymux", b"0", False, False, "has no WIZARD flag: it cannot get back in"),
+                ("plain", b"", False, True, None)):
+            context = self.context(
+                lambda sent: b"%s %s %s\r\n" % (self.NONCE, said, self.NONCE))
+            connection = context.connection(family)
+            with self.assertLogs(has.log, "WARNING") as logged:
+                has.log.warning("the log")
+                connection.look_at_rights(GOOD)
+            world = connection.world
+            self.assertEqual((world.checks, world.rights), (checks, rights), (family, said))
+            self.assertEqual(len(logged.output), 2 if warning else 1)
+            self.assertIn(warning or "the log", logged.output[-1])
+            self.assertEqual(connection.lacks_something, not rights or family == "plain")
+
+    def test_questions(self):
+        for family, blind, answer_, seconds in (
+                ("tinymux", False, self.NONCE + b"\r\n", 0), ("tinymux", True, INFO, 0),
+                ("pennmush", True, self.NONCE + b"\r\n", 0), ("plain", False, b"", 1),
+                ("tinymux", False, b"x" + self.NONCE + b"\r\n", None),
+                ("tinymux", True, b"", None)):
+            context = self.context(lambda sent: answer_)
+            connection = context.connection(family, blind=blind)
+            self.assertEqual(connection.question(5), seconds is not None)
+            self.assertEqual(context.now - 1000, 5 if seconds is None else seconds)
+        context = self.context()
+        context.later = [(1000.5, None)]
+        self.lost(context.connection("plain").question, 5)
+
+    def test_the_login_screen_is_watched_where_no_login_is_taken(self):
+        context = self.context(lambda sent: INFO)
+        connection = context.connection("tinymux")
+        connection.stay_outside()
+        self.assertEqual((connection.world.blind, connection.renew_at), (True, 1060))
+        self.lost(self.context().connection("tinymux").stay_outside)
+
+    def test_verdicts(self):
+        for said, verdicts in ((b"1:0", [True, False]), (b"1", [None, None]), (None, [None, None]),
+                               (b"1:#-1 PERMISSION DENIED", [True, None])):
+            context = self.context(
+                lambda sent: said and b"%s %s %s\r\n" % (self.NONCE, said, self.NONCE) or b"")
+            connection = context.connection("pennmush", checks=True)
+            self.assertEqual(connection.verdicts([GOOD, BAD]), verdicts)
+            self.assertEqual(connection.quota.spare(), 99 + (said is None))     # two seconds later
+        long = has.Credentials(b"connect", b"Alice", b"x" * 4000)
+        self.assertEqual(connection.verdicts([long]), [None])
+        self.assertEqual([connection.can_ask(it) for it in ([GOOD], [long], [GOOD] * 20)],
+                         [True, False, True])
+        connection.note(checks=False)
+        self.assertFalse(connection.can_ask([GOOD]))
+
+    def test_it_is_left_to_a_new_process_and_by_an_old_one(self):
+        target = (socket.AF_INET, ("127.0.0.1", 4001))
+        context = self.context()
+        connection = context.connection("tinymux", target=target, blind=True, shut=True,
+                                        looks="plain")
+        connection.quota.spend()
+        connection.talk.text, connection.renew_at = b"half a l", 1060.0
+        connection.talk.scanner.feed(b"\xff\xfd")
+        left = json.loads(json.dumps(connection.park()))
+        left["fd"] = os.dup(context.theirs.fileno())
+        other = has.Connection.unpark(left, context)
+        self.addCleanup(other.talk.sock.close)
+        self.assertEqual(other.world, connection.world)
+        talk = other.talk
+        self.assertEqual((talk.text, other.renew_at, other.quota.spare(), talk.scanner.held),
+                         (b"half a l", 1060.0, 99, b"\xff\xfd"))
+        left["values"]["refused"] = left["values"].pop("shut")     # so older programs called it
+        for gone in ("looks", "word"):                             # ... and did not know these
+            del left["values"][gone]
+        left["fd"] = os.dup(context.theirs.fileno())
+        older = has.Connection.unpark(left, context)
+        self.addCleanup(older.talk.sock.close)
+        world = older.world
+        self.assertEqual((world.shut, world.looks, world.word), (True, None, "auto"))
+        for broken in ({**left, "dialect": "mud"}, {**left, "values": {}}):
+            with self.assertRaises(KeyError):
+                has.Connection.unpark({**broken, "fd": os.dup(context.theirs.fileno())}, context)
+
+
+class TestReaching(StillCase):
+    """AddressBook and Connector: names, connects, whose fault it is."""
+
+    NAME, PLACE = has.Address("mush.example", 4201, None), (socket.AF_INET, ("192.0.2.1", 4201))
+
+    def book(self):
+        self.now, self.posted = 0.0, []
+        return has.AddressBook(lambda call, *more: self.posted.append((call, more)),
+                               lambda: self.now)
+
+    def test_a_name_that_led_to_its_world_is_looked_up_when_it_leads_nowhere_for_long(self):
+        book = self.book()
+        other = (socket.AF_INET, ("192.0.2.9", 4201))
+        with mock.patch.object(book, "look_up", return_value=[other]) as look_up:
+            self.assertEqual(book.targets(self.NAME), [other])
+            book.leads(self.NAME, self.PLACE)
+            self.now += 99
+            self.assertEqual(book.targets(self.NAME), [self.PLACE])
+            book.leads_nowhere(self.NAME)
+            self.now += has.LOOK_UP_SECONDS - 1
+            book.leads_nowhere(self.NAME)
+            self.assertEqual((book.targets(self.NAME), look_up.call_count), ([self.PLACE], 1))
+            self.now += 1
+            self.assertEqual((book.targets(self.NAME), look_up.call_count), ([other], 2))
+            look_up.side_effect = socket.gaierror(-3, "Temporary failure")
+            self.now += has.LOOK_UP_SECONDS
+            self.assertEqual((book.targets(self.NAME), look_up.call_count), ([self.PLACE], 3))
+            book.forget_all_but(None)
+            with self.assertRaises(socket.gaierror):
+                book.targets(self.NAME)
+
+    def test_other_names_are_looked_up_beside(self):
+        book, unix = self.book(), has.Address(None, 0, "/tmp/mush.sock")
+        for address in (HOME, unix, has.Address("::1", 5, None)):
+            self.assertTrue(book.is_at_hand(address))
+        self.assertEqual(book.targets(unix), [(socket.AF_UNIX, "/tmp/mush.sock")])
+        for found in ([self.PLACE], UnicodeError("label too long")):
+            with mock.patch.object(has.threading, "Thread") as thread:
+                self.assertFalse(book.is_at_hand(self.NAME))
+                self.assertFalse(book.is_at_hand(self.NAME))        # one thread is enough
+            (_, made), = thread.call_args_list
+            with mock.patch.object(book, "look_up", side_effect=[found]):
+                made["target"](*made["args"])
+            (call, more), = self.posted
+            call(*more)
+            self.posted.clear()
+            self.assertTrue(book.is_at_hand(self.NAME))
+            if isinstance(found, list):
+                self.assertEqual(book.targets(self.NAME), found)
+            else:
+                with self.assertRaises(UnicodeError):
+                    book.targets(self.NAME)
+
+    def context(self, **settings):
+        """A Context that really waits, by a clock of ours."""
+        self.now = 1000.0
+        made = has.Context(Witness(), Witness(), settings_of(tuple(settings.items())),
+                           clock=lambda: self.now)
+        for it in (made.mailbox.reader, made.mailbox.writer, made._selector):
+            self.addCleanup(it.close)
+        return made
+
+    def opened(self, context, target):
+        book = has.AddressBook(None, context.clock)
+        with mock.patch.object(book, "look_up", return_value=[target]):
+            connection = has.Connector(context, book).open(HOME)
+        self.addCleanup(connection.close)
+        return connection
+
+    def test_connects(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            target = (socket.AF_INET, listener.getsockname())
+            found = self.opened(self.context(), target)
+            self.assertEqual((found.world.target, found.talk.ended), (target, None))
+            lost = self.lost(self.opened, self.context(local_port=target[1][1]), target)
+            self.assertIn("that is HAS itself", str(lost))
+            self.assertEqual((lost.ours, lost.refused), (True, False))
+            with mock.patch.object(has, "is_connected_to_itself", return_value=True):
+                lost = self.lost(self.opened, self.context(), target)
+            self.assertIn("connected to itself", str(lost))
+            self.assertEqual((lost.ours, lost.refused), (False, True))
+        lost = self.lost(self.opened, self.context(), target)
+        self.assertEqual((lost.ours, lost.refused, lost.accepted), (False, True, False))
+        gone = (socket.AF_UNIX, "/nonexistent/mush.sock")
+        self.assertTrue(self.lost(self.opened, self.context(), gone).refused)
+
+    def deaf(self):
+        """A socket that cannot be written to."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        ours.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            while True:
+                ours.send(b"x" * 65536)
+        return ours
+
+    def test_a_connect_that_is_not_answered(self):
+        context = self.context()
+        context.mailbox.post(setattr, self, "now", 1000.0 + has.REACH_SECONDS)
+        with mock.patch.object(has, "begin_connect", side_effect=lambda target: self.deaf()):
+            lost = self.lost(self.opened, context, self.PLACE)
+        self.assertEqual((str(lost), lost.ours, lost.refused),
+                         ("no answer to the connect", False, False))
+
+    def test_a_stop_ends_a_connect(self):
+        context = self.context()
+        context.mailbox.post(setattr, context, "stopping", True)
+        with mock.patch.object(has, "begin_connect", side_effect=lambda target: self.deaf()):
+            with self.assertRaises(has.Stopped):
+                self.opened(context, self.PLACE)
+        self.assertEqual(len(context._selector.get_map()), 1)       # the mailbox
+
+
+class TestLives(unittest.TestCase):
+    def test_a_start_id_names_a_life_until_it_proves_nothing(self):
+        now = [5000.0]
+        lives = has.Lives(lambda: now[0])
+        lives.rename()                                              # there is none yet
+        self.assertEqual(lives.name("A since 1"), "A since 1")
+        lives.enter("A since 1")
+        lives.doubt()                                               # long ago, by its start id
+        self.assertEqual(lives.name("A since 1"), "A since 1")
+        lives.enter("A since 2")
+        now[0] += has.START_ID_SECONDS - 0.1
+        lives.enter("A since 2")
+        lives.doubt()
+        second = lives.name("A since 2")
+        self.assertNotEqual(second, "A since 2")
+        lives.enter(second)
+        lives.rename()
+        third = lives.name("A since 2")
+        self.assertRegex(third, r"^A since 2 \(\w+\)$")             # not a name behind a name
+        self.assertNotEqual(third, second)
+        other = has.Lives(lambda: now[0])
+        other.take_up(json.loads(json.dumps(lives.survivors())))
+        self.assertEqual((other.name("A since 2"), tuple(other.life)), (third, lives.life))
+        other.take_up({})                                           # from before there were names
+        other.take_up({"life": ["A since 3", 4000.0], "renamed": [None, None]})     # in older words
+        self.assertEqual(other.name("A since 2"), "A since 2")
+
+    def test_the_pause_after_a_login_that_was_not_taken(self):
+        now = [0.0]
+        pause = has.LoginPause(lambda: now[0])
+        self.assertFalse(pause.holds_in("?1"))
+        for refused, seconds in ((True, has.LOGIN_AGAIN_SECONDS),
+                                 (False, has.LOGIN_CLOSED_SECONDS)):
+            self.assertEqual(pause.begin_in("life 1", refused), seconds)
+            self.assertEqual([pause.holds_in(it) for it in ("life 1", "life 2", "?1")],
+                             [True, False, True])
+            other = has.LoginPause(lambda: now[0])
+            other.take_up(json.loads(json.dumps(pause.survivors())))
+            self.assertTrue(other.holds_in("life 1"))
+            now[0] += seconds
+            self.assertFalse(pause.holds_in("life 1"))
+        pause.begin(5)
+        pause.end()
+        self.assertFalse(pause.holds_in("?1"))
+
+
+class TestCourse(unittest.TestCase):
+    """Which address is tried: pure."""
+
+    A, B, C = (has.Address("192.0.2.1", port, None) for port in (1, 2, 3))
+
+    def course(self, *addresses, **settings):
+        self.now = 1000.0
+        self.settings = types.SimpleNamespace(**{**dict(
+            mush_address=list(addresses), failover_after=60, failback_after=0, retry=1, beat=10),
+            **settings})
+        return has.Course(lambda: self.now)
+
+    def test_who_is_tried_while_users_are_on_none(self):
+        course = self.course(self.A, self.B)
+        self.assertEqual(course.candidates(self.settings), [self.A])
+        course.arrive(self.B)
+        self.assertEqual(course.candidates(self.settings), [self.B])
+        course.on_down()
+        self.now += 59
+        course.on_down()
+        self.assertEqual(course.candidates(self.settings), [self.B])
+        self.now += 1
+        self.assertEqual(course.candidates(self.settings), [self.B, self.A])
+        self.settings.failover_after = 0
+        self.assertEqual(course.candidates(self.settings), [self.B])
+        course.on_settings(self.C)                                  # a HUP, without B and A
+        self.settings.mush_address = [self.C]
+        self.assertEqual(course.candidates(self.settings), [self.C, self.B])
+        course.arrive(self.C)
+        self.assertEqual((course.wanted, course.candidates(self.settings)), (None, [self.C]))
+
+    def test_the_wish_of_a_hup(self):
+        course = self.course(self.A)
+        course.arrive(self.A)
+        self.assertIsNone(course.other(self.settings))
+        course.on_settings(self.A)                                  # where they are already
+        self.assertIsNone(course.other(self.settings))
+        course.on_settings(self.B)
+        self.assertEqual(course.other(self.settings), self.B)
+        self.assertTrue(course.begin_try(self.settings))
+        self.assertFalse(course.is_to_move(True, self.settings, False))
+        self.now += has.WISH_SECONDS - 0.1
+        self.assertIsNone(course.other(self.settings))
+        self.now += 0.1
+        self.assertEqual(course.other(self.settings), self.B)
+        self.assertTrue(course.is_to_move(True, self.settings, True))
+        course.begin_try(self.settings)
+        course.on_settings(None)                                    # a HUP has it tried at once
+        self.assertEqual(course.other(self.settings), self.B)
+
+    def test_back_to_the_preferred_one_when_it_has_answered_for_long(self):
+        course = self.course(self.A, self.B, failback_after=15)
+        course.arrive(self.B)
+        moves = []
+        for answers in (True, True, False, True, True, True):
+            self.assertEqual(course.other(self.settings), self.A)
+            self.assertFalse(course.begin_try(self.settings))
+            self.assertIsNone(course.other(self.settings))
+            moves.append(course.is_to_move(False, self.settings, answers))
+            self.now += self.settings.beat
+        self.assertEqual(moves, [False, False, False, False, False, True])
+
+    def test_it_survives(self):
+        course = self.course(self.A, self.B)
+        course.arrive(self.A)
+        course.on_settings(self.B)
+        course.on_down()
+        other = self.course()
+        other.take_up(json.loads(json.dumps(course.survivors())))
+        self.assertEqual((other.current, other.wanted, other.down_since), (self.A, self.B, 1000.0))
+
+
+class TestEntrance(StillCase):
+    """From an address to a confirmed Connection; `worlds` are what is reached, in order."""
+
+    def entrance(self, *worlds, family="tinymux", **settings):
+        self.still = self.context(mush_type=family, hb_user="Alice", hb_pass="alicepw", **settings)
+        self.opened, worlds = [], list(worlds)
+
+        def connect(address):
+            self.still.ours, self.still.theirs = socket.socketpair()
+            for sock in (self.still.ours, self.still.theirs):
+                sock.setblocking(False)
+                self.addCleanup(sock.close)
+            self.still.world = worlds.pop(0)
+            made = has.Connection(self.still.talk(), address, None, self.still.settings)
+            self.opened.append(made)
+            return made
+        self.lives = has.Lives(self.still.clock)
+        return has.Entrance(self.still, types.SimpleNamespace(open=connect), self.lives)
+
+    @staticmethod
+    def game(right=True, uptime=b"today", hangs_up=False):
+        def world(sent):
+            if b"connect" in sent:
+                return None if hangs_up else answer("tinymux", right, 0, END["tinymux"])
+            if sent == b"INFO\r\n":
+                return INFO.replace(b"Uptime: x", b"Uptime: " + uptime)
+            if sent.startswith(b"think"):
+                return b"%s 1 %s\r\n" % (nonce_, nonce_) if b"hasflag" in sent else sent[6:]
+            return b""
+        nonce_ = StillCase.NONCE
+        return world
+
+    def test_in(self):
+        entrance = self.entrance(self.game())
+        world = entrance.establish(HOME).world
+        self.assertEqual((world.blind, world.shut, world.rights), (False, False, True))
+        self.assertEqual(world.life, f"{HOME} since today")
+
+    def test_a_life_that_was_renamed(self):
+        entrance = self.entrance(self.game())
+        self.lives.enter(f"{HOME} since today")
+        self.lives.rename()
+        self.assertEqual(entrance.establish(HOME).world.life, f"{HOME} since today (0123abcd)")
+
+    def test_refused_and_then_not_tried_in_that_life(self):
+        refuses = self.game(False)
+        entrance = self.entrance(refuses, refuses, self.game(True, b"tomorrow"))
+        with self.assertLogs(has.log, "WARNING") as logged:
+            world = entrance.establish(HOME).world
+        self.assertIn("refuses the heartbeat's login (hb_user = Alice)", logged.output[0])
+        self.assertEqual((world.blind, world.shut), (True, True))
+        self.still.sent = b""
+        world = entrance.establish(HOME).world
+        self.assertEqual((world.blind, world.shut), (True, True))
+        self.assertNotIn(b"connect", self.still.sent)
+        with self.assertLogs(has.log, "INFO") as logged:
+            self.assertFalse(entrance.establish(HOME).world.blind)
+        self.assertIn("the heartbeat Alice is logged in now", logged.output[0])
+
+    def test_a_world_that_hangs_up_on_the_login(self):
+        """It is full or closed, if it lives on; else it died, and its next life may take it."""
+        for uptime, blind in ((b"today", True), (b"tomorrow", False)):
+            entrance = self.entrance(self.game(hangs_up=True), self.game(True, uptime))
+            with self.assertLogs(has.log, "WARNING") as logged:
+                self.assertEqual(entrance.establish(HOME).world.blind, blind)
+            self.assertIn("are logins disabled, or is it full?", logged.output[0])
+            self.assertEqual([it.talk.sock.fileno() < 0 for it in self.opened], [True, False])
+
+    def test_a_world_that_hangs_up_on_the_address_line_is_not_told_it_again(self):
+        def plain(sent):
+            return INFO
+        entrance = self.entrance(lambda sent: None, plain, plain, family="rhostmush", hb_timeout=1)
+        with self.assertLogs(has.log, "WARNING") as logged:
+            self.lost(entrance.establish, HOME)                     # it has no login to give
+            self.assertIn("hangs up on the line that hands over addresses", logged.output[0])
+            self.still.sent = b""
+            self.lost(entrance.establish, HOME)
+        self.assertNotIn(b"PROXY", self.still.sent)
+        self.assertTrue(all(it.talk.sock.fileno() < 0 for it in self.opened))
+
+    def test_what_was_recognised_is_known_from_then_on(self):
+        def info(sent):
+            return game(sent).replace(b"Uptime", b"Version: MUX 2\r\nUptime")
+        game = self.game()
+        entrance = self.entrance(info, game, game, family="auto")
+        for known in (False, True):
+            self.assertEqual(entrance.establish(HOME).dialect.name, "tinymux")
+            self.assertEqual(self.still.sent.count(b"INFO\r\n"), 3 - known)
+            self.still.sent = b""
+        other = self.entrance(game)
+        other.take_up(json.loads(json.dumps(entrance.survivors())))
+        self.assertEqual(other._known, {HOME: DIALECTS["tinymux"]})
+        other.on_settings(other_worlds=True)
+        self.assertEqual(other._known, {})
+
+
+class FakeWorld:
+    """A Connection as Probes, Search and Heartbeat use it; `answers` are those to its probes."""
+
+    def __init__(self, address=HOME, answers=(), **facts):
+        self.world = has.World(address, None, DIALECTS["tinymux"], "life 1", False, False, **facts)
+        self.address, self.answers, self.closed, self.asked = address, list(answers), False, []
+        self.talk, self.renew_at = types.SimpleNamespace(ended=None, sock=None), None
+        self.lacks_something, self.quota = False, types.SimpleNamespace(spare=lambda: 100)
+
+    def question(self, seconds):
+        self.asked.append(seconds)
+        answer_ = self.answers.pop(0)
+        if isinstance(answer_, BaseException):
+            raise answer_
+        return answer_() if callable(answer_) else answer_
+
+    def close(self):
+        self.closed = True
+
+
+class TestProbes(StillCase):
+    def probe(self, *answers, meanwhile=lambda: None, asks=((5, 1),), before=None):
+        self.still = self.context(hb_timeout=10, dead_after=25)
+        self.probes = has.Probes(self.still)
+        self.probes.asks, self.probes.silent_since = list(asks), before
+        self.connection = FakeWorld(answers=[self.after(*it) for it in answers])
+        self.probes.probe(self.connection, meanwhile)
+
+    def after(self, seconds, answered):
+        def passes():
+            self.still.now += seconds
+            return answered
+        return passes
+
+    def test_one_answer_serves_all_who_asked_before(self):
+        self.probe((0.5, True), asks=[(5, 1), (6, 1)])
+        self.assertEqual(self.still.told, [("on_answers", [(5, 1), (6, 1)], "life 1", 0.5)])
+        self.assertEqual((self.probes.asks, self.probes.round_trip), ([], 0.5))
+
+    def test_a_world_that_was_silent_for_a_while(self):
+        self.probe((10, False), (3, True))
+        self.assertEqual(self.still.told, [("on_silent",), ("on_answering",),
+                                           ("on_answers", [(5, 1)], "life 1", 13.0)])
+        self.assertEqual((self.probes.round_trip, self.probes.silent_since), (0.0, None))
+
+    def test_silence_that_an_older_process_saw_goes_on(self):
+        self.probe((1, True), before=990.0)
+        self.assertEqual(self.still.told, [("on_answering",),
+                                           ("on_answers", [(5, 1)], "life 1", 11.0)])
+
+    def test_silent_for_too_long(self):
+        with self.assertRaises(has.Lost) as caught:
+            self.probe((10, False), (10, False), (5, False))
+        self.assertEqual((caught.exception.dead, str(caught.exception)),
+                         (True, "no answer for 25 s"))
+        self.assertEqual(self.connection.asked, [10, 10, 5])
+        self.assertEqual((self.probes.asks, self.probes.silent_since), ([(5, 1)], None))
+
+    def test_who_asked_is_answered_by_the_world_they_move_to(self):
+        with self.assertRaises(has.Moved):
+            self.probe((10, False), meanwhile=mock.Mock(side_effect=has.Moved(None)))
+        self.assertEqual((self.probes.asks, self.probes.silent_since), ([(5, 1)], None))
+
+
+class TestSearch(StillCase):
+    """Search by hand: `found` are the results of trying an address, in order."""
+
+    def search(self, *found, **settings):
+        self.still = self.context(mush_address=f"{HOME}, {AWAY}", **settings)
+        self.course, self.lives = has.Course(self.still.clock), has.Lives(self.still.clock)
+        self.tried = []
+        entrance = mock.Mock()
+        entrance.establish.side_effect = lambda it: self.tried.append(it) or self.next_of(found)
+        found = list(found)
+        self.entrance = entrance
+        book = types.SimpleNamespace(is_at_hand=lambda address: self.at_hand)
+        self.at_hand, rest = True, mock.Mock()
+        return has.Search(self.still, self.course, entrance, book, self.lives, rest)
+
+    @staticmethod
+    def next_of(found):
+        result = found.pop(0)
+        if isinstance(result, BaseException):
+            raise result.with_traceback(None)
+        return result
+
+    def test_what_failures_say(self):
+        """Of the world, to the hub; of this machine, to the log; refusals end lives and pauses."""
+        for lost, tell, level, ended, renamed in (
+                (has.Lost("x", refused=True), "on_unreachable", None, True, True),
+                (has.Lost("x"), "on_unreachable", None, True, False),
+                (has.Lost("x", accepted=True), "on_unreachable", None, False, False),
+                (has.Lost("x", accepted=True, alive=True), "on_trouble", None, False, False),
+                (has.Lost("x", ours=True), "on_trouble", "ERROR", False, False),
+                (ValueError("x"), "on_trouble", "ERROR", False, False)):
+            search = self.search(lost, lost, FakeWorld())
+            self.course.arrive(HOME)
+            self.lives.enter("life 1")
+            with self.assertLogs(has.log, "WARNING") as logged:
+                has.log.warning("the log")
+                self.assertIs(type(search.find()), FakeWorld)
+            said = "x" if isinstance(lost, has.Lost) else "ValueError('x')"
+            accepted = getattr(lost, "accepted", False)
+            self.assertEqual(self.still.told, [(tell, HOME, said, accepted)] * 2)
+            self.assertEqual(len(logged.output), 2 if level else 1)         # said once
+            self.assertEqual(self.entrance.pause.end.called, ended)
+            self.assertEqual(self.lives.name("life 1") != "life 1", renamed)
+
+    def test_a_world_to_move_to(self):
+        world = FakeWorld(AWAY)
+        search = self.search(has.Lost("not yet"), world)
+        self.course.arrive(HOME)
+        search.consider_moving()
+        self.assertEqual(self.tried, [])
+        self.course.on_settings(AWAY)
+        self.at_hand = False
+        search.consider_moving()
+        self.assertEqual(self.tried, [])                            # its name is not known yet
+        self.at_hand = True
+        with self.assertLogs(has.log, "ERROR") as logged:
+            search.consider_moving()
+        self.assertIn(f"{AWAY} cannot take over: not yet; users stay on {HOME}", logged.output[0])
+        self.assertEqual(self.still.told, [("on_wish", f"{AWAY}: not yet")])
+        self.still.now += has.WISH_SECONDS
+        with self.assertRaises(has.Moved) as moved:
+            search.consider_moving()
+        self.assertIs(moved.exception.connection, world)
+
+    def test_the_preferred_world_is_watched_before_users_return(self):
+        worlds = [FakeWorld(HOME) for _ in range(3)]
+        search = self.search(*worlds, failback_after=15, beat=10)
+        self.course.arrive(AWAY)
+        for _ in range(2):
+            search.consider_moving()
+            self.still.now += 10
+        with self.assertRaises(has.Moved):
+            search.consider_moving()
+        self.assertEqual([it.closed for it in worlds], [True, True, False])
+
+    def test_another_connection_to_the_same_world_must_not_be_worse(self):
+        old, good = FakeWorld(), FakeWorld()
+        blind, other = FakeWorld(), FakeWorld(looks="pennmush")
+        blind.world = blind.world._replace(blind=True)
+        search = self.search(blind, other, ValueError("planted"), good)
+        self.course.arrive(HOME)
+        for why in ("login is not taken any more", "it looks like a pennmush", "planted"):
+            with self.assertLogs(has.log, "ERROR") as logged:
+                self.assertIsNone(search.try_beside(HOME, old))
+            self.assertRegex(logged.output[-1], f"HUP: the new settings do not work with .*{why}")
+        self.assertTrue(blind.closed and other.closed)
+        self.assertEqual(len([it for it in self.still.told if it[0] == "on_wish"]), 3)
+        self.assertIs(search.try_beside(HOME, old), good)
+
+
+class TestHeartbeatByHand(StillCase):
+    """The thread's loop, in this thread: what it does with a connection, turn by turn."""
+
+    def heartbeat(self, *worlds, **settings):
+        """A Heartbeat that finds `worlds`, and stops when they are used up or `self.turns` is 0."""
+        with mock.patch.object(has, "Context", lambda *more: self.context(**settings)):
+            made = has.Heartbeat(None, None, None)
+        self.still = made._context
+        self.now = self.still.now
+        made._search = mock.Mock(spec=has.Search)
+        made._search.find.side_effect = [*worlds, has.Stopped]
+        self.waits = []
+        self.still.wait = self.waited
+        self.on_wait = []
+        return made
+
+    def waited(self, until):
+        """What comes in each wait: the calls of `on_wait`, in turn; behind them it stops."""
+        self.waits.append(round(until - self.still.now, 2))
+        if not self.on_wait:
+            raise has.Stopped
+        step = self.on_wait.pop(0)
+        self.still.now = until if step is None else self.still.now
+        if step:
+            step()
+
+    def of(self, call):
+        return [more for name, *more in self.still.told if name == call]
+
+    def test_it_probes_each_beat_and_when_a_link_has_ended(self):
+        world = FakeWorld(answers=[True] * 9)
+        heartbeat = self.heartbeat(world, beat=10)
+        self.on_wait = [None, lambda: heartbeat.on_ask(5, 1), None]
+        heartbeat.run()
+        self.assertEqual(self.waits, [10, 10, 10, 10])
+        self.assertEqual([asks for asks, *_ in self.of("on_answers")], [[], [(5, 1)], []])
+        self.assertEqual(self.of("on_world_found"), [[world.world]])
+        self.assertEqual(heartbeat.parked["current"], str(HOME))
+        self.assertNotIn("connection", heartbeat.parked)            # it has no socket
+
+    def test_a_lost_connection_is_told_and_another_found(self):
+        first, second = FakeWorld(answers=[has.Lost("gone", dead=True)]), FakeWorld(answers=[True])
+        heartbeat = self.heartbeat(first, second)
+        self.on_wait = [lambda: (heartbeat.on_ask(5, 1), heartbeat.on_check(6, 1, [GOOD, BAD]))]
+        heartbeat.run()
+        self.assertEqual(self.of("on_heartbeat_lost"), [["gone", True]])
+        self.assertEqual(self.of("on_checked"), [[6, 1, [None, None]]])
+        self.assertTrue(first.closed)
+        self.assertEqual(self.of("on_world_found"), [[first.world], [second.world]])
+
+    def test_a_fault_costs_one_connection_and_a_second(self):
+        heartbeat = self.heartbeat(FakeWorld(), FakeWorld())
+        heartbeat._search.consider_moving.side_effect = [ValueError("planted"), None]
+        self.on_wait = [None]
+        with self.assertLogs(has.log, "ERROR"):
+            heartbeat.run()
+        self.assertEqual(self.of("on_heartbeat_lost"), [["fault", False]])
+        self.assertEqual(self.waits[0], has.FAULT_SECONDS)
+        self.assertEqual(len(self.of("on_world_found")), 2)
+
+    def test_a_stop_in_that_second_is_a_stop(self):
+        heartbeat = self.heartbeat(FakeWorld())
+        heartbeat._search.consider_moving.side_effect = ValueError("planted")
+        with self.assertLogs(has.log, "ERROR"):
+            heartbeat.run()
+        self.assertEqual(heartbeat.parked["current"], str(HOME))
+
+    def test_new_settings_are_tried_beside_the_old_connection(self):
+        old, better = FakeWorld(), FakeWorld()
+        heartbeat = self.heartbeat(old, beat=10)
+        heartbeat._search.try_beside.side_effect = [None, better]
+        changed = settings_of((("beat", 10), ("hb_user", "other")))
+        again = settings_of((("beat", 10), ("hb_user", "third")))
+        same = settings_of((("beat", 20), ("hb_user", "third")))
+        self.on_wait = [lambda it=it: heartbeat.on_settings(it) for it in (changed, again, same)]
+        heartbeat.run()
+        self.assertEqual(heartbeat._search.try_beside.call_args_list, [mock.call(HOME, old)] * 2)
+        self.assertEqual((old.closed, len(self.of("on_world_found"))), (True, 2))
+        self.assertEqual(self.of("on_wish"), [])
+
+    def test_where_the_world_lacks_something_any_hup_tries_again(self):
+        heartbeat = self.heartbeat(FakeWorld())
+        for lacks in (False, True):
+            heartbeat._lacks = lacks
+            heartbeat.on_settings(self.still.settings)
+            self.assertEqual(heartbeat._renew, lacks)
+
+    def test_a_changed_address_is_a_wish(self):
+        heartbeat = self.heartbeat(FakeWorld())
+        heartbeat.on_settings(settings_of((("mush_address", str(AWAY)),)))
+        self.assertEqual((heartbeat._course.wanted, self.of("on_wish")), (AWAY, [[None]]))
+
+    def test_a_connection_at_the_login_screen_is_renewed_in_time(self):
+        world, other = FakeWorld(), FakeWorld()
+        world.renew_at = 1060.0
+        heartbeat = self.heartbeat(world, beat=1000)
+        heartbeat._entrance.pause.login_after = 5000.0
+        trouble = has.Lost("no memory", ours=True)
+        heartbeat._entrance.establish = mock.Mock(side_effect=[trouble, other])
+        self.on_wait = [None] * 75
+        with self.assertLogs(has.log, "ERROR") as logged:
+            heartbeat.run()
+        self.assertIn("no memory; tried again in 10 s", logged.output[0])
+        self.assertEqual(set(self.waits[:-6]), {has.LOOK_SECONDS})
+        self.assertEqual((world.closed, len(self.of("on_world_found"))), (True, 2))
+        self.assertGreaterEqual(self.still.now, 1060 + has.RENEW_AGAIN_SECONDS)
+
+    def test_checks_wait_while_the_quota_is_for_probes(self):
+        world = FakeWorld()
+        spare = [has.PROBE_RESERVE]
+        world.quota.spare = lambda: spare[0]
+        world.can_ask, world.verdicts = lambda pairs: True, lambda pairs: [True] * len(pairs)
+        heartbeat = self.heartbeat(world, beat=10)
+        heartbeat.on_check(5, 1, [GOOD])
+        self.on_wait = [None, None, lambda: spare.append(spare.pop() + 1)]
+        heartbeat.run()
+        self.assertEqual(self.waits[:3], [has.LOOK_SECONDS] * 3)
+        self.assertEqual(self.of("on_checked"), [[5, 1, [True]]])
+
+    def test_a_pause_is_cut_short_when_somebody_wants_to_know(self):
+        heartbeat = self.heartbeat()
+        self.on_wait = [lambda: heartbeat.on_ask(5, 1)] * 2 + [None]
+        heartbeat._pause(100)
+        self.assertEqual(len(self.waits), 1)
+        heartbeat.on_down()                                         # all know that it is down
+        heartbeat._pause(100)
+        self.assertEqual(len(self.waits), 3)
+
+
+# ---- The thread, in front of a scripted world
+
 class TestHeartbeat(Case):
     """The heartbeat alone, in this process: what it asks a world, and what it tells the hub."""
 
