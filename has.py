@@ -2767,21 +2767,24 @@ class TLSStream(Stream):
 #   Lines       what each line he types means
 #   Return      his way back into the world
 #   Hold        how long he waits, and what he is told of it
+#   Feed        everything the world sends
+#   Opening     the opening of links, one after another
 #   Session     the states between which all this moves
 # ======================================================================
 
 KEEP_BYTES = 8192                  # typed text kept while a link opens or a verdict is awaited
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
-FLUSH_SECONDS = 10                 # a client or link that is being ended has so long for what is held
+FLUSH_SECONDS = 10                 # who is being closed has so long to take what is held
 OFFERS_SECONDS = 10                # a server's own offers come no later than this on a new link
 LATE_SECONDS = 2                   # ... and its first telnet command no later than this
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
 STUCK_SECONDS, GIVE_UP_SECONDS = 2, 600        # a client that does not read: link runs on; closed
 EXPECT_SECONDS = 5                 # the world answers a setting that HAS repeats sooner than that
-HIDE_SECONDS = 0.3                 # the rest of a line that may be an arrival comes sooner than that
+HIDE_SECONDS = 0.3                 # the rest of a line that may be an arrival comes sooner
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the world says nothing
+TELL_FAILURE_SECONDS = 5           # a world that takes no link for so long: its users are told
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
 UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
 NOTHING = {}
@@ -2827,7 +2830,7 @@ class Event(enum.Enum):
 
 
 def end_of_nth(ends, data, count):
-    """Where in `data` the part with its first `count` bytes of `ends` stops; CR LF counts as one."""
+    """Where in `data` the part with its first `count` bytes of `ends` stops; CR LF is one."""
     if count <= 0:
         return 0
     if len(data) - len(data.translate(None, ends)) <= count:
@@ -2836,25 +2839,25 @@ def end_of_nth(ends, data, count):
     return next((end.end() for end in itertools.islice(found, count - 1, None)), len(data))
 
 
-# PennMUSH serves pages and the websocket of browsers (worlds/pennmush.md a); whoever asks for that speaks no telnet.
-_HTTP_REQUEST = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|UPDATE|PATCH|OPTIONS) [^\r\n]* HTTP/\d\.\d\r?\n")
+# PennMUSH serves pages and the websocket of browsers (worlds/pennmush.md a); whoever asks for that
+# speaks no telnet.
+_HTTP_REQUEST = re.compile(
+    rb"(?:GET|HEAD|POST|PUT|DELETE|UPDATE|PATCH|OPTIONS) [^\r\n]* HTTP/\d\.\d\r?\n")
 
 
 class FirstLine:
-    """Tells from a client's first line, in pieces as it may come, whether it is a browser or the like."""
+    """Tells from a client's first line, as it comes in pieces, whether it is a browser."""
 
     __slots__ = ("is_http", "is_raw", "begun")
 
     def __init__(self, is_http=None):
         self.is_http = is_http     # None: not known yet
-        self.is_raw = False        # ... and the server takes all that follows for no typed lines either
+        self.is_raw = False        # ... and the server takes nothing that follows for typed lines
         self.begun = b""
 
     def feed(self, data, served):
-        """Take what the client sends first, while is_http is None; `served`: the server speaks HTTP.
-
-        It does so only with a request that came in one piece (worlds/bytes.md 3).
-        """
+        """Take what the client sends first, while is_http is None. `served`: the server speaks
+        HTTP; it does so only with a request that came in one piece (worlds/bytes.md 3)."""
         whole = not self.begun
         self.begun += data[:KEEP_BYTES]
         if b"\n" in self.begun or len(self.begun) >= KEEP_BYTES:
@@ -2867,10 +2870,8 @@ TYPED_LINE = FirstLine(is_http=False)           # of all the others
 
 
 def shorten(out, limit, lost, committed=0):
-    """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave `limit` bytes.
-
-    One visible line says how many were lost; telnet commands are kept.
-    """
+    """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave
+    `limit` bytes. One visible line says how many were lost; telnet commands are kept."""
     begun = out.find(b"\n", max(0, committed - 1), committed + limit // 2) + 1 or committed
     begun -= len(_unfinished_command(out[:begun]))
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
@@ -2915,7 +2916,7 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
 
 
 class Noise:
-    """Lines that tell everybody of the comings and goings of users HAS itself brings back, hidden for a while."""
+    """Lines that tell everybody of users whom HAS itself brings back, hidden for a while."""
 
     _LINE = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
@@ -2941,17 +2942,20 @@ class Noise:
         name, has, _ = tail.lower().partition(b" has ")
         if not self._names or not tail or len(tail) >= 80:
             return False
-        return name in self._names if has else any((known + b" has ").startswith(name) for known in self._names)
+        if has:
+            return name in self._names
+        return any((known + b" has ").startswith(name) for known in self._names)
 
     def removed(self, text):
         """`text`, which starts a line, without the lines that are hidden."""
-        return self._LINE.sub(lambda m: b"" if m.group(1).lower() in self._names else m.group(), text)
+        return self._LINE.sub(
+            lambda line: b"" if line.group(1).lower() in self._names else line.group(), text)
 
 
 PACKED["Noise"] = Noise
 
 
-class Character:
+class Character(Survivor):
     """Who a user is for the world, was, and may be again: pure, no streams, no clocks.
 
     `login` is confirmed. `previous` is the pair before a change of name or password: kill -9
@@ -3032,7 +3036,7 @@ class Character:
         self.changing = Change(kind, new, now + 30)
 
     def follow_change(self, dialect, text):
-        """Text of the world while a change is asked for; the kind of change it confirms, or None."""
+        """Text of the world while a change is asked for; the kind that it confirms, or None."""
         changed = self.changing.outcome(dialect, text)
         kind = self.changing.kind if changed and self.login else None
         if kind:
@@ -3103,15 +3107,32 @@ class Character:
             self.trials, self.pending = [], None
 
 
-class Screen:
+class Part(Survivor):
+    """A room of a session; a fault in it ends that session only."""
+
+    __slots__ = ("session", "hub")
+
+    def __init__(self, session):
+        self.session, self.hub = session, session.hub
+
+    def __str__(self):
+        return str(self.session)
+
+    def on_error(self):
+        """A fault of HAS itself (it was logged)."""
+        self.session.end()
+
+
+class Screen(Part):
     """What a client is shown: the world's text, and notices between its lines (rule 10)."""
 
-    __slots__ = ("session", "client", "careful", "bytes_out", "tail", "notices", "hidden",
-                 "expected", "spelling", "stuck", "stuck_due", "watching")
+    __slots__ = ("client", "careful", "bytes_out", "tail", "notices", "hidden",
+                 "expected", "spelling", "stuck", "stuck_due", "watching", "batch")
     SURVIVES = ("bytes_out", "tail", "notices", "hidden", "expected", "spelling", "stuck_due")
 
     def __init__(self, session, client):
-        self.session, self.client = session, client
+        super().__init__(session)
+        self.client = client
         self.careful = False       # what the world sends must be read; see Session.refresh
         self.bytes_out = 0
         self.tail = b""            # the unfinished line the client was sent last
@@ -3122,6 +3143,7 @@ class Screen:
         self.stuck = False         # the client does not read, and the link runs on
         self.stuck_due = 0
         self.watching = False      # a timer looks whether the client reads at all
+        self.batch = None          # what is to be sent in one piece; None: send at once
 
     # ---- the world's text
 
@@ -3129,7 +3151,7 @@ class Screen:
         """The world sent `data`: the fast path."""
         self.bytes_out += len(data)
         if self.careful or IAC in data:         # the number: b"\xff" costs an exception in Python
-            self.session.read_link(data)
+            self.session.feed.read(data)
             return
         if data[-1] != 10:
             self.tail = (self.tail + data)[-200:].rpartition(b"\n")[2]
@@ -3150,7 +3172,8 @@ class Screen:
         self.client.send(data)
         self.session.arrived()
         if len(self.client.out) > self.session.hub.settings.output_limit:
-            self.session.close("takes too little of what the world sends, and nothing can be left out")
+            self.session.close(
+                "takes too little of what the world sends, and nothing can be left out")
 
     @property
     def reader(self):
@@ -3167,7 +3190,7 @@ class Screen:
     def end_line(self, data):
         """Send text that ends a line; then it is the notices' turn."""
         self.tail = b""
-        self.client.send(data)
+        self.send(data)
         if self.notices:
             self.flush()
 
@@ -3181,7 +3204,31 @@ class Screen:
             self.end_line(text)
         else:
             self.tail = (self.tail + text)[-200:].rpartition(b"\n")[2]
-            self.client.send(text)
+            self.send(text)
+
+    def send(self, data):
+        """Send bytes that are no text, or were looked at."""
+        if self.batch is None:
+            self.client.send(data)
+        elif data:
+            self.batch.append(data)
+
+    def in_one_piece(self, read, data):
+        """Do read(data); what that sends goes out behind it: each send costs others time."""
+        if self.batch is not None:              # as part of another
+            read(data)
+            return
+        self.batch = []
+        try:
+            read(data)
+        finally:
+            self.end_batch()
+
+    def end_batch(self):
+        """Send what waits to be sent in one piece."""
+        batch, self.batch = self.batch, None
+        if batch:
+            self.client.send(b"".join(batch))
 
     # ---- notices
 
@@ -3215,10 +3262,18 @@ class Screen:
             return
         telnet = self.session.telnet
         lines = self.spelling.spell(text, telnet.codec, more)
-        self.client.send(telnet.break_off())
+        self.send(telnet.break_off())
         fresh = b"\r\n" if self.tail else b""
-        self.client.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
+        self.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
         self.tail = b""
+
+    def go_on(self):
+        """In a new process: what the old one had begun."""
+        self.flush()
+        if self.expected:
+            self.expect(self.expected)
+        if self.hidden:
+            self.show_hidden()
 
     # ---- lines that are not for him
 
@@ -3271,7 +3326,7 @@ class Screen:
             session.later(STUCK_SECONDS, self._run_on)
 
     def _run_on(self):
-        """One unread connection freezes a whole TeenyMUSH: read on, and lose old lines if need be."""
+        """One unread connection freezes a whole TeenyMUSH: read on, lose old lines if need be."""
         session = self.session
         if self.client.full and session.link and session.hub.now >= self.stuck_due:
             self.stuck = True
@@ -3304,15 +3359,14 @@ class Screen:
             self.session.link.resume()
 
 
-class Telnet:
+class Telnet(Part):
     """Negotiation between one client and one world after another (RFC 854, 855, 1143): what was
     agreed is remembered, and HAS answers where no world does."""
 
-    __slots__ = ("session", "agreement", "replay", "from_world")
-    SURVIVES = ("agreement", "replay", "from_world")
+    __slots__ = SURVIVES = ("agreement", "replay", "from_world")
 
     def __init__(self, session):
-        self.session = session
+        super().__init__(session)
         self.agreement = None      # what this client agreed with its worlds; None: never a command
         self.replay = None         # how that is brought to the present link; None: no need
         self.from_world = None        # splits what the world sends, once a command was in it
@@ -3385,7 +3439,7 @@ class Telnet:
         if client.full:                         # it asks and does not read: nothing that asks more
             client.pause()
         else:
-            client.send(data)
+            self.session.screen.send(data)
 
     def answer_for_world(self, piece):
         """Answer the client for a server that cannot (RFC 1123 3.2.1), or does not just now. Its
@@ -3430,7 +3484,7 @@ class Telnet:
                 session.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
             return b""
         if not session.dialect.telnet:
-            return piece if len(piece) == 2 else b""            # GA after a prompt is for the client
+            return piece if len(piece) == 2 else b""    # GA after a prompt is for the client
         agreement = self._agree()
         if self.replay:
             answer, piece = self.replay.answer(piece)
@@ -3465,14 +3519,14 @@ class Telnet:
         replay = Replay(agreement)
         if not session.dialect.telnet:          # then HAS itself takes these
             replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}
-            session.client.send(replay.leftovers())
+            session.screen.send(replay.leftovers())
             for _, option in agreement.pending():
                 self._accept(option)
             return b""
         self.replay, replay.waits = replay, late
         session.later(OFFERS_SECONDS, replay.grow_old)
         if not session.hub.world.telnet:
-            return b""                          # an old TeenyMUSH takes it for text of the login line
+            return b""                          # an old TeenyMUSH takes it for text
         if not late:
             return self._noted(replay.opening())
         session.later(LATE_SECONDS, self.send_late)
@@ -3492,12 +3546,12 @@ class Telnet:
     def leave_off(self):
         """Switch off at the client what the new world has not offered by now."""
         if self.replay:
-            self.session.client.send(self.replay.leftovers())
+            self.session.screen.send(self.replay.leftovers())
 
     def end_echo(self):
         """No world is there to echo what he types: his client must."""
         if self.agreement and self.agreement.settled(DO, ECHO):
-            self.session.client.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
+            self.session.screen.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
 
     def go_on(self):
         """In a new process: the timers of the old one."""
@@ -3518,16 +3572,17 @@ _DOUBTS_MARKED = bytes(64 if n < 32 or n >= 127 else n for n in range(256))
 _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 
 
-class Inbox:
+class Inbox(Part):
     """What a client sends: read at once, in later turns, or once a link can take it."""
 
-    __slots__ = ("session", "client", "hub", "forward", "typed_at", "bytes_in", "quit_at", "first",
+    __slots__ = ("client", "forward", "typed_at", "bytes_in", "quit_at", "first",
                  "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until")
-    SURVIVES = ("typed_at", "bytes_in", "quit_at", "first", "from_client", "typed", "kept", "kept_due", "backlog",
-                "behind", "slow_until")
+    SURVIVES = ("typed_at", "bytes_in", "quit_at", "first", "from_client", "typed", "kept",
+                "kept_due", "backlog", "behind", "slow_until")
 
     def __init__(self, session, client):
-        self.session, self.client, self.hub = session, client, session.hub
+        super().__init__(session)
+        self.client = client
         self.forward = None        # the fast path: what sends to the world; see Session.refresh
         self.typed_at, self.bytes_in = self.hub.now, 0
         self.quit_at = 0           # when his last line was QUIT; 0: it was another
@@ -3553,7 +3608,8 @@ class Inbox:
         self.typed_at = self.hub.now
         self.bytes_in += len(data)
         forward = self.forward
-        if forward and data[-1] == 10 and (data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
+        if forward and data[-1] == 10 and (
+                data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
             line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
             if line.translate(_DOUBTS_MARKED) == line:
                 self.quit_at = 0
@@ -3577,7 +3633,7 @@ class Inbox:
             hub.door.look_at_first_words(session.host, data)
         # a line end or a telnet command costs about the same, a byte nearly nothing
         stop = end_of_nth(b"\r\n\xff", data, hub.patience)
-        if session.state in AT_LOGIN:           # whatever comes behind a login that may have to wait
+        if session.state in AT_LOGIN:           # what comes behind a login that may have to wait
             stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins.left(session.host))))
         data, self.backlog = data[:stop], data[stop:]
         if self.backlog:
@@ -3625,6 +3681,17 @@ class Inbox:
             self.client.pause()
             self.queue()
             self.hub.later(max(0.0, self.slow_until - self.hub.now), self.resume)
+        if self.kept and self.session.can_talk:
+            self.session.later(NEXT_LINE_SECONDS, self.send_kept)
+
+    def finish(self):
+        """He sends no more: what he typed last is still carried out and answered."""
+        session = self.session
+        session.note_client_gone()
+        self.read(self.release())
+        session.link.finish()
+        session.enter(State.CLOSING)
+        session.later(FLUSH_SECONDS, session.end)
 
     # ---- clients that speak HTTP
 
@@ -3636,7 +3703,8 @@ class Inbox:
             self.first = self.first if self.first.is_http is None else TYPED_LINE
             return
         session.announce()
-        log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world", session)
+        log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world",
+                 session)
         if session.link:
             session.link.on_data = session.screen.reader
         if session.state in AWAY:
@@ -3720,6 +3788,14 @@ class Inbox:
 
     def read(self, data):
         """Read what was sent, as the world will; what it gets is sent."""
+        self.session.screen.in_one_piece(self._read, data)
+
+    def answer(self, data):
+        """Answer what was typed for a world that is away."""
+        if data:
+            self.read(data)
+
+    def _read(self, data):
         session = self.session
         if session.dialect.cr_first and (self.from_client and self.from_client.held or IAC in data):
             data = data.replace(b"\r", b"")
@@ -3736,7 +3812,8 @@ class Inbox:
         session = self.session
         if is_command:
             text = session.dialect.as_text(piece) if len(piece) == 2 else None
-            return session.telnet.on_client_command(piece) if text is None else self._read_text(text)
+            return (session.telnet.on_client_command(piece) if text is None
+                    else self._read_text(text))
         if is_command is None:                  # of a sub-negotiation that is too long to look at
             return piece if session.can_forward and session.dialect.telnet else b""
         out = self._read_text(piece)
@@ -3774,14 +3851,14 @@ class Inbox:
 _BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
 
 
-class Lines:
+class Lines(Part):
     """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
 
-    __slots__ = ("session", "hub", "settings", "braked", "iced", "unsent")
+    __slots__ = ("settings", "braked", "iced", "unsent")
     SURVIVES = ("settings", "braked", "iced")   # unsent is of one second, whose timer ends here
 
     def __init__(self, session):
-        self.session, self.hub = session, session.hub
+        super().__init__(session)
         self.settings = NOTHING    # what the user set for his connection: word -> value
         self.braked = None         # (login, its bytes): waits, for too many were tried
         self.iced = b""            # lines passed on since the world has fallen silent
@@ -3802,7 +3879,7 @@ class Lines:
         dialect, spells_out = session.dialect, self._spells_out()
         if spells_out or not typed.sent and dialect.in_doubt(typed.buffer, typed.charset):
             raw = unspelled(line) + (b"\r\n" if raw.endswith(b"\r\n") else raw[-1:])
-        if spells_out and session.state is State.LOGIN:         # LOGOUT may have come just before it
+        if spells_out and session.state is State.LOGIN:     # LOGOUT may have come just before it
             return self._take_at_login(line, raw)
         if session.state is not State.LOGIN and self._asks_for_list(line):
             return raw if typed.sent else b""
@@ -3876,7 +3953,7 @@ class Lines:
             character.change("name", name.group(2), now)
 
     def _note_setting(self, word, value):
-        """Remember a setting for the next link; SOCKSET holds several, told apart by their names."""
+        """Remember a setting for the next link; SOCKSET holds several, told apart by name."""
         if word == b"SOCKSET":
             if b"=" not in value:
                 return                          # asks for a list of them
@@ -3926,8 +4003,8 @@ class Lines:
             return b""
         if self._is_handover(line):
             what = "typed the word that hands over addresses"
-            self.hub.door.quiet.note(session.host, what, f"{session}: {what}; the line was not passed on",
-                                level=logging.WARNING)
+            line = f"{session}: {what}; the line was not passed on"
+            self.hub.door.quiet.note(session.host, what, line, level=logging.WARNING)
             return b""
         if dialect.harms(line):
             session.screen.answer(self.hub.settings.unreadable_notice)
@@ -3936,7 +4013,7 @@ class Lines:
         if login:
             self._note_iced(raw)
             return self._take_login(login, raw)
-        session.proof.no_login(line)
+        session.feed.proof.no_login(line)
         return self._pass_on(line, raw)
 
     def _take_login(self, login, raw):
@@ -3951,9 +4028,9 @@ class Lines:
             session.inbox.slow_down(wait)
             self.hub.later(wait, self.try_login)
             return b""
-        session.character.type(login, self.hub.now, bool(session.spoke_at))
+        session.character.type(login, self.hub.now, bool(session.feed.spoke_at))
         self.hub.links.suspects.came(login.character, self.hub.now, typed=True)
-        return session.proof.wrap(login, raw, self.settings)
+        return session.feed.proof.wrap(login, raw, self.settings)
 
     def try_login(self):
         """The login that waits may go on now."""
@@ -3965,6 +4042,12 @@ class Lines:
             inbox.queue()
             inbox.resume()
             session.refresh()
+
+    def go_on(self):
+        """In a new process: the login that waits goes on when its time has come."""
+        if self.braked:
+            wait = self.session.inbox.slow_until - self.hub.now
+            self.hub.later(max(0.0, wait), self.try_login)
 
     def drop_braked(self):
         """The world has gone: the login that waits, or None, need not wait any more."""
@@ -3991,7 +4074,7 @@ class Lines:
 
     def _answer_unsent(self, line):
         if not self.unsent:
-            self.hub.later(1, self._tell_unsent)        # of this second, whatever becomes of the link
+            self.hub.later(1, self._tell_unsent)    # of this second, whatever becomes of the link
         self.unsent += 1
         if self.unsent <= UNSENT_LINES:
             plain = re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500])
@@ -4005,20 +4088,19 @@ class Lines:
             session.screen.answer(notice and f"{notice} {more}")
 
 
-class Return:
+class Return(Part):
     """A user's way back into the world: from the notice that it is up to his own screen (rule 4).
 
     It ends in the game, at the login screen, or with another wait.
     """
 
-    __slots__ = ("session", "hub", "character", "greeting", "failures", "failing_since", "words",
-                 "words_due", "settled")
-    SURVIVES = ("greeting", "failures", "failing_since", "words", "words_due")
+    __slots__ = ("character", "greeting", "words", "words_due", "settled")
+    SURVIVES = ("greeting", "words", "words_due")
 
     def __init__(self, session):
-        self.session, self.hub, self.character = session, session.hub, session.character
+        super().__init__(session)
+        self.character = session.character
         self.greeting = None       # the notice for the next login screen
-        self.failures = self.failing_since = 0          # tries of a link, one after another
         self.words = b""           # the world's last words to a return that failed
         self.words_due = False     # ... are still to be shown, if it lives on
         self.settled = False       # in, but others of this character are not yet
@@ -4053,14 +4135,13 @@ class Return:
             self.plan()
             return
         if not self.character.choose(verdicts, self.session.dialect.counts_failures):
-            self.hub.links.settle(self.session)       # others of this character need not wait for it
+            self.hub.links.settle(self.session)         # others of his need not wait for it
             self.forget_login()
         self.hub.links.add(self.session)
 
     def forget(self):
         """The world is down: what comes next is another return."""
-        self.failures, self.greeting = 0, None
-        self.words, self.words_due = b"", False
+        self.greeting, self.words, self.words_due = None, b"", False
 
     # ---- the link
 
@@ -4070,47 +4151,40 @@ class Return:
         if self.words_due and self.session.life == self.hub.world.life:
             self.session.screen.show(self.words)
         self.words_due = False
-        if not self.failures:
-            self.failing_since = self.hub.now
 
     def script(self, path):
         """What goes to the world on the new link, which leads to the Unix socket `path` or None."""
         session = self.session
         session.later(RETURN_SECONDS, session.handle, Event.OVERDUE)
-        replay = session.telnet.replay
-        script = session.proof.script(self.character.trials[0], session.lines.setting_lines(True))
+        replay, login = session.telnet.replay, self.character.trials[0]
+        script = session.feed.proof.script(login, session.lines.setting_lines(True))
         if path and replay and replay.had:
-            replay.late = script                # goes with the telnet, at the server's first command
+            replay.late = script                # goes with the telnet, at the first command
             return b"INFO\r\n"                  # which this brings at once
         return script
 
-    def on_link_ended(self):
+    def on_link_ended(self, reason):
         """The world ended the link. Full, disabled, forbidden: that is for the user, but only if
         the world lives on, not at each try, and never once the login took. Known when the next
         link opens."""
-        proof = self.session.proof
-        if proof.login:
-            return
-        words = proof.words()
-        if words != self.words:
+        proof = self.session.feed.proof
+        words = b"" if proof.login else proof.words()
+        if not proof.login and words != self.words:
             self.words, self.words_due = words, True
         if words:
             self.character.was_answered_in_words()
-
-    def fail(self):
-        """Seconds until the next try: the world did not take a link, or ended one too soon."""
-        self.failures += 1
-        return min(30, 2 ** min(self.failures - 1, 5))
+        self.session.opening.failed(reason)
 
     # ---- the outcome
 
     def on_end_marker(self):
         """All is known that there is to know of this login."""
-        session, proof = self.session, self.session.proof
+        session, proof = self.session, self.session.feed.proof
         if not proof.login:
             self._refused()
         elif not self.settled and proof.settles and self.hub.links.siblings(session):
-            self.settled = True                 # the others' login text comes here too: go on when the last is in
+            # the others' login text comes here too: go on when the last is in
+            self.settled = True
             session.arrived()
             self.hub.links.settle(session)
         else:
@@ -4122,19 +4196,20 @@ class Return:
     def settle(self):
         """The last session of this character is in: what came here of its login is dropped with
         one more end marker."""
-        session = self.session
-        if session.link and session.state is State.RETURNING and self.settled and session.proof.ended:
-            session.link.send(session.proof.ask_again())
+        session, proof = self.session, self.session.feed.proof
+        returning = session.link and session.state is State.RETURNING
+        if returning and self.settled and proof.ended:
+            session.link.send(proof.ask_again())
 
     def on_marker_overdue(self):
         """The world has answered the login, not the question behind it (builds without telnet)."""
-        if self.session.state is State.RETURNING and not self.session.proof.ended:
-            self.session.proof.end()
+        if self.session.state is State.RETURNING and not self.session.feed.proof.ended:
+            self.session.feed.proof.end()
             self.on_end_marker()
 
     def on_overdue(self):
         """Last resort: no end marker came, or others of this character take too long."""
-        session, proof = self.session, self.session.proof
+        session, proof = self.session, self.session.feed.proof
         held = b"" if self.settled else proof.held
         proof.end()
         session.later(MARK_SECONDS, proof.retire)
@@ -4149,17 +4224,17 @@ class Return:
         else:
             session.enter(State.LOGIN)
             session.arrived()
-            session.show_login_screen(held)
+            session.opening.show_login_screen(held)
 
     def _succeed(self, login):
         """The user is in the game again."""
         session, screen = self.session, self.session.screen
         first, lost_change = self.character.came_back(login)
-        self.failures, self.greeting, session.hold.told = 0, None, False
+        session.opening.failures, self.greeting, session.hold.told = 0, None, False
         screen.write(self.hub.settings.online_notice)
         session.telnet.leave_off()
         if first:
-            screen.show(session.proof.words())  # he has not seen room and news yet: only returns are silent
+            screen.show(session.feed.proof.words())     # room and news: only returns are silent
         session.link.send(session.lines.setting_lines(False))
         answers = session.lines.setting_answers()
         if answers:
@@ -4171,8 +4246,8 @@ class Return:
 
     def _refused(self):
         """The world took the line and not the login: the other pair, or the user must log in."""
-        session, proof = self.session, self.session.proof
-        self.hub.links.settle(session)                # others of this character need not wait for it
+        session, proof = self.session, self.session.feed.proof
+        self.hub.links.settle(session)          # others of this character need not wait for it
         if len(self.character.trials) > 1:
             session.drop_link()                 # some worlds end a link after three wrong logins
             del self.character.trials[0]
@@ -4180,11 +4255,11 @@ class Return:
             self.hub.links.add(session)
             return
         self.forget_login(not proof.refused)
-        proof.returning = False                 # this link stands at the login screen, and so does he now
+        proof.returning = False                 # this link stands at the login screen, so does he
         session.enter(State.LOGIN)
         session.telnet.leave_off()
         session.arrived()
-        session.show_login_screen(proof.words())
+        session.opening.show_login_screen(proof.words())
 
     def forget_login(self, unexplained=False):
         """The world refused it. It is tried once more, in the world's next life, where the refusal
@@ -4200,24 +4275,40 @@ class Return:
         self.greeting = self.hub.settings.relogin_failed_notice
 
 
-class Hold:
+class Hold(Part):
     """How long a user waits for a world that is away or silent, and what he is told of it."""
 
-    __slots__ = ("session", "hub", "silent", "told", "told_at", "held_since")
-    SURVIVES = ("silent", "told", "told_at", "held_since")
+    __slots__ = SURVIVES = ("silent", "told", "told_at", "held_since")
 
     def __init__(self, session):
-        self.session, self.hub = session, session.hub
+        super().__init__(session)
         self.silent = False        # the world does not answer
         self.told = False          # ... or is away, and he knows
         self.told_at = 0           # when he was last told how long it has lasted
         self.held_since = 0
 
-    def begin(self):
-        """The world is down: hold this client, but not for ever if the settings say so."""
-        self.told = True
-        self.told_at = self.held_since = self.hub.now
+    def begin(self, notice):
+        """The world is down: keep this client, tell him, and take up what he has typed."""
+        session, hub = self.session, self.hub
+        if session.inbox.first.is_http:
+            session.end_with_world()
+            return
+        braked = session.lines.drop_braked()
+        session.character.keep_unanswered(hub.now, session.feed.spoke_at, braked)
+        session.screen.show_hidden()
+        session.drop_link()
+        session.serial += 1
+        session.opening.failures = 0
+        session.way_back.forget()
+        session.inbox.typed.sent = False        # a line begun for the dead world is for the next
+        self.silent, self.told = False, True
+        session.enter(State.WAITING)
+        session.screen.flush()
+        session.telnet.end_echo()
+        session.screen.write(notice)
+        self.told_at = self.held_since = hub.now
         self.look(self.held_since)
+        session.inbox.answer(session.lines.take_iced() + session.inbox.release())
 
     def look(self, since):
         """Close the client if it was held long enough; else look again later, for a HUP may bring
@@ -4257,7 +4348,7 @@ class Hold:
         if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:
             self.told = False
         if session.state in (State.ASKING, State.OPENING) or (
-                session.state is State.LOGIN and not session.spoke_at):
+                session.state is State.LOGIN and not session.feed.spoke_at):
             self.tell_silence()                 # he sees nothing, and may type nothing
         session.refresh()
 
@@ -4275,7 +4366,223 @@ class Hold:
             self.session.screen.write(self.hub.settings.offline_notice)
 
 
-class Session:
+class Feed(Part):
+    """Everything the world sends on a link: telnet, marks, outcomes of logins, arrivals."""
+
+    __slots__ = ("character", "screen", "proof", "spoke_at")
+    SURVIVES = ("proof", "spoke_at")
+
+    def __init__(self, session):
+        super().__init__(session)
+        self.character, self.screen = session.character, session.screen
+        self.proof = None          # what proves a login on this link; None: there was no link yet
+        self.spoke_at = 0          # when the world last spoke at the login screen of this link
+
+    def new_link(self, returning):
+        """Nothing was said on this link yet."""
+        world = self.hub.world
+        self.proof, self.spoke_at = proof_for(world.dialect, returning, world.telnet), 0
+        self.character.changing, self.screen.hidden, self.screen.expected = None, b"", []
+
+    def read(self, data):
+        """The careful way to take what the world sent."""
+        session, before = self.session, self.session.state
+        self.screen.in_one_piece(self._read_pieces, data)
+        if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
+            self.hub.links.spoke(session)
+        if session.inbox.kept and before is session.state is State.PLAYING:
+            session.inbox.send_kept()           # the world has answered the one before
+        self.screen.shorten()
+        if self.character.changing and self.hub.now > self.character.changing.until:
+            self.character.changing = None
+        session.refresh()
+
+    def _read_pieces(self, data):
+        telnet, screen = self.session.telnet, self.screen
+        for is_command, piece in telnet.split(data):
+            if is_command and self.proof.saw_command(piece):
+                self.session.handle(Event.MARKED)
+            elif is_command:
+                screen.send(telnet.on_world_command(piece))
+            elif is_command is None:
+                screen.send(piece)
+            else:
+                screen.show(self._read_text(piece))
+
+    def _read_text(self, text):
+        """Text of the world; returns what the client gets of it."""
+        session, character = self.session, self.character
+        if self.proof.live:
+            text = self._read_marks(text)
+        if session.state is State.RETURNING:
+            return b""                          # settled: what the others of this character cause
+        if character.changing:
+            kind = character.follow_change(session.dialect, text)
+            if kind:
+                log.info("%s: changed the %s", session, kind)
+        elif session.state is State.LOGIN:
+            self._look_for_refusals(text)
+        return self.screen.without_hidden(text)
+
+    def _read_marks(self, text):
+        """Look for what proves a login, or its end; returns the rest."""
+        session = self.session
+        text, news = self.proof.hear(text)
+        if News.TOOK in news and session.state is State.LOGIN:
+            session.handle(Event.TOOK)
+        if News.ASK in news and session.link:
+            session.link.send(self.proof.question())
+            session.later(END_SECONDS, session.way_back.on_marker_overdue)
+        if News.ENDED in news and session.state is State.RETURNING:
+            session.handle(Event.MARKED)
+        return text
+
+    def _look_for_refusals(self, text):
+        """Text at the login screen: a login that was refused is not sent again."""
+        if text.strip():
+            self.spoke_at = self.hub.now
+        tail, dialect = self.screen.tail, self.session.dialect  # a text may come in two pieces
+        refusals, others = (
+            sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
+            for pattern in (dialect.refused_text, dialect.not_taken_text))
+        if self.character.unanswered and refusals + others:
+            log.info("%s: the world refused a login", self.session)
+        self.character.answered(refusals, others, final=not self.hub.world.shut)
+
+    # ---- typed logins
+
+    def on_login(self):
+        """A typed login took."""
+        session, proof = self.session, self.proof
+        pairs = self.character.took(proof.login, proof.others, proof.is_whole)
+        self.hub.logins.took(session)
+        session.enter(State.PLAYING)
+        log.info("%s: logged in", session)
+        if proof.is_whole:
+            session.later(MARK_SECONDS, proof.retire)
+        elif self.hub.world.checks:
+            self.character.checked = pairs[0]
+            self.hub.check(session, pairs)
+
+    def on_logout(self):
+        """The world has read his LOGOUT."""
+        log.info("%s: logged out to the login screen", self.session)
+        self.character.log_out()
+        self.proof = proof_for(self.session.dialect, False, self.hub.world.telnet)
+        self.session.enter(State.LOGIN)
+
+    def on_checked(self, verdicts):
+        """The heartbeat's second proof: of each pair True, False or None (unknown)."""
+        if self.character.confirm(verdicts, self.proof.others):
+            log.info("%s: the world logged it in but denies the password; it cannot be brought "
+                     "back", self.session)
+            self.character.forget()
+
+    def go_on(self):
+        """In a new process: what the old one had begun."""
+        session, checked = self.session, self.character.checked
+        if session.state is not State.PLAYING or not self.proof:
+            return
+        if checked:                             # the heartbeat of before took the question along
+            self.hub.check(session, [checked, *self.proof.others])
+        session.later(MARK_SECONDS, self.proof.retire)
+
+
+class Opening(Part):
+    """The opening of links, one after another, to the login screen or for a return."""
+
+    __slots__ = SURVIVES = ("failures", "failing_since")
+
+    def __init__(self, session):
+        super().__init__(session)
+        self.failures = self.failing_since = 0          # tries, one after another
+
+    def connect(self):
+        """It is this session's turn."""
+        session, world = self.session, self.hub.world
+        returning = session.state in AWAY and bool(session.character.trials)
+        if not self.failures:
+            self.failing_since = self.hub.now
+        session.way_back.begin()                # it looks at the life of the last link
+        session.serial, session.life = session.serial + 1, world.life
+        session.telnet.new_link()
+        session.feed.new_link(returning)
+        session.inbox.typed.charset = b""
+        session.enter(State.REOPENING if returning else State.OPENING)
+        try:
+            session.link = self.hub.connect(world, session, session.screen.reader)
+        except OSError as error:
+            session.handle(Event.FAILED, error.strerror)
+            return
+        session.later(CONNECT_SECONDS, self._overdue)
+
+    def _overdue(self):
+        link = self.session.link
+        if link and link.connecting:
+            self.session.handle(Event.FAILED, "no answer to the connect")
+
+    def opened(self):
+        """Hand over the address first, then log in or let the user type."""
+        session, target = self.session, self.hub.world.target
+        returning = session.state is State.REOPENING
+        # nobody waits for a client that did not read the last link either
+        session.screen.stuck = session.client.full
+        path = target[1] if isinstance(target[1], str) else None
+        opening = self._address_line(path)
+        if session.telnet.agreement or path:
+            opening += session.telnet.begin(bool(path))
+        self.hub.links.suspects.came(session.who, self.hub.now)
+        if returning:
+            opening += session.way_back.script(path)
+        session.enter(State.RETURNING if returning else State.LOGIN)
+        if opening:
+            session.link.send(opening)
+        if not returning:
+            self.show_login_screen()
+
+    def _address_line(self, path):
+        session, world = self.session, self.hub.world
+        if world.word == "none" and not path or not world.told:
+            return b""
+        epoch = session.since if self.hub.settings.add_epoch_time else 0
+        return session.dialect.address_line(session.host, epoch, world.word, path)
+
+    def show_login_screen(self, words=b""):
+        """The user must log in by himself; `words`: what the world has said on this link."""
+        session, hold, way_back = self.session, self.session.hold, self.session.way_back
+        hold.told = hold.told and hold.silent and not way_back.greeting
+        session.screen.write(way_back.greeting)
+        way_back.greeting, self.failures = None, 0
+        session.screen.show(words)
+        if session.character.is_guest:
+            session.character.login = session.character.previous = None
+        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less
+        # than 1 ms apart (choreography.md 2).
+        session.later(1 if session.dialect.greets else 0.005, session.arrived)
+        session.inbox.read_kept()
+        session.refresh()
+
+    def failed(self, reason):
+        """The world did not take a link, or ended one that was to bring the user back: try again,
+        ever more slowly."""
+        session = self.session
+        if session.inbox.first.is_http:
+            session.end_with_world()
+            return
+        delay = min(30, 2 ** min(self.failures, 5))
+        self.failures += 1
+        log.log(logging.INFO if self.failures == 1 else logging.DEBUG,
+                "%s: link failed: %s; next try in %d s", session, reason, delay)
+        session.drop_link()
+        if session.state in COMING_BACK:
+            session.wait_again(State.BACKOFF)
+        if self.hub.now - self.failing_since >= TELL_FAILURE_SECONDS:
+            session.hold.tell_failure()
+        session.refresh()
+        session.later(delay, session.connect_again)
+
+
+class Session(Survivor):
     """One user. Main thread only.
 
     OPENING ---> LOGIN ---> PLAYING             the link is open; a login was confirmed
@@ -4293,9 +4600,9 @@ class Session:
     """
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since",
-                 "tls", "announced", "spoke_at", "proof", "character", "screen", "telnet", "inbox",
-                 "lines", "way_back", "hold")
-    SURVIVES = ("number", "serial", "life", "host", "since", "tls", "announced", "spoke_at", "proof")
+                 "tls", "announced", "character", "screen", "telnet", "inbox", "lines", "way_back",
+                 "hold", "feed", "opening")
+    SURVIVES = ("number", "serial", "life", "host", "since", "tls", "announced")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.host, self.tls = hub, number, host, tls
@@ -4303,8 +4610,7 @@ class Session:
         self.announced = False     # the log has a line about him: who says nothing may be a probe
         self.state, self.serial = State.OPENING, 0
         self.client, self.link = client, None   # streams
-        self.life = self.proof = None           # of the link: the world's life, what proves a login
-        self.spoke_at = 0          # when the world last spoke at the login screen of this link
+        self.life = None           # of the link: the world's life
         self.character = Character()
         self.screen = Screen(self, client)
         self.telnet = Telnet(self)
@@ -4312,18 +4618,14 @@ class Session:
         self.lines = Lines(self)
         self.way_back = Return(self)
         self.hold = Hold(self)
+        self.feed = Feed(self)
+        self.opening = Opening(self)
         client.owner, client.on_data = self, self.inbox.on_data
 
     def __str__(self):
         login = self.character.login
         name = printable(login.name.decode("utf-8", "replace") + "@") if login else ""
         return f"session {self.number} {name}{self.host}"
-
-    @property
-    def parts(self):
-        """All that have something to survive."""
-        return (self, self.character, self.screen, self.telnet, self.inbox, self.lines,
-                self.way_back, self.hold)
 
     # ---- states
 
@@ -4333,7 +4635,8 @@ class Session:
         if handler:
             handler(self, *arguments)
         else:
-            log.error("%s: a fault of HAS: %s while %s: ignored", self, event.value, self.state.value)
+            log.error("%s: a fault of HAS: %s while %s: ignored", self, event.value,
+                      self.state.value)
 
     def enter(self, state):
         """Go to another state."""
@@ -4352,7 +4655,7 @@ class Session:
             state is State.LOGIN or state is State.RETURNING
             or screen.stuck or screen.hidden or screen.expected or self.hub.links.noise
             or inbox.kept or self.character.changing
-            or self.proof and self.proof.live or self.telnet.is_held)
+            or self.feed.proof and self.feed.proof.live or self.telnet.is_held)
 
     @property
     def dialect(self):
@@ -4426,6 +4729,7 @@ class Session:
         log.info("%s: %s: closing", self, why)
         if notice:
             self.screen.write(notice)
+        self.screen.end_batch()
         self.drop_link()
         self.enter(State.CLOSING)
         self.later(FLUSH_SECONDS, self.end)
@@ -4435,7 +4739,7 @@ class Session:
 
     def end(self):
         """Forget this session and close what is open."""
-        self.state = State.CLOSING              # whatever fails below, on_error() finds nothing to do
+        self.state = State.CLOSING              # nothing more for on_error() to do
         self.client.drop()
         self.drop_link()
         self.hub.forget(self)
@@ -4477,107 +4781,18 @@ class Session:
             self.drop_link()
             self.handle(event, reason or "closed by the world")
 
-    def replace_stream(self, name, sock):
-        """Another process took over the TLS of a stream: its plain side is `sock`. What was held
-        went along."""
-        old = getattr(self, name)
-        new = Stream(self.hub.selector, sock, self, old.on_data)
-        packed = {**old.pack(), "out": pack(b""), "broken": False}
-        Stream.drop(old)                        # not TLS's own: that would end it for the other process
-        if name == "client":
-            self.client = self.screen.client = self.inbox.client = new
-        else:
-            self.link = new
-        new.take_up(packed)
-        if packed["finishing"]:
-            new.finish()
-        self.on_stream_room(new)                # what the old one held is not held here
-        self.refresh()
-
-    def _client_finished(self, _):
-        """What he typed last is still carried out and answered."""
-        self._note_client_gone("")
-        self.inbox.read(self.inbox.release())
-        self.link.finish()
-        self.enter(State.CLOSING)
-        self.later(FLUSH_SECONDS, self.end)
-
-    def _client_gone(self, reason):
-        self._note_client_gone(reason)
-        self.end()
-
-    def _note_client_gone(self, reason):
+    def note_client_gone(self, reason=""):
+        """Say in the log that he has left."""
         if self.announced:
             log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
         elif not self.inbox.bytes_in:
             self.hub.door.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
 
+    def _lose_client(self, reason):
+        self.note_client_gone(reason)
+        self.end()
+
     # ---- the link
-
-    def open_link(self):
-        """It is this session's turn to connect to the world (called by the hub)."""
-        self.handle(Event.TURN)
-
-    def _connect(self):
-        world, returning = self.hub.world, self.state in AWAY and bool(self.character.trials)
-        self.serial += 1
-        self.proof = proof_for(world.dialect, returning, world.telnet)
-        self.telnet.new_link()
-        self.inbox.typed.charset, self.spoke_at = b"", 0
-        self.character.changing, self.screen.hidden, self.screen.expected = None, b"", []
-        self.way_back.begin()
-        self.life = world.life
-        self.enter(State.REOPENING if returning else State.OPENING)
-        try:
-            self.link = self.hub.connect(world, self, self.screen.reader)
-        except OSError as error:
-            self._link_failed(error.strerror)
-            return
-        self.later(CONNECT_SECONDS, self._connect_overdue)
-
-    def _connect_overdue(self):
-        if self.link and self.link.connecting:
-            self.handle(Event.FAILED, "no answer to the connect")
-
-    def _opened(self):
-        """The link is open: hand over the address first, then log in or let the user type."""
-        hub, world = self.hub, self.hub.world
-        self.screen.stuck = self.client.full    # nobody waits for one who did not read the last link
-        returning = self.state is State.REOPENING
-        path = world.target[1] if isinstance(world.target[1], str) else None
-        opening = self._address_line(path)
-        if self.telnet.agreement or path:
-            opening += self.telnet.begin(bool(path))
-        hub.links.suspects.came(self.who, hub.now)
-        if returning:
-            opening += self.way_back.script(path)
-        self.enter(State.RETURNING if returning else State.LOGIN)
-        if opening:
-            self.link.send(opening)
-        if not returning:
-            self.show_login_screen()
-
-    def _address_line(self, path):
-        world, settings = self.hub.world, self.hub.settings
-        if world.word == "none" and not path or not world.told:
-            return b""
-        epoch = self.since if settings.add_epoch_time else 0
-        return self.dialect.address_line(self.host, epoch, world.word, path)
-
-    def show_login_screen(self, words=b""):
-        """The user must log in by himself; `words`: what the world has said on this link."""
-        way_back, hold = self.way_back, self.hold
-        hold.told = hold.told and hold.silent and not way_back.greeting
-        self.screen.write(way_back.greeting)
-        way_back.greeting, way_back.failures = None, 0
-        self.screen.show(words)
-        if self.character.is_guest:
-            self.character.login = self.character.previous = None
-        # The first output says so sooner. PennMUSH is silent at first, and forgets connects less
-        # than 1 ms apart (choreography.md 2).
-        self.later(1 if self.dialect.greets else 0.005, self.arrived)
-        self.inbox.read_kept()
-        self.refresh()
 
     def arrived(self):
         """His link is no more in the way of the next one's."""
@@ -4592,34 +4807,11 @@ class Session:
         if self.state in COMING_BACK:
             self.hub.links.settle(self)
 
-    def _link_failed(self, reason):
-        """The world did not take a link, or ended one that was to bring the user back: try again,
-        ever more slowly."""
-        if self.inbox.first.is_http:
-            self.end_with_world()
-            return
-        delay = self.way_back.fail()
-        log.log(logging.INFO if self.way_back.failures == 1 else logging.DEBUG,
-                "%s: link failed: %s; next try in %d s", self, reason, delay)
-        self.drop_link()
-        if self.state in COMING_BACK:
-            self.wait_again(State.BACKOFF)
-        if self.hub.now - self.way_back.failing_since >= 5:
-            self.hold.tell_failure()
-        self.refresh()
-        self.later(delay, self.connect_again)
-
-    def _return_cut(self, reason):
-        self.way_back.on_link_ended()
-        self._link_failed(reason)
-
     def wait_again(self, state):
         """A return has failed: what was typed meanwhile is answered like anything typed while
         waiting."""
         self.enter(state)
-        kept = self.inbox.release()
-        if kept:
-            self.inbox.read(kept)
+        self.inbox.answer(self.inbox.release())
 
     def connect_again(self):
         """Without a link, and the world may be up: get one."""
@@ -4648,101 +4840,18 @@ class Session:
         else:
             self.end()
 
-    # ---- the world's text
+    # ---- the world
 
-    def read_link(self, data):
-        """The careful way: telnet, marks, outcomes, arrivals."""
-        before = self.state
-        for is_command, piece in self.telnet.split(data):
-            if is_command and self.proof.saw_command(piece):
-                self.handle(Event.MARKED)
-            elif is_command:
-                answer = self.telnet.on_world_command(piece)
-                if answer:
-                    self.client.send(answer)
-            elif is_command is None:
-                self.client.send(piece)
-            else:
-                self.screen.show(self._read_text(piece))
-        if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
-            self.hub.links.spoke(self)
-        if self.inbox.kept and before is self.state is State.PLAYING:
-            self.inbox.send_kept()              # the world has answered the one before
-        self.screen.shorten()
-        if self.character.changing and self.hub.now > self.character.changing.until:
-            self.character.changing = None
-        self.refresh()
-
-    def _read_text(self, text):
-        """Text of the world; returns what the client gets of it."""
-        if self.proof.live:
-            text = self._read_marks(text)
-        if self.state is State.RETURNING:
-            return b""                          # settled: what the others of this character cause
-        character = self.character
-        if character.changing:
-            kind = character.follow_change(self.dialect, text)
-            if kind:
-                log.info("%s: changed the %s", self, kind)
-        elif self.state is State.LOGIN:
-            self._look_for_refusals(text)
-        return self.screen.without_hidden(text)
-
-    def _read_marks(self, text):
-        """Look for what proves a login, or its end; returns the rest."""
-        text, news = self.proof.hear(text)
-        if News.TOOK in news and self.state is State.LOGIN:
-            self.handle(Event.TOOK)
-        if News.ASK in news and self.link:
-            self.link.send(self.proof.question())
-            self.later(END_SECONDS, self.way_back.on_marker_overdue)
-        if News.ENDED in news and self.state is State.RETURNING:
-            self.handle(Event.MARKED)
-        return text
-
-    def _look_for_refusals(self, text):
-        """Text at the login screen: a login that was refused is not sent again."""
-        if text.strip():
-            self.spoke_at = self.hub.now
-        tail, dialect = self.screen.tail, self.dialect          # a text may come in two pieces
-        refusals, others = (
-            sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
-            for pattern in (dialect.refused_text, dialect.not_taken_text))
-        if self.character.unanswered and refusals + others:
-            log.info("%s: the world refused a login", self)
-        self.character.answered(refusals, others, final=not self.hub.world.shut)
-
-    def _logged_in(self):
-        """A typed login took."""
-        proof = self.proof
-        pairs = self.character.took(proof.login, proof.others, proof.is_whole)
-        self.hub.logins.took(self)
-        self.enter(State.PLAYING)
-        log.info("%s: logged in", self)
-        if proof.is_whole:
-            self.later(MARK_SECONDS, proof.retire)
-        elif self.hub.world.checks:
-            self.character.checked = pairs[0]
-            self.hub.check(self, pairs)
-
-    def _logged_out(self):
-        log.info("%s: logged out to the login screen", self)
-        self.character.log_out()
-        self.proof = proof_for(self.dialect, False, self.hub.world.telnet)
-        self.enter(State.LOGIN)
+    def open_link(self):
+        """It is this session's turn to connect to the world."""
+        self.handle(Event.TURN)
 
     def on_checked(self, serial, verdicts):
-        """The heartbeat's answer about the pairs asked for: a list of True, False or None (unknown)."""
-        if serial != self.serial:
-            return
-        if self.state in AWAY:
+        """The heartbeat's answer about the pairs asked for."""
+        if serial == self.serial and self.state in AWAY:
             self.way_back.on_checked(verdicts)
-        elif self.state is State.PLAYING and self.character.confirm(verdicts, self.proof.others):
-            log.info("%s: the world logged it in but denies the password; it cannot be brought back",
-                     self)
-            self.character.forget()
-
-    # ---- the world
+        elif serial == self.serial and self.state is State.PLAYING:
+            self.feed.on_checked(verdicts)
 
     def on_verdict(self, left):
         """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
@@ -4750,13 +4859,14 @@ class Session:
 
     def _leave(self):
         if self.character.pending and self.hub.world.shut:
-            self.enter(State.OPENING)           # its login screen's time was over; his login is for its next life
+            # its login screen's time was over; his login is for its next life
+            self.enter(State.OPENING)
             self.hub.links.add(self)
         else:
             self.close("the world ended the connection (booted, timed out, refused) and lives on")
 
     def _stay(self):
-        self.wait(self.hub.settings.offline_notice)
+        self.hold.begin(self.hub.settings.offline_notice)
 
     def on_world_silent(self, silent):
         """The world has stopped answering, or answers again."""
@@ -4781,109 +4891,22 @@ class Session:
     def _lose_link(self, notice):
         """Who is on his way back, to the game or to the login screen, was told already."""
         told = self.state in COMING_BACK or self.way_back.greeting
-        self.wait("" if told else notice)
+        self.hold.begin("" if told else notice)
 
     def _stay_away(self, _):
         self.wait_again(State.WAITING)
-
-    def wait(self, notice):
-        """Hold the client until the world is back."""
-        if self.inbox.first.is_http:
-            self.end_with_world()
-            return
-        self.character.keep_unanswered(self.hub.now, self.spoke_at, self.lines.drop_braked())
-        self.screen.show_hidden()
-        self.drop_link()
-        self.serial += 1
-        self.hold.silent = False
-        self.way_back.forget()
-        self.inbox.typed.sent = False           # a line begun for the dead world is for the next
-        self.enter(State.WAITING)
-        self.screen.flush()
-        self.telnet.end_echo()
-        self.screen.write(notice)
-        self.hold.begin()
-        kept = self.lines.take_iced() + self.inbox.release()
-        if kept:
-            self.inbox.read(kept)
-
-    # ---- another process
-
-    def pack(self):
-        """This session for a new process: (plain values, the descriptors to keep). What is under
-        way is begun anew there."""
-        linked = self.linked and self.state is not State.RETURNING
-        state = State.WAITING if self.state in COMING_BACK else self.state
-        values = {name: pack(getattr(part, name)) for part in self.parts for name in part.SURVIVES}
-        streams = [self.client] + [self.link] * linked
-        return {"state": state.name, "values": values, "client": self.client.pack(),
-                "link": self.link.pack() if linked else None}, [it.sock.fileno() for it in streams]
-
-    def unpack(self, packed):
-        """Take up what pack() gave, of this program or an older one; nothing is sent yet (see
-        go_on)."""
-        values = packed["values"]
-        for part in self.parts:
-            for name in set(part.SURVIVES) & set(values):
-                setattr(part, name, unpack(values[name]))
-        if self.telnet.replay:
-            self.telnet.replay.agreement = self.telnet.agreement
-        if self.inbox.from_client:
-            self.inbox.from_client.strict = True        # older programs had no such thing
-        self.state = State[packed["state"]]
-        self.client.take_up(packed["client"])
-        if packed["link"]:
-            sock = socket.socket(fileno=packed["link"]["fd"])
-            self.link = Stream(self.hub.selector, sock, self, self.screen.reader)
-            self.link.take_up(packed["link"])
-        elif self.state is State.LOGIN:
-            self.state = State.OPENING          # one name for both, in older programs
-
-    def go_on(self):
-        """Begin anew what was under way when the process was replaced: timers, questions, connects."""
-        hub, screen, inbox, character = self.hub, self.screen, self.inbox, self.character
-        screen.stuck = self.client.full
-        self.refresh()
-        screen.flush()
-        inbox.go_on()
-        if self.lines.braked:
-            hub.later(max(0.0, inbox.slow_until - hub.now), self.lines.try_login)
-        if screen.expected:
-            screen.expect(screen.expected)
-        if screen.hidden:
-            screen.show_hidden()
-        if inbox.kept and self.can_talk:
-            self.later(NEXT_LINE_SECONDS, inbox.send_kept)
-        self.telnet.go_on()
-        if self.state is State.PLAYING and character.checked:   # the heartbeat of before took the question along
-            hub.check(self, [character.checked, *self.proof.others])
-        if self.state is State.PLAYING and self.proof:
-            self.later(MARK_SECONDS, self.proof.retire)
-        self._go_on_waiting()
-
-    def _go_on_waiting(self):
-        if self.state is State.CLOSING:
-            self.later(FLUSH_SECONDS, self.end)
-            if self.client.ended and not self.link:
-                self.end()
-        elif self.state is State.ASKING:
-            self.hub.ask(self)
-        elif self.state in AWAY:
-            self.hold.look(self.hold.held_since)
-        if self.wants_link:
-            self.serial += 1
-            if self.hub.is_up:
-                self.connect_again()
 
     def _ignore(self, *_):
         """Nothing is to be done."""
 
     # What happens when: {event: {states: handler}}. No row: it cannot happen.
     TABLE = {(State[name], event): handler for event, rows in {
-        Event.TURN: {"OPENING WAITING BACKOFF": _connect},
-        Event.OPENED: {"OPENING REOPENING": _opened},
-        Event.FAILED: {"OPENING REOPENING": _link_failed},
-        Event.ENDED: {"LOGIN PLAYING": _ask, "RETURNING": _return_cut, "CLOSING": _finish_client},
+        Event.TURN: {"OPENING WAITING BACKOFF": lambda self: self.opening.connect()},
+        Event.OPENED: {"OPENING REOPENING": lambda self: self.opening.opened()},
+        Event.FAILED: {"OPENING REOPENING": lambda self, why: self.opening.failed(why)},
+        Event.ENDED: {
+            "LOGIN PLAYING": _ask, "CLOSING": _finish_client,
+            "RETURNING": lambda self, why: self.way_back.on_link_ended(why)},
         Event.LEFT: {"ASKING": _leave},
         Event.DIED: {"ASKING": _stay},
         Event.DOWN: {
@@ -4892,20 +4915,100 @@ class Session:
         Event.RETRY: {
             "OPENING": _queue, "WAITING BACKOFF": lambda self: self.way_back.plan(),
             "LOGIN PLAYING ASKING REOPENING RETURNING CLOSING": _ignore},
-        Event.TOOK: {"LOGIN": _logged_in},
+        Event.TOOK: {"LOGIN": lambda self: self.feed.on_login()},
         Event.MARKED: {"RETURNING": lambda self: self.way_back.on_end_marker()},
         Event.OVERDUE: {
             "RETURNING": lambda self: self.way_back.on_overdue(),
             "OPENING LOGIN PLAYING ASKING WAITING BACKOFF REOPENING CLOSING": _ignore},
-        Event.LOGOUT: {"PLAYING": _logged_out},
+        Event.LOGOUT: {"PLAYING": lambda self: self.feed.on_logout()},
         Event.CLIENT_ENDED: {
-            "LOGIN PLAYING": _client_finished,
-            "OPENING ASKING WAITING BACKOFF REOPENING RETURNING": _client_gone,
+            "LOGIN PLAYING": lambda self, _: self.inbox.finish(),
+            "OPENING ASKING WAITING BACKOFF REOPENING RETURNING": _lose_client,
             "CLOSING": lambda self, _: self.end()},
         Event.CLIENT_LOST: {
-            "OPENING LOGIN PLAYING ASKING WAITING BACKOFF REOPENING RETURNING": _client_gone,
+            "OPENING LOGIN PLAYING ASKING WAITING BACKOFF REOPENING RETURNING": _lose_client,
             "CLOSING": lambda self, _: self.end()},
     }.items() for names, handler in rows.items() for name in names.split()}
+
+
+class Passage(Part):
+    """How a session goes on in another process: one list for each of its parts (SURVIVES)."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, session):
+        super().__init__(session)
+        self.parts = (session, session.character, session.screen, session.telnet, session.inbox,
+                      session.lines, session.way_back, session.hold, session.feed,
+                      session.opening)
+
+    def pack(self):
+        """The session as (plain values, the descriptors to keep). What is under way is begun anew
+        in the other process."""
+        session = self.session
+        linked = session.linked and session.state is not State.RETURNING
+        state = State.WAITING if session.state in COMING_BACK else session.state
+        values = {}
+        for part in self.parts:
+            values.update(part.survivors())
+        fds = [it.sock.fileno() for it in [session.client] + [session.link] * linked]
+        return {"state": state.name, "values": values, "client": session.client.pack(),
+                "link": session.link.pack() if linked else None}, fds
+
+    def unpack(self, packed):
+        """Take up what pack() gave, of this program or an older one; nothing is sent yet."""
+        session = self.session
+        for part in self.parts:
+            part.take_up(packed["values"])
+        if session.telnet.replay:
+            session.telnet.replay.agreement = session.telnet.agreement
+        if session.inbox.from_client:
+            session.inbox.from_client.strict = True     # older programs had no such thing
+        session.state = State[packed["state"]]
+        session.client.take_up(packed["client"])
+        if packed["link"]:
+            sock = socket.socket(fileno=packed["link"]["fd"])
+            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
+            session.link.take_up(packed["link"])
+        elif session.state is State.LOGIN:
+            session.state = State.OPENING       # one name for both, in older programs
+
+    def replace_stream(self, name, sock):
+        """Another process took over the TLS of a stream: its plain side is `sock`. What was held
+        went along."""
+        session, old = self.session, getattr(self.session, name)
+        new = Stream(session.hub.selector, sock, session, old.on_data)
+        packed = {**old.pack(), "out": pack(b""), "broken": False}
+        Stream.drop(old)                        # TLS's own would end it for the other process
+        if name == "client":
+            session.client = session.screen.client = session.inbox.client = new
+        else:
+            session.link = new
+        new.take_up(packed)
+        if packed["finishing"]:
+            new.finish()
+        session.on_stream_room(new)             # what the old one held is not held here
+        session.refresh()
+
+    def go_on(self):
+        """Begin anew what was under way: timers, questions, connects."""
+        session, hub = self.session, self.session.hub
+        session.screen.stuck = session.client.full
+        session.refresh()
+        for part in (session.screen, session.inbox, session.lines, session.telnet, session.feed):
+            part.go_on()
+        if session.state is State.CLOSING:
+            session.later(FLUSH_SECONDS, session.end)
+            if session.client.ended and not session.link:
+                session.end()
+        elif session.state is State.ASKING:
+            hub.ask(session)
+        elif session.state in AWAY:
+            session.hold.look(session.hold.held_since)
+        if session.wants_link:
+            session.serial += 1
+            if hub.is_up:
+                session.connect_again()
 
 
 # ======================================================================
@@ -7503,7 +7606,7 @@ class Links(Survivor):
         """A new session: to the world's login screen, or told that there is none now."""
         condition = self.hub.health.condition
         if condition is Condition.DOWN:
-            session.wait(self.hub.settings.offline_notice)
+            session.hold.begin(self.hub.settings.offline_notice)
         elif condition is not Condition.STARTING:
             self.add(session)
             session.on_world_silent(condition is Condition.SILENT)
@@ -8339,7 +8442,7 @@ class Survival(Survivor):
         sessions, fds = [], []
         for session in list(self.hub.sessions.values()):
             try:
-                packed, kept = session.pack()
+                packed, kept = Passage(session).pack()
             except Exception:
                 if not going:
                     raise
@@ -8390,7 +8493,7 @@ class Survival(Survivor):
         sock = socket.socket(fileno=packed["client"]["fd"])
         session = hub.door.enter(values["number"], Stream(hub.selector, sock, None, None),
                                  values["host"], values["tls"])
-        session.unpack(packed)
+        Passage(session).unpack(packed)
 
     def _close_packed(self, packed):
         """Forget the session that was packed so, however far it was unpacked; close what it had."""
@@ -8414,7 +8517,8 @@ class Survival(Survivor):
         hub.heard("go_on")
         if hub.links.noise:
             hub.links.prune_noise()
-        hub.each("go_on")
+        for session in list(hub.sessions.values()):
+            hub.safely(Passage(session).go_on)
 
     def move_tls_out(self):
         """Give every TLS stream to a forked process that feeds this one plain bytes: TLS cannot
@@ -8434,7 +8538,7 @@ class Survival(Survivor):
         for (session, name), (ours, theirs) in zip(inside, pairs):
             theirs.close()
             try:
-                session.replace_stream(name, ours)
+                Passage(session).replace_stream(name, ours)
             except Exception:                   # it would be read by two processes now
                 self.hub.fault(session)
                 ours.close()

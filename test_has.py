@@ -2101,7 +2101,7 @@ class Rig:
 
 def nonce_of(rig, client):
     """The mark (of a TinyMUX) that the login being tried would bring."""
-    proof = client.session.proof
+    proof = client.session.feed.proof
     return proof._secret + b"%02x=" % (proof._count - 1)
 
 
@@ -2962,8 +2962,8 @@ class Serials(RigCase):
         rig.found("life 1", checks=True)
         session = client.session
         login = has.Credentials(b"connect", b"Alice", b"pw")
-        session.proof.login = login
-        session._logged_in()
+        session.feed.proof.login = login
+        session.feed.on_login()
         (number, serial, _), = rig.beat.checks
         rig.post(rig.hub.on_checked, number, serial - 1, [False])
         self.assertIs(session.character.login, login)
@@ -3192,7 +3192,7 @@ class StuckClient(RigCase):
             self.fill(rig, client, link, 1000000)
             self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
         client.session.screen.stuck = False                            # as in a new process
-        client.session.go_on()
+        has.Passage(client.session).go_on()
         self.fill(rig, client, link, 1000000)
         self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
         self.assertRegex(self.drain(rig, client), rb"output lost")
@@ -4196,6 +4196,41 @@ class NewConnections(RigCase):
                 self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
 
 
+class OnePiece(RigCase):
+    """Many small pieces in one read cost others little: what they bring goes out in one send."""
+
+    def sends(self, act):
+        with mock.patch.object(has.Stream, "send", autospec=True, side_effect=has.Stream.send) as send:
+            act()
+        return [bytes(call.args[1]) for call in send.call_args_list if call.args[1]]
+
+    def test_answers_to_a_client(self):
+        rig = self.rig()
+        client, link = rig.player()
+        rig.down()
+        client.read()
+        client.send(command(DO, 6) * 20 + b"\xff\xf6" * 3 + b"one\r\ntwo\r\n")
+        sent, = self.sends(rig.settle)
+        self.assertEqual(sent.count(command(WONT, 6)), 20)
+        self.assertEqual(sent.count(b"[Yes]"), 3)
+        self.assertIn(b"UNSENT two", sent)
+
+    def test_text_of_a_world(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(b"a\xff\xf9b\r\n" * 50 + b"end\r\n")
+        self.assertEqual(self.sends(rig.settle), [b"a\xff\xf9b\r\n" * 50 + b"end\r\n"])
+
+    def test_a_goodbye_stands_behind_it(self):
+        rig = self.rig()
+        client, link = rig.player()
+        rig.down()
+        client.read()
+        client.send("one\r\nQUIT\r\n")
+        rig.settle()
+        self.assertEqual((state_of(client), client.lines()), ("CLOSING", ["# UNSENT one"]))
+
+
 class ExpectedLines(RigCase):
     """What the world says to settings HAS repeats is hidden: whole lines, once, not for ever."""
 
@@ -4669,7 +4704,7 @@ class Isolation(RigCase):
     def test_a_fault_ends_its_session_only(self):
         causes = {
             (has.Inbox, "read"): lambda rig, link, client: client.send("QUIT\r\n"),
-            (has.Session, "read_link"): lambda rig, link, client: link.send(b"\xff\xf1text\r\n"),
+            (has.Feed, "read"): lambda rig, link, client: link.send(b"\xff\xf1text\r\n"),
             (has.Session, "on_stream_end"): lambda rig, link, client: link.sock.close(),
             (has.Session, "on_world_down"): lambda rig, link, client: rig.down(),
             (has.Session, "handle"): lambda rig, link, client: client.sock.close(),
@@ -4691,7 +4726,7 @@ class Isolation(RigCase):
         for kind, method, column, event in (
                 (has.Session, "on_verdict", "ASKING", "verdict: left"),
                 (has.Screen, "write", "RETURNING", "ten seconds"),
-                (has.Return, "fail", "OPENING", "ten seconds"),
+                (has.Opening, "failed", "OPENING", "ten seconds"),
                 (has.Return, "plan", "BACKOFF", "ten seconds"),
                 (has.Return, "plan", "WAITING", "world up"),
                 (has.Session, "open_link", "WAITING", "world up")):
@@ -4722,6 +4757,22 @@ class Isolation(RigCase):
                 self.assertTrue(is_gone(bad))
                 self.assertFalse(is_gone(good))
                 self.assertIn("Alice", logs.output[0])
+
+    def test_a_fault_in_a_room_of_a_session_ends_that_session(self):
+        """Timers and turns call the rooms directly."""
+        def faulty(part):
+            raise RuntimeError("planted")
+        rooms = [has.Passage, *has.Part.__subclasses__()]
+        self.assertGreater(len(rooms), 8)
+        for room in rooms:
+            rig = self.rig()
+            bad, good = rig.client(), rig.client()
+            part, = [it for it in [has.Passage(bad.session), *has.Passage(bad.session).parts] if type(it) is room]
+            rig.hub.later(1, types.MethodType(faulty, part))
+            with self.assertLogs("has", "ERROR") as logs:
+                rig.pass_time(1.1)
+            self.assertEqual((is_gone(bad), is_gone(good)), (True, False), room)
+            self.assertIn(str(bad.session), logs.output[0])
 
     def test_a_fault_of_the_hub_is_loud(self):
         rig = self.rig()
@@ -6092,7 +6143,7 @@ class Turns(RigCase):
         session.on_stream_full(session.client)
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        session.replace_stream("client", theirs)
+        has.Passage(session).replace_stream("client", theirs)
         self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
 
 
