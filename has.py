@@ -6759,9 +6759,8 @@ OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
     "linked", "wants_link", "who", "character", "way_back.settled",
     "announce", "refresh", "status", "notify", "close", "end",
-    "wait", "open_link", "connect_again", "way_back.settle", "lines.try_login", "inbox.take_turn",
-    "on_checked", "on_verdict", "on_world_down", "on_world_silent",
-    "pack", "unpack", "go_on", "replace_stream"}
+    "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login", "inbox.take_turn",
+    "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
 
 
 def users(count):
