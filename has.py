@@ -3108,19 +3108,12 @@ class Character(Survivor):
 
 
 class Part(Survivor):
-    """A room of a session; a fault in it ends that session only."""
+    """A room of a session; a fault in it ends that session only (see Loop.fault)."""
 
     __slots__ = ("session", "hub")
 
     def __init__(self, session):
         self.session, self.hub = session, session.hub
-
-    def __str__(self):
-        return str(self.session)
-
-    def on_error(self):
-        """A fault of HAS itself (it was logged)."""
-        self.session.end()
 
 
 class Screen(Part):
