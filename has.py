@@ -62,6 +62,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import re
 import secrets
 import select
@@ -665,12 +666,12 @@ def _parsed(key, text, default):
 
 def _remarks(script, overrides, conf, settings):
     """What an admin should know of settings that are right."""
-    names = ", ".join(key.upper() for key in overrides)
-    warnings = [f"{where}: the quotes around {key} count as a part of it: take them away"
-                for key, (text, where) in overrides.items()
-                if re.fullmatch(r"(['\"]).*\1", text, re.S)]
+    names, warnings = ", ".join(key.upper() for key in overrides), []
     for key, (text, where) in overrides.items():
         comment = _comment_behind(key, text)
+        if re.fullmatch(r"(['\"]).*\1", text, re.S):
+            warnings.append(f"{where}: the quotes around {key} count as a part of it: "
+                            "take them away")
         if comment:
             warnings.append(f"{where}: {comment!r} counts as a part of {key}: {COMMENT_BEHIND}")
     holder = conf if "hb_pass" in overrides else script
@@ -697,15 +698,13 @@ def _who_else_may_write(path):
     if kept.st_uid not in (0, os.geteuid()):
         found.append(f"{path} belongs to another user (number {kept.st_uid}), "
                      "who may change it: chown it")
-    folder, name = os.path.split(os.path.realpath(path))
-    while True:
-        mode = os.stat(folder).st_mode
+    real = pathlib.Path(path).resolve()
+    for folder in real.parents:
+        mode = folder.stat().st_mode
         if mode & 0o022 and not mode & stat.S_ISVTX:            # sticky: only owners replace files
-            found.append(f"others may write in {folder}, and put another {name} there: "
+            found.append(f"others may write in {folder}, and put another {real.name} there: "
                          f"chmod go-w {folder}")
-        if folder == os.path.dirname(folder):
-            return found
-        folder = os.path.dirname(folder)
+    return found
 
 
 def _conflicts(values):
@@ -877,10 +876,7 @@ def in_character_set(text, codec):
     if codec is None:
         plain = text.translate(_PLAIN_MARKS)
         return (plain if plain.isascii() else text).encode("utf-8", "replace")
-    try:
-        return text.encode(codec)
-    except UnicodeError:
-        return b"".join(_nearest(character, codec) for character in text)
+    return b"".join(_nearest(character, codec) for character in text)
 
 
 def _nearest(character, codec):
@@ -1534,6 +1530,7 @@ class _InfoFamily(Dialect):
 
     logs_in = guest_alone = settings_held = True
     serves_http = False
+    dropped, erasers = bytes(range(32)).replace(b"\b", b""), b"\b\x7f"
     quota = 100
     logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     start_question = b"INFO\r\n"
@@ -1691,8 +1688,6 @@ class TinyMUX(_Tiny):
     """TinyMUX 2.12 (worlds/tinymux.md, bytes.md 1)."""
 
     name = "tinymux"
-    dropped = bytes(range(32)).replace(b"\b", b"")
-    erasers = b"\b\x7f"
     erase_command = True
     longest_line, longest_login = 7990, 400
     login_words = re.compile(rb" *(?:(c[od]\S*)|(cr\S*))(?=\s)")
@@ -1739,8 +1734,6 @@ class RhostMUSH(_InfoFamily):
     """RhostMUSH 4 (worlds/rhostmush.md, bytes.md 5)."""
 
     name = "rhostmush"
-    dropped = bytes(range(32)).replace(b"\b", b"")
-    erasers = b"\b\x7f"
     strips_blanks = False
     # a line that begins with a blank is a login, whatever its first word
     login_words = re.compile(rb"(?i)(?:( +\S+|%s|c(?:da?r?k?|hi?d?e?))|(%s))(?=\s)" % (

@@ -6147,6 +6147,62 @@ class Turns(RigCase):
         self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
 
 
+class WordsOfTheSite(RigCase):
+    """Every text that users read can be the site's own."""
+
+    WORDS = dict(full_notice="Ple, \u00e9s nit", are_you_there_notice="S\u00ed <3", login_kept_notice="Desat",
+                 unsent_more_notice="i {lines} m\u00e9s", still_offline_notice="Fa {time}", kicked_notice="Fora",
+                 list_heading_notice="n nom lloc estat edat quiet entra surt tls mida", goodbye_notice="",
+                 login_brake_notice="Espera {seconds} segons")
+
+    def waiting(self, **settings):
+        rig = self.rig(**settings, **self.WORDS)
+        client = rig.client(host="203.0.113.9")
+        link = rig.game.accept()
+        rig.settle()
+        return rig, client, link
+
+    def test_while_the_world_is_down(self):
+        rig, client, _ = self.waiting()
+        rig.down()
+        client.read()
+        client.send(b"\xff\xf6")
+        rig.settle()
+        self.assertEqual(client.read(), "\r\nS\u00ed <3\r\n".encode())
+        client.send("connect Alice secret\r\n" + "x\r\n" * 12)
+        rig.settle()
+        self.assertEqual(client.lines(), ["Desat"] + ["# UNSENT x"] * 10)
+        rig.pass_time(1.1)
+        self.assertEqual(client.lines(), ["# UNSENT i 2 m\u00c3\u00a9s"])         # UTF-8
+        for _ in range(6):
+            rig.pass_time(60)
+        self.assertRegex(client.lines()[0], r"\AFa \d+s\Z")
+
+    def test_refused_slowed_down_and_sent_away(self):
+        rig, client, _ = self.waiting(max_clients=1)
+        second = rig.client()
+        self.assertEqual((second.lines(), second.ended), (["Ple, \u00c3\u00a9s nit"], True))    # UTF-8
+        client.send("connect Alice secret\r\n" * 4)
+        rig.settle()
+        self.assertEqual(client.lines(), ["Espera 3 segons"])
+        rig.hub.control.command({"do": "kick", "id": client.session.number})
+        rig.settle()
+        self.assertEqual(client.lines(), ["Fora"])
+
+    def test_an_empty_text_says_nothing(self):
+        rig, client, _ = self.waiting()
+        client.read()
+        rig.hub.stop()
+        rig.settle()
+        self.assertEqual((client.read(), client.ended), (b"", True))
+
+    def test_the_list_of_sessions(self):
+        rig, client, _ = self.waiting()
+        heading, row = has.status_lines(rig.hub.control.status(), rig.hub.settings.list_heading_notice)[-2:]
+        self.assertEqual(heading, "    n nom              lloc                     estat      edat     quiet    entra    surt     tls mida")
+        self.assertEqual([row[heading.index(word):].split(" ")[0] for word in ("lloc", "tls")], ["203.0.113.9", "no"])
+
+
 class Limits(RigCase):
     def accepted(self, rig, hosts):
         """For each host in turn: was it taken? The refused get one line and are closed."""
