@@ -6726,7 +6726,7 @@ class Record(Survivor):
 
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds up the next no more
-GOODBYE_SECONDS = 3
+GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
 PATIENCE = 40                      # line ends, and as many kilobytes, read with care in one turn
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
@@ -6920,6 +6920,7 @@ def cannot_listen(error, address, port, tls):
 class Listener:
     """A listening socket in the hub's selector."""
 
+    PAUSE_SECONDS = 1              # when no descriptor is left, or the loop would spin on it
     closed = False
 
     def __init__(self, hub, sock, tls, wanted):
@@ -6940,10 +6941,10 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.error("cannot accept clients: %s; next try in 1 s; raise the limit (ulimit -n)",
-                          error.strerror)
+                log.error("cannot accept clients: %s; next try in %d s; raise the limit "
+                          "(ulimit -n)", error.strerror, self.PAUSE_SECONDS)
                 self.hub.selector.unregister(self.sock)     # or the loop would spin on it
-                self.hub.later(1, self._again)
+                self.hub.later(self.PAUSE_SECONDS, self._again)
                 return
             try:
                 self.on_accepted(sock, peer)
@@ -7443,6 +7444,7 @@ class Suspects:
     """
 
     WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
+    CALM, AT_ONCE = 10, 0.02       # the longest calm before one; shorter times count as this
     __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
 
     def __init__(self):
@@ -7509,7 +7511,7 @@ class Suspects:
         rate = (len(self._deaths) - len(strikes) + 1) / max(sum(lives[:-1]), 1.0)
         product = 1.0
         for _, seconds in strikes:
-            product *= 1 - math.exp(-rate * max(seconds, 0.02))
+            product *= 1 - math.exp(-rate * max(seconds, self.AT_ONCE))
         log = -math.log(max(product, 1e-300))   # Fisher: a product of many chances is small anyway
         return product * sum(log ** k / math.factorial(k) for k in range(len(strikes)))
 
@@ -7529,7 +7531,7 @@ class Suspects:
         without him then. Others' logins do not put him off for ever.
         """
         strikes = len(self._strikes.get(who, ()))
-        calm = min(10, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
+        calm = min(self.CALM, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
         return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
 
 
@@ -7738,10 +7740,12 @@ class Links(Survivor):
 class Caller:
     """A connection to the control socket: a line of JSON is answered by one line of JSON."""
 
+    SECONDS = 10
+
     def __init__(self, hub, sock):
         self.hub, self.asked = hub, b""
         self.stream = Stream(hub.selector, sock, self, self.on_data)
-        hub.later(10, self.stream.drop)
+        hub.later(self.SECONDS, self.stream.drop)
 
     def on_data(self, data):
         """A part of the request."""
@@ -7911,12 +7915,9 @@ class Control:
 
     def command(self, request):
         """Carry out a request, {"do": NAME, ...}; return the answer, a dictionary."""
-        does = {"status": self._status, "notice": self._notice, "kick": self._kick}
+        does = {"status": lambda _: self.status(), "notice": self._notice, "kick": self._kick}
         name = request.get("do")
         return does[name](request) if name in does else {"error": f"unknown request {name!r}"}
-
-    def _status(self, request):
-        return self.status()
 
     def _notice(self, request):
         """{"do": "notice", "text": ...}: write it to everybody."""
@@ -8207,7 +8208,7 @@ class Hub(Loop):
         self.control.close()
         self._post("on_stop")
         self.each("close", "HAS stops", self.settings.goodbye_notice)
-        self.later(0.2, self._end_flushed, self.now + GOODBYE_SECONDS)
+        self.later(2 * FLUSHED_SECONDS, self._end_flushed, self.now + GOODBYE_SECONDS)
 
     def _end_flushed(self, until):
         """End the sessions whose clients have been sent everything; at `until` all of them."""
@@ -8215,7 +8216,7 @@ class Hub(Loop):
             if not session.client.out or self.now >= until:
                 session.end()
         if self.sessions:
-            self.later(0.1, self._end_flushed, until)
+            self.later(FLUSHED_SECONDS, self._end_flushed, until)
 
 
 # ======================================================================
@@ -8560,7 +8561,7 @@ class Rehearsal:
     with why it has failed or "".
     """
 
-    SECONDS = 20
+    SECONDS, LOOK_SECONDS = 20, 0.02
 
     def __init__(self, survival, program, command, done):
         self.hub, self._done, self._said, self._over = survival.hub, done, b"", False
@@ -8602,7 +8603,7 @@ class Rehearsal:
     def _judge(self):
         status = self._child.poll()
         if status is None:
-            self.hub.later(0.02, self._judge)   # its output ends just before it does
+            self.hub.later(self.LOOK_SECONDS, self._judge)  # its output ends just before it does
         elif not self._over:
             self._over = True
             self._done(self._trouble(status))
@@ -8628,7 +8629,7 @@ class Upgrade:
     memory file.
     """
 
-    ARRIVAL_SECONDS, RESCUES, RESCUE_SECONDS = 3, 3, 600
+    ARRIVAL_SECONDS, LOOK_SECONDS, RESCUES, RESCUE_SECONDS = 3, 0.05, 3, 600
 
     def __init__(self, survival, script, config, source):
         self.survival, self.hub = survival, survival.hub
@@ -8687,7 +8688,7 @@ class Upgrade:
     def _go_soon(self, until):
         """Clients in a TLS handshake cannot be taken along: let them arrive, but not for ever."""
         if self.hub.door.arrivals and self.hub.now < until:
-            self.hub.later(0.05, self._go_soon, until)
+            self.hub.later(self.LOOK_SECONDS, self._go_soon, until)
         else:
             self.go()
 
