@@ -6456,6 +6456,7 @@ class Endings:
     def __init__(self):
         self.asking = {}                        # session number -> (link serial, life of the link)
         self._lately = collections.deque()      # (when, session number, who)
+        self._names = collections.Counter()     # who -> how often he is in it
         self._doubted = {}                      # session number -> which heartbeat connection
         #                                         has answered already, or None
 
@@ -6463,12 +6464,18 @@ class Endings:
         """The world has ended a link of `who`, who has not said QUIT."""
         self.asking[number] = serial, life
         while self._lately and now - self._lately[0][0] > ENDINGS_SECONDS:
-            self._lately.popleft()
-        others = [other for _, other, name in self._lately if name != who]
-        self._lately.append((now, number, who))
+            _, _, name = self._lately.popleft()
+            self._names[name] -= 1
+            if not self._names[name]:
+                del self._names[name]
         self._doubted.pop(number, None)
-        for doubted in others + [number] * bool(others):
-            self._doubted.setdefault(doubted)
+        if len(self._names) > (who in self._names):         # others, too
+            if len(self._names) == 1:           # else they are doubted already
+                for _, other, _ in self._lately:
+                    self._doubted.setdefault(other)
+            self._doubted[number] = None
+        self._lately.append((now, number, who))
+        self._names[who] += 1
 
     def is_asking(self, number, serial):
         """Whether it is still not known why that link has ended."""
@@ -6519,6 +6526,7 @@ class Health(Survivor):
         self.reasons = {}                       # Address -> why not reached, since it was found
         self.endings = Endings()
         self._connections = 0                   # of the heartbeat, that were confirmed
+        self._judging = False                   # judge() comes at the end of this turn
 
     @property
     def is_up(self):
@@ -6533,7 +6541,10 @@ class Health(Survivor):
         effects = [("ask", number, serial)]
         if self.loss:
             effects.append(("later", AWAY_SECONDS, "unanswered", number, serial))
-        return effects + self.judge(now)
+            if not self._judging:               # once for all that end now: it looks at each link
+                self._judging = True
+                effects.append(("later", 0, "judge"))
+        return effects
 
     def answered(self, asks, life, now):
         """The world, in its life `life`, answered a probe that was sent after these links ended:
@@ -6602,6 +6613,7 @@ class Health(Survivor):
 
     def judge(self, now):
         """Does a lost heartbeat mean that the world is down?"""
+        self._judging = False
         if self.loss is None or not self.is_up:
             return []
         wait = self.loss.wait(now, bool(self.endings.asking), self._linked(),

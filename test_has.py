@@ -2593,6 +2593,7 @@ class TestHealth(unittest.TestCase):
         elif event == "back":
             watch.found(lives[life])
             watch.is_back = True
+        watch.pass_time(0)
         if refused and watch.health.loss:
             watch.event("unreachable", HOME, "refused", False)
         if watch.is_back:                       # the heartbeat asks again what it was asked
@@ -2651,6 +2652,7 @@ class TestHealth(unittest.TestCase):
             watch.event("silent")
         else:
             watch.end_link(event.partition(" ")[0])
+        watch.pass_time(0)
 
     def check(self, watch, order):
         states = watch.users.values()
@@ -2670,6 +2672,21 @@ class TestHealth(unittest.TestCase):
             watch.pass_time(1)
         self.assertNotIn("ASKING", watch.users.values(), order)
         self.assertNotIn("WAITING", watch.users.values(), order)
+
+    def test_a_world_with_thousands_dies_in_no_time(self):
+        """A loop over all others for each link that ends would stop the main loop for a minute."""
+        watch, looks = Watch(*(f"user {n}" for n in range(20000))), []
+        watch.health._linked = lambda: looks.append(None)
+        watch.event("lost", "closed", False)
+        looks.clear()
+        began = time.process_time()
+        for name in watch.users:
+            watch.end_link(name)
+        self.assertLess(time.process_time() - began, 3)
+        watch.pass_time(0)
+        self.assertEqual(len(looks), 1)
+        watch.pass_time(1)
+        self.assertEqual(set(watch.users.values()), {"WAITING"})
 
     def test_a_silent_world_is_given_up_in_time_and_only_once(self):
         watch = Watch("user")
