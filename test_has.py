@@ -1419,6 +1419,23 @@ class TestProof(unittest.TestCase):
             proof.feed(answer(family, True))
             self.assertEqual(proof.login, GOOD)
 
+    def test_what_a_malformed_line_may_be_answered_is_nobodys(self):
+        proof = self.typed("teenymush")
+        proof.no_login(b"connect Alice")                            # answered like a whole login
+        proof.no_login(b"connect a b c")                            # not answered, see above
+        proof.wrap(GOOD, b"connect Alice alicepw\r\n", {})
+        proof.feed(SHOWN["teenymush"][1])
+        self.assertIsNone(proof.login)
+        proof.feed(SHOWN["teenymush"][0])
+        self.assertIs(proof.login, GOOD)
+
+    def test_the_words_of_a_return_hold_no_answer_to_has(self):
+        for family, words in (("tinymux", b"MOTD\r\nLimbo\r\n"), ("pennmush", b"MOTD\r\n")):
+            proof = has.proof_for(DIALECTS[family], True)
+            proof.script(GOOD)
+            proof.feed(words + (INFO if family == "tinymux" else b""))
+            self.assertEqual(proof.words(), words)
+
     def test_a_refusal_that_is_none(self):
         for family, text in (("pennmush", b"Player connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
                              ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
@@ -4175,16 +4192,6 @@ class Pace(RigCase):
         rig.game.accept().send("Welcome\r\n")
         rig.pass_time(1)
         self.assertEqual([state_of(client) for client in clients], ["RETURNING", "WAITING"])
-
-    def test_how_often_a_world_that_is_down_is_tried(self):
-        """Ten times a second in the first minute, then ever more seldom, down to `retry`; far ones as they answer."""
-        for retry, round_trip, minutes, wanted in (
-                (1, 0.0003, 0, 0.1), (1, 0.0003, 0.9, 0.1), (1, 0.0003, 2, 0.2), (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1),
-                (60, 0.0003, 600, 60), (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
-            course = has.Course(lambda: 1000.0 + 60 * minutes)
-            course.down_since = 1000.0
-            pace = course.pace(types.SimpleNamespace(retry=retry), round_trip)
-            self.assertAlmostEqual(pace, wanted, 2)
 
 
 class NewConnections(RigCase):
@@ -7106,6 +7113,23 @@ class TestReaching(StillCase):
         self.assertEqual((str(lost), lost.ours, lost.refused),
                          ("no answer to the connect", False, False))
 
+    def test_tls(self):
+        """A failed handshake says nothing of the world but that it lives."""
+        wrap = mock.Mock(side_effect=[ssl.SSLError("expired"), ValueError("no such name"), None])
+        context = self.context()
+        context.settings.world_tls = types.SimpleNamespace(wrap_socket=wrap)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            target = (socket.AF_INET, listener.getsockname())
+            for why in ("TLS: .*expired", "TLS: no such name"):
+                lost = self.lost(self.opened, context, target)
+                self.assertRegex(str(lost), why)
+                self.assertEqual((lost.ours, lost.accepted, lost.refused), (True, True, False))
+            wrap.side_effect = lambda sock, server_hostname: sock
+            self.assertIs(self.opened(context, target).world.tls, context.settings.world_tls)
+        wrap.assert_called_with(mock.ANY, server_hostname=HOME.host)
+
     def test_a_stop_ends_a_connect(self):
         context = self.context()
         context.mailbox.post(setattr, context, "stopping", True)
@@ -7223,6 +7247,17 @@ class TestCourse(unittest.TestCase):
             self.now += self.settings.beat
         self.assertEqual(moves, [False, False, False, False, False, True])
 
+    def test_how_often_a_world_that_is_down_is_tried(self):
+        """Ten times a second in the first minute, then ever more seldom, down to `retry`; far ones
+        as they answer."""
+        for retry, round_trip, minutes, wanted in (
+                (1, 0.0003, 0, 0.1), (1, 0.0003, 0.9, 0.1), (1, 0.0003, 2, 0.2),
+                (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1), (60, 0.0003, 600, 60), (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
+            course = has.Course(lambda: 1000.0 + 60 * minutes)
+            course.down_since = 1000.0
+            pace = course.pace(types.SimpleNamespace(retry=retry), round_trip)
+            self.assertAlmostEqual(pace, wanted, 2)
+
     def test_it_survives(self):
         course = self.course(self.A, self.B)
         course.arrive(self.A)
@@ -7312,6 +7347,22 @@ class TestEntrance(StillCase):
             self.lost(entrance.establish, HOME)
         self.assertNotIn(b"PROXY", self.still.sent)
         self.assertTrue(all(it.talk.sock.fileno() < 0 for it in self.opened))
+
+    def test_a_world_of_another_family_than_mush_type_says(self):
+        """It is named once; not taking its login is no refusal, and no login is tried for long."""
+        penn = INFO.replace(b"Uptime: x", b"Uptime: x\r\nVersion: PennMUSH 1.8")
+        entrance = self.entrance(*[lambda sent: penn] * 2, family="tinymux", hb_timeout=1)
+        with self.assertLogs(has.log, "WARNING") as logged:
+            world = entrance.establish(HOME).world
+            entrance.establish(HOME)
+        self.assertEqual((world.looks, world.blind, world.shut), ("pennmush", True, False))
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("looks like a pennmush: set mush_type = pennmush", logged.output[0])
+
+    def test_a_world_without_logins_only_has_to_live_on(self):
+        entrance = self.entrance(lambda sent: b"", lambda sent: None, family="plain")
+        self.assertIs(entrance.establish(HOME).dialect, has.PLAIN)
+        self.assertEqual(self.still.now, 1000 + has.WITNESS_SECONDS)
 
     def test_what_was_recognised_is_known_from_then_on(self):
         def info(sent):
@@ -7726,6 +7777,7 @@ class TestHeartbeat(Case):
             world.start()
             hub.wait("on_world_found", 2)
 
+    @mock.patch.multiple(has, ASIDE_SECONDS=0.3, TELNET_SECONDS=0.3)
     def test_a_wrong_mush_type_is_named(self):
         """... with the family that the world looks like; flags are not blamed."""
         for family, claimed in (("tinymux", "teenymush"), ("pennmush", "rhostmush"), ("teenymush", "tinymux"),
