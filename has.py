@@ -5089,7 +5089,7 @@ class Context:
         self.mailbox, self.stopping = Mailbox(), False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.mailbox.reader, READ, None)
-        self._said = {}            # subject -> what was logged of it last
+        self.said = {}             # subject -> what the log heard of it last; for log_change()
 
     def tell(self, call, *arguments):
         """Have the hub run one of its methods."""
@@ -5098,12 +5098,8 @@ class Context:
     def log_change(self, level, subject, text):
         """Log a text about a subject, at DEBUG if it is what was said of that the last time: so as
         not to repeat it for years."""
-        log.log(logging.DEBUG if self._said.get(subject) == text else level, "%s", text)
-        self._said[subject] = text
-
-    def forget_said(self):
-        """The settings have changed: all is new to the log again."""
-        self._said.clear()
+        log.log(logging.DEBUG if self.said.get(subject) == text else level, "%s", text)
+        self.said[subject] = text
 
     def watch(self, sock, reader, events=READ):
         """Have reader.receive() called when something comes, until reader.ended is not None."""
@@ -5655,10 +5651,7 @@ class Connector:
                        and number in (errno.ECONNREFUSED, errno.ENOENT)) from None
         settings = self._context.settings
         if settings.world_tls:
-            try:
-                sock = self._wrap(sock, address)
-            except OSError as error:            # all this says of the world is that it lives
-                raise Lost(error.strerror, accepted=True, ours=True) from None
+            sock = self._wrap(sock, address)
         self._book.leads(address, target)
         talk = Talk(sock, self._context, settings.hb_pass)
         return Connection(talk, address, target, settings)
@@ -5707,7 +5700,7 @@ class Connector:
             raise
 
     def _wrap(self, sock, address):
-        """The TLS handshake with the world; OSError says why not."""
+        """The TLS handshake with the world. All that a Lost says of it here is that it lives."""
         try:
             sock.settimeout(REACH_SECONDS)
             tls = self._context.settings.world_tls
@@ -5716,7 +5709,7 @@ class Connector:
             return sock
         except (OSError, ValueError) as error:
             sock.close()
-            raise OSError(errno.EPROTO, f"TLS: {tls_reason(error)}") from None
+            raise Lost(f"TLS: {tls_reason(error)}", accepted=True, ours=True) from None
 
 
 def _age_by_start_id(life):
@@ -6062,10 +6055,11 @@ class Search:
         None (logged) where that cannot be had."""
         try:
             connection = self._entrance.establish(address)
-            worse = old and _is_worse(connection.world, old.world)
-            if worse:
+            new, before = connection.world, (old or connection).world
+            if new.blind and not before.blind or new.looks and not before.looks:
                 connection.close()
-                raise Lost(worse)
+                raise Lost(f"it looks like a {new.looks}" if new.looks else
+                           "the heartbeat's login is not taken any more")
             return connection
         except Exception as error:
             if not isinstance(error, Lost):
@@ -6088,31 +6082,24 @@ class Search:
             context.tell(context.hub.on_wish, f"{address}: {error}")
 
 
-def _is_worse(world, old):
-    """Why one World is worse than an older one of the same, or None."""
-    if world.blind and not old.blind or world.looks and not old.looks:
-        return (f"it looks like a {world.looks}" if world.looks else
-                "the heartbeat's login is not taken any more")
-    return None
-
-
 class Probes(Survivor):
     """Asks the world whether it lives, and tells the hub."""
 
     SURVIVES = "silent_since",
 
-    def __init__(self, context):
+    def __init__(self, context, meanwhile):
         self._context = context
+        self._meanwhile = meanwhile             # called now and then while the world is silent
         self.asks = []             # (session number, link serial) whose links ended
         self.silent_since = None   # when the probe was sent that is not answered yet
         self.round_trip = 0.0      # of the last probe that was answered at once, in seconds
 
-    def probe(self, connection, meanwhile):
-        """One probe serves all who asked before it was sent. `meanwhile` is called while the world
-        is silent; Lost when it has been so for dead_after."""
+    def probe(self, connection):
+        """One probe serves all who asked before it was sent. Lost when the world has been silent
+        for dead_after."""
         asks, self.asks = self.asks, []
         try:
-            started = self._await_answer(connection, meanwhile)
+            started = self._await_answer(connection)
         except (Lost, Moved):
             self.asks, self.silent_since = asks + self.asks, None
             raise
@@ -6120,7 +6107,7 @@ class Probes(Survivor):
         context = self._context
         context.tell(context.hub.on_answers, asks, connection.world.life, context.clock() - started)
 
-    def _await_answer(self, connection, meanwhile):
+    def _await_answer(self, connection):
         """Returns when the probe was sent, or the first one since the world is silent."""
         context, settings = self._context, self._context.settings
         silent, now = self.silent_since is not None, context.clock()
@@ -6134,7 +6121,7 @@ class Probes(Survivor):
             left = started + dead_after - context.clock()
             if left <= 0:
                 raise Lost(f"no answer for {dead_after:g} s", dead=True)
-            meanwhile()
+            self._meanwhile()
             answered = connection.question(min(left, settings.hb_timeout))
         if silent:
             context.tell(context.hub.on_answering)
@@ -6148,33 +6135,30 @@ class Checks:
 
     def __init__(self, context):
         self._context = context
-        self._waiting = collections.deque()     # (session number, link serial, pairs)
-
-    def __len__(self):
-        return len(self._waiting)
+        self.waiting = collections.deque()      # (session number, link serial, pairs)
 
     def add(self, number, serial, pairs):
         """Which of these pairs are right? Answered by hub.on_checked."""
-        self._waiting.append((number, serial, pairs))
+        self.waiting.append((number, serial, pairs))
 
     def _tell(self, number, serial, verdicts):
         self._context.tell(self._context.hub.on_checked, number, serial, verdicts)
 
     def forget(self):
         """Nobody can say."""
-        while self._waiting:
-            number, serial, pairs = self._waiting.popleft()
+        while self.waiting:
+            number, serial, pairs = self.waiting.popleft()
             self._tell(number, serial, [None] * len(pairs))
 
     def ask(self, connection):
         """Ask about as many waiting pairs as fit into one line."""
         batch, pairs = [], []
-        while self._waiting and (not batch or len(pairs) < CHECKS_A_LINE):
-            number, serial, asked = self._waiting[0]
+        while self.waiting and (not batch or len(pairs) < CHECKS_A_LINE):
+            number, serial, asked = self.waiting[0]
             can_ask = connection.can_ask(asked)
             if can_ask and not connection.can_ask(pairs + asked):
                 break                           # it begins the next line
-            self._waiting.popleft()
+            self.waiting.popleft()
             if not can_ask:
                 self._tell(number, serial, [None] * len(asked))
                 continue
@@ -6201,7 +6185,8 @@ class Heartbeat(threading.Thread):
         self._entrance = Entrance(context, Connector(context, self._book), self._lives)
         self._search = Search(context, self._course, self._entrance, self._book, self._lives,
                               self._rest)
-        self._probes, self._checks = Probes(context), Checks(context)
+        self._probes = Probes(context, self._search.consider_moving)
+        self._checks = Checks(context)
         self._rooms = (self._course, self._entrance, self._entrance.pause, self._lives,
                        self._probes)            # what survives in them is parked together
         self._renew = False        # the settings ask for a new connection to the same world
@@ -6229,7 +6214,7 @@ class Heartbeat(threading.Thread):
         self._entrance.on_settings(moves or settings.mush_type != old.mush_type)
         if moves:
             self._book.forget_all_but(self._course.current)
-        context.forget_said()
+        context.said.clear()                    # all is new to the log again
         self._renew = self._renew or self._lacks or any(
             getattr(settings, key) != getattr(old, key) for key in self._OWN_KEYS) or (
             settings.files.get("mush_ssl_ca") != old.files.get("mush_ssl_ca"))
@@ -6332,7 +6317,7 @@ class Heartbeat(threading.Thread):
         self._lacks = connection.lacks_something
         if self._parked_before:                 # an older process found it: does it still answer?
             self._parked_before = None
-            self._probe(connection)
+            self._probes.probe(connection)
         context.tell(context.hub.on_world_found, connection.world)
         beat_at = context.clock() + context.settings.beat
         while True:
@@ -6341,16 +6326,13 @@ class Heartbeat(threading.Thread):
             self._search.consider_moving()
             self._renew_where_due(connection)
             if self._probes.asks or context.clock() >= beat_at:
-                self._probe(connection)
+                self._probes.probe(connection)
                 beat_at = context.clock() + context.settings.beat
-            elif self._checks and connection.quota.spare() > PROBE_RESERVE:
+            elif self._checks.waiting and connection.quota.spare() > PROBE_RESERVE:
                 self._checks.ask(connection)
             else:
-                soon = self._checks or self._course.wanted or connection.renew_at
+                soon = self._checks.waiting or self._course.wanted or connection.renew_at
                 context.wait(min(beat_at, context.clock() + LOOK_SECONDS) if soon else beat_at)
-
-    def _probe(self, connection):
-        self._probes.probe(connection, self._search.consider_moving)
 
     def _renew_where_due(self, connection):
         """Moved to another connection to the same world, if the settings or its login screen want

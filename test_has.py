@@ -7403,10 +7403,10 @@ class FakeWorld:
 class TestProbes(StillCase):
     def probe(self, *answers, meanwhile=lambda: None, asks=((5, 1),), before=None):
         self.still = self.context(hb_timeout=10, dead_after=25)
-        self.probes = has.Probes(self.still)
+        self.probes = has.Probes(self.still, meanwhile)
         self.probes.asks, self.probes.silent_since = list(asks), before
         self.connection = FakeWorld(answers=[self.after(*it) for it in answers])
-        self.probes.probe(self.connection, meanwhile)
+        self.probes.probe(self.connection)
 
     def after(self, seconds, answered):
         def passes():
@@ -7814,16 +7814,6 @@ class TestHeartbeat(Case):
                     hub.wait("on_trouble", 2)
                 hub.wait("on_world_found")
                 self.assertEqual(hub._of("on_unreachable"), [])
-
-    def test_a_certificate_that_is_not_accepted_says_nothing_of_the_world(self):
-        settings = types.SimpleNamespace(world_tls=True)
-        heartbeat = has.Heartbeat(Witness(), Witness(), settings)
-        connector = heartbeat._entrance._connector
-        expired = OSError(71, "TLS: expired")
-        with mock.patch.object(connector, "_connect"), mock.patch.object(connector, "_wrap", side_effect=expired):
-            with self.assertRaises(has.Lost) as lost:
-                connector.open(HOME)
-        self.assertEqual((lost.exception.ours, lost.exception.accepted, str(lost.exception)), (True, True, "TLS: expired"))
 
     def test_a_try_of_another_address_costs_that_try_only(self):
         """Whatever it raises: the connection that lives is kept."""
