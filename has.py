@@ -6739,8 +6739,8 @@ OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
     "linked", "wants_link", "who", "character", "way_back.settled",
     "announce", "refresh", "status", "notify", "close", "end",
-    "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login", "inbox.take_turn",
-    "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
+    "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
+    "inbox.take_turn", "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
 
 
 def users(count):

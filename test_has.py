@@ -6480,6 +6480,10 @@ class TestFiles(unittest.TestCase):
                 if isinstance(node, ast.Name):
                     yield (node.id, *names), line
 
+    def test_no_line_of_has_py_is_longer_than_100_columns(self):
+        lines = self.read("has.py").split("\n")
+        self.assertEqual([f"{n}: {len(line)}" for n, line in enumerate(lines, 1) if len(line) > 100], [])
+
     def test_families_are_named_in_part_3_and_the_settings_only(self):
         lines = self.read("has.py").split("\n")
         allowed = [range(start, end) for title, start, end in parts_of_has() if title[:3] in ("1. ", "3. ")]
