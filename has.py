@@ -7934,6 +7934,14 @@ class Control:
             log.info("%s", line)
 
 
+def log_remarks(remarks):
+    """What was noticed while reading the settings."""
+    for remark in remarks:
+        warning = remark.startswith("WARNING: ")
+        level = logging.WARNING if warning else logging.INFO
+        log.log(level, "%s", remark[9:] if warning else remark)
+
+
 class Reload:
     """HUP: the log is opened anew, the settings read again; wrong ones change nothing."""
 
@@ -7987,14 +7995,6 @@ class Reload:
         if old.mush_address != settings.mush_address:
             log.info("HUP: mush_address is now %s; users move when it is confirmed",
                      ", ".join(map(str, settings.mush_address)))
-
-
-def log_remarks(remarks):
-    """What was noticed while reading the settings."""
-    for remark in remarks:
-        warning = remark.startswith("WARNING: ")
-        level = logging.WARNING if warning else logging.INFO
-        log.log(level, "%s", remark[9:] if warning else remark)
 
 
 class Hub(Loop):
@@ -8384,6 +8384,11 @@ def unpack_world(packed, settings):
                     "word": packed.get("word", settings.remotehostname_cmd)})
 
 
+def is_open_tls(stream):
+    """Whether it is a stream whose TLS has been agreed on."""
+    return isinstance(stream, TLSStream) and not stream.connecting
+
+
 class Survival(Survivor):
     """What a new process takes over of this one, as plain values and open descriptors.
 
@@ -8535,11 +8540,6 @@ class Survival(Survivor):
             if status:
                 log.error("the process that held the TLS of some clients ended by a fault "
                           "(wait status %d)", status)
-
-
-def is_open_tls(stream):
-    """Whether it is a stream whose TLS has been agreed on."""
-    return isinstance(stream, TLSStream) and not stream.connecting
 
 
 def proof_of_rehearsal(nonce, sessions):

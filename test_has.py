@@ -6438,6 +6438,14 @@ class TestFiles(unittest.TestCase):
                  and defined.get(node.id, 0) > part(node.lineno)]
         self.assertEqual(wrong, [])
 
+    def test_a_class_uses_only_the_classes_above_it(self):
+        classes = [node for node in ast.parse(self.read("has.py")).body
+                   if isinstance(node, ast.ClassDef)]
+        begins = {node.name: node.lineno for node in classes}
+        wrong = [f"{each.name}: {node.id}" for each in classes for node in ast.walk(each)
+                 if isinstance(node, ast.Name) and begins.get(node.id, 0) > each.lineno]
+        self.assertEqual(wrong, [])
+
     def test_session_and_hub_use_of_each_other_what_is_listed(self):
         tree, parts = ast.parse(self.read("has.py")), parts_of_has()
         used = {name: set() for name in ("hub", "session", "heartbeat")}
