@@ -6714,8 +6714,9 @@ class Record(Survivor):
 # ======================================================================
 # 9. Hub
 #
-# The main loop and its rooms: who is let in (Door), who may connect to the
-# world and when (Links), what admins ask (Control). All in the main thread.
+# The main loop and its rooms, all in the main thread: who is let in (Door),
+# whose typed login must wait (LoginQueue), who may connect to the world and
+# when (Links), what admins ask (Control), new settings (Reload).
 # ======================================================================
 
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
