@@ -1252,21 +1252,24 @@ class TestProof(unittest.TestCase):
         both = b"OUTPUTPREFIX N%s\r\nOUTPUTSUFFIX N%s\r\n%s\r\nOUTPUTPREFIX p\r\nOUTPUTSUFFIX s\r\n"
         for family, before, behind in (
                 ("teenymush", b"", b""),
-                ("pennmush", b"OUTPUTPREFIX Nf\r\n \r\nOUTPUTPREFIX p\r\n", both % (b"a", b"z", b" ")),
-                ("tinymush", b"OUTPUTSUFFIX Nf\r\nOUTPUTSUFFIX s\r\n", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX s\r\n"),
+                ("pennmush", b"OUTPUTPREFIX Nf\r\n \r\nOUTPUTPREFIX p\r\n",
+                 both % (b"a", b"z", b" ")),
+                ("tinymush", b"OUTPUTSUFFIX Nf\r\nOUTPUTSUFFIX s\r\n",
+                 b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX s\r\n"),
                 ("tinymux", b"OUTPUTPREFIX Nf\r\nOUTPUTPREFIX N\r\n", b"OUTPUTPREFIX p\r\n"),
                 ("rhostmush", both % (b"b", b"y", b"SESSION"), both % (b"a", b"z", b"SESSION"))):
             for settings, prefix, suffix in (({}, b"", b""), (own, b" P", b" S")):
                 sent = has.proof_for(DIALECTS[family]).wrap(GOOD, b"co A p\r\n", settings)
-                before_it, behind_it = (marks.replace(b" p\r", prefix + b"\r").replace(b" s\r", suffix + b"\r")
-                                        for marks in (before, behind))
-                expected = before_it + b"co A p\r\n" + behind_it
+                expected = before + b"co A p\r\n" + behind
+                expected = expected.replace(b"X p\r", b"X" + prefix + b"\r")
+                expected = expected.replace(b"X s\r", b"X" + suffix + b"\r")
                 self.assertEqual(re.sub(rb"=[0-9a-f]{10}=", b"N", sent), expected, family)
 
     def test_a_login_is_proven_or_not_and_the_marks_are_not_seen_in_every_split(self):
         for family in FAMILIES:
             for right in (True, False):
-                for prompt in (b"", b"\r\n", b"= not a mark =0123 \r\n", *[b"no end of line "] * (family != "teenymush")):
+                prompts = [b"", b"\r\n", b"= not a mark =0123 \r\n", b"no end of line "]
+                for prompt in prompts[:3 if family == "teenymush" else 4]:
                     shown = prompt + SHOWN[family][not right] + b"end"
                     for chunks in splits(prompt + answer(family, right) + b"end"):
                         proof = self.typed(family, GOOD)
@@ -1277,16 +1280,19 @@ class TestProof(unittest.TestCase):
         for family in FAMILIES[1:]:
             for chunks in splits(b"prompt> " + answer(family, True)[len(SHOWN[family][0]):]):
                 proof = self.typed(family, GOOD)
-                self.assertEqual((b"".join(map(proof.feed, chunks)), proof.login), (b"prompt> ", GOOD))
+                self.assertEqual(b"".join(map(proof.feed, chunks)), b"prompt> ")
+                self.assertIs(proof.login, GOOD)
 
     def test_of_two_logins_in_one_packet_the_one_that_took_is_told(self):
         other = has.Credentials(b"connect", b"Bob", b"bobpw")
         for family in FAMILIES:
-            for first, second, login in ((False, True, other), (True, True, GOOD), (False, False, None)):
+            for first, second, login in ((False, True, other), (True, True, GOOD),
+                                         (False, False, None)):
+                shown = SHOWN[family][not first] + SHOWN[family][not second] + b"end"
                 for chunks in splits(answer(family, first, 0) + answer(family, second, 1) + b"end"):
                     proof = self.typed(family, GOOD, other)
                     seen = b"".join(map(proof.feed, chunks))
-                    self.assertEqual(seen, SHOWN[family][not first] + SHOWN[family][not second] + b"end")
+                    self.assertEqual(seen, shown)
                     self.assertIs(proof.login, login, (family, first, second, chunks))
 
     def test_a_mark_printed_twice_is_removed_twice(self):
@@ -1299,8 +1305,9 @@ class TestProof(unittest.TestCase):
             self.assertEqual((proof.feed(foreign), proof.login), (foreign, None))
 
     def test_only_a_tail_that_could_begin_a_mark_is_held_back(self):
-        for tail, shown in ((b"x=", b"x"), (b"x=0123ab", b"x"), (b"x=0123abcd00=", b"x"), (b"x=0124", b"x=0124"), (b"x", b"x"),
-                            (b"x=0123abcd0g", b"x=0123abcd0g"), (b"x==", b"x=")):
+        for tail, shown in ((b"x=", b"x"), (b"x=0123ab", b"x"), (b"x=0123abcd00=", b"x"),
+                            (b"x=0124", b"x=0124"), (b"x", b"x"), (b"x==", b"x="),
+                            (b"x=0123abcd0g", b"x=0123abcd0g")):
             self.assertEqual(self.typed("tinymux", GOOD).feed(tail), shown)
 
     def test_rhost_with_hundreds_online_is_proven_too(self):
@@ -1323,11 +1330,12 @@ class TestProof(unittest.TestCase):
         other, fail = has.Credentials(b"co", b"Bob", b"b"), SHOWN["teenymush"][1]
         good = b"Last connect was from h on x\n"
         for data, login in ((fail + good, other), (good + fail, GOOD), (b"He says: " + good, None),
-                            (b"That name is already in use.\r\n" + good, other), (b"x\n" + good, GOOD)):
+                            (b"That name is already in use.\r\n" + good, other),
+                            (b"x\n" + good, GOOD)):
             for chunks in splits(data):
                 proof = self.typed("teenymush", GOOD, other)
                 self.assertEqual((b"".join(map(proof.feed, chunks)), proof.login), (data, login))
-                self.assertFalse(proof.asked)                       # nothing is asked of a link that is typed on
+                self.assertFalse(proof.asked)       # nothing is asked of a link that is typed on
 
     def test_the_outcome_of_a_malformed_line_is_not_taken_for_that_of_the_next(self):
         self.assertIsNone(DIALECTS["teenymush"].read_login(b"connect a b c"))
@@ -1337,19 +1345,20 @@ class TestProof(unittest.TestCase):
 
     def test_the_bytes_that_bring_a_user_back(self):
         line = b"connect Alice alicepw\r\n"
-        for family, behind in (
-                ("teenymush", b""), ("tinymush", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX\r\nINFO\r\n"),
-                ("pennmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n \r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\nIDLE Ne\r\n"),
-                ("tinymux", b"OUTPUTPREFIX\r\nINFO\r\n"),
-                ("rhostmush", b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\nSESSION\r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\n")):
+        both = b"OUTPUTPREFIX Na\r\nOUTPUTSUFFIX Nz\r\n%s\r\nOUTPUTPREFIX\r\nOUTPUTSUFFIX\r\n"
+        for family, before, behind in (
+                ("teenymush", b"", b""), ("pennmush", b"", both % b" " + b"IDLE Ne\r\n"),
+                ("tinymush", b"", b"OUTPUTSUFFIX N\r\nOUTPUTSUFFIX\r\nINFO\r\n"),
+                ("tinymux", b"OUTPUTPREFIX N\r\n", b"OUTPUTPREFIX\r\nINFO\r\n"),
+                ("rhostmush", b"", both % b"SESSION")):
             sent = has.proof_for(DIALECTS[family], True).script(GOOD).replace(nonce(), b"N")
-            self.assertEqual(sent, (b"OUTPUTPREFIX N\r\n" if family == "tinymux" else b"") + line + behind)
+            self.assertEqual(sent, before + line + behind)
 
     def test_a_return_is_held_until_the_end_marker_in_every_split(self):
         for family in FAMILIES:
             for right in (True, False):
                 data = b"banner\r\n" + answer(family, right, 0, END[family])
-                held = b"banner\r\n" + SHOWN[family][not right] + (END[family] if END[family] == INFO else b"")
+                held = b"banner\r\n" + SHOWN[family][not right] + INFO * (END[family] == INFO)
                 for chunks in splits(data):
                     proof = has.proof_for(DIALECTS[family], True)
                     proof.script(GOOD)
@@ -1358,33 +1367,40 @@ class TestProof(unittest.TestCase):
                         self.assertEqual(proof.feed(chunk), b"")
                     if family == "teenymush":
                         self.assertTrue(proof.asked)
-                        self.assertEqual((proof.question(), proof.saw_command(b"\xff\xfc\x55")), (b"\xff\xfd\x56", False))
+                        self.assertEqual(proof.question(), b"\xff\xfd\x56")
+                        self.assertFalse(proof.saw_command(b"\xff\xfc\x55"))
                         self.assertTrue(proof.saw_command(b"\xff\xfc\x56"))
-                        self.assertFalse(proof.saw_command(b"\xff\xfc\x56"))     # the user's own, from now on
+                        self.assertFalse(proof.saw_command(b"\xff\xfc\x56"))     # the user's own
                     self.assertTrue(proof.ended, (family, chunks))
-                    self.assertEqual((proof.held, proof.refused, proof.login), (held, not right, GOOD if right else None))
+                    self.assertEqual((proof.held, proof.refused, proof.login),
+                                     (held, not right, GOOD if right else None))
                     self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
 
     def test_teenymush_is_not_asked_for_the_end_before_the_first_outcome(self):
         proof = has.proof_for(DIALECTS["teenymush"], True)
         proof.script(GOOD)
-        self.assertEqual((proof.feed(b"banner\n"), proof.asked, proof.saw_command(b"\xff\xfc\x56")), (b"", False, False))
+        self.assertEqual((proof.feed(b"banner\n"), proof.asked), (b"", False))
+        self.assertFalse(proof.saw_command(b"\xff\xfc\x56"))
 
     def test_a_teenymush_without_telnet_ends_a_return_by_its_own_words(self):
         arrival = b"MAIL: You have 0 messages.\r\nThe Void\r\nAlice has connected.\r\n"
-        for right, data in ((True, SHOWN["teenymush"][0] + arrival), (False, b"banner\n" + SHOWN["teenymush"][1])):
+        for right, data in ((True, SHOWN["teenymush"][0] + arrival),
+                            (False, b"banner\n" + SHOWN["teenymush"][1])):
             for chunks in splits(data):
                 proof = has.proof_for(DIALECTS["teenymush"], True, telnet=False)
                 proof.script(GOOD)
                 for chunk in chunks:
                     self.assertFalse(proof.ended, chunks)
                     self.assertEqual(proof.feed(chunk), b"")
-                self.assertEqual((proof.ended, proof.refused, proof.login), (True, not right, GOOD if right else None))
-                self.assertEqual((proof.question(), proof.settles), (b"", False))       # IAC DO would stick to a line
+                self.assertEqual((proof.ended, proof.refused, proof.login),
+                                 (True, not right, GOOD if right else None))
+                # IAC DO would stick to a line
+                self.assertEqual((proof.question(), proof.settles), (b"", False))
                 self.assertEqual(proof.feed(b"after\r\n"), b"after\r\n")
 
     def test_lines_a_teenymush_may_not_know_as_logins_leave_others_to_choose_from(self):
-        unknown, other = has.Credentials(b"con", b"Alice", b"wrong"), has.Credentials(b"connect", b"Bob", b"b")
+        unknown, other = (has.Credentials(*it) for it in ((b"con", b"Alice", b"wrong"),
+                                                          (b"connect", b"Bob", b"b")))
         proof = self.typed("teenymush", unknown, GOOD, other)
         proof.feed(SHOWN["teenymush"][0])
         self.assertEqual((proof.login, proof.others), (unknown, [GOOD, other]))
@@ -1403,7 +1419,8 @@ class TestProof(unittest.TestCase):
             self.assertEqual((proof.saw_command(command), proof.ended), (bool(command), True))
 
     def test_the_end_marker_can_be_asked_for_once_more(self):
-        for family, asked in (("pennmush", b"IDLE =0123abcd01=e\r\n"), ("tinymux", b"INFO\r\n"), ("teenymush", b"\xff\xfd\x56")):
+        for family, asked in (("pennmush", b"IDLE =0123abcd01=e\r\n"), ("tinymux", b"INFO\r\n"),
+                              ("teenymush", b"\xff\xfd\x56")):
             proof = has.proof_for(DIALECTS[family], True)
             proof.script(GOOD)
             proof.end()
@@ -1413,8 +1430,8 @@ class TestProof(unittest.TestCase):
 
     def test_what_older_programs_packed_under_one_name(self):
         for family, kind in (("tinymux", has.MarkProof), ("teenymush", has.WordProof)):
-            older = {"object": "Proof", "slots": {**has.pack(self.typed(family, GOOD))["slots"], "gone": 1}}
-            proof = has.unpack(older)
+            slots = has.pack(self.typed(family, GOOD))["slots"]
+            proof = has.unpack({"object": "Proof", "slots": {**slots, "gone": 1}})
             self.assertIs(type(proof), kind)
             proof.feed(answer(family, True))
             self.assertEqual(proof.login, GOOD)
@@ -1437,11 +1454,13 @@ class TestProof(unittest.TestCase):
             self.assertEqual(proof.words(), words)
 
     def test_a_refusal_that_is_none(self):
-        for family, text in (("pennmush", b"Player connections not allowed.\r\n"), ("tinymush", b"banner\r\n"),
+        for family, text in (("pennmush", b"Player connections not allowed.\r\n"),
+                             ("tinymush", b"banner\r\n"),
                              ("tinymux", b"Sorry, logins are temporarily disabled.\r\n")):
             proof = has.proof_for(DIALECTS[family], True)
             proof.script(GOOD)
-            proof.feed(text + END[family].replace(b"N", nonce()) if END[family] != INFO else text + INFO)
+            end = END[family]
+            proof.feed(text + (end if end == INFO else end.replace(b"N", nonce())))
             self.assertEqual((proof.ended, proof.refused, proof.login), (True, False, None))
 
 
@@ -7107,6 +7126,19 @@ class TestReaching(StillCase):
         gone = (socket.AF_UNIX, "/nonexistent/mush.sock")
         self.assertTrue(self.lost(self.opened, self.context(), gone).refused)
 
+    def test_only_what_connects_say_of_the_world_counts(self):
+        for number, ours in ((errno.ECONNREFUSED, False), (errno.ETIMEDOUT, False),
+                             (errno.EHOSTUNREACH, False), (errno.ENETUNREACH, True),
+                             (errno.EACCES, True), (errno.EADDRNOTAVAIL, True),
+                             (errno.EMFILE, True), (errno.ENOMEM, True), (errno.ENOBUFS, True)):
+            with mock.patch.object(has, "begin_connect", side_effect=OSError(number, "x")):
+                lost = self.lost(self.opened, self.context(), self.PLACE)
+            self.assertEqual(lost.ours, ours, errno.errorcode[number])
+        for error in (socket.gaierror(2, "not known"), UnicodeError("label too long")):
+            with mock.patch.object(has.AddressBook, "targets", side_effect=error):
+                lost = self.lost(self.opened, self.context(), self.PLACE)
+            self.assertEqual((lost.ours, lost.refused), (True, False))
+
     def deaf(self):
         """A socket that cannot be written to."""
         ours, theirs = socket.socketpair()
@@ -7177,6 +7209,19 @@ class TestLives(unittest.TestCase):
         other.take_up({})                                           # from before there were names
         other.take_up({"life": ["A since 3", 4000.0], "renamed": [None, None]})     # in older words
         self.assertEqual(other.name("A since 2"), "A since 2")
+
+    def test_the_first_life_may_have_begun_in_this_second(self):
+        """HAS is started with the world, which is restarted before the second is over: nobody may
+        be thrown out."""
+        now = time.time()
+        for told, young in (
+                (str(int(now)), True), (time.ctime(now), True), (str(int(now) - 5), False),
+                (time.ctime(now - 3600), False), (time.ctime(now + 3600), False), ("today", False),
+                ("9" * 99, False), ("Wed Feb 31 25:00:00 2026", False)):
+            lives, life = has.Lives(time.monotonic), f"127.0.0.1:4201 since {told}"
+            lives.enter(life)
+            lives.doubt()
+            self.assertEqual(lives.name(life) != life, young, told)
 
     def test_the_pause_after_a_login_that_was_not_taken(self):
         now = [0.0]
@@ -7264,7 +7309,8 @@ class TestCourse(unittest.TestCase):
         as they answer."""
         for retry, round_trip, minutes, wanted in (
                 (1, 0.0003, 0, 0.1), (1, 0.0003, 0.9, 0.1), (1, 0.0003, 2, 0.2),
-                (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1), (60, 0.0003, 600, 60), (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
+                (1, 0.0003, 3, 0.4), (1, 0.0003, 9, 1), (60, 0.0003, 600, 60),
+                (0.05, 0.0003, 0, 0.05), (1, 0.05, 0, 0.5), (1, 0.5, 0, 1)):
             course = has.Course(lambda: 1000.0 + 60 * minutes)
             course.down_since = 1000.0
             pace = course.pace(types.SimpleNamespace(retry=retry), round_trip)
@@ -7681,24 +7727,33 @@ class TestHeartbeat(Case):
     """The heartbeat alone, in this process: what it asks a world, and what it tells the hub."""
 
     def start(self, family="pennmush", name=False, **quirks):
-        """A world that runs, a heartbeat that got in and probes no more by itself; `name`: its address is a name."""
-        world = self.world(family, **quirks)
-        hub = Witness()
+        """A world that runs, a heartbeat that got in and probes no more by itself; `name`: its
+        address is a name."""
+        world, hub = self.world(family, **quirks), Witness()
         address = world.address.replace("127.0.0.1", "localhost") if name else world.address
-        settings = settings_of((("beat", 1000), ("mush_address", address), ("mush_type", family), ("retry", 0.05)))
-        heartbeat = has.Heartbeat(hub, hub, settings)
-        self.addCleanup(heartbeat.join, 5)
-        self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
-        heartbeat.start()
+        heartbeat = self.begin(hub, self.settings(address, family))
         (world_found,), = hub.wait("on_world_found")
         self.assertTrue(world_found.checks)
         return world, hub, heartbeat
 
+    @staticmethod
+    def settings(address, family="pennmush"):
+        return settings_of((("beat", 1000), ("mush_address", address), ("mush_type", family),
+                            ("retry", 0.05)))
+
+    def begin(self, hub, settings, parked=None):
+        heartbeat = has.Heartbeat(hub, hub, settings, parked)
+        self.addCleanup(heartbeat.join, 5)
+        self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
+        heartbeat.start()
+        return heartbeat
+
     def check(self, heartbeat, *questions):
-        """Ask about several lists of (name, password) at the same moment; they are numbered from 0."""
+        """Ask about several lists of (name, password) at the same moment, numbered from 0."""
         def ask():
             for number, pairs in enumerate(questions):
-                heartbeat.on_check(number, 7, [has.Credentials(b"connect", *pair) for pair in pairs])
+                pairs = [has.Credentials(b"connect", *pair) for pair in pairs]
+                heartbeat.on_check(number, 7, pairs)
         heartbeat.mailbox.post(ask)
 
     def questions(self, world, word=b"checkpass"):
@@ -7712,24 +7767,27 @@ class TestHeartbeat(Case):
         pairs = [[self.RIGHT], [self.WRONG], [self.WRONG, self.RIGHT]] * 14
         self.check(heartbeat, *pairs)
         self.assertEqual(hub.wait("on_checked", len(pairs)), [
-            [number, 7, [pair == self.RIGHT for pair in asked]] for number, asked in enumerate(pairs)])
+            [number, 7, [pair == self.RIGHT for pair in asked]]
+            for number, asked in enumerate(pairs)])
         self.assertEqual(self.questions(world), [20, 20, 16])
 
     def test_a_line_is_not_longer_than_the_world_reads(self):
         """A password that cannot be asked about is unknown, and alone in that."""
         world, hub, heartbeat = self.start(silent_start=0.05)
-        long, too_long, foreign = ((b"Alice", password) for password in (b"x" * 1500, b"x" * 4000, b"caf\xe9"))
-        pairs = [[self.RIGHT], [long], [long], [self.WRONG], [self.RIGHT, too_long], [self.RIGHT], [foreign], [self.WRONG]]
+        right, wrong = self.RIGHT, self.WRONG
+        long, too_long, foreign = ((b"Alice", it) for it in (b"x" * 1500, b"x" * 4000, b"caf\xe9"))
+        pairs = [[right], [long], [long], [wrong], [right, too_long], [right], [foreign], [wrong]]
         self.check(heartbeat, *pairs)
         self.assertEqual([verdicts for *_, verdicts in sorted(hub.wait("on_checked", len(pairs)))],
                          [[True], [False], [False], [False], [None, None], [True], [None], [False]])
-        self.assertLess(max(len(line) for _, line in world.lines), has.DIALECTS["pennmush"].longest_line)
+        longest = has.DIALECTS["pennmush"].longest_line
+        self.assertLess(max(len(line) for _, line in world.lines), longest)
 
     def test_checks_leave_some_of_the_quota_to_probes(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
         self.check(heartbeat, *[[self.RIGHT] * 20] * 120)
-        most = 100 - 2 - 20                     # two went at the login: a probe, and the question about itself
-        world.wait(lambda w: len(self.questions(w)) >= most, what="all checks that the quota allows")
+        most = 100 - 2 - 20                     # two went at the login: a probe, and about itself
+        world.wait(lambda w: len(self.questions(w)) >= most, what="all that the quota allows")
         started = time.monotonic()
         for number in range(1, 11):
             heartbeat.mailbox.post(heartbeat.on_ask, number, 1)
@@ -7739,10 +7797,12 @@ class TestHeartbeat(Case):
     def test_nothing_is_looked_up_in_the_way_of_an_answer(self):
         """Booted while DNS fails, it is back by the address that led to this world before."""
         world, hub, heartbeat = self.start(silent_start=0.05, name=True)
-        with mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror(-3, "Temporary failure")) as asked:
+        fails = socket.gaierror(-3, "Temporary failure")
+        with mock.patch.object(socket, "getaddrinfo", side_effect=fails) as asked:
             world.boot("heartbeat")
             hub.wait("on_world_found", 2)
-        self.assertEqual((asked.call_count, hub._of("on_trouble"), hub._of("on_unreachable")), (0, [], []))
+        self.assertEqual(asked.call_count, 0)
+        self.assertEqual(hub._of("on_trouble") + hub._of("on_unreachable"), [])
 
     def test_a_look_up_of_another_world_keeps_no_verdict_waiting(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
@@ -7754,8 +7814,7 @@ class TestHeartbeat(Case):
             go_on.wait(10)
             raise socket.gaierror(-2, "Name or service not known")
         with mock.patch.object(socket, "getaddrinfo", side_effect=slow):
-            changed = settings_of((("beat", 1000), ("mush_address", "mush.example:9"), ("mush_type", "pennmush")))
-            heartbeat.mailbox.post(heartbeat.on_settings, changed)
+            heartbeat.mailbox.post(heartbeat.on_settings, self.settings("mush.example:9"))
             self.assertTrue(asked.wait(5))
             heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)
             self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
@@ -7764,16 +7823,6 @@ class TestHeartbeat(Case):
                 self.assertIn("not known", hub.wait("on_wish", 2)[1][0])
         self.assertEqual(hub._of("on_heartbeat_lost"), [])
 
-    def test_only_what_connects_say_of_the_world_counts(self):
-        heartbeat = has.Heartbeat(Witness(), Witness(), settings_of(()))
-        for number, ours in ((errno.ECONNREFUSED, False), (errno.ETIMEDOUT, False), (errno.EHOSTUNREACH, False),
-                             (errno.ENETUNREACH, True), (errno.EACCES, True), (errno.EADDRNOTAVAIL, True),
-                             (errno.EMFILE, True), (errno.ENOMEM, True)):
-            with mock.patch.object(has, "begin_connect", side_effect=OSError(number, "x")):
-                with self.assertRaises(has.Lost) as lost:
-                    heartbeat.try_once(HOME)
-            self.assertEqual(lost.exception.ours, ours, errno.errorcode[number])
-
     def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
         world, hub, heartbeat = self.start(silent_start=0.05, name=True)
         asked = threading.Semaphore(0)
@@ -7781,7 +7830,8 @@ class TestHeartbeat(Case):
         def look_up(*arguments):
             asked.release()
             raise socket.gaierror(-3, "Temporary failure")
-        with mock.patch.object(has, "LOOK_UP_SECONDS", 0.2), mock.patch.object(socket, "getaddrinfo", look_up):
+        with mock.patch.object(has, "LOOK_UP_SECONDS", 0.2), mock.patch.object(
+                socket, "getaddrinfo", look_up):
             world.kill()
             for _ in range(2):
                 self.assertTrue(asked.acquire(timeout=10), "it is looked up, and again")
@@ -7792,11 +7842,13 @@ class TestHeartbeat(Case):
     @mock.patch.multiple(has, ASIDE_SECONDS=0.3, TELNET_SECONDS=0.3)
     def test_a_wrong_mush_type_is_named(self):
         """... with the family that the world looks like; flags are not blamed."""
-        for family, claimed in (("tinymux", "teenymush"), ("pennmush", "rhostmush"), ("teenymush", "tinymux"),
-                                ("rhostmush", "pennmush"), ("tinymush", "tinymux")):
+        for family, claimed in (("tinymux", "teenymush"), ("pennmush", "rhostmush"),
+                                ("teenymush", "tinymux"), ("rhostmush", "pennmush"),
+                                ("tinymush", "tinymux")):
             with self.subTest(family=family, claimed=claimed):
                 world = self.world(family)
-                settings = settings_of((("mush_address", world.address), ("mush_type", claimed), ("hb_timeout", 0.5)))
+                settings = settings_of((("mush_address", world.address), ("mush_type", claimed),
+                                        ("hb_timeout", 0.5)))
                 heartbeat = has.Heartbeat(None, has.Mailbox(), settings)
                 with self.assertLogs(has.log, "WARNING") as logged:
                     has.log.warning("the log")
@@ -7810,15 +7862,12 @@ class TestHeartbeat(Case):
                 world.stop()
 
     def test_its_own_trouble_is_told_as_such(self):
-        """No descriptors, no memory, no name; TLS fails behind the connect; a fault in the try."""
+        """No descriptors, no name; a fault in the try."""
         world, hub, heartbeat = self.start(silent_start=0.05)
-        for count, (room, method, error) in enumerate((
+        for room, method, error in (
                 (has.Connector, "_connect", OSError(errno.EMFILE, "Too many open files")),
-                (has.Connector, "_connect", OSError(errno.ENOMEM, "no memory")),
-                (has.Connector, "_connect", OSError(errno.ENOBUFS, "no buffers")),
                 (has.AddressBook, "targets", socket.gaierror(-2, "not known")),
-                (has.AddressBook, "targets", UnicodeError("label too long")),
-                (has.Entrance, "_identified", ValueError("planted"))), 2):
+                (has.Entrance, "_identified", ValueError("planted"))):
             with self.subTest(error=error), self.assertLogs(has.log, "ERROR"):
                 del hub.told[:]
                 with mock.patch.object(room, method, side_effect=error):
@@ -7832,15 +7881,15 @@ class TestHeartbeat(Case):
         world, hub, heartbeat = self.start(silent_start=0.05)
         with mock.patch.object(has.Entrance, "_identified", side_effect=ValueError("planted")):
             with self.assertLogs(has.log, "ERROR"):
-                changed = settings_of((("beat", 1000), ("mush_address", "127.0.0.1:9"), ("mush_type", "pennmush")))
-                heartbeat.mailbox.post(heartbeat.on_settings, changed)
+                heartbeat.mailbox.post(heartbeat.on_settings, self.settings("127.0.0.1:9"))
                 hub.wait("on_wish", 2)
             heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)
             self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
         self.assertEqual(hub._of("on_heartbeat_lost"), [])
 
     def test_the_pause_after_a_refusal_ends_with_the_life_in_which_it_began(self):
-        """A restart into a broken database refuses everybody; the healed one is not kept waiting."""
+        """A restart into a broken database refuses everybody; the healed one is not kept waiting.
+        """
         world, hub, heartbeat = self.start(silent_start=0.05)
         password = world.players["heartbeat"]
         world.players["heartbeat"] = "broken"
@@ -7854,38 +7903,19 @@ class TestHeartbeat(Case):
         found = hub.wait("on_world_found", 3)[-1][0]
         self.assertEqual((found.blind, found.shut), (False, False))
 
-    def test_a_refused_connect_ends_the_pause_where_lives_have_no_name(self):
-        """TeenyMUSHes without MSSP do not tell when they were started; that nobody listened does."""
-        heartbeat = has.Heartbeat(Witness(), Witness(), settings_of((("mush_address", "127.0.0.1:9"), ("retry", 0.05))))
-        pause, search = heartbeat._entrance.pause, heartbeat._search
-        pause.begin(300)
-        with mock.patch.object(search, "_rest", side_effect=has.Stopped), self.assertRaises(has.Stopped):
-            search.find()
-        self.assertEqual(pause.login_after, 0.0)
-
     def test_a_start_id_of_the_same_second_proves_nothing(self):
-        """A world that dies in the second in which it was started, and is back in it, is not the one of before."""
+        """A world that dies in the second in which it was started, and is back in it, is not the
+        one of before."""
         with mock.patch.object(has.Connection, "_start_id", return_value="world since today"):
             world, hub, heartbeat = self.start(silent_start=0.05)
             lives = ["world since today"]
-            for seen_for in (0, 0, 2):          # the first life began nobody knows when; then within a second; then later
+            for seen_for in (0, 0, 2):          # the first life began nobody knows when
                 if len(lives) > 1:
                     heartbeat._lives.life = lives[-1], time.monotonic() - seen_for
                 world.boot("heartbeat")
                 lives.append(hub.wait("on_world_found", len(lives) + 1)[-1][0].life)
             self.assertEqual((lives[1], lives[3]), (lives[0], lives[2]))
             self.assertNotEqual(lives[2], lives[1])
-
-    def test_the_first_life_may_have_begun_in_this_second(self):
-        """HAS is started with the world, which is restarted before the second is over: nobody may be thrown out."""
-        now = time.time()
-        for told, young in ((str(int(now)), True), (time.ctime(now), True), (str(int(now) - 5), False),
-                            (time.ctime(now - 3600), False), (time.ctime(now + 3600), False), ("today", False),
-                            ("9" * 99, False), ("Wed Feb 31 25:00:00 2026", False)):
-            lives, life = has.Lives(time.monotonic), f"127.0.0.1:4201 since {told}"
-            lives.enter(life)
-            lives.doubt()
-            self.assertEqual(lives.name(life) != life, young, told)
 
     def test_a_start_id_proves_nothing_where_nobody_listened_in_between(self):
         with mock.patch.object(has.Connection, "_start_id", return_value="world since today"):
@@ -7909,12 +7939,7 @@ class TestHeartbeat(Case):
 
     def resume(self, world, hub, parked):
         """The next program's heartbeat, with what the one before has left."""
-        settings = settings_of((("beat", 1000), ("mush_address", world.address), ("mush_type", "pennmush"), ("retry", 0.05)))
-        heartbeat = has.Heartbeat(hub, hub, settings, parked)
-        self.addCleanup(heartbeat.join, 5)
-        self.addCleanup(heartbeat.mailbox.post, heartbeat.on_stop)
-        heartbeat.start()
-        return heartbeat
+        return self.begin(hub, self.settings(world.address), parked)
 
     def test_an_upgrade_takes_its_connection_along(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
@@ -7923,7 +7948,8 @@ class TestHeartbeat(Case):
         after = hub.wait("on_world_found", 2)[-1][0]
         self.assertEqual((after.life, after.checks, len(world.logins)), (before.life, True, 1))
         self.check(heartbeat, [self.RIGHT], [self.WRONG])
-        self.assertEqual([verdicts for *_, verdicts in sorted(hub.wait("on_checked", 2))], [[True], [False]])
+        verdicts = [verdicts for *_, verdicts in sorted(hub.wait("on_checked", 2))]
+        self.assertEqual(verdicts, [[True], [False]])
         self.assertEqual(hub._of("on_heartbeat_lost"), [])
 
     def test_a_connection_that_another_version_left_otherwise(self):
@@ -7940,17 +7966,19 @@ class TestHeartbeat(Case):
 
     def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
-        with mock.patch.object(has.Connection, "verdicts", side_effect=[RuntimeError("planted"), [True]]):
+        outcomes = [RuntimeError("planted"), [True]]
+        with mock.patch.object(has.Connection, "verdicts", side_effect=outcomes):
             with self.assertLogs(has.log, "ERROR") as logged:
                 self.check(heartbeat, [self.RIGHT], *[[self.WRONG]] * 30)
                 hub.wait("on_heartbeat_lost")
-                heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)          # somebody wants to know at once
+                heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)      # somebody wants to know at once
                 hub.wait("on_world_found", 2)
-        self.assertRegex(logged.output[0], "a fault of HAS; the heartbeat starts anew(?s:.*)RuntimeError: planted")
+        self.assertRegex(logged.output[0], "the heartbeat starts anew(?s:.*)RuntimeError: planted")
         self.assertEqual(hub.wait("on_heartbeat_lost"), [["fault", False]])
         self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
         self.assertEqual({str(verdicts) for *_, verdicts in hub.wait("on_checked", 11)}, {"[None]"})
-        world.wait(lambda w: len(w.online("heartbeat")) == 1 and len(w.logins) == 2, what="the heartbeat is back")
+        world.wait(lambda w: len(w.online("heartbeat")) == 1 and len(w.logins) == 2,
+                   what="the heartbeat is back")
 
 
 # ======================================================================
