@@ -750,6 +750,9 @@ ECHO, TTYPE, NAWS, CHARSET, MSSP, GMCP = 1, 24, 31, 42, 70, 201         # RFC 85
 NEW_ENVIRON, ENVIRON_IS, ENVIRON_SEND, ENVIRON_INFO = 39, 0, 1, 2       # RFC 1572
 CHARSET_REQUEST, CHARSET_ACCEPTED, CHARSET_REJECTED = 1, 2, 3           # RFC 2066
 BINARY, SGA, STATUS, TIMING_MARK, EOR = 0, 3, 5, 6, 25                  # RFC 856 858 859 860 885
+# WILL and WONT are about the side of who says so, DO and DONT about the other's (RFC 855)
+SIDE = {WILL: WILL, WONT: WILL, DO: DO, DONT: DO}
+OTHER, OFF = {WILL: DO, DO: WILL}, {WILL: WONT, DO: DONT}
 AYT = b"\xff\xf6"
 ESCAPE = 27
 # Behind these HAS cannot read a stream any more, nor join it: BYTE MACRO (RFC 735), ENCRYPT
@@ -766,6 +769,11 @@ _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
 def command(verb, option):
     """The bytes of one telnet option command, such as IAC WILL NAWS."""
     return bytes((IAC, verb, option))
+
+
+def declined(piece):
+    """The answer that declines a WILL or DO."""
+    return command(OFF[OTHER[piece[1]]], piece[2])
 
 
 def is_option(piece):
@@ -965,7 +973,7 @@ class Agreement:
 
     @staticmethod
     def _note(side, verb, option):
-        side[(WILL if verb in (WILL, WONT) else DO, option)] = verb in (WILL, DO)
+        side[(SIDE[verb], option)] = verb in (WILL, DO)
 
     def from_world(self, piece):
         """Remember a command of the world's."""
@@ -981,8 +989,7 @@ class Agreement:
     def changes(self, piece):
         """Whether a WILL, WONT, DO or DONT of the client's changes anything: who is asked for what
         is, or told what he knows, does not answer (RFC 1143 7)."""
-        side = WILL if piece[1] in (WILL, WONT) else DO
-        return self.settled(side, piece[2]) is (piece[1] in (WONT, DONT))
+        return self.settled(SIDE[piece[1]], piece[2]) is (piece[1] in (WONT, DONT))
 
     def pending(self):
         """What, of those one may want, the client has offered to no world: [(WILL, option)]."""
@@ -1048,8 +1055,7 @@ class Agreement:
 
     def settled(self, verb, option):
         """Whether the client's side (WILL) or the world's (DO) of an option is agreed to be on."""
-        other = DO if verb == WILL else WILL
-        return bool(self.client.get((verb, option)) and self.world.get((other, option)))
+        return bool(self.client.get((verb, option)) and self.world.get((OTHER[verb], option)))
 
 
 class Replay:
@@ -1146,7 +1152,7 @@ class Replay:
         return b"", piece
 
     def _answer_option(self, piece, verb, option):
-        mine = (WILL if verb in (DO, DONT) else DO, option)
+        mine = (OTHER[SIDE[verb]], option)
         on, first = verb in (DO, WILL), mine not in self.met
         self.met.add(mine)
         if not first:
@@ -1169,7 +1175,7 @@ class Replay:
         if not self.agreement.world.get((verb, option)):
             return b"", piece                   # new to the client, or it only consented to its end
         if self.agreement.client.get(mine) is False:
-            return command(WONT if mine[0] == WILL else DONT, option), b""
+            return declined(piece), b""
         return b"", b""                         # offered before, and never answered
 
     def _can_answer(self, mine):
@@ -1183,11 +1189,9 @@ class Replay:
     def _switch_off(self, mine):
         """The bytes that switch an option off at the client, whose answer nobody waits for."""
         verb, option = mine
-        off = WONT if verb == DO else DONT      # HAS speaks to the client as the world
-        self.agreement.ignore.add(bytes((DONT if verb == DO else WONT, option)))
-        self.agreement.client[mine] = False
-        self.agreement.world[(WILL if verb == DO else DO, option)] = False
-        return command(off, option)
+        self.agreement.ignore.add(bytes((OFF[verb], option)))
+        self.agreement.client[mine] = self.agreement.world[(OTHER[verb], option)] = False
+        return command(OFF[OTHER[verb]], option)        # HAS speaks to the client as the world
 
     def _detail(self, mine):
         if mine == (WILL, NAWS):
@@ -3390,7 +3394,7 @@ class Telnet(Part):
         session = self.session
         if len(piece) > 2 and piece[2] in UNREADABLE:
             if piece[1] in (DO, WILL):
-                self._answer(command(WONT if piece[1] == DO else DONT, piece[2]))
+                self._answer(declined(piece))
             return b""
         agreement = self._agree()
         is_news = len(piece) != 3 or agreement.changes(piece)
@@ -3467,7 +3471,7 @@ class Telnet(Part):
         session = self.session
         if len(piece) > 2 and piece[2] in UNREADABLE:
             if piece[1] in (DO, WILL) and session.link:
-                session.link.send(command(WONT if piece[1] == DO else DONT, piece[2]))
+                session.link.send(declined(piece))
             return b""
         if not session.dialect.telnet:
             return piece if len(piece) == 2 else b""    # GA after a prompt is for the client
