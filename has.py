@@ -292,20 +292,15 @@ def _command_word(text):
     return text.lower() if text.lower() in ("auto", "none") else _word(text)
 
 
-_YES, _NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
-_yes_or_no = _checked(lambda text: text.lower() in _YES + _NO, "is neither yes nor no",
-                      lambda text: text.lower() in _YES)
-_file = _checked(lambda text: not text or os.path.isfile(text), "there is no such file")
-def _notice(*placeholders):
-    """A reader of texts for users, in which these {placeholders} are filled in: see filled()."""
-    known = " or ".join(f"{{{word}}}" for word in placeholders) or "nothing"
-
+def _notice(known=None):
+    """A reader of texts for users, in which {known} is filled in, nothing else: see filled()."""
     def parse(text):
         if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]", text):
             raise ValueError("holds control characters")
         for word in _PLACEHOLDER.findall(text):
-            if word not in placeholders:
-                raise ValueError(f"there is no {{{word}}} in this notice: {known} is filled in")
+            if word != known:
+                raise ValueError(f"there is no {{{word}}} in this notice: "
+                                 f"{f'{{{known}}}' if known else 'nothing'} is filled in")
         return text
     return parse
 
@@ -314,19 +309,19 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def filled(notice, **values):
-    """A notice of the settings with its {placeholders} filled in."""
+    """A notice of the settings with its {placeholder} filled in."""
     return _PLACEHOLDER.sub(lambda it: str(values[it.group(1)]), notice)
 
 
-def _headings(text):
-    if len(text.split()) != 10:
-        raise ValueError("must be ten words, one for each column")
-    return _notice()(text)
-
-
+_YES, _NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
+_yes_or_no = _checked(lambda text: text.lower() in _YES + _NO, "is neither yes nor no",
+                      lambda text: text.lower() in _YES)
+_file = _checked(lambda text: not text or os.path.isfile(text), "there is no such file")
 _word = _checked(re.compile(r"[^\s\x00-\x1f\x7f]+").fullmatch, "must be one word without blanks")
 _name = _checked(re.compile(r'(?=.*\S)[^\x00-\x1f\x7f"]+').fullmatch, "must be a character's name")
 _path = _checked(re.compile(r"[^\x00-\x1f\x7f]*").fullmatch, "holds control characters")
+_headings = _checked(lambda text: len(text.split()) == 10,
+                     "must be ten words, one for each column", _notice())
 _seconds = _number(0, 10 ** 8, float)
 _interval = _number(0.05, 10 ** 6, float)
 SETTINGS = {
@@ -884,7 +879,10 @@ def in_character_set(text, codec):
     if codec is None:
         plain = text.translate(_PLAIN_MARKS)
         return (plain if plain.isascii() else text).encode("utf-8", "replace")
-    return b"".join(_nearest(character, codec) for character in text)
+    try:
+        return text.encode(codec)
+    except UnicodeError:
+        return b"".join(_nearest(character, codec) for character in text)
 
 
 def _nearest(character, codec):
