@@ -716,13 +716,32 @@ def _conflicts(values):
         if address.host and address.port in ports and _is_ours(address.host, values)]
 
 
+HOSTS_FILE = "/etc/hosts"
+
+
+def _known_addresses(name):
+    """What a host name stands for on this machine itself: no look-up here, which may take long.
+    The heartbeat, which looks names up, notices the others."""
+    if name == "localhost" or name.endswith(".localhost"):      # RFC 6761 6.3
+        return {"127.0.0.1", "::1"}
+    with contextlib.suppress(OSError), open(HOSTS_FILE, errors="replace") as file:
+        lines = [line.partition("#")[0].lower().split() for line in file]
+        return {words[0] for words in lines if name in words[1:] and _is_numeric(words[0])}
+    return set()
+
+
 def _is_ours(host, values):
     """Whether HAS itself listens at that host."""
-    host, local = "127.0.0.1" if host == "localhost" else host, values["local_address"]
+    local = values["local_address"]
+    everywhere = not local or address_of(local).is_unspecified
     if not _is_numeric(host):
-        return False                            # no look-up here; the heartbeat would notice
+        name, own = host.lower().rstrip("."), socket.gethostname().lower()
+        return (everywhere and name in (own, own.partition(".")[0])
+                or any(_is_ours(it, values) for it in _known_addresses(name)))
     number = address_of(host)
-    if local and not address_of(local).is_unspecified:
+    if number.is_unspecified:                   # as a target that is this machine
+        number = ipaddress.ip_address("::1" if number.version == 6 else "127.0.0.1")
+    if not everywhere:
         return number == address_of(local)
     try:
         with socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET) as trial:
@@ -2771,6 +2790,7 @@ KEEP_BYTES = 8192                  # typed text kept while a link opens or a ver
 RETURN_SECONDS = 10                # last resort where no end marker comes
 CONNECT_SECONDS = 10
 FLUSH_SECONDS = 10                 # who is being closed has so long to take what is held
+ANSWER_SECONDS = 30                # an answer that nobody else waits for is awaited for so long
 OFFERS_SECONDS = 10                # a server's own offers come no later than this on a new link
 LATE_SECONDS = 2                   # ... and its first telnet command no later than this
 QUIT_SECONDS = 10                  # a link that ends this soon after QUIT was quit
@@ -3385,6 +3405,16 @@ class Telnet(Part):
         self.agreement = self.agreement or Agreement()
         return self.agreement
 
+    def _await_answers(self):
+        """HAS has switched options off at the client. One that thought them off does not answer
+        (RFC 1143 7): not awaited for ever, or it would lose what it says later."""
+        if self.agreement and self.agreement.ignore:
+            self.hub.later(ANSWER_SECONDS, self._await_no_more, frozenset(self.agreement.ignore))
+
+    def _await_no_more(self, answers):
+        if self.agreement:
+            self.agreement.ignore -= answers
+
     # ---- the client's commands
 
     def on_client_command(self, piece):
@@ -3475,7 +3505,10 @@ class Telnet(Part):
             return piece if len(piece) == 2 else b""    # GA after a prompt is for the client
         agreement = self._agree()
         if self.replay:
+            is_offer = is_option(piece)
             answer, piece = self.replay.answer(piece)
+            if is_offer:
+                self._await_answers()
             if answer and session.link:
                 session.link.send(self._noted(answer))
             self.send_late()
@@ -3508,6 +3541,7 @@ class Telnet(Part):
         if not session.dialect.telnet:          # then HAS itself takes these
             replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}
             session.screen.send(replay.leftovers())
+            self._await_answers()
             for _, option in agreement.pending():
                 self._accept(option)
             return b""
@@ -3535,14 +3569,17 @@ class Telnet(Part):
         """Switch off at the client what the new world has not offered by now."""
         if self.replay:
             self.session.screen.send(self.replay.leftovers())
+            self._await_answers()
 
     def end_echo(self):
         """No world is there to echo what he types: his client must."""
         if self.agreement and self.agreement.settled(DO, ECHO):
             self.session.screen.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
+            self._await_answers()
 
     def go_on(self):
         """In a new process: the timers of the old one."""
+        self._await_answers()
         if self.waits:
             self.session.later(LATE_SECONDS, self.send_late)
         if self.replay and self.replay.early:

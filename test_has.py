@@ -427,6 +427,30 @@ class TestSettings(SettingsCase):
                 else:
                     self.load(conf)
 
+    def test_the_own_listener_by_another_name(self):
+        hosts = self.conf + ".hosts"
+        with open(hosts, "w") as file:
+            file.write("127.0.0.1 localhost\n127.0.1.1  Mybox.example mybox # elsewhere\n192.0.2.7 far\n# 127.0.0.1 off\nx\n")
+        patches = mock.patch.object(has, "HOSTS_FILE", hosts), mock.patch("socket.gethostname", lambda: "Thisbox.example")
+        for patch in patches:
+            patch.start()
+            self.addCleanup(patch.stop)
+        for local, host, refused in (
+                ("", "mybox", True), ("", "MYBOX.example.", True), ("", "elsewhere", False), ("", "far", False), ("", "off", False),
+                ("127.0.0.1", "mybox", False), ("127.0.1.1", "mybox", True), ("192.0.2.7", "far", True),
+                ("", "thisbox", True), ("", "thisbox.example", True), ("127.0.0.1", "thisbox", False),
+                ("", "any.localhost", True), ("127.0.0.1", "any.localhost", True),
+                ("", "0.0.0.0", True), ("127.0.0.1", "0.0.0.0", True), ("192.0.2.1", "0.0.0.0", False), ("::1", "[::]", True),
+                ("127.0.0.1", "[::ffff:0:0]", True), ("127.0.0.1", "[::ffff:127.0.0.1]", True)):
+            with self.subTest(local=local, host=host):
+                conf = f"mush_address = {host}:4201\nlocal_address = {local}"
+                if refused:
+                    self.assertIn("that is HAS itself", self.wrong(conf)[0])
+                else:
+                    self.load(conf)
+        with mock.patch.object(has, "HOSTS_FILE", hosts + ".gone"):
+            self.load("mush_address = mybox:4201")
+
     def test_the_own_listener_is_refused_over_ipv6(self):
         try:
             with socket.socket(socket.AF_INET6) as trial:
@@ -4714,6 +4738,28 @@ class TakenOver(RigCase):
             link.send(b"\xff\xfd\x1f")
             rig.settle()
             self.assertEqual(client.read(), shown)
+
+    def test_answers_that_nobody_waits_for_are_not_awaited_for_ever(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(b"\xff\xfb\x01")
+        rig.settle()
+        client.send(b"\xff\xfd\x01")
+        rig.settle()
+        rig.down()                                  # HAS: WONT ECHO; it never answers
+        self.assertIn(b"\xff\xfc\x01", client.read())
+        self.assertEqual(client.session.telnet.agreement.ignore, {b"\xfe\x01"})
+        rig.upgrade()
+        rig.pass_time(has.ANSWER_SECONDS + 1)
+        rig.found("life 2")
+        link = rig.game.accept()
+        link.send(b"\xff\xfb\x01")
+        rig.settle()
+        rig.let_in(link)
+        link.read()
+        client.send(b"\xff\xfe\x01")               # its answer to the new world
+        rig.settle()
+        self.assertEqual(link.read(), b"\xff\xfe\x01")
 
     def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
         folder = tempfile.mkdtemp()
