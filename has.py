@@ -8508,28 +8508,31 @@ class Survival(Survivor):
             try:
                 self._unpack_session(packed)
             except Exception as error:
-                log.exception("session %s could not be taken over", packed["values"].get("number"))
+                number = (packed.get("values") or {}).get("number")
+                log.exception("session %s could not be taken over", number)
                 if whole:
                     raise RuntimeError("a session could not be taken over") from error
-                self._close_packed(packed)
+                self._close_packed(packed, number)
 
     def _unpack_session(self, packed):
         hub, values = self.hub, packed["values"]
+        number, host, tls = values["number"], values["host"], values["tls"]
         sock = socket.socket(fileno=packed["client"]["fd"])
-        session = hub.door.enter(values["number"], Stream(hub.selector, sock, None, None),
-                                 values["host"], values["tls"])
+        session = hub.door.enter(number, Stream(hub.selector, sock, None, None), host, tls)
         Passage(session).unpack(packed)
 
-    def _close_packed(self, packed):
+    def _close_packed(self, packed, number):
         """Forget the session that was packed so, however far it was unpacked; close what it had."""
-        session = self.hub.sessions.get(packed["values"].get("number"))
-        if session:
-            session.end()
-        for stream in filter(None, (packed["client"], packed["link"])):
-            try:
+        session = self.hub.sessions.get(number)
+        try:
+            if session:
+                session.end()
+        except Exception:                       # half of it may be missing
+            log.exception("%s could not be ended in order", session)
+            self.hub.sessions.pop(number, None)
+        for stream in filter(None, (packed.get("client"), packed.get("link"))):
+            with contextlib.suppress(OSError, KeyError):        # closed with its session
                 os.close(stream["fd"])
-            except OSError:
-                pass                            # closed with its session
 
     def go_on(self, parked=None):
         """After unpack(), or where no new process could be made: begin anew what was under way.
@@ -8822,8 +8825,8 @@ class LogHandler(logging.Handler):
             try:
                 fd = self._open()
             except OSError as error:
-                log.error("cannot open log_file %s: %s; the log goes on where it was", self._path,
-                          error.strerror)
+                log.error("cannot open log_file %s: %s; the log goes on where it was: make that "
+                          "file possible, then kill -HUP", self._path, error.strerror)
                 return
             if self._fd != 2:
                 os.close(self._fd)
@@ -8871,8 +8874,9 @@ def restart_log(settings):
         return start_log(settings)
     except OSError as error:
         handler = install_log(LogHandler(), settings.log_level)
-        log.error("cannot open log_file %s: %s; the log goes to standard error till the next HUP",
-                  settings.log_file, error.strerror)
+        log.error("cannot open log_file %s: %s; the log goes to standard error: make that file "
+                  "possible (is its folder there?), then kill -HUP", settings.log_file,
+                  error.strerror)
         return handler
 
 
@@ -9260,9 +9264,10 @@ def warn_of_differences(settings, load):
     """After an upgrade the settings in force go on; a new has.py has brought its own constants."""
     try:
         on_disk, _ = load()
-    except (SettingsError, OSError) as error:
-        log.warning("the settings on disk cannot be used: the next HUP or start will say so too: "
-                    "%s", str(error).partition("\n")[0])
+    except Exception as error:                  # whatever it is: they are not needed now
+        log.warning("the settings on disk cannot be used; those in force go on, with their "
+                    "certificate: mend this before the next HUP or start: %s",
+                    str(error).partition("\n")[0])
         return
     differ = [key for key in SETTINGS if on_disk.texts[key] != settings.texts[key]]
     if differ:

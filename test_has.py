@@ -2050,17 +2050,26 @@ class Rig:
         self._select, hub.selector.select = hub.selector.select, self._counting_select
         return hub
 
-    def upgrade(self):
-        """USR2 without the exec: another hub takes over what this one packed."""
+    def upgrade(self, spoil=None, whole=True, anew=False):
+        """USR2 without the exec: another hub takes over what this one packed (and `spoil` has
+        spoilt); `anew`: with settings and a log made of that, as resume() does."""
         old, (state, fds) = self.hub, has.Survival(self.hub).pack()
-        for session in old.sessions.values():
-            for stream in filter(None, (session.client, session.link)):
-                (stream.sock.detach if stream.sock.fileno() in fds else stream.sock.close)()
+        state = json.loads(json.dumps(state))
+        if spoil:
+            spoil(state)
+        socks = [it.sock for session in old.sessions.values() for it in (session.client, session.link) if it]
+        for sock in socks + [it.sock for it in old.door.listeners]:
+            (sock.detach if sock.fileno() in fds else sock.close)()
         for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
             sock.close()
+        if anew:
+            self.settings = has.settings_of(state["settings"], has.unpack(state["files"]), state["conf"])
+            has.restart_log(self.settings)
         self.hub = self._new_hub()
         survival = has.Survival(self.hub)
-        survival.unpack(json.loads(json.dumps(state)))
+        survival.unpack(state, whole)
+        if anew:
+            has.warn_of_differences(self.settings, lambda: has.load_settings(has.__file__, state["conf"]))
         survival.go_on({"connection": None})
         for peer in self.peers:
             peer.session = self.hub.sessions.get(peer.session.number, peer.session)
@@ -4779,6 +4788,186 @@ class TakenOver(RigCase):
         self.assertEqual(link.read(), b"\xff\xfb\x18")
 
 
+class TakenOverWhateverTheDisk(RigCase):
+    """What a rescue or an upgrade finds on disk is not what it needs."""
+
+    def setUp(self):
+        if not shutil.which("openssl"):
+            self.skipTest("needs openssl")
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.cert, self.key = certificate(self.folder)
+        self.log = os.path.join(self.folder, "logs", "has.log")
+        os.mkdir(os.path.dirname(self.log))
+        self.addCleanup(lambda: has.install_log(logging.NullHandler(), "info"))
+
+    def secure_rig(self, **settings):
+        """A HAS with a TLS listener and a log file; settings in a has.conf that stays."""
+        conf = os.path.join(self.folder, "has.conf")
+        settings = {**PLAIN_SETTINGS, "local_port": free_port(), "local_port_ssl": free_port(), "ssl_cert": self.cert,
+                    "ssl_key": self.key, "log_file": self.log, "log_level": "info", **settings}
+        with open(conf, "w") as file:
+            file.writelines(f"{key} = {value}\n" for key, value in settings.items())
+        rig = self.rig(up=False)
+        rig.settings = has.load_settings(has.__file__, conf)[0]
+        rig.hub.selector.close()
+        rig.hub = rig._new_hub()
+        rig.found("life 1")
+        has.start_log(rig.settings)
+        rig.hub.door.listen()
+        return rig
+
+    def certificate_shown(self, rig):
+        """What a new client is shown."""
+        found = []
+        address = "127.0.0.1", rig.settings.local_port_ssl
+        thread = threading.Thread(target=lambda: found.append(ssl.get_server_certificate(address)), daemon=True)
+        thread.start()
+        rig.settle(lambda: not thread.is_alive())
+        return found[0].split()
+
+    def goes_on(self, rig, client, link):
+        for here, there in ((client, link), (link, client)):
+            there.read()
+            here.send("hello\r\n")
+            rig.settle()
+            self.assertEqual(there.read(), b"hello\r\n")
+
+    def test_a_certificate_that_is_half_renewed(self):
+        with open(self.cert) as file:
+            before = file.read().split()
+        other = os.path.join(self.folder, "other")
+        os.mkdir(other)
+        certificate(other)
+        for how in ("certificate", "key", "empty", "gone", "both"):
+            with self.subTest(how):
+                certificate_then, key_then = open(self.cert).read(), open(self.key).read()
+                rig = self.secure_rig()
+                client, link = rig.player()
+                if how in ("certificate", "both"):
+                    shutil.copy(os.path.join(other, "cert.pem"), self.cert)
+                if how in ("key", "both"):
+                    shutil.copy(os.path.join(other, "key.pem"), self.key)
+                if how == "empty":
+                    open(self.cert, "w").close()
+                if how == "gone":
+                    os.unlink(self.key)
+                for _ in range(2):
+                    rig.upgrade(anew=True)
+                    self.goes_on(rig, client, link)
+                self.assertEqual(self.certificate_shown(rig), before)
+                told = open(self.log).read()
+                if how != "both":
+                    self.assertRegex(told, "WARNING .*those in force go on.*mend.*HUP.*ssl_(cert|key)")
+                    rig.hub.reload._load = lambda: has.load_settings(has.__file__, rig.settings.conf)
+                    rig.hub.reload.run()
+                    self.assertEqual(self.certificate_shown(rig), before)
+                    self.goes_on(rig, client, link)
+                for path, text in ((self.cert, certificate_then), (self.key, key_then)):
+                    with open(path, "w") as file:
+                        file.write(text)
+                os.unlink(self.log)
+
+    def test_the_folder_of_the_log_has_gone(self):
+        rig = self.secure_rig()
+        client, link = rig.player()
+        shutil.rmtree(os.path.dirname(self.log))
+        said, real = [], has.LogHandler.emit
+        with mock.patch.object(has.LogHandler, "emit", lambda it, record: said.append((it._path, record.getMessage()))):
+            rig.upgrade(anew=True)
+        self.goes_on(rig, client, link)
+        (path, line), *_ = said
+        self.assertEqual(path, "")
+        self.assertRegex(line, f"cannot open log_file {re.escape(self.log)}.*standard error.*make.*HUP")
+        os.mkdir(os.path.dirname(self.log))
+        has.log.handlers[0].reload(rig.settings)
+        has.log.info("there again")
+        self.assertIn("there again", open(self.log).read())
+
+    def test_a_fault_in_what_is_only_a_warning(self):
+        rig = self.secure_rig()
+        client, link = rig.player()
+        with mock.patch.object(has, "load_settings", side_effect=RecursionError("deep")):
+            rig.upgrade(anew=True)
+        self.goes_on(rig, client, link)
+
+
+class TakenOverInPart(RigCase):
+    """One session cannot be taken up, and no other program could do better: it ends, others live."""
+
+    @staticmethod
+    def spoilers():
+        def unknown_state(packed):
+            packed["state"] = "DANCING"
+
+        def bad_value(packed):
+            packed["values"]["typed"] = {"": "no such thing"}
+
+        def no_client(packed):
+            del packed["client"]
+
+        def no_link_descriptor(packed):
+            packed["link"] = {"out": packed["link"]["out"]}
+
+        def bad_link(packed):
+            packed["link"] = {"fd": packed["link"]["fd"]}
+
+        def bad_host(packed):
+            packed["values"]["host"] = "no:where"
+
+        def no_values(packed):
+            packed["values"] = {"number": packed["values"]["number"]}
+
+        def nothing_left(packed):
+            packed.clear()
+
+        def closed_client(packed):
+            os.close(packed["client"]["fd"])
+
+        def closed_link(packed):
+            os.close(packed["link"]["fd"])
+        return {name: it for name, it in locals().items()}
+
+    def test_it(self):
+        for name, spoil in self.spoilers().items():
+            for down in (False, True):
+                with self.subTest(name, down=down):
+                    rig = self.rig()
+                    (alice, _), (bob, link), (carol, _) = map(rig.player, ("Alice", "Bob", "Carol"))
+                    if down:
+                        rig.down()
+                        if "link" in name:
+                            continue
+                    number = alice.session.number
+                    with self.assertLogs("has", "ERROR") as caught:
+                        rig.upgrade(lambda state: spoil(state["sessions"][0]), whole=False)
+                    self.assertIn("could not be taken over", caught.output[0])
+                    self.assertNotIn(number, rig.hub.sessions)
+                    self.assertEqual(len(rig.hub.sessions), 2)
+                    if name not in ("no_client", "nothing_left"):
+                        alice.read()
+                        self.assertTrue(alice.ended)
+                    check_consistent(self, rig)
+                    bob.read(), carol.read()
+                    if down:
+                        rig.found("life 2")
+                        link = rig.game.accept()
+                        rig.let_in(link)
+                        bob.read()
+                    link.read()
+                    bob.send("hello\r\n")
+                    rig.settle()
+                    self.assertEqual(link.read(), b"hello\r\n")
+                    rig.upgrade()
+                    self.assertEqual(len(rig.hub.sessions), 2)
+
+    def test_while_rehearsed_it_is_a_failure(self):
+        rig = self.rig()
+        client, link = rig.player()
+        with self.assertRaises(RuntimeError):
+            rig.upgrade(lambda state: state["sessions"][0].update(state="DANCING"))
+
+
 class Isolation(RigCase):
     def plant(self, kind, method, victim):
         """Make a method of a session, or of a part of it, fail for one session."""
@@ -6416,7 +6605,7 @@ class TestPartsOfTheProgram(unittest.TestCase):
         self.assertRegex(logged.output[0], "settings on disk are not those in force: (admins, beat|beat, admins);")
         with self.assertLogs(has.log, "WARNING") as logged:
             has.warn_of_differences(ours, mock.Mock(side_effect=has.SettingsError(["x:1: y"])))
-        self.assertRegex(logged.output[0], "settings on disk cannot be used: .*: x:1: y")
+        self.assertRegex(logged.output[0], "settings on disk cannot be used; .*: x:1: y")
 
     def test_usr2_without_memfd_is_refused(self):
         with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
