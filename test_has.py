@@ -6692,6 +6692,20 @@ class TestFiles(unittest.TestCase):
                  and defined.get(node.id, 0) > part(node.lineno)]
         self.assertEqual(wrong, [])
 
+    def test_no_class_and_no_function_is_too_large(self):
+        wrong = []
+        for node in ast.walk(ast.parse(self.read("has.py"))):
+            lines = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+            if isinstance(node, ast.FunctionDef) and lines > 50:
+                wrong.append(f"{node.name}: {lines} lines")
+            if isinstance(node, ast.ClassDef):
+                own = {it.attr for it in ast.walk(node) if isinstance(it, ast.Attribute)
+                       and isinstance(it.ctx, ast.Store) and isinstance(it.value, ast.Name)
+                       and it.value.id == "self"}
+                if lines > 350 or len(own) > 20:
+                    wrong.append(f"{node.name}: {lines} lines, {len(own)} attributes")
+        self.assertEqual(wrong, [])
+
     def test_a_class_uses_only_the_classes_above_it(self):
         classes = [node for node in ast.parse(self.read("has.py")).body
                    if isinstance(node, ast.ClassDef)]
