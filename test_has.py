@@ -1,9 +1,27 @@
 #!/usr/bin/env python3
-"""Tests of HAS: `python3 test_has.py` runs them all, `python3 test_has.py NAME ...` some classes or single tests.
+"""Tests of HAS: `python3 test_has.py` runs them all, `python3 test_has.py NAME ...` some of them
+(classes, or CLASS.TEST). Which class tests which part of has.py, in the order of this file:
 
-In the order of has.py's parts: first what is pure, then the state table in this process with a clock of our own,
-then has.py as a program in front of scripted worlds of every family and of a real TinyMUX where one is installed.
-Nothing sleeps to wait for something: it waits for the thing, with a deadline. 
+    1. Settings       TestSettings
+    2. Telnet         TestScanner, TestScannerAtLength, TestReplay, TestSpelling
+    3. Dialects       TestLogin, TestHostileLines, TestChecks, TestChanges, TestNoise, TypedBytes
+    4. Logins         TestChange, TestProof
+    5. Wire           TestMailbox, TestStream, TestProxyHeader, TestPump
+    6. Session        StateTable, then a RigCase for each rule: Serials ... Limits
+    7. Heartbeat      TestTalk ... TestHeartbeatByHand without its thread, TestHeartbeat with it
+    8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
+    9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
+    10. Survival      TakenOver..., TestUpgrade, TestUpgradeOfPython
+    11. Command line  TestPartsOfTheProgram, TestProgram, TestTLS
+    the files         TestFiles: what README, has.conf and the shape of has.py promise
+
+What is pure comes first, then what runs in this process with a clock of our own (Rig), the
+heartbeat alone, HAS as a program in front of scripted worlds (TestTeeny ... TestRhost: the main job
+in each family; TestWorldHealth, TestCrashes, TestTelnet..., TestStreams, TestRelay, TestAddress),
+the program, and HAS in front of a real TinyMUX where one is installed. Clients, worlds, --bench, --demo
+and --soak stand under the last banner, Tools.
+
+Nothing sleeps to wait for something: it waits for the thing, with a deadline.
 """
 import argparse
 import ast
@@ -8237,12 +8255,15 @@ class TestHeartbeat(Case):
 # from end to end, bytes, addresses.
 # ======================================================================
 
-EVIL = ["[name(me)]", "x),shutdown(", "x)][create(PWNED,10)][strcat(", "%r", "a\\b", '"q"', "a;b", "50%off", "a,b",
-        "{x}", "$1", "#5", "tail\\", "tail%"]
+EVIL = ["[name(me)]", "x),shutdown(", "x)][create(PWNED,10)][strcat(", "%r", "a\\b", '"q"',
+        "a;b", "50%off", "a,b", "{x}", "$1", "#5", "tail\\", "tail%"]
 
 
 def again(*names):
-    """A class decorator: of the tests it inherits, only these are run again; the others show nothing new there."""
+    """A class decorator: of the tests it inherits, only these are run again.
+
+    The others show nothing new there.
+    """
     def chosen(case):
         for name in unittest.defaultTestLoader.getTestCaseNames(case):
             if name not in names and name not in vars(case):
@@ -8254,8 +8275,8 @@ def again(*names):
 class Scenarios:
     """What every user of every family may expect; run for each family below.
 
-    How a world went down and a booted heartbeat are the heartbeat's affair, alike in each family: TeenyMUSH, whose
-    @shutdown is the strangest, and the real TinyMUX show that.
+    How a world went down and a booted heartbeat are the heartbeat's affair, alike in each family:
+    TeenyMUSH, whose @shutdown is the strangest, and the real TinyMUX show that.
     """
 
     family = None
@@ -8294,7 +8315,8 @@ class Scenarios:
         for client in clients:
             client.expect_notice(ONLINE)
         for client in clients:
-            self.assertEqual(re.sub(rb"(?m)^(You say|\S+ says).*$\s*", b"", client.barrier()).strip(), b"")
+            self.assertEqual(
+                re.sub(rb"(?m)^(You say|\S+ says).*$\s*", b"", client.barrier()).strip(), b"")
 
     def rides_through(self, client, crash=None):
         """The world crashes and returns: the client is told, is back, and sees nothing else."""
@@ -8325,7 +8347,8 @@ class Scenarios:
         self.world.start()
         self.came_back(alice, bob)
         newcomer.expect(re.escape(ONLINE))
-        self.world.wait(lambda w: w.online("Carol") and len(w.online("Alice")) == 1 == len(w.online("Bob")), what="all")
+        self.world.wait(lambda w: w.online("Carol") and
+                        len(w.online("Alice")) == 1 == len(w.online("Bob")), what="all")
         self.assertNotIn(b"carolpw", newcomer.seen)
         lurker.expect(re.escape(ONLINE)).strip()
         lurker.expect(r"(?i)welcome|connect")
@@ -8427,7 +8450,8 @@ class Scenarios:
         self.world.kill()
         self.went_down(first, second)
         self.world.start()
-        if not self.settles:                    # there the second's login text cannot be told from the game's
+        # there the second's login text cannot be told from the game's
+        if not self.settles:
             for client in (first, second):
                 client.expect(re.escape(ONLINE))
         else:
@@ -8472,10 +8496,13 @@ class Scenarios:
         client.barrier()
         self.assertEqual(client.send("think yours\r\n").expect("yours\r\n"), b"yours\r\n")
         self.rides_through(client)
-        self.assertEqual(client.send("think still yours\r\n").expect("yours\r\n"), b"still yours\r\n")
+        self.assertEqual(client.send("think still yours\r\n").expect("yours\r\n"),
+                         b"still yours\r\n")
 
     def test_logins_are_closed_to_the_heartbeat(self):
-        """A world that hangs up on the heartbeat's login lives: nobody notices, and the log says why, once."""
+        """A world that hangs up on the heartbeat's login lives: nobody notices, and the log says
+        why, once.
+        """
         alice = self.login()
         self.take_the_heartbeats_flag()
         self.world.disable_logins()
@@ -8483,7 +8510,9 @@ class Scenarios:
         self.has.wait_log(rb"heartbeat is back \(without heartbeat login\)")
         alice.barrier()
         warning = self.has.wait_log(rb"WARNING .*does not take the heartbeat's login.*").group()
-        self.assertRegex(warning, rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
+        self.assertRegex(
+            warning,
+            rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
         newcomer = self.has.client()
         self.addCleanup(newcomer.close)
         newcomer.expect("(?i)connect")
@@ -8526,11 +8555,14 @@ class Scenarios:
         alice = self.login()
         self.world.kill()
         self.went_down(alice)
-        self.world.max_players, tried = 1, len(self.world.lines)            # the heartbeat takes that place
+        # the heartbeat takes that place
+        self.world.max_players, tried = 1, len(self.world.lines)
         self.world.start()
-        self.world.wait(lambda w: any(b"connect Alice" in line for _, line in w.lines[tried:]), what="Alice is refused")
+        self.world.wait(lambda w: any(b"connect Alice" in line for _, line in w.lines[tried:]),
+                        what="Alice is refused")
         self.world.max_players = None
-        self.assertRegex(alice.expect(re.escape(ONLINE)), rb"(?i)full|too many|maximum number")     # its last words
+        # its last words
+        self.assertRegex(alice.expect(re.escape(ONLINE)), rb"(?i)full|too many|maximum number")
         self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
         self.in_game(alice)
         self.assertNotIn(REFUSED.encode(), alice.seen)
@@ -8549,11 +8581,15 @@ class Scenarios:
 class TestTeeny(Scenarios, unittest.TestCase):
     family = "teenymush"
     quirks = {"shutdown_delay": 0.5}
-    test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None    # has neither
-    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = test_full_is_no_refusal = None
+    # has neither
+    test_logout = test_who_logged_in_last_is_brought_back = test_a_prefix_goes_with_its_owner = None
+    test_logins_disabled_after_return = test_full_is_no_refusal = None
+    test_logins_are_closed_to_the_heartbeat = None
 
     def test_renamed_at_once(self):
-        """The heartbeat asks about the old name when the world knows only the new one: that is no denial."""
+        """The heartbeat asks about the old name when the world knows only the new one: that is no
+        denial.
+        """
         client = self.has.client()
         self.addCleanup(client.close)
         client.send("connect Alice alicepw\r\n").expect("Last connect was from")
@@ -8582,7 +8618,9 @@ class TestTeeny(Scenarios, unittest.TestCase):
         return client
 
     def test_a_password_that_no_player_can_have(self):
-        """Text outside Latin-1 brings no outcome, and is shown to a whole room: it is not passed on."""
+        """Text outside Latin-1 brings no outcome, and is shown to a whole room: it is not passed
+        on.
+        """
         self.logs_in_behind("connect Carol \u65e5\u672c", "cannot read that line")
         self.assertEqual(sum("\u65e5".encode() in line for _, line in self.world.lines), 0)
 
@@ -8602,7 +8640,8 @@ class TestTeenyStable(TestTeeny):
         alice.send("think first\r\n").expect("first")
         alice, = self.world.online("Alice")
         self.assertRegex(b"\n".join(alice.lines),
-                         rb"\A@remotehostname 127.0.0.1=\d+\nconnect Alice alicepw\nsay barrier-\d+\nthink first\Z")
+                         rb"\A@remotehostname 127.0.0.1=\d+\nconnect Alice alicepw\n"
+                         rb"say barrier-\d+\nthink first\Z")
 
     def test_abbreviated_login_that_it_does_not_know(self):
         """`con` brings the login screen and no outcome: the next outcome is the next line's."""
@@ -8618,7 +8657,8 @@ class TestTeenyStable(TestTeeny):
 class TestPenn(Scenarios, unittest.TestCase):
     family = "pennmush"
     quirks = {"silent_start": 0.1, "accept_bug": True}
-    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None   # see Scenarios
+    # see Scenarios
+    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None
 
     def test_pairs_known_to_be_wrong_are_not_sent(self):
         """After ten failures nobody behind HAS's address could log in."""
@@ -8638,7 +8678,9 @@ class TestPenn(Scenarios, unittest.TestCase):
         self.world.wait(lambda w: w.online("Bob"), what="Bob is in")
 
     def test_users_without_a_login_come_one_after_another(self):
-        """Newcomers, and those at the login screen when the world returns: of three at once it would forget one."""
+        """Newcomers, and those at the login screen when the world returns: of three at once it
+        would forget one.
+        """
         clients = [self.has.client() for _ in range(8)]
         for client in clients:
             self.addCleanup(client.close)
@@ -8652,7 +8694,8 @@ class TestPenn(Scenarios, unittest.TestCase):
 
     def test_all_socket_settings_are_repeated(self):
         wizard = self.login("Wizard", "wizpw")
-        wizard.send("SOCKSET NOQUOTA=yes\r\nSOCKSET PROMPT_NEWLINES=0\r\nSOCKSET\r\nOUTPUTPREFIX <<\r\n")
+        wizard.send(
+            "SOCKSET NOQUOTA=yes\r\nSOCKSET PROMPT_NEWLINES=0\r\nSOCKSET\r\nOUTPUTPREFIX <<\r\n")
         wizard.expect("NOQUOTA turned on(?s:.*)No newline will(?s:.*)NOQUOTA +:  YES")
         wizard.barrier()
         before, = self.world.online("Wizard")
@@ -8668,8 +8711,9 @@ class TestPenn(Scenarios, unittest.TestCase):
         self.assertNotIn(b"SOCKSET", after.lines)
 
 
-@again("test_crash_and_return", "test_refused_on_return", "test_evil_passwords", "test_wrong_then_right_in_one_packet",
-       "test_two_sessions_of_one_character", "test_all_socket_settings_are_repeated")
+@again("test_crash_and_return", "test_refused_on_return", "test_evil_passwords",
+       "test_wrong_then_right_in_one_packet", "test_two_sessions_of_one_character",
+       "test_all_socket_settings_are_repeated")
 class TestPennUnix(TestPenn):
     """Its opening bytes and the order of the telnet differ."""
 
@@ -8682,14 +8726,17 @@ class TestPennUnix(TestPenn):
 class TestTinyMUSH(Scenarios, unittest.TestCase):
     family = "tinymush"
     logouts, settles = ("LOGOUT", "logout"), False
-    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None      # it crashes instead
+    # it crashes instead
+    test_logins_disabled_after_return = test_logins_are_closed_to_the_heartbeat = None
     test_full_is_no_refusal = None
-    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None   # see Scenarios
+    # see Scenarios
+    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None
 
 
 class TestTinyMUX(Scenarios, unittest.TestCase):
     family = "tinymux"
-    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None   # see Scenarios
+    # see Scenarios
+    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None
     logouts = ("LOGOUT", "LOGOUT ", "LOGOUT now", "logout x", "LogOut", " LOGOUT")
 
     def test_a_name_made_by_softcode_is_not_the_typed_text(self):
@@ -8705,7 +8752,8 @@ class TestTinyMUX(Scenarios, unittest.TestCase):
 class TestRhost(Scenarios, unittest.TestCase):
     family = "rhostmush"
     test_full_is_no_refusal = None              # as on TinyMUX
-    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None   # see Scenarios
+    # see Scenarios
+    test_shutdown = test_immediate_restart = test_heartbeat_booted_disturbs_nobody = None
 
 
 # ---- The health of the world
@@ -8750,7 +8798,8 @@ class TestWorldHealth(Case):
         status = has.ask("--status", "--json")
         state = json.loads(status.stdout)["world"]
         self.assertEqual((state["health"], status.returncode), ("silent", 1))
-        self.assertGreaterEqual(state["since"], passed - 1)      # since the first unanswered probe, not anew
+        # since the first unanswered probe, not anew
+        self.assertGreaterEqual(state["since"], passed - 1)
         self.assertNotRegex(has.log[after:], rb"is up|answers again")
         world.thaw()
         has.wait_log(rb"answers again", after=after)
@@ -8758,7 +8807,9 @@ class TestWorldHealth(Case):
         self.assertNotIn(OFFLINE.encode(), alice.seen)
 
     def test_a_hup_that_cannot_come_true_changes_nothing_for_newcomers(self):
-        """mush_ssl switched on for a world that speaks none: newcomers still come in as before, over an upgrade, too."""
+        """mush_ssl switched on for a world that speaks none: newcomers still come in as before,
+        over an upgrade, too.
+        """
         world = self.world("teenymush")
         has = Has(self, mush_address=world.address, beat=0.2).wait_up()
         after = len(has.log)
@@ -8773,11 +8824,13 @@ class TestWorldHealth(Case):
     def test_a_hup_that_would_cost_the_heartbeat_its_login_or_its_family_changes_nothing(self):
         world = self.world()
         has = Has(self, mush_address=world.address, beat=0.2).wait_up()
-        for change, back in ((dict(hb_pass="wrong"), dict(hb_pass="heartbeat")), (dict(mush_type="rhostmush"), dict(mush_type="auto"))):
+        for change, back in ((dict(hb_pass="wrong"), dict(hb_pass="heartbeat")),
+                             (dict(mush_type="rhostmush"), dict(mush_type="auto"))):
             after = len(has.log)
             has.configure(**change)
             has.signal(signal.SIGHUP)
-            has.wait_log(rb"the new settings do not work with .*the old connection is kept", 15, after)
+            has.wait_log(rb"the new settings do not work with .*the old connection is kept", 15,
+                         after)
             self.client(has, "connect Alice alicepw", world, "Alice").close()
             self.assertRegex(has.ask("--status").stdout, r"\(tinymux\)(?s:.*)logged in")
             has.configure(**back)
@@ -8795,7 +8848,8 @@ class TestWorldHealth(Case):
 
     def test_a_long_freeze_is_a_death(self):
         world = self.world()
-        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5, dead_after=1.5).wait_up()
+        has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=0.5,
+                  dead_after=1.5).wait_up()
         alice = self.client(has, "connect Alice alicepw", world, "Alice")
         after = len(has.log)
         world.freeze()
@@ -8807,8 +8861,8 @@ class TestWorldHealth(Case):
 
     def test_failover_and_failback(self):
         first, second = self.world(), self.world("rhostmush")
-        has = Has(self, mush_address=f"{first.address}, {second.address}", beat=0.1, failover_after=0.5,
-                  failback_after=0.5).wait_up()
+        has = Has(self, mush_address=f"{first.address}, {second.address}", beat=0.1,
+                  failover_after=0.5, failback_after=0.5).wait_up()
         alice = self.client(has, "connect Alice alicepw", first, "Alice")
         first.kill()
         alice.expect(re.escape(OFFLINE))
@@ -8858,7 +8912,8 @@ class TestWorldHealth(Case):
 
     def test_hup_to_a_third_world_while_two_are_dead(self):
         worlds_ = [self.world() for _ in range(3)]
-        has = Has(self, mush_address=f"{worlds_[0].address},{worlds_[1].address}", beat=0.1, failover_after=0.2).wait_up()
+        has = Has(self, mush_address=f"{worlds_[0].address},{worlds_[1].address}", beat=0.1,
+                  failover_after=0.2).wait_up()
         alice = self.client(has, "connect Alice alicepw", worlds_[0], "Alice")
         worlds_[0].kill(), worlds_[1].kill()
         alice.expect(re.escape(OFFLINE))
@@ -8869,7 +8924,8 @@ class TestWorldHealth(Case):
 
     def test_both_dead_and_one_returns(self):
         first, second = self.world(), self.world()
-        has = Has(self, mush_address=f"{first.address},{second.address}", beat=0.1, failover_after=0.3).wait_up()
+        has = Has(self, mush_address=f"{first.address},{second.address}", beat=0.1,
+                  failover_after=0.3).wait_up()
         alice = self.client(has, "connect Alice alicepw", first, "Alice")
         second.kill(), first.kill()
         alice.expect(re.escape(OFFLINE))
@@ -8933,7 +8989,8 @@ class TestWorldHealth(Case):
                 self.assertRegex(has.probe(), "heartbeat's flag: lacks WIZARD")
 
     def test_a_heartbeat_shut_out_tries_seldom_and_gets_in_by_itself(self):
-        text = pathlib.Path(HAS).read_text().replace("LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
+        text = pathlib.Path(HAS).read_text().replace(
+            "LOGIN_CLOSED_SECONDS = 30 ", "LOGIN_CLOSED_SECONDS = 1 ")
         with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
             script.write(text)
             script.flush()
@@ -8947,7 +9004,8 @@ class TestWorldHealth(Case):
             world.wait(lambda w: len(self.tries(w.lines[before:])) == 2, what="two tries")
             self.assertGreater(time.monotonic() - started, 1)
             has.wait_count(b"does not take the heartbeat's login", 2)
-            self.assertEqual(len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
+            self.assertEqual(
+                len(re.findall(rb"WARNING.*does not take the heartbeat's login", has.log)), 1)
             world.disable_logins(False)
             world.wait(lambda w: w.online("heartbeat"), what="the heartbeat is in")
             alice.barrier()
@@ -8961,14 +9019,16 @@ class TestWorldHealth(Case):
         for family in ("teenymush", "pennmush", "tinymush", "tinymux", "rhostmush"):
             with self.subTest(family):
                 has = Has(self, mush_address=self.world(family).address)
-                self.assertIn(f"is a {family}, recognised".encode(), has.wait_log(rb".* is a .*").group())
+                self.assertIn(f"is a {family}, recognised".encode(),
+                              has.wait_log(rb".* is a .*").group())
 
     def test_failover_after_0_waits_for_a_hup(self):
         other = self.world()
         with socket.create_server(("127.0.0.1", 0)) as dud:
             dud.settimeout(5)
             address = f"127.0.0.1:{dud.getsockname()[1]}"
-            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0, retry=0.05)
+            has = Has(self, mush_address=f"{address}, {other.address}", failover_after=0,
+                      retry=0.05)
             for _ in range(10):
                 dud.accept()[0].close()
         self.assertEqual(other.accepted, 0)
@@ -8977,7 +9037,8 @@ class TestWorldHealth(Case):
         has.wait_up()
 
     def test_backlog_of_one_and_many_users(self):
-        world = self.world("teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(40)}})
+        world = self.world(
+            "teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(40)}})
         has = Has(self, mush_address=world.address).wait_up()
         users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(40)]
         world.kill()
@@ -9011,7 +9072,8 @@ class TestCrashes(Case):
             with self.subTest(family):
                 world = self.world(family, guests=True, silent_start=0.1)
                 has = Has(self, mush_address=world.address, login_hold=0.2).wait_up()
-                newcomer, guest = self.client(has), self.client(has, "connect guest", world, "Guest")
+                newcomer, guest = self.client(has), self.client(
+                    has, "connect guest", world, "Guest")
                 newcomer.expect("(?i)connect")
                 world.kill()
                 guest.expect(re.escape(OFFLINE))
@@ -9023,7 +9085,8 @@ class TestCrashes(Case):
                 self.assertFalse(world.online("Guest"))
 
     def test_twenty_crashes_with_eight_users_and_resets(self):
-        world = self.world("tinymux", reset_on_kill=True, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
+        world = self.world("tinymux", reset_on_kill=True,
+                           players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(8)}})
         has = Has(self, mush_address=world.address, beat=0.5).wait_up()
         users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(8)]
         for round_ in range(20):
@@ -9034,13 +9097,15 @@ class TestCrashes(Case):
             world.start()
             for user in users:
                 user.expect(re.escape(ONLINE))
-            world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)), what="160 of 160")
+            world.wait(lambda w: all(len(w.online(f"u{n}")) == 1 for n in range(8)),
+                       what="160 of 160")
         for user in users:
             user.barrier()
 
     def test_who_kills_the_world_is_brought_back_no_more(self):
         world = self.world("tinymux")
-        has = Has(self, script=HAS, mush_address=world.address, suspect_notice="# SUSPECT").wait_up()
+        has = Has(self, script=HAS, mush_address=world.address,
+                  suspect_notice="# SUSPECT").wait_up()
         alice = self.client(has, "connect Alice alicepw", world, "Alice")
         mallory = self.client(has, "connect Bob bobpw", world, "Bob")
         deaths = 0
@@ -9060,8 +9125,10 @@ class TestCrashes(Case):
         self.assertIn(b"just after bob had come back", has.log)
 
     def test_a_hundred_users_are_told_and_back_in_time(self):
-        count = 100                             # above, the world that tells all of each sets the pace; --bench has more
-        world = self.world("tinymux", quota=False, players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
+        # above, the world that tells all of each sets the pace; --bench has more
+        count = 100
+        world = self.world("tinymux", quota=False, players={
+            "heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(count)}})
         has = Has(self, mush_address=world.address).wait_up()
         users = [has.client() for _ in range(count)]
         for number, user in enumerate(users):
@@ -9099,7 +9166,8 @@ class TelnetCase(unittest.TestCase):
         client.expect("(?i)welcome|connect")
         client.send(f"connect {name} {name.lower()}pw\r\n")
         (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")
-        self.addCleanup((world or self.world).wait, lambda w: not w.online(name), what=f"{name} has left")
+        self.addCleanup((world or self.world).wait, lambda w: not w.online(name),
+                        what=f"{name} has left")
         self.addCleanup(client.close)
         client.barrier()
         return client
@@ -9134,7 +9202,8 @@ class TelnetFamily:
         cls.agree_to_echo()
         cls.world.start()
         cls.addClassCleanup(cls.world.stop)
-        cls.has = Has(owner, mush_address=cls.world.address, mush_type=cls.family, beat=0.5).wait_up()
+        cls.has = Has(owner, mush_address=cls.world.address, mush_type=cls.family,
+                      beat=0.5).wait_up()
 
     @classmethod
     def make_world(cls, owner):
@@ -9160,13 +9229,15 @@ class TelnetFamily:
             return (conn and (NAWS not in self.knows or conn.size == size) and
                     (TTYPE not in self.knows or conn.ttype == "TINTIN++") and
                     (CHARSET not in self.knows or conn.charset == "UTF-8") and
-                    (not self.gmcp or CORE_HELLO in conn.raw and CORE_SUPPORTS in conn.raw) and conn)
+                    (not self.gmcp or CORE_HELLO in conn.raw and CORE_SUPPORTS in conn.raw) and
+                    conn)
         return self.world.wait(seen, what=f"{name}'s terminal is known")
 
     def test_return_restores_everything_and_asks_nothing(self):
         alice = self.login(first=self.first)
         before = self.settled()
-        alice.barrier(), alice.barrier()            # the second follows all answers to what came before the first
+        # the second follows all answers to what came before the first
+        alice.barrier(), alice.barrier()
         told = {option: set(verbs) for option, verbs in before.options.items()}
         count, on = len(alice.commands), set(alice.on)
         self.crash(alice)
@@ -9178,7 +9249,8 @@ class TelnetFamily:
         self.assertEqual(asked, [])
         self.assertEqual(alice.on, on)
         if self.family != "tinymush":
-            self.assertEqual({o: v for o, v in conn.options.items() if v & {"DO", "WILL"} and o != 86},
+            self.assertEqual({o: v for o, v in conn.options.items() if v & {"DO", "WILL"} and
+                              o != 86},
                              {o: v for o, v in told.items() if v & {"DO", "WILL"}})
         self.assertLess(len(conn.raw), 2000)        # no loop
 
@@ -9195,7 +9267,8 @@ class TelnetFamily:
         self.crash(alice, bob)
         self.world.start()
         self.world.wait(lambda w: len(w.connections) > 0, what="the heartbeat is back")
-        alice.resize(90, 10)                        # before, in or behind the return: wherever it falls
+        # before, in or behind the return: wherever it falls
+        alice.resize(90, 10)
         self.came_back(alice)
         self.settled(size=(90, 10)) if NAWS in self.knows else None
         bob.expect(re.escape(ONLINE))
@@ -9216,14 +9289,16 @@ class TelnetFamily:
         conn = self.came_back(alice)
         alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
         alice.barrier()
-        self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))], [offer((WONT, ECHO))])
+        self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))],
+                         [offer((WONT, ECHO))])
         self.assertNotIn(offer((DONT, ECHO)), conn.raw)
         lurker.expect(re.escape(ONLINE))
         lurker.expect("(?i)welcome|connect")
         lurker.wait(lambda c: (DO, ECHO) not in c.on, "echo is off at the login screen too")
 
     def test_unnegotiating_client_gets_the_bytes_of_a_direct_connection(self):
-        self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"}, what="all have left")
+        self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"},
+                        what="all have left")
         twin = self.setup_world(self.family, **self.quirks)
         beat = Terminal(twin.port, ())
         self.addCleanup(beat.close)
@@ -9232,8 +9307,10 @@ class TelnetFamily:
         near, far = self.conversation(twin, twin.port), self.conversation(self.world, self.has.port)
         commands = [[t for t in tokens(raw)[0] if is_command(t)] for raw in (near, far)]
         self.assertEqual(*commands)
-        if self.family == "rhostmush":              # HAS spoke first (PROXY): the same offers come before the banner
-            near, far = (b"".join(t for t in tokens(raw)[0] if not is_command(t)) for raw in (near, far))
+        # HAS spoke first (PROXY): the same offers come before the banner
+        if self.family == "rhostmush":
+            near, far = (b"".join(t for t in tokens(raw)[0] if not is_command(t))
+                         for raw in (near, far))
         self.assertEqual(near, far)
 
     def conversation(self, world, port):
@@ -9266,7 +9343,8 @@ class TelnetFamily:
         client, bob = Terminal(self.has.port), self.login("Bob", ())
         self.addCleanup(client.close)
         client.send(self.first).expect("(?i)welcome|connect")
-        rub = {"teenymush": b"", "tinymush": b"x\x7f"}.get(self.family, b"x\b")      # TeenyMUSH keeps BS in the text
+        # TeenyMUSH keeps BS in the text
+        rub = {"teenymush": b"", "tinymush": b"x\x7f"}.get(self.family, b"x\b")
         for byte in b"con%snect Alice alic%sepw\r\n" % (rub, rub):
             client.send(bytes([byte]))
             self.read_by_has(bob)
@@ -9291,16 +9369,19 @@ class TelnetFamily:
         for returned in (False, True):
             alice.barrier()
             conn = self.settled()
-            alice.barrier(), alice.barrier()        # the last answers are on their way; now they are there
+            # the last answers are on their way; now they are there
+            alice.barrier(), alice.barrier()
             on, raw = set(alice.on), len(alice.raw)
             sent = len(conn.raw)
             self.world.restart_in_place()
             alice.barrier(), alice.barrier()
             self.assertEqual(alice.on, on)
             expected = self.world.RESTART[4]
-            if returned:                            # what HAS has answered a moment ago is swallowed
+            # what HAS has answered a moment ago is swallowed
+            if returned:
                 expected = b"".join(re.findall(rb"(?s)\xff\xfa.*?\xff\xf0", expected))
-            self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)), expected)
+            self.assertEqual(b"".join(t for t in tokens(alice.raw[raw:])[0] if is_command(t)),
+                             expected)
             answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
             self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
             self.crash(alice)
@@ -9322,23 +9403,28 @@ class TelnetFamily:
                 self.assertFalse([c for c in client.commands if c[2:] in (b"U", b"V", b"W")])
             for conn in [c for c in self.world.connections if c.player != "heartbeat"]:
                 self.world.wait(lambda w: offer((DONT, 85), (DONT, 86), (DONT, 87), (WONT, 86)) in
-                                b"".join(re.findall(rb"\xff[\xfb-\xfe][UVW]", conn.raw)), what="refusals")
+                                b"".join(re.findall(rb"\xff[\xfb-\xfe][UVW]", conn.raw)),
+                                what="refusals")
         mark, conn = len(conn.raw), self.world.online("Alice")[0]
         for client in (alice, lurker):
             client.send(offer((DO, 86), (DO, 85), (DO, 87), (WILL, 87), (DONT, 86), (WONT, 86)))
-            client.wait(lambda c: offer((WONT, 86), (WONT, 85), (WONT, 87), (DONT, 87)) in c.raw, "HAS refuses")
+            client.wait(lambda c: offer((WONT, 86), (WONT, 85), (WONT, 87), (DONT, 87)) in c.raw,
+                        "HAS refuses")
         alice.barrier()
         self.assertNotRegex(bytes(conn.raw[mark:]), rb"\xff[\xfb\xfd][UVW]")
 
     def test_notice_inside_what_is_unfinished(self):
         alice = self.login(first=self.first)
-        for tail, shown in ((b"\x1b[1;3", b"\x1b[1;3m\x1b[0m\r\n"), (b"\x1b]0;title", b"\x1b]0;title\x1b\\\x1b[0m\r\n"),
-                            (b"caf\xc3", b"caf\xc3\x1b[0m\r\n"), (b"Prompt> \xff\xfa\xc9Core.Pi", b"Prompt> \x1b[0m\r\n")):
+        for tail, shown in ((b"\x1b[1;3", b"\x1b[1;3m\x1b[0m\r\n"),
+                            (b"\x1b]0;title", b"\x1b]0;title\x1b\\\x1b[0m\r\n"),
+                            (b"caf\xc3", b"caf\xc3\x1b[0m\r\n"),
+                            (b"Prompt> \xff\xfa\xc9Core.Pi", b"Prompt> \x1b[0m\r\n")):
             alice.text, start = b"", len(alice.raw)
             self.world.emit("Alice", tail)
             alice.expect(re.escape(tail.partition(b"\xff")[0]))
             self.crash(alice)
-            text = b"".join(it for it in tokens(alice.raw[start:])[0] if not is_command(it))    # BINARY comes late
+            # BINARY comes late
+            text = b"".join(it for it in tokens(alice.raw[start:])[0] if not is_command(it))
             self.assertIn(shown + OFFLINE.encode(), text)
             self.assertEqual(alice.rest, b"")
             self.world.start()
@@ -9359,7 +9445,8 @@ class TelnetFamily:
         alice.expect_notice(ONLINE, 8)
         conn = self.world.wait(lambda w: w.online("Alice"), what="Alice is in")[0]
         shown = alice.barrier()
-        self.assertEqual((conn.prefix, conn.suffix, conn.settings), (before.prefix, before.suffix, before.settings))
+        self.assertEqual((conn.prefix, conn.suffix, conn.settings),
+                         (before.prefix, before.suffix, before.settings))
         self.assertIn(shown, (b"", b"<<\r\n"), "the replay is not to be seen")
 
 
@@ -9368,7 +9455,8 @@ class TestTelnetTeeny(TelnetFamily, TelnetCase):
 
 
 class TestTelnetPenn(TelnetFamily, TelnetCase):
-    family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE, CHARSET), True, True, {"silent_start": 0.1}
+    family, knows, offers, gmcp, quirks = "pennmush", (NAWS, TTYPE,
+                                                       CHARSET), True, True, {"silent_start": 0.1}
 
     def test_a_client_that_answers_every_offer_kills_nobody(self):
         """Not as RFC 1143 wants it: each repeated WILL CHARSET brings another DO."""
@@ -9380,10 +9468,12 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
         self.addCleanup(eager.close)
         eager.expect("(?i)connect")
         eager.send(self.first + b"connect Alice alicepw\r\n")
-        self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8, what="CHARSET is settled")
+        self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8,
+                        what="CHARSET is settled")
         for _ in range(2):                          # before and after a return
             self.world.repeat_offers()
-            eager.wait(lambda c: c.raw.endswith(offer((WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))) or True, "the offers")
+            eager.wait(lambda c: c.raw.endswith(offer((WILL, CHARSET), (WILL, MSSP),
+                                                      (WILL, GMCP))) or True, "the offers")
             eager.barrier(), eager.barrier()
             eager.send(offer((DO, CHARSET)) + sub(CHARSET, b"\x02UTF-8") + offer((DO, CHARSET)))
             eager.barrier()
@@ -9394,14 +9484,17 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
         self.world.wait(lambda w: not w.online("Alice"), what="Alice has left")
 
     def test_a_password_with_an_accent(self):
-        """With CHARSET one character is one `?` to the world, without it one byte is (worlds/pennmush.md a)."""
+        """With CHARSET one character is one `?` to the world, without it one byte is
+        (worlds/pennmush.md a).
+        """
         for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
             with self.subTest(name):
                 self.world.players[name] = read_as
                 client = Terminal(self.has.port, agrees)
                 self.addCleanup(client.close)
                 client.expect("(?i)connect")
-                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees), what="CHARSET is settled")
+                self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees),
+                                what="CHARSET is settled")
                 client.send(f"connect {name} p\u00e9pin\r\n")
                 self.world.wait(lambda w: w.online(name), what=f"{name} is in")
                 client.barrier()
@@ -9418,7 +9511,8 @@ class TestTelnetPennUnix(TestTelnetPenn):
     def make_world(cls, owner):
         folder = tempfile.mkdtemp()
         owner.addCleanup(shutil.rmtree, folder)
-        return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", address_window=5, **cls.quirks)
+        return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", address_window=5,
+                                  **cls.quirks)
 
     def test_a_client_that_negotiates_at_once_can_log_in(self):
         """As PuTTY does; telnet in front of the server's first is text on the unix socket."""
@@ -9428,8 +9522,9 @@ class TestTelnetPennUnix(TestTelnetPenn):
         client.barrier()
 
     test_unnegotiating_client_gets_the_bytes_of_a_direct_connection = None     # the twin is TCP
-    test_size_changed_during_the_outage_and_during_the_return = test_silent_client_gets_no_telnet_on_return = None
-    test_compression_is_refused = test_settings_are_replayed = test_notice_inside_what_is_unfinished = None
+    test_size_changed_during_the_outage_and_during_the_return = None
+    test_silent_client_gets_no_telnet_on_return = test_compression_is_refused = None
+    test_settings_are_replayed = test_notice_inside_what_is_unfinished = None
 
 
 class TestTelnetTinyMUX(TelnetFamily, TelnetCase):
@@ -9446,27 +9541,32 @@ class TestTelnetRhost(TelnetFamily, TelnetCase):
 
 class TestTelnetTinyMUSH(TelnetFamily, TelnetCase):
     family = "tinymush"
-    first = offer((WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, SGA), (DO, ECHO)) + naws(132, 43)
+    first = offer((WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, SGA),
+                  (DO, ECHO)) + naws(132, 43)
 
     def tearDown(self):
         super().tearDown()
         for conn in self.world.all_connections:
             self.assertNotIn(b"\xff", conn.raw, "the world sees no telnet")
 
-    test_echo_left_on_is_switched_off = None        # telnet of a world that has none does not reach the client
+    # telnet of a world that has none does not reach the client
+    test_echo_left_on_is_switched_off = None
 
     def test_has_answers_for_the_world(self):
         alice = self.login(first=self.first)
-        alice.wait(lambda c: {offer((DO, NAWS)), offer((DO, TTYPE)), offer((DO, CHARSET)), offer((WONT, SGA)),
-                              offer((WONT, ECHO))} <= set(c.commands), "HAS answers")
+        alice.wait(lambda c: {offer((DO, NAWS)), offer((DO, TTYPE)), offer((DO, CHARSET)),
+                              offer((WONT, SGA)), offer((WONT, ECHO))} <= set(c.commands),
+                   "HAS answers")
         alice.send(b"\xff\xf6say x\xff\xffy\r\n" + offer((WILL, 39), (DO, 200)))
         alice.expect(r"\[Yes\]\r\n")
         alice.expect('"xy"')
-        alice.wait(lambda c: {offer((DONT, 39)), offer((WONT, 200))} <= set(c.commands), "HAS refuses")
+        alice.wait(lambda c: {offer((DONT, 39)), offer((WONT, 200))} <= set(c.commands),
+                   "HAS refuses")
 
     def test_lines_are_capped(self):
         alice, bob = self.login(first=self.first), self.login("Bob", ())
-        for parts in ([b"say " + b"a" * 20000 + b"\r\n"], [b"say ", b"b" * 20000, b"\r\n"], [b"think " + b"c" * 9000, b"c\n"]):
+        for parts in ([b"say " + b"a" * 20000 + b"\r\n"], [b"say ", b"b" * 20000, b"\r\n"],
+                      [b"think " + b"c" * 9000, b"c\n"]):
             for part in parts:
                 alice.send(part)
                 self.read_by_has(bob)
@@ -9491,7 +9591,8 @@ class TestAcrossFamilies(TelnetCase):
 
     def chain(self, *families):
         chain = [self.setup_world(family) for family in families]
-        has = Has(self, mush_address=", ".join(w.address for w in chain), failover_after=0.2, **FAST).wait_up()
+        has = Has(self, mush_address=", ".join(w.address for w in chain), failover_after=0.2,
+                  **FAST).wait_up()
         return chain, has, self.login(has=has, world=chain[0])
 
     def test_tinymux_rhostmush_teenymush(self):
@@ -9501,7 +9602,8 @@ class TestAcrossFamilies(TelnetCase):
             mux.emit("Alice", SEND_TTYPE)
         mux.wait(lambda w: w.online("Alice")[0].ttype == "MTTS 269", what="MTTS")
         conn = self.move(alice, mux, rhost)
-        rhost.wait(lambda w: (conn.size, conn.charset, conn.ttype) == ((132, 43), "UTF-8", "TINTIN++"), what="Rhost knows")
+        rhost.wait(lambda w: (conn.size, conn.charset,
+                              conn.ttype) == ((132, 43), "UTF-8", "TINTIN++"), what="Rhost knows")
         for answer in ("XTERM-256COLOR", "MTTS 269"):
             rhost.emit("Alice", SEND_TTYPE)
             rhost.wait(lambda w: conn.ttype == answer, what=answer)
@@ -9564,12 +9666,14 @@ class TestStreams(TelnetCase):
     def test_newline_inside_a_command_in_pieces(self):
         pieces = [b"\xff\xfa\x1f\x00\x84\x00", b"\x0a", b"\xff\xf0"]
         self.assertEqual(self.upward(pieces), b"".join(pieces))
-        pieces = [b"\xff\xfa\xc9Core.Hello {\n", b'"a": 1\n', b"}\n", b"\xff", b"\xf0say hi\n", b"\xff\xfb", b"\n"]
+        pieces = [b"\xff\xfa\xc9Core.Hello {\n", b'"a": 1\n', b"}\n", b"\xff", b"\xf0say hi\n",
+                  b"\xff\xfb", b"\n"]
         self.assertEqual(self.upward(pieces), b"".join(pieces))
 
     def test_long_subnegotiations_pass(self):
         body = b"\xff\xfa\xc9" + b"x" * 70000
-        pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0", b"text"]
+        pieces = [body, b"abV", b"a\xff", b"\xffb", b"xyU\xff", b"\xffzz\xfa\x1f1234\xff", b"\xf0",
+                  b"text"]
         self.assertEqual(self.upward(pieces), b"".join(pieces))
         self.alice.barrier()
         start, self.alice.raw = b"", b""
@@ -9602,11 +9706,14 @@ class TestStreams(TelnetCase):
                 rng = random.Random(seed)
                 for way in (self.upward, self.downward):
                     stream = b"".join(wild(rng) for _ in range(50)) + b"\xff\xf0\xff\xf0"
-                    if way == self.upward:      # what servers read in different ways does not go on (TypedThroughHAS)
+                    # what servers read in different ways does not go on (TypedThroughHAS)
+                    if way == self.upward:
                         stream = b"".join(filter(self.is_well_formed, tokens(stream)[0]))
-                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(rb"\xff[\xfa-\xfe][UVW\x13&.]", t))
+                    kept = b"".join(t for t in tokens(stream)[0] if not re.match(
+                        rb"\xff[\xfa-\xfe][UVW\x13&.]", t))
                     pieces = list(chop(rng, stream))
-                    self.assertEqual(way(pieces, False) if way == self.upward else way(pieces), kept)
+                    self.assertEqual(way(pieces, False) if way == self.upward else way(pieces),
+                                     kept)
         before = self.has.cpu_seconds()
         self.alice.barrier()
         self.assertRaises(socket.timeout, self.alice._read, time.monotonic() + 0.5)
@@ -9651,13 +9758,15 @@ class TestRelay(Case):
         _, client, link = self.echo_world()
         client.sock.settimeout(5)
         random_bytes = random.Random(4).getrandbits(8 << 17).to_bytes(1 << 17, "big")
-        for blob in (random_bytes.replace(b"\xff", b"\xfe"), random_bytes.replace(b"\xff", b"\xff\xff"), b"x" * (1 << 20)):
+        for blob in (random_bytes.replace(b"\xff", b"\xfe"),
+                     random_bytes.replace(b"\xff", b"\xff\xff"), b"x" * (1 << 20)):
             self.carry(blob, client.sock, link)
             self.carry(blob, link, client.sock)
 
     def test_prompts_half_lines_and_telnet_pass_at_once(self):
         _, client, link = self.echo_world()
-        for text in (b"Password prompt> ", b"\xff\xf1", b"Ready \xff\xf9", b"x\xff\xfb\x01y", b"half"):
+        for text in (b"Password prompt> ", b"\xff\xf1", b"Ready \xff\xf9", b"x\xff\xfb\x01y",
+                     b"half"):
             link.sendall(text)
             self.assertEqual(self.receive(client.sock, len(text)), text)
             client.send(text)
@@ -9682,11 +9791,13 @@ class TestRelay(Case):
 
     def test_a_client_that_never_reads_disturbs_nobody(self):
         world = self.world("tinymux")
-        has = Has(self, script=calm_program(), mush_address=world.address, output_limit=262144).wait_up()
+        has = Has(self, script=calm_program(), mush_address=world.address,
+                  output_limit=262144).wait_up()
         deaf = self.client(has, "connect Alice alicepw", world, "Alice", receive_buffer=4096)
         other = self.client(has, "connect Bob bobpw", world, "Bob")
         before = has.memory()
-        for _ in range(200):                                    # 22 MB: more than all kernel buffers hold
+        # 22 MB: more than all kernel buffers hold
+        for _ in range(200):
             world.emit("Alice", (b"spam " * 15 + b"\r\n") * 1500)
         world.wait(lambda w: not w.online("Alice")[0].out, 20, "HAS drains the deaf client's link")
         other.barrier()
@@ -9704,13 +9815,15 @@ class TestRelay(Case):
             change()
             begin, cpu = time.monotonic(), has.cpu_seconds()
             with self.assertRaisesRegex(AssertionError, "^no "):
-                client.expect("never sent", 1.5)                # waiting for what cannot come is the pause
+                # waiting for what cannot come is the pause
+                client.expect("never sent", 1.5)
             self.assertLess((has.cpu_seconds() - cpu) / (time.monotonic() - begin), 0.05)
 
     def test_a_forged_heartbeat_answer_changes_nothing(self):
         world = self.world("teenymush", shutdown_delay=0.3)
         has = Has(self, mush_address=world.address, beat=0.1).wait_up()
-        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n) for n in ("Alice", "Bob"))
+        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n)
+                      for n in ("Alice", "Bob"))
         for text in ("### PING ###", "=0123456789ab=", "1"):
             bob.send(f"@pemit *heartbeat={text}\r\n")
         bob.barrier()
@@ -9737,14 +9850,17 @@ class TestAddress(Case):
 
     def test_rhostmush_that_hangs_up_on_the_address_line(self):
         for words, quirks, settings in (
-                (b"SSL Connections are not allowed from your site.", {"trusted_address": False}, {}),
-                (b"SSL attempt to negotiate without SSL enabled.", {"proxy_enabled": False, "sconnect_cmd": "SESAME"},
+                (b"SSL Connections are not allowed from your site.", {"trusted_address": False},
+                 {}),
+                (b"SSL attempt to negotiate without SSL enabled.",
+                 {"proxy_enabled": False, "sconnect_cmd": "SESAME"},
                  {"remotehostname_cmd": "SESAME"})):
             with self.subTest(words):
                 world = self.world("rhostmush", **quirks)
                 has = Has(self, mush_address=world.address, **settings).wait_up()
                 world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
-                warning = rb"WARNING .*hangs up on the line that hands over addresses.*" + re.escape(words)
+                warning = rb"WARNING .*hangs up on the line that hands over addresses.*"
+                warning += re.escape(words)
                 has.wait_log(warning)
                 alice = self.client(has, "connect Alice alicepw", world, "Alice")
                 world.kill()
@@ -9772,20 +9888,23 @@ class TestAddress(Case):
         self.assertEqual(world.online("Alice")[0].address_given, first)
 
     def test_the_word_cannot_be_typed(self):
-        for family, word in (("teenymush", b"@remotehostname 6.6.6.6=1"), ("rhostmush", b"PROXY TCP4 6.6.6.6 1 2 3")):
+        for family, word in (("teenymush", b"@remotehostname 6.6.6.6=1"),
+                             ("rhostmush", b"PROXY TCP4 6.6.6.6 1 2 3")):
             for settings in ({}, {"remotehostname_cmd": "none"}):
                 with self.subTest(family, **settings):
                     world = self.world(family)
                     has = Has(self, mush_address=world.address, **settings).wait_up()
                     before = len(world.lines)
                     client = self.client(has)
-                    for forged in (word, word.upper() if b"@" in word else word, word[:3] + b"\0" + word[3:], b"  " + word,
-                                   word[:2] + b"\xff\xf1" + word[2:], word[:4] + b"\r" + word[4:], b"x\b" + word):
+                    for forged in (word, word.upper() if b"@" in word else word, word[:3] + b"\0" +
+                                   word[3:], b"  " + word, word[:2] + b"\xff\xf1" + word[2:],
+                                   word[:4] + b"\r" + word[4:], b"x\b" + word):
                         for byte in forged + b"\r\n":
                             client.send(bytes([byte]))
                     client.send("connect Alice alicepw\r\n")
                     world.wait(lambda w: w.online("Alice"), what="Alice is in")
-                    self.assertFalse([line for _, line in world.lines[before:] if b"6.6.6.6" in line])
+                    self.assertFalse(
+                        [line for _, line in world.lines[before:] if b"6.6.6.6" in line])
                     self.assertFalse(world.forged)
                     if family == "rhostmush":
                         client.barrier()
@@ -9797,7 +9916,8 @@ class TestAddress(Case):
     def test_pennmush_by_its_unix_socket(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        world = self.world("pennmush", silent_start=0.1, unix_path=folder + "/netmush.sock", address_window=5)
+        world = self.world("pennmush", silent_start=0.1, unix_path=folder + "/netmush.sock",
+                           address_window=5)
         has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
         client = has.client()
         self.addCleanup(client.close)
@@ -9806,24 +9926,29 @@ class TestAddress(Case):
         self.assertEqual(world.online("Alice")[0].address_given[0], "2001:db8::7")
 
     def test_the_scripted_pennmush_takes_an_address_only_at_once(self):
-        """As the real one, within 0.1 s; 5 s in other tests, where a busy machine must not decide."""
+        """As the real one, within 0.1 s; 5 s in other tests, where a busy machine must not decide.
+        """
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
         for window, host, heard in ((5, "h", [b"WHO"]), (-1, "(Unknown)", [b"1.2.3.4^h", b"WHO"])):
-            world = self.world("pennmush", unix_path=f"{folder}/{window}.sock", address_window=window)
+            world = self.world("pennmush", unix_path=f"{folder}/{window}.sock",
+                               address_window=window)
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(world.unix_path)
                 sock.sendall(b"1.2.3.4^h\r\nWHO\r\n")
                 world.wait(lambda w: w.lines[-1:] and w.lines[-1][1] == b"WHO", what="WHO is read")
-            self.assertEqual((world.all_connections[0].host, world.all_connections[0].lines), (host, heard))
+            self.assertEqual((world.all_connections[0].host, world.all_connections[0].lines),
+                             (host, heard))
 
     def test_proxy_lines_are_believed_from_proxy_from_only(self):
         world = self.world("rhostmush")
         has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
-        told = self.client(has, "PROXY TCP4 203.0.113.9 10.0.0.1 1 2\r\nconnect Alice alicepw", world, "Alice")
+        told = self.client(has, "PROXY TCP4 203.0.113.9 10.0.0.1 1 2\r\nconnect Alice alicepw",
+                           world, "Alice")
         self.assertEqual(world.online("Alice")[0].address_given, "203.0.113.9")
         silent = self.client(has)
-        silent.expect("(?i)connect", 5)         # no PROXY line within a second: a client like any other
+        # no PROXY line within a second: a client like any other
+        silent.expect("(?i)connect", 5)
         bad = self.client(has, "connect Bob bobpw", world, "Bob")
         self.assertEqual(world.online("Bob")[0].address_given, "127.0.0.1")
         for client in (told, bad):
@@ -9843,7 +9968,8 @@ class TestProgram(Case):
         """has.py run by a shell that has done something before."""
         return subprocess.run(
             ["sh", "-c", f"{before}exec {sys.executable} {calm_program()} {arguments}"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20, **more)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20,
+            **more)
 
     def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
         folder = tempfile.mkdtemp()
@@ -9854,8 +9980,9 @@ class TestProgram(Case):
         for arguments in (("--check",), ()):
             done = run_main("--config", conf, *arguments)
             self.assertEqual(done.returncode, 2)
-            for text in ("has.conf:1: beet: no such setting; did you mean beat?", "has.conf:2: local_port = many",
-                         "has.conf:3: mush_type = mushy", "3 wrong in the settings"):
+            for text in ("has.conf:1: beet: no such setting; did you mean beat?",
+                         "has.conf:2: local_port = many", "has.conf:3: mush_type = mushy",
+                         "3 wrong in the settings"):
                 self.assertIn(text, done.stderr)
 
     def test_port_taken(self):
@@ -9865,11 +9992,13 @@ class TestProgram(Case):
             self.addCleanup(shutil.rmtree, folder)
             conf = os.path.join(folder, "has.conf")
             with open(conf, "w") as file:
-                file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\nlocal_port_ssl = 0\nlog_file =\n")
+                file.write(
+                    f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\n"
+                    "local_port_ssl = 0\nlog_file =\n")
             done, port = run_failing("--config", conf), taken.getsockname()[1]
         self.assertEqual((done.returncode, os.listdir(folder)), (1, ["has.conf"]))
-        self.assertIn("cannot start: 127.0.0.1, local_port %d: Address already in use: another program has this port"
-                      % port, done.stderr)
+        self.assertIn(f"cannot start: 127.0.0.1, local_port {port}: Address already in use: "
+                      "another program has this port", done.stderr)
 
     def test_what_cannot_start_says_so_where_it_was_started(self):
         has = Has(self, mush_address="127.0.0.1:1").wait_down()
@@ -9877,12 +10006,15 @@ class TestProgram(Case):
         has.configure(log_file=log_file)
         done = run_failing("--config", has.conf)            # a second HAS on the same has.conf
         self.assertEqual((done.returncode, done.stderr.splitlines()), (1, [
-            f"has.py: cannot start: {has.conf[:-5]}.sock: another HAS is running with this has.conf"]))
+            f"has.py: cannot start: {has.conf[:-5]}.sock: "
+            "another HAS is running with this has.conf"]))
 
     def test_check_tries_what_a_start_needs(self):
         has = Has(self, mush_address="127.0.0.1:1").wait_down()
-        for settings, text in ((dict(log_file="/nonexistent/has.log"), "log_file = /nonexistent/has.log: cannot be written"),
-                               (dict(log_file="", local_address="192.0.2.1"), "local_address = 192.0.2.1: ")):
+        for settings, text in ((dict(log_file="/nonexistent/has.log"),
+                                "log_file = /nonexistent/has.log: cannot be written"),
+                               (dict(log_file="", local_address="192.0.2.1"),
+                                "local_address = 192.0.2.1: ")):
             has.configure(**settings)
             done = has.ask("--check")
             self.assertEqual(done.returncode, 2)
@@ -9899,7 +10031,8 @@ class TestProgram(Case):
         control = has.Control(None)
         with self.assertLogs(has.log, "WARNING") as said:
             control.open(path)
-        self.assertIn(f"no control socket at {path} (there is a file that is no socket)", said.output[0])
+        self.assertIn(f"no control socket at {path} (there is a file that is no socket)",
+                      said.output[0])
         with open(path) as file:
             self.assertEqual((file.read(), control.listener), ("precious\n", None))
 
@@ -9932,15 +10065,20 @@ class TestProgram(Case):
             after = len(has.log)
             spoil()
             has.signal(signal.SIGHUP)
-            has.wait_log(rb"sets nothing any more, or is not there(?s:.*)the old settings stay in force", 10, after)
+            has.wait_log(
+                rb"sets nothing any more, or is not there(?s:.*)the old settings stay in force", 10,
+                after)
         has.configure()
         has.signal(signal.SIGHUP)
         has.wait_log(rb"HUP: settings read")
 
     def test_odd_surroundings(self):
-        """An ASCII locale, closed outputs, few descriptors: no traceback, and a status that can be relied on."""
+        """An ASCII locale, closed outputs, few descriptors: no traceback, and a status that can be
+        relied on.
+        """
         has = Has(self, mush_address="127.0.0.1:1", offline_notice="caf\u00e9").wait_down()
-        environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0",
+                       "PYTHONCOERCECLOCALE": "0"}
         for request, status in (("--status", 1), ("--notice caf\u00e9", 0)):
             done = self.shell(f"--config {has.conf} {request}", env=environment)
             self.assertEqual((done.returncode, done.stderr), (status, ""))
@@ -9960,14 +10098,17 @@ class TestProgram(Case):
         has.wait_log(rb"is down for")
 
     def test_wrong_arguments_end_it_with_status_2(self):
-        for arguments, text in ((("--probe",), "--probe goes with --check"), (("--json",), "--json goes with --status"),
+        for arguments, text in ((("--probe",), "--probe goes with --check"),
+                                (("--json",), "--json goes with --status"),
                                 (("--config", "/nonexistent/has.conf"), "there is no such file"),
-                                (("--notice", " "), "say something"), (("--kick", "x"), "invalid int value")):
+                                (("--notice", " "), "say something"),
+                                (("--kick", "x"), "invalid int value")):
             done = run_main(*arguments)
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stderr)
 
-    @unittest.skipUnless(os.path.exists("/proc/self/status"), "only Linux says how large the table is")
+    @unittest.skipUnless(os.path.exists("/proc/self/status"),
+                         "only Linux says how large the table is")
     def test_the_table_of_descriptors_has_room_from_the_start(self):
         for most, room in ((300, 650), (10, 64), (0, min(20000, has.files_allowed(1)))):
             running = Has(self, mush_address="127.0.0.1:1", max_clients=most).wait_down()
@@ -10013,7 +10154,8 @@ class TestProgram(Case):
     def test_control_socket(self):
         world = self.world("tinymux")
         has = Has(self, mush_address=world.address, beat=0.1, admins="alice").wait_up()
-        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n) for n in ("Alice", "Bob"))
+        alice, bob = (self.client(has, f"connect {n} {n.lower()}pw", world, n)
+                      for n in ("Alice", "Bob"))
         bob.send("#?\r\n").barrier()
         self.assertNotIn(b"heartbeat:", bob.seen)
         alice.send("#?\r\n").expect("heartbeat: .*")
@@ -10021,7 +10163,8 @@ class TestProgram(Case):
         self.assertEqual(os.stat(has.conf[:-5] + ".sock").st_mode & 0o777, 0o600)
         done = self.shell(f"--config {has.conf} --status --json")
         status = json.loads(done.stdout)
-        self.assertEqual((done.returncode, status["world"]["health"], [s["name"] for s in status["sessions"]]),
+        self.assertEqual((done.returncode, status["world"]["health"],
+                          [s["name"] for s in status["sessions"]]),
                          (0, "up", ["Alice", "Bob"]))
         self.assertEqual(has.ask("--notice", "Cake \x1b[2J at nine").returncode, 0)
         for client in (alice, bob):
@@ -10039,7 +10182,8 @@ class TestProgram(Case):
         self.assertEqual(has.ask("--status").returncode, 1)
         has.signal(signal.SIGUSR1)
         has.wait_log(rb"outages: 1")
-        self.assertEqual(run_failing("--config", has.conf).returncode, 1)      # a second HAS on the same has.conf
+        # a second HAS on the same has.conf
+        self.assertEqual(run_failing("--config", has.conf).returncode, 1)
         has.stop()
         self.assertEqual(has.ask("--status").returncode, 3)
 
@@ -10050,7 +10194,8 @@ class TestProgram(Case):
         has = Has(self, mush_address=world.address).wait_up()
         port = free_port()
         has.configure(local_port=port, log_level="debug", control_socket=has.folder + "/other.sock")
-        process = subprocess.Popen([sys.executable, calm_program(), "--config", has.conf], stdin=slave, stdout=slave, stderr=slave)
+        process = subprocess.Popen([sys.executable, calm_program(), "--config", has.conf],
+                                   stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -10071,8 +10216,10 @@ class TestProgram(Case):
         self.assertEqual(process.wait(6), 0)
 
     def test_the_password_is_nowhere(self):
-        world = self.world("tinymux", players={"heartbeat": "hbs3cret", "Alice": "s3cretpw", "Bob": "bobpw"})
-        has = Has(self, script=calm_program(), mush_address=world.address, hb_pass="hbs3cret").wait_up()
+        world = self.world(
+            "tinymux", players={"heartbeat": "hbs3cret", "Alice": "s3cretpw", "Bob": "bobpw"})
+        has = Has(self, script=calm_program(), mush_address=world.address,
+                  hb_pass="hbs3cret").wait_up()
         alice = self.client(has, "connect Alice s3cretpw", world, "Alice")
         alice.send("@password s3cretpw=news3cret\r\n").expect("changed")
         world.kill()
@@ -10098,14 +10245,17 @@ class TestProgram(Case):
         path = os.path.join(has.folder, "has.log")
         has.configure(log_file=path)
         has.signal(signal.SIGHUP)
-        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path), what="the log file")
+        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path),
+                   what="the log file")
         os.rename(path, path + ".1")
         has.signal(signal.SIGHUP)
-        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path), what="a new log file")
+        world.wait(lambda w: os.path.exists(path) and "HUP: settings read" in read_text(path),
+                   what="a new log file")
         os.rename(path, path + ".2")
         has.configure(beat="often")             # logrotate waits for nobody's typing error
         has.signal(signal.SIGHUP)
-        world.wait(lambda w: os.path.exists(path) and "the old settings stay" in read_text(path), what="another log file")
+        world.wait(lambda w: os.path.exists(path) and "the old settings stay" in read_text(path),
+                   what="another log file")
         self.assertEqual(has.ask("--status").returncode, 0)
 
 
@@ -10115,8 +10265,8 @@ class TestTLS(Case):
         self.addCleanup(shutil.rmtree, self.folder)
         self.cert, self.key = certificate(self.folder)
         self.mush = self.world("tinymux")
-        self.has = Has(self, mush_address=self.mush.address, local_port=free_port(), local_port_ssl=free_port(), ssl_cert=self.cert,
-                       ssl_key=self.key).wait_up()
+        self.has = Has(self, mush_address=self.mush.address, local_port=free_port(),
+                       local_port_ssl=free_port(), ssl_cert=self.cert, ssl_key=self.key).wait_up()
         self.port = int(self.has.settings["local_port_ssl"])
 
     def test_tls_clients_ride_through_a_crash(self):
@@ -10206,8 +10356,8 @@ class TestTLS(Case):
 
     def test_tls_to_the_world(self):
         """Another HAS with a TLS port is a fine world that speaks TLS."""
-        outer = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_ssl_ca=self.cert,
-                    mush_type="tinymux").wait_up()
+        outer = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes",
+                    mush_ssl_ca=self.cert, mush_type="tinymux").wait_up()
         client = outer.client()
         self.addCleanup(client.close)
         client.send("connect Alice alicepw\r\n")
@@ -10216,7 +10366,8 @@ class TestTLS(Case):
         client.send("QUIT\r\n").expect_end()
         for _ in range(5):
             self.says_its_last_words(outer)
-        distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes", mush_type="tinymux")
+        distrustful = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes",
+                          mush_type="tinymux")
         distrustful.wait_log(rb"cannot be reached: TLS: CERTIFICATE_VERIFY_FAILED")
 
 
@@ -10226,14 +10377,19 @@ class TestTLSUnverified(Case):
         with tempfile.TemporaryDirectory() as folder:
             cert, key = certificate(folder)
             world, port = self.world(), free_port()
-            Has(self, mush_address=world.address, local_port_ssl=port, ssl_cert=cert, ssl_key=key).wait_up()
-            has = Has(self, mush_address=f"127.0.0.1:{port}", mush_type="tinymux", mush_ssl="yes", mush_ssl_verify="no")
+            Has(self, mush_address=world.address, local_port_ssl=port, ssl_cert=cert,
+                ssl_key=key).wait_up()
+            has = Has(self, mush_address=f"127.0.0.1:{port}", mush_type="tinymux", mush_ssl="yes",
+                      mush_ssl_verify="no")
             self.client(has.wait_up(), "connect Alice alicepw", world, "Alice")
 
 
 @functools.lru_cache(None)
 def old_program():
-    """The has.py of before the rehearsal had to prove anything, from git; None where that cannot be had."""
+    """The has.py of before the rehearsal had to prove anything, from git.
+
+    None where that cannot be had.
+    """
     done = subprocess.run(["git", "-C", HERE, "show", "92354d5:has.py"], stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL) if shutil.which("git") else None
     return done.stdout if done and done.returncode == 0 else None
@@ -10250,15 +10406,19 @@ class TestUpgrade(Case):
         self.mush.quota = None
 
     def start(self, python=sys.executable, fresh=False, **settings):
-        """HAS, whose upgrades come from `script`; `fresh`: that is also what is started, in a fresh interpreter."""
+        """HAS, whose upgrades come from `script`; `fresh`: that is also what is started, in a fresh
+        interpreter.
+        """
         arguments = dict(script=self.script) if fresh else dict(arguments=("--script", self.script))
-        self.has = Has(self, python, mush_address=self.mush.address, beat=0.3, **arguments, **settings).wait_up()
+        self.has = Has(self, python, mush_address=self.mush.address, beat=0.3, **arguments,
+                       **settings).wait_up()
         self.pid = self.has.process.pid
 
     def start_with_tls(self, *arguments):
         cert, key = certificate(self.folder)
         self.tls_port = free_port()
-        self.start(*arguments, local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert, ssl_key=key)
+        self.start(*arguments, local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert,
+                   ssl_key=key)
 
     def player(self, name, password, tls=False):
         client = TLSClient(self.tls_port) if tls else self.has.client()
@@ -10313,7 +10473,8 @@ class TestUpgrade(Case):
     def test_every_line_typed_during_upgrades_is_answered_once(self):
         self.start_with_tls()
         clients = [self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)]
-        stop, sent, answered, wrong, change = threading.Event(), [0, 0], [0, 0], [], threading.Condition()
+        stop, change = threading.Event(), threading.Condition()
+        sent, answered, wrong = [0, 0], [0, 0], []
 
         def type_on(which):
             try:
@@ -10335,7 +10496,8 @@ class TestUpgrade(Case):
                 last = list(sent)
                 change.wait_for(lambda: wrong or all(map(operator.gt, answered, last)), 10)
                 self.assertEqual(wrong, [])
-                self.assertTrue(all(map(operator.gt, answered, last)), f"{answered} answered, {last} typed before")
+                self.assertTrue(all(map(operator.gt, answered, last)),
+                                f"{answered} answered, {last} typed before")
         threads = [threading.Thread(target=type_on, args=(n,)) for n in (0, 1)]
         for thread in threads:
             thread.start()
@@ -10355,15 +10517,19 @@ class TestUpgrade(Case):
             self.assertEqual(numbers, list(range(1, sent[which] + 1)))
 
     def test_a_file_that_could_not_take_over(self):
-        """It does not compile, is empty, cut off before main() is called, another program, or older than the proof."""
+        """It does not compile, is empty, cut off before main() is called, another program, or older
+        than the proof.
+        """
         self.start()
         alice = self.player("Alice", "alicepw")
         with open(HAS) as file:
             whole = file.read()
         hollow = rb"failed its rehearsal \(it ended without a proof"
-        for text, expect in ((whole.replace("class Hub(Loop):", "class Hub(Loop)"), rb"failed its rehearsal \(status 1"),
+        for text, expect in ((whole.replace("class Hub(Loop):", "class Hub(Loop)"),
+                              rb"failed its rehearsal \(status 1"),
                              ("", hollow), (whole[:whole.index("if __name__ ==")], hollow),
-                             ("print('hello')\n", hollow), ("print('HAS took over 1 sessions: 0')\n", hollow)):
+                             ("print('hello')\n", hollow),
+                             ("print('HAS took over 1 sessions: 0')\n", hollow)):
             with open(self.script, "w") as file:
                 file.write(text)
             self.upgrade(expect)
@@ -10383,13 +10549,17 @@ class TestUpgrade(Case):
         self.has.wait_log(rb"rehearsing the upgrade", 20, after)
         with open(self.script, "w") as file:
             file.write("raise SystemExit\n")
-        self.has.wait_log(rb"HAS 1\.0b goes on where HAS|HAS 1\.0b goes on where 1\.0 left off", 20, after)
+        self.has.wait_log(rb"HAS 1\.0b goes on where HAS|HAS 1\.0b goes on where 1\.0 left off", 20,
+                          after)
         alice.barrier()
         self.assertNotIn(b"NOTICE", alice.seen)
 
-    @unittest.skipIf(old_program() is None, "the has.py of before is not in the history of this checkout")
+    @unittest.skipIf(old_program() is None,
+                     "the has.py of before is not in the history of this checkout")
     def test_from_the_program_of_before(self):
-        """Users of a HAS that runs since before the rules of today are taken over, and back is refused."""
+        """Users of a HAS that runs since before the rules of today are taken over, and back is
+        refused.
+        """
         with open(self.script, "wb") as file:
             file.write(old_program())
         self.start(fresh=True)
@@ -10410,7 +10580,8 @@ class TestUpgrade(Case):
         with open(self.script, "wb") as file:
             file.write(old_program())
         self.has.check_log()
-        self.has.faults = True                  # the old program's, which does not know all that is packed
+        # the old program's, which does not know all that is packed
+        self.has.faults = True
         self.upgrade(rb"failed its rehearsal")
         alice.barrier()
 
@@ -10421,7 +10592,8 @@ class TestUpgrade(Case):
         alice = self.player("Alice", "alicepw")
         after = len(self.has.log)
         self.has.signal(signal.SIGUSR2)
-        self.has.wait_log(rb"(?s)a fault of HAS, which goes on as it is.*planted.*the heartbeat is", 20, after)
+        self.has.wait_log(rb"(?s)a fault of HAS, which goes on as it is.*planted.*the heartbeat is",
+                          20, after)
         alice.barrier()
         self.has.signal(signal.SIGUSR1)         # signals are not blocked any more
         self.has.wait_log(rb"INFO HAS 1.*pid", 10, after)
@@ -10430,14 +10602,16 @@ class TestUpgrade(Case):
         self.start_with_tls()
         alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
         self.has.faults = True
-        self.edit("        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state[\"heartbeat\"])\n",
+        heartbeat = 'hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])'
+        self.edit(f"        {heartbeat}\n",
                   "        raise RuntimeError('planted')\n")
         self.upgrade(rb"(?s)planted.*goes on where")
         alice.barrier(), bob.barrier()
         self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
 
     def test_a_fault_in_the_main_loop_is_survived(self):
-        self.edit("    def log_status(self):\n", "    def log_status(self):\n        raise RuntimeError('planted')\n")
+        self.edit("    def log_status(self):\n",
+                  "    def log_status(self):\n        raise RuntimeError('planted')\n")
         self.start(fresh=True)
         self.has.faults = True
         alice = self.player("Alice", "alicepw")
@@ -10533,7 +10707,8 @@ class TestTelnetRealTinyMUX(TelnetCase):
         alice = Terminal(has.port)
         self.addCleanup(alice.close)
         alice.expect("Welcome")
-        alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on, "UTF-8 is agreed")
+        alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on,
+                   "UTF-8 is agreed")
         alice.send("create Zoe caf\u00e9\r\n")
         self.look(alice)
         mux.command("@dump")
@@ -10585,7 +10760,9 @@ class TestTelnetRealTinyMUX(TelnetCase):
 # ---- A client, and HAS in a process of its own
 
 class Client:
-    """A player's connection to HAS (or straight to a world). Never sleeps: it waits for text, with a deadline."""
+    """A player's connection to HAS (or straight to a world). Never sleeps: it waits for text, with
+    a deadline.
+    """
 
     def __init__(self, port, host="127.0.0.1", receive_buffer=0):
         self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -10607,7 +10784,10 @@ class Client:
         return data
 
     def expect(self, pattern, seconds=10.0):
-        """Read until `pattern` (bytes or text, a regular expression); return all text up to its end."""
+        """Read until `pattern` (bytes or text, a regular expression).
+
+        Return all text up to its end.
+        """
         pattern = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
         until = time.monotonic() + seconds
         while True:
@@ -10618,9 +10798,11 @@ class Client:
             try:
                 ended = not self._read(until)
             except socket.timeout:
-                raise AssertionError(f"no {pattern.pattern!r} in {seconds} s; unread: {self.text!r}") from None
+                raise AssertionError(
+                    f"no {pattern.pattern!r} in {seconds} s; unread: {self.text!r}") from None
             except OSError as error:
-                raise AssertionError(f"{error} before {pattern.pattern!r}; unread: {self.text!r}") from None
+                raise AssertionError(
+                    f"{error} before {pattern.pattern!r}; unread: {self.text!r}") from None
             if ended:
                 raise AssertionError(f"closed before {pattern.pattern!r}; unread: {self.text!r}")
 
@@ -10631,7 +10813,9 @@ class Client:
             data = data[-200:] + self.sock.recv(262144)
 
     def expect_notice(self, text, seconds=10.0):
-        """Read until the notice; nothing came with it but a colour reset, and that only after an escape of the world's."""
+        """Read until the notice; nothing came with it but a colour reset, and that only after an
+        escape of the world's.
+        """
         coloured = b"\x1b" in self.seen[:len(self.seen) - len(self.text)]
         found, wanted = self.expect(re.escape(text) + r"\r\n", seconds), text.encode() + b"\r\n"
         if found != (b"\x1b[0m" if coloured else b"") + wanted:
@@ -10651,7 +10835,9 @@ class Client:
         return text
 
     def barrier(self):
-        """Have the game answer a unique line; return what came before it: the proof that nothing else came."""
+        """Have the game answer a unique line; return what came before it: the proof that nothing
+        else came.
+        """
         mark = f"barrier-{next(_marks)}"
         before = self.send(f"say {mark}\r\n").expect(rb'"?%s"?\r?\n' % mark.encode())
         return before.rpartition(b"You say")[0]
@@ -10669,13 +10855,16 @@ _marks = itertools.count(1)
 
 
 class Terminal(Client):
-    """A client that speaks telnet as RFC 1143 wants it (it answers changes only), on a thread of its own."""
+    """A client that speaks telnet as RFC 1143 wants it (it answers changes only), on a thread of
+    its own.
+    """
 
     def __init__(self, port, agrees=EVERYTHING, size=(132, 43)):
         super().__init__(port)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.agrees, self.size, self.types = set(agrees), size, itertools.cycle(TTYPES)
-        self.on, self.commands = set(), []          # {(DO or WILL, option)} the other side may count on
+        # {(DO or WILL, option)} the other side may count on
+        self.on, self.commands = set(), []
         self.raw, self.rest, self.fresh, self.over = b"", b"", b"", False
         self.change = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
@@ -10727,7 +10916,8 @@ class Terminal(Client):
 
     def _read(self, until):
         with self.change:
-            if not self.change.wait_for(lambda: self.fresh or self.over, max(0.001, until - time.monotonic())):
+            if not self.change.wait_for(lambda: self.fresh or self.over,
+                                        max(0.001, until - time.monotonic())):
                 raise socket.timeout()
             data, self.fresh = self.fresh, b""
         self.text += data
@@ -10753,7 +10943,7 @@ class Terminal(Client):
 
 @functools.lru_cache(None)
 def calm_program():
-    """A has.py that suspects nobody (in most tests worlds die just behind logins, see has.Suspects), compiled once.
+    """A has.py that suspects nobody (in most tests worlds die just behind logins), compiled once.
 
     Returns the path of a program that starts it: half of what a start costs is compiling.
     """
@@ -10765,12 +10955,15 @@ def calm_program():
     pathlib.Path(folder, "has.py").write_text(calm, encoding="utf-8")
     py_compile.compile(os.path.join(folder, "has.py"), doraise=True)
     start = pathlib.Path(folder, "start.py")
-    start.write_text("import sys, has\nhas.prepare_output()\nsys.exit(has.main())\n", encoding="utf-8")
+    start.write_text("import sys, has\nhas.prepare_output()\nsys.exit(has.main())\n",
+                     encoding="utf-8")
     return str(start)
 
 
 def run_main(*arguments):
-    """has.main() in this process, for what does not start a HAS: its exit status and what it prints."""
+    """has.main() in this process, for what does not start a HAS: its exit status and what it
+    prints.
+    """
     out, errors, level = io.StringIO(), io.StringIO(), has.log.level
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), \
             mock.patch.multiple(has.log, handlers=[], propagate=has.log.propagate):
@@ -10791,11 +10984,12 @@ def run_failing(*arguments):
 
 
 class Nursery:
-    """A process that has imported has.py and forks one HAS after another: a tenth of what a start costs.
+    """A process that has imported has.py and forks one HAS after another, without a start's cost.
 
-    It is forked itself before the tests open anything or start a thread. Requests are lines of JSON, one
-    at a time: {arguments, environ} and a descriptor for stderr beside it, answered by the new pid; or a pid,
-    answered by its exit status, null while it lives. As in calm_program() nobody is suspected.
+    It is forked itself before the tests open anything or start a thread. Requests are lines of
+    JSON, one at a time: {arguments, environ} and a descriptor for stderr beside it, answered by the
+    new pid; or a pid, answered by its exit status, null while it lives. As in calm_program() nobody
+    is suspected.
     """
 
     sock = None                     # our end; None: HASes are started in fresh interpreters
@@ -10818,7 +11012,8 @@ class Nursery:
     def ask(cls, request, *fds):
         with cls.lock:
             cls.sock.sendmsg([json.dumps(request).encode() + b"\n"],
-                             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd)) for fd in fds])
+                             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))
+                              for fd in fds])
             return json.loads(cls.sock.recv(100).decode())
 
     @classmethod
@@ -10835,7 +11030,9 @@ class Nursery:
                 errors, = struct.unpack("i", packed)
             if data.endswith(b"\n"):
                 request, data = json.loads(data.decode()), b""
-                answer = cls.bear(errors, **request) if isinstance(request, dict) else cls.status_of(request)
+                answer = cls.bear(errors,
+                                  **request) if isinstance(request,
+                                                           dict) else cls.status_of(request)
                 sock.sendall(json.dumps(answer).encode())
 
     @staticmethod
@@ -10905,9 +11102,10 @@ class Born:
 
 
 class Has:
-    """has.py in a process of its own, with a has.conf made of the keyword arguments; port 0, so many run at once.
+    """has.py in a process of its own; has.conf is made of the keyword arguments.
 
-    It is a child of the nursery where there is one, unless the test needs a certain `script` or `python`.
+    It listens on port 0, so that many run at once, and is a child of the nursery where there is
+    one, unless the test needs a certain `script` or `python`.
     """
 
     faults = False                  # True: the test has planted one
@@ -10916,14 +11114,16 @@ class Has:
         self.folder = tempfile.mkdtemp(prefix="has-test-")
         case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.conf = os.path.join(self.folder, "has.conf")
-        self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1, "hb_timeout": 2,
-                         "max_per_host": 0, "log_level": "debug", "login_hold": 0, "hold": 0, "log_file": "",
-                         "hb_user": "heartbeat", "hb_pass": "heartbeat", "remotehostname_cmd": "auto",
-                         "mush_type": "auto", "resume_rate": "auto", "max_clients": 0, "failover_after": 60,
-                         "failback_after": 0, "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
+        self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1,
+                         "hb_timeout": 2, "max_per_host": 0, "log_level": "debug", "login_hold": 0,
+                         "hold": 0, "log_file": "", "hb_user": "heartbeat", "hb_pass": "heartbeat",
+                         "remotehostname_cmd": "auto", "mush_type": "auto", "resume_rate": "auto",
+                         "max_clients": 0, "failover_after": 60, "failback_after": 0,
+                         "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
                          "output_limit": 1048576,
-                         "offline_notice": OFFLINE, "online_notice": ONLINE, "unsent_notice": UNSENT,
-                         "moved_notice": MOVED, "silent_notice": SILENT, "relogin_failed_notice": REFUSED}
+                         "offline_notice": OFFLINE, "online_notice": ONLINE,
+                         "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
+                         "relogin_failed_notice": REFUSED}
         known = has.read_constants(script or HAS)[0]    # an older has.py lacks some
         self.settings.update({key: text for key, text in RARE_NOTICES.items() if key in known})
         self.configure(**settings)
@@ -10932,8 +11132,8 @@ class Has:
             self.process = Born(["--config", self.conf, *arguments])
         else:
             self.process = subprocess.Popen(
-                [python, script or calm_program(), "--config", self.conf, *arguments], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                [python, script or calm_program(), "--config", self.conf, *arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         case.addCleanup(self.end)
@@ -10967,14 +11167,16 @@ class Has:
         with self._change:
             self._change.wait_for(seen, seconds)
         if not found[0]:
-            raise AssertionError(f"no {pattern!r} in the log within {seconds} s:\n{self._log.decode()}")
+            raise AssertionError(
+                f"no {pattern!r} in the log within {seconds} s:\n{self._log.decode()}")
         return found[0]
 
     def wait_count(self, text, count, seconds=10.0):
         """Wait until `text` stands in the log `count` times."""
         with self._change:
             if not self._change.wait_for(lambda: self._log.count(text) >= count, seconds):
-                raise AssertionError(f"{self._log.count(text)} of {count} times {text!r} in the log")
+                raise AssertionError(
+                    f"{self._log.count(text)} of {count} times {text!r} in the log")
 
     def wait_up(self):
         self.wait_log(rb"is up")
@@ -11034,20 +11236,25 @@ class Has:
         status = self.stop()
         self.check_log()
         if status and not self.faults:
-            raise AssertionError(f"HAS ended with status {status}:\n{self.log[-6000:].decode('utf-8', 'replace')}")
+            raise AssertionError(
+                f"HAS ended with status {status}:\n{self.log[-6000:].decode('utf-8', 'replace')}")
 
 
-OFFLINE, ONLINE = "# NOTICE # This world is OFFLINE. Please wait till it returns.", "# NOTICE # This world is ONLINE again."
-UNSENT, MOVED = "# NOTICE # This world is OFFLINE. Not sent:", "# NOTICE # This world is moving to another machine."
-SILENT, REFUSED = "# NOTICE # This world does not answer just now.", "# NOTICE # This world did not take your login."
+OFFLINE = "# NOTICE # This world is OFFLINE. Please wait till it returns."
+ONLINE = "# NOTICE # This world is ONLINE again."
+UNSENT = "# NOTICE # This world is OFFLINE. Not sent:"
+MOVED = "# NOTICE # This world is moving to another machine."
+SILENT = "# NOTICE # This world does not answer just now."
+REFUSED = "# NOTICE # This world did not take your login."
 
 
 def certificate(folder):
     """A self-signed certificate and its key; the tests need the openssl program for it."""
     cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key,
-         "-out", cert, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost,IP:127.0.0.1"],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return cert, key
 
@@ -11063,11 +11270,12 @@ class TLSClient(Client):
 
 
 class Ports:
-    """Ports for programs that bind them later: no other test, of this process or another, is given the same.
+    """Ports for programs that bind them later: no other test, of any process, is given the same.
 
-    They lie below those that the kernel gives to connects: while nobody listens none takes them, and a client that
-    keeps trying is not connected to itself. A lock on one byte of a common file for each port,
-    held until the process ends, is what other processes of the suite see; the set is for this one.
+    They lie below those that the kernel gives to connects: while nobody listens none takes them,
+    and a client that keeps trying is not connected to itself. A lock on one byte of a common file
+    for each port, held until the process ends, is what other processes of the suite see; the set
+    is for this one.
     """
 
     given = set()
@@ -11076,7 +11284,8 @@ class Ports:
     @classmethod
     def free(cls):
         if cls.file is None:
-            cls.file = open(os.path.join(tempfile.gettempdir(), f"has-test-ports-{os.getuid()}"), "ab")
+            cls.file = open(os.path.join(tempfile.gettempdir(), f"has-test-ports-{os.getuid()}"),
+                            "ab")
         while True:
             port = random.SystemRandom().randrange(5000, 32000)
             if port not in cls.given and cls.lock(port) and cls.unused(port):
@@ -11106,11 +11315,13 @@ free_port = Ports.free
 
 # ---- Scripted worlds
 #
-# Small fake MUSH servers that behave as strangely as the real ones. One daemon thread per world runs a
-# selectors loop and owns every socket; methods called by a test run in that thread and are waited for.
-# Where a recording disagrees with the facts files the recording won.
-PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw", "Wizard": "wizpw", "Mary Ann": "marypw"}
-_start_ids = itertools.count(int(time.time()) - 10 ** 6)    # every start of any world gets one of its own, long past
+# Small fake MUSH servers that behave as strangely as the real ones. One daemon thread per world
+# runs a selectors loop and owns every socket; methods called by a test run in that thread and are
+# waited for. Where a recording disagrees with the facts files the recording won.
+PLAYERS = {"heartbeat": "heartbeat", "Alice": "alicepw", "Bob": "bobpw", "Carol": "carolpw",
+           "Wizard": "wizpw", "Mary Ann": "marypw"}
+# every start of any world gets one of its own, long past
+_start_ids = itertools.count(int(time.time()) - 10 ** 6)
 
 
 class Connection:
@@ -11123,9 +11334,11 @@ class Connection:
         self.player = self.address_given = self.size = self.ttype = self.charset = self.epoch = None
         self.host, self.ip, self.utf8 = world.HOST, "127.0.0.1", False
         self.prefix = self.suffix = ""
-        self.settings, self.options = {}, {}            # SCREENWIDTH ... ; option -> set of verbs the client sent
+        # SCREENWIDTH ... ; option -> set of verbs the client sent
+        self.settings, self.options = {}, {}
         self.lines, self.raw = [], bytearray()
-        self.partial, self.queue, self.out = [], collections.deque(), bytearray()    # partial: one entry a character
+        # partial: one entry a character
+        self.partial, self.queue, self.out = [], collections.deque(), bytearray()
         self.telnet_state, self.telnet_sub, self.begun = "text", bytearray(), b""
         self.tail = b""                                 # the beginning of a telnet sequence
         self.failures, self.login_number, self.used = 0, 0, 0
@@ -11134,7 +11347,8 @@ class Connection:
         self.closing = self.ghost = self.gone = False
 
     def __repr__(self):
-        return "<Connection %d %s%s>" % (self.id, self.player or "login screen", " gone" if self.gone else "")
+        return "<Connection %d %s%s>" % (self.id, self.player or "login screen",
+                                         " gone" if self.gone else "")
 
     def write(self, data):
         """One write, as the server does it: what the kernel takes goes out at once."""
@@ -11156,7 +11370,9 @@ class Connection:
 
 
 class World:
-    """What all families share: sockets, timers, telnet, line editing, players, the methods tests call."""
+    """What all families share: sockets, timers, telnet, line editing, players, the methods tests
+    call.
+    """
     family = "plain"
     HOST, EOL, BANNER, BACKLOG, FIRST_NUMBER = "127.0.0.1", "\r\n", "Welcome\r\n", 64, 2
     ANSWERS = {}                # (verb, option) -> reply, where it is not a plain refusal
@@ -11164,14 +11380,16 @@ class World:
     EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
     MAX_LINE = 8000
     TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
-    RESTART = None              # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
+    # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
+    RESTART = None
 
     def __init__(self, players=None, port=0, backlog=None, unix_path=None, **quirks):
         self.players = dict(PLAYERS if players is None else players)
         self.wizards = {"heartbeat", "Wizard"}
         self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
         self.backlog = self.BACKLOG if backlog is None else backlog
-        self.reset_on_kill = self.silent_banner = self.guests = self.logins_disabled = self.accept_bug = False
+        self.reset_on_kill = self.silent_banner = self.guests = False
+        self.logins_disabled = self.accept_bug = False
         self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
         self.start_id = self.max_players = self.sconnect_cmd = None
         self.silent_start, self.address_window, self.shutdown_delay = 1.0, 0.1, 2.0
@@ -11184,10 +11402,12 @@ class World:
         self.evaluated, self.forged, self.errors = [], [], []
         self.accepted = self.starts = 0
         self.running = self.frozen = False
-        self.aliases, self.numbers, self.last_seen, self.failed, self.ip_failures = {}, {}, {}, {}, {}
+        self.aliases, self.numbers, self.last_seen = {}, {}, {}
+        self.failed, self.ip_failures = {}, {}
         for name in self.players:
             self.number(name)
-        self._ids, self._login_ids, self._timer_ids = itertools.count(1), itertools.count(1), itertools.count()
+        self._ids, self._login_ids, self._timer_ids = itertools.count(1), itertools.count(
+            1), itertools.count()
         self._timers, self._calls, self._listeners, self._stranded = [], collections.deque(), [], []
         self._changed = threading.Condition()
         self._record = collections.deque(maxlen=3000)
@@ -11196,7 +11416,7 @@ class World:
         self._began = time.monotonic()
         self.dump()
 
-    # -- what tests call ---------------------------------------------------------------------------------------------
+    # -- what tests call ---------------------------------------------------------------------------
 
     @property
     def address(self):
@@ -11204,7 +11424,8 @@ class World:
 
     def online(self, name=None):
         """The connections logged in (as `name`, any case), oldest login first."""
-        found = [c for c in list(self.connections) if c.player and (name is None or c.player.lower() == name.lower())]
+        found = [c for c in list(self.connections) if c.player and
+                 (name is None or c.player.lower() == name.lower())]
         return sorted(found, key=lambda c: c.login_number)
 
     def wait(self, predicate, seconds=10.0, what=""):
@@ -11220,11 +11441,13 @@ class World:
                     break
                 self._changed.wait(left)
             raise AssertionError("%s: %s did not happen in %.1f s\n%s\n%s" % (
-                self.family, what or "what was waited for", seconds, "\n".join(self.errors), self.transcript(60)))
+                self.family, what or "what was waited for", seconds, "\n".join(self.errors),
+                self.transcript(60)))
 
     def transcript(self, last=None):
         with self._changed:
-            return "\n".join("%8.3f %s #%s %r" % entry for entry in list(self._record)[-(last or 0):])
+            return "\n".join("%8.3f %s #%s %r" % entry
+                             for entry in list(self._record)[-(last or 0):])
 
     def start(self):
         """A real start: new start id, same port, nothing remembered of connections."""
@@ -11236,14 +11459,18 @@ class World:
         self._do(self._die, self.reset_on_kill)
 
     def crash_losing(self):
-        """kill -9 with what that loses: everything since the last dump (not on TinyMUSH, whose LMDB keeps it)."""
+        """kill -9 with what that loses: everything since the last dump (not on TinyMUSH, whose LMDB
+        keeps it).
+        """
         self._do(self._crash_losing)
 
     def dump(self):
-        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers), set(self.wizards))
+        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers),
+                        set(self.wizards))
 
     def shutdown(self, by="Wizard", delay=None):
-        """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running)."""
+        """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running).
+        """
         self._do(self._shutdown, by, self.shutdown_delay if delay is None else delay)
 
     def sigterm(self):
@@ -11273,7 +11500,9 @@ class World:
         self._do(lambda: [c.write(raw) for c in self.online(name)])
 
     def keepalive(self):
-        """TeenyMUSH: IAC NOP to every socket, also before login, without a line end (every 60 s there)."""
+        """TeenyMUSH: IAC NOP to every socket, also before login, without a line end (every 60 s
+        there).
+        """
         self._do(lambda: [c.write(b"\xff\xf1") for c in self.connections])
 
     def hang_up(self, conn, last_words=""):
@@ -11296,9 +11525,10 @@ class World:
         if self.unix_path and os.path.exists(self.unix_path):
             os.unlink(self.unix_path)
         if self.errors:
-            raise AssertionError("%s: errors of the fake world:\n%s" % (self.family, "\n".join(self.errors)))
+            raise AssertionError("%s: errors of the fake world:\n%s" % (
+                self.family, "\n".join(self.errors)))
 
-    # -- the thread --------------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _do(self, function, *args):
         """Run it in the world's thread and wait for it."""
@@ -11308,10 +11538,12 @@ class World:
             self._launch()
         outcome, done = [], threading.Event()
         self._calls.append((functools.partial(function, *args), outcome, done))
-        with contextlib.suppress(OSError):              # full, or the thread has done it already and ended
+        # full, or the thread has done it already and ended
+        with contextlib.suppress(OSError):
             self._wake.send(b"!")
         if not done.wait(10):
-            raise AssertionError(self.family + ": the world's thread is stuck\n" + self.transcript(60))
+            raise AssertionError(self.family + ": the world's thread is stuck\n" +
+                                 self.transcript(60))
         if outcome:
             raise outcome[0]
 
@@ -11331,7 +11563,8 @@ class World:
             with self._changed:
                 try:
                     self._turn(ready)
-                except Exception:           # a bug in the fake world must fail the test, not hang it
+                except Exception:
+                    # a bug in the fake world must fail the test, not hang it
                     self.errors.append(traceback.format_exc())
                 self._changed.notify_all()
         self._selector.close()
@@ -11346,7 +11579,9 @@ class World:
         return max(0, self._timers[0][0] - time.monotonic())
 
     def _turn(self, ready):
-        """Read everything that is ready, then run commands in turns: one of each connection, as the C servers do."""
+        """Read everything that is ready, then run commands in turns: one of each connection, as the
+        C servers do.
+        """
         for key, events in ready:
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
@@ -11381,12 +11616,13 @@ class World:
     def _note(self, direction, number, data):
         self._record.append((time.monotonic() - self._began, direction, number, bytes(data[:2000])))
 
-    # -- life and death ----------------------------------------------------------------------------------------------
+    # -- life and death ----------------------------------------------------------------------------
 
     def _start(self):
         assert not self.running, "already started"
         self.starts += 1
-        self.start_id = next(_start_ids) if self._given_id is None else self._given_id + self.starts - 1
+        self.start_id = next(
+            _start_ids) if self._given_id is None else self._given_id + self.starts - 1
         self._note("!", 0, b"start")
         self.ip_failures.clear()
         self.frozen = self._asleep = False
@@ -11414,7 +11650,9 @@ class World:
         return sock
 
     def _tcp_listener(self):
-        """A second, never listening socket keeps the port ours while the world is down (connects are refused)."""
+        """A second, never listening socket keeps the port ours while the world is down (connects
+        are refused).
+        """
         if self._reserve is None:
             self._reserve = self._bound()
         try:
@@ -11434,7 +11672,8 @@ class World:
         for conn in self.connections:
             if not conn.ghost:
                 if reset:
-                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack("ii", 1, 0))
                 self._unwatch(conn.sock)
                 conn.sock.close()
             conn.gone = True
@@ -11445,7 +11684,8 @@ class World:
 
     def _crash_losing(self):
         if not self.KEEPS_PLAYERS:
-            self.players, self.aliases, self.numbers, self.wizards = (type(part)(part) for part in self._dumped)
+            self.players, self.aliases, self.numbers, self.wizards = (
+                type(part)(part) for part in self._dumped)
         self._die(self.reset_on_kill)
 
     def _clean_exit(self):
@@ -11483,7 +11723,8 @@ class World:
         seconds, before, after, deaf, telnet = self.RESTART
         self._broadcast(before.format(by=by))
         self._asleep = True
-        if deaf:                            # RhostMUSH: connects are refused for 40 ms, all sockets are fine
+        # RhostMUSH: connects are refused for 40 ms, all sockets are fine
+        if deaf:
             self._close_listeners()
         self._watch_all()
         self._at(seconds, self._restarted, after, deaf, telnet)
@@ -11497,7 +11738,7 @@ class World:
         self._broadcast(after)
         self._watch_all()
 
-    # -- sockets -----------------------------------------------------------------------------------------------------
+    # -- sockets -----------------------------------------------------------------------------------
 
     def _accept(self, listener, _events):
         fresh, self._stranded = self._stranded, []
@@ -11506,7 +11747,8 @@ class World:
         with contextlib.suppress(BlockingIOError):
             while True:
                 fresh.append(listener.accept()[0])
-        if self.accept_bug and len(fresh) > 2:  # PennMUSH: one of three connects in the same instant is not served
+        # PennMUSH: one of three connects in the same instant is not served
+        if self.accept_bug and len(fresh) > 2:
             self._stranded.append(fresh.pop())  # until somebody else connects
         for sock in fresh:
             self._adopt(sock)
@@ -11548,7 +11790,8 @@ class World:
             return self._drop(conn)
         if self._stopped():
             return
-        events = (0 if conn.closing else selectors.EVENT_READ) | (selectors.EVENT_WRITE if conn.out else 0)
+        events = (0 if conn.closing else selectors.EVENT_READ) | (
+            selectors.EVENT_WRITE if conn.out else 0)
         try:
             if self._selector.get_key(conn.sock).events != events:
                 self._selector.modify(conn.sock, events, functools.partial(self._ready, conn))
@@ -11574,7 +11817,9 @@ class World:
             self._hung_up(conn)
 
     def _hung_up(self, conn):
-        """TinyMUX and RhostMUSH keep a closed connection in the game until its queued commands are done."""
+        """TinyMUX and RhostMUSH keep a closed connection in the game until its queued commands are
+        done.
+        """
         self._run_commands()
         if conn.gone:
             return
@@ -11597,7 +11842,7 @@ class World:
             self.connections.remove(conn)
         self._leave(conn)
 
-    # -- input: telnet, editing, lines -------------------------------------------------------------------------------
+    # -- input: telnet, editing, lines -------------------------------------------------------------
 
     # Byte by byte as worlds/bytes.md has it for each family; nothing of it is shared with has.py.
 
@@ -11605,7 +11850,8 @@ class World:
 
     def received(self, conn, data):
         lines = []
-        self.read(conn, self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data, lines)
+        self.read(conn, self._strip_telnet(conn, data) if self.HAS_TELNET and self.telnet else data,
+                  lines)
         self.arrived(conn, lines)
 
     def read(self, conn, text, lines):
@@ -11722,13 +11968,16 @@ class World:
 
     def mssp(self):
         """Name, players and start id; TeenyMUSH has no other start id."""
-        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id,
+                                       port=self.port)
         return sub(MSSP, pairs.encode("latin-1"))
 
-    # -- commands ----------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     def _run_commands(self):
-        """In turns, the newest connection first, one command each: C servers' order when several arrive together."""
+        """In turns, the newest connection first, one command each: C servers' order when several
+        arrive together.
+        """
         busy = True
         while busy and self.running and not self._stopped():
             busy = False
@@ -11740,7 +11989,10 @@ class World:
             self._drop(conn)
 
     def _affordable(self, conn):
-        """The quota: 100 commands at once, then one a second; what comes faster waits in the queue."""
+        """The quota: 100 commands at once, then one a second.
+
+        What comes faster waits in the queue.
+        """
         if not (self.QUOTA and self.quota) or conn.settings.get("NOQUOTA") == "YES":
             return True
         seconds = int(time.monotonic() - conn.refilled)
@@ -11757,20 +12009,25 @@ class World:
             return conn.finish()
         conn.tell("you said: %s\r\n" % line)
 
-    # -- players -----------------------------------------------------------------------------------------------------
+    # -- players -----------------------------------------------------------------------------------
 
     def number(self, name):
-        return self.numbers.setdefault(name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
+        return self.numbers.setdefault(
+            name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
 
     def find(self, text, connected_part=False):
-        """A player by name or alias (any case), *name, #dbref; PennMUSH's softcode takes parts of connected ones."""
+        """A player by name or alias (any case), *name, #dbref.
+
+        PennMUSH's softcode takes parts of connected ones.
+        """
         if text.startswith("#"):
             return next((n for n in self.players if "#%d" % self.number(n) == text), None)
         wanted = text.lstrip("*").lower()
         for name in self.players:
             if wanted in (name.lower(), self.aliases.get(name, name).lower()):
                 return name
-        parts = {c.player for c in self.online() if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
+        parts = {c.player for c in self.online()
+                 if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
         return parts.pop() if len(parts) == 1 else None
 
     def is_wizard(self, name):
@@ -11826,7 +12083,10 @@ class Halt(Exception):
 
 
 class Softcode:
-    """A small softcode evaluator: [ ], functions, { }, \\, %x, nested parentheses. What is not escaped is evaluated."""
+    """A small softcode evaluator: [ ], functions, { }, \\, %x, nested parentheses.
+
+    What is not escaped is evaluated.
+    """
     HIDDEN = "\x01"                     # %b and "\ ": a blank that is not trimmed or squeezed
 
     def __init__(self, world, conn):
@@ -11836,7 +12096,9 @@ class Softcode:
         return self.evaluate(text, 0, "", True)[0].replace(self.HIDDEN, " ")
 
     def evaluate(self, text, at, stops, function):
-        """Text up to one of `stops`; `function`: a name( at the beginning is a call, in brackets also an unknown one."""
+        """Text up to one of `stops`; `function`: a name( at the beginning is a call, in brackets
+        also an unknown one.
+        """
         out = ""
         while at < len(text) and text[at] not in stops:
             char = text[at]
@@ -11864,9 +12126,12 @@ class Softcode:
         char = text[at:at + 1]
         if char in ("q", "v", "Q", "V"):
             return "", at + 2
-        known = {"b": self.HIDDEN, "r": "\r\n", "t": "\t", "n": self.conn.player, "N": self.conn.player}
-        known.update({"#": "#%d" % self.world.number(self.conn.player)}, **dict.fromkeys("0123456789", ""))
-        known.update(dict.fromkeys(self.world.EMPTY_PERCENTS, ""))      # RhostMUSH: %< %$ %c are substitutions too
+        known = {"b": self.HIDDEN, "r": "\r\n", "t": "\t", "n": self.conn.player,
+                 "N": self.conn.player}
+        known.update({"#": "#%d" % self.world.number(self.conn.player)},
+                     **dict.fromkeys("0123456789", ""))
+        # RhostMUSH: %< %$ %c are substitutions too
+        known.update(dict.fromkeys(self.world.EMPTY_PERCENTS, ""))
         known["!"] = known["#"]
         return known.get(char, char), at + 1
 
@@ -11875,7 +12140,8 @@ class Softcode:
         name = out.strip().lower()
         known = name in self.world.FUNCTIONS or name in ("create", "pemit", "shutdown")
         if function and re.fullmatch(r"[a-z0-9_]+", name) and (known or function == "must"):
-            if not known and self.world.family == "tinymush":           # its arguments come out as plain text
+            # its arguments come out as plain text
+            if not known and self.world.family == "tinymush":
                 return self.missing(name), at + 1
             args, at = self.arguments(text, at + 1)
             return (self.call(name, out.strip(), args) if known else self.missing(out.strip())), at
@@ -11892,7 +12158,8 @@ class Softcode:
             at += 1
 
     def missing(self, name):
-        return "#-1 FUNCTION (%s) NOT FOUND" % (name if self.world.family == "rhostmush" else name.upper())
+        return "#-1 FUNCTION (%s) NOT FOUND" % (
+            name if self.world.family == "rhostmush" else name.upper())
 
     def call(self, name, typed, args):
         if name in ("create", "pemit", "shutdown"):
@@ -11923,7 +12190,9 @@ class Softcode:
         return "#-1 PERMISSION DENIED" if self.world.family == "rhostmush" else "#99"
 
     def f_pemit(self, args):
-        """Side effect: seen by the target at once, in front of the line it stands in (not on by default on RhostMUSH)."""
+        """Side effect: seen by the target at once, in front of the line it stands in (not on by
+        default on RhostMUSH).
+        """
         if self.world.family == "rhostmush":
             return "#-1 PERMISSION DENIED"
         name = self.conn.player if args[0] == "me" else self.world.find(args[0])
@@ -11932,12 +12201,14 @@ class Softcode:
 
     def f_ports(self, args):
         name = self.conn.player if args[0] == "me" else self.world.find(args[0])
-        return " ".join(str(c.id) for c in reversed(self.world.online(name))) if name or not args[0] else ""
+        return " ".join(str(c.id)
+                        for c in reversed(self.world.online(name))) if name or not args[0] else ""
 
     def f_lports(self, args):
         if not self.wizard:
             return "#-1 PERMISSION DENIED"
-        return " ".join("#%d:%d" % (self.world.number(c.player), c.id) for c in reversed(self.world.online()))
+        return " ".join("#%d:%d" % (self.world.number(c.player), c.id)
+                        for c in reversed(self.world.online()))
 
     def f_lwho(self, args):
         form = "#{0}:{1}" if args[0] else "#{0}"
@@ -11950,7 +12221,9 @@ class Softcode:
         return self.world.VERSION
 
     def f_decode64(self, args):
-        """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out wrong."""
+        """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out
+        wrong.
+        """
         try:
             raw = base64.b64decode(args[0].encode("ascii"), validate=True)
         except ValueError:
@@ -11977,7 +12250,8 @@ class Softcode:
             return "#-1 PERMISSION DENIED"
         if len(args) != 2:
             return "#-1 FUNCTION (CHECKPASS) EXPECTS 2 ARGUMENTS " + world.GOT_ARGUMENTS % len(args)
-        name = self.conn.player if args[0] == "me" else world.find(args[0], connected_part=world.family == "pennmush")
+        name = self.conn.player if args[0] == "me" else world.find(
+            args[0], connected_part=world.family == "pennmush")
         if name:
             return str(int(world.players[name] == args[1]))
         if world.family == "pennmush" and args[0] != "here":
@@ -11999,9 +12273,10 @@ class Mush(World):
     KEEPS_BRACES, EMPTY_PERCENTS, SQUEEZE, AGAIN = True, "", True, "reconnected"
     HUH = 'Huh?  (Type "help" for help.)\r\n'
     FAILED = "Either that player does not exist, or has a different password."
-    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_", "@pemit": "pemit",
-            "@password": "password", "@newpassword": "newpassword", "@name": "name", "@boot": "atboot",
-            "@shutdown": "atshutdown", "@dump": "atdump", "look": "look"}
+    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_",
+            "@pemit": "pemit", "@password": "password", "@newpassword": "newpassword",
+            "@name": "name", "@boot": "atboot", "@shutdown": "atshutdown", "@dump": "atdump",
+            "look": "look"}
     MORE_GAME, TEXTS = {}, {}
 
     def command(self, conn, line):
@@ -12048,7 +12323,8 @@ class Mush(World):
         self.last_seen[name] = (conn.host, self.date())
         self.failed.pop(name, None)
         if not dark:
-            self.announce(name, "%s has %s.%s" % (name, self.AGAIN if again else "connected", self.EOL))
+            self.announce(
+                name, "%s has %s.%s" % (name, self.AGAIN if again else "connected", self.EOL))
 
     def announce(self, name, text):
         self._others(name, text)
@@ -12058,8 +12334,10 @@ class Mush(World):
 
     def look_text(self, name):
         """The room; wizards see numbers."""
-        others = list(dict.fromkeys(c.player for c in self.online() if c.player != name and not c.settings.get("DARK")))
-        lines = [self.THING % (other, self.tag(other) if self.is_wizard(name) else "") for other in others]
+        others = list(dict.fromkeys(c.player for c in self.online() if c.player != name and
+                                    not c.settings.get("DARK")))
+        lines = [self.THING % (other, self.tag(other) if self.is_wizard(name) else "")
+                 for other in others]
         return self.ROOM[self.is_wizard(name)] + (self.CONTENTS + "".join(lines) if lines else "")
 
     # -- in the game --
@@ -12158,7 +12436,8 @@ class Mush(World):
             conn.tell("You booted %s off!%s" % (name, self.EOL))
             count = len(self.online(name))
             self._boot(name, conn.player, switch in ("quiet", "silent"))
-            conn.tell("" if self.family == "pennmush" else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
+            conn.tell("" if self.family == "pennmush"
+                      else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
 
     def do_atshutdown(self, conn, rest, switch):
         if self.allowed(conn):
@@ -12179,9 +12458,13 @@ class Mush(World):
 # ---- TeenyMUSH
 
 class TeenyMUSH(Mush):
-    """Perl, one process: LF in the game, CRLF at the login screen, lines that arrive together run last first."""
-    family, HOST, EOL, BACKLOG, FIRST_NUMBER, AGAIN = "teenymush", "localhost", "\n", 1, 4, "re-connected"
-    BANNER = ("Welcome to TeenyMUSH\r\n\r\nType the below command to customize this screen after loging in as God.\r\n\r\n"
+    """Perl, one process: LF in the game, CRLF at the login screen, lines that arrive together run
+    last first.
+    """
+    family, HOST, EOL = "teenymush", "localhost", "\n"
+    BACKLOG, FIRST_NUMBER, AGAIN = 1, 4, "re-connected"
+    BANNER = ("Welcome to TeenyMUSH\r\n\r\n"
+              "Type the below command to customize this screen after loging in as God.\r\n\r\n"
               "    &conf.login #0= Login screen\r\n\r\n")
     MOTD = ("   -------------------------------[ MOTD ]-------------------------------\n\n"
             "                           There is no MOTD today                        \n"
@@ -12190,23 +12473,29 @@ class TeenyMUSH(Mush):
     EMPTY_LINES, MAX_LINE, DROPPED = True, 1 << 24, b""
     WHITE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     ON_CONNECT = tuple(offer(pair) for pair in ((WILL, 3), (DO, NAWS), (DO, TTYPE), (WILL, MSSP)))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)), (DO, 3): b"", (WILL, NAWS): b""}
-    MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01CODEBASE\x02TeenyMUSH 0.91"
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, MSSP): "mssp", (DO, 1): offer((WILL, 1)),
+               (DO, 3): b"", (WILL, NAWS): b""}
+    MSSP_PAIRS = ("\x01NAME\x02TeenyMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}"
+                  "\x01CODEBASE\x02TeenyMUSH 0.91"
                   "\x01FAMILY\x02Custom\x01PORT\x024096,4201,6250\x01CRAWL\x021")
     ROOM = ("The Void\nYou see nothing special.\n", "The Void(#1Rn)\nYou see nothing special.\n")
-    FLAGS, THING, CONTENTS, HUH = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n", 'Huh? (Type "HELP" for help.)\n'
+    FLAGS, THING, CONTENTS = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n"
+    HUH = 'Huh? (Type "HELP" for help.)\n'
     FUNCTIONS = Mush.FUNCTIONS + ["password"]
     KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
     MORE_GAME = {"quit": "atquit", "who": "who"}
     USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
-    stable = False              # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
+    # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
+    stable = False
 
     def __init__(self, *args, **quirks):
         super().__init__(*args, **quirks)
         self.telnet = self.telnet and not self.stable
 
     def received(self, conn, data):
-        """CR goes first, even inside telnet. Of telnet commands `stable` keeps the ASCII part: it sticks to the next line."""
+        """CR goes first, even inside telnet. Of telnet commands `stable` keeps the ASCII part: it
+        sticks to the next line.
+        """
         data = data.replace(b"\r", b"")
         super().received(conn, bytes(byte for byte in data if byte < 128) if self.stable else data)
 
@@ -12214,7 +12503,8 @@ class TeenyMUSH(Mush):
         return line.decode("utf-8", "replace")
 
     def encode(self, conn, text):
-        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player else text)
+        return super().encode(conn, re.sub("(?<!\r)\n", "\r\n", text) if self.stable and conn.player
+                              else text)
 
     def arrived(self, conn, lines):
         """Login commands run at once; in the game the lines of one read run last first."""
@@ -12228,7 +12518,8 @@ class TeenyMUSH(Mush):
         conn.queue.extend(reversed(batch))
 
     def login_screen(self, conn, line):
-        word, _, rest = line.lstrip(" " if self.stable else re.sub("-.", "".join(map(chr, range(0x2001, 0x200b))), self.WHITE)
+        word, _, rest = line.lstrip(" " if self.stable else re.sub(
+            "-.", "".join(map(chr, range(0x2001, 0x200b))), self.WHITE)
                                     ).partition(" ")
         low = word.lower()
         if not low or self.means(low, "who"):
@@ -12258,7 +12549,8 @@ class TeenyMUSH(Mush):
             return self.failure(conn, None)
         password = match.group(3)
         if re.search("[\u0100-\U0010ffff]", password):
-            text = "god crashed the server with: connect %s %s\r\n" % (match.group(1) or match.group(2), password)
+            text = "god crashed the server with: connect %s %s\r\n" % (
+                match.group(1) or match.group(2), password)
             self._broadcast(text)
             return conn.tell(text)
         return self.try_connect(conn, match.group(1) or match.group(2), password)
@@ -12279,7 +12571,9 @@ class TeenyMUSH(Mush):
         return self.welcome(conn, words[0], True)
 
     def remotehostname(self, conn, rest):
-        """HOST or HOST=EPOCH, no reply; only the first counts, and only from the address in its source."""
+        """HOST or HOST=EPOCH, no reply; only the first counts, and only from the address in its
+        source.
+        """
         if conn.proxied:
             return self.forged.append((conn.id, rest))
         if not self.trusted_address:
@@ -12292,7 +12586,9 @@ class TeenyMUSH(Mush):
 
     def greet(self, conn, name, created, again):
         conn.write(self.MOTD.encode())                          # these two with LF in every build
-        conn.write(b"Last connect was from %s on %s\n\n" % (conn.host.encode(), self.date().encode()))  # this very one
+        # this very one
+        conn.write(b"Last connect was from %s on %s\n\n" % (
+            conn.host.encode(), self.date().encode()))
         for text in ("MAIL: You have 0 messages.\n", "\n", self.look_text(name)):
             self._player(name, text)
 
@@ -12309,12 +12605,14 @@ class TeenyMUSH(Mush):
 
     def do_who(self, conn, rest):
         wizard = conn.player and self.is_wizard(conn.player)
-        head = "Player Name        On For Idle  " + ("Loc Port Hostname\r\n" if wizard else " @doing\r\n")
+        head = "Player Name        On For Idle  " + (
+            "Loc Port Hostname\r\n" if wizard else " @doing\r\n")
         rows = []
         for c in self.online():
             seconds = time.time() - c.epoch if c.epoch else time.monotonic() - c.opened
             on_for = "%02d:%02d" % divmod(int(seconds) // 60, 60)
-            rows.append("%-19s %s   0s  %s\r\n" % (c.player, on_for, "#1  %-4d %s" % (c.id, c.host) if wizard else ""))
+            rows.append("%-19s %s   0s  %s\r\n" % (
+                c.player, on_for, "#1  %-4d %s" % (c.id, c.host) if wizard else ""))
         conn.tell(head + "".join(rows) + "%d Players logged in.\r\n" % len(rows))
 
     def do_password(self, conn, rest):
@@ -12335,7 +12633,8 @@ class TeenyMUSH(Mush):
         self.players[name] = new.strip()
         return conn.tell("The password for %s has been updated.\n" % name)
 
-    TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n", "bad name": "That name is already in use\n"}
+    TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n",
+             "bad name": "That name is already in use\n"}
 
     def new_name(self, conn, new):
         return new
@@ -12349,12 +12648,15 @@ class TeenyMUSH(Mush):
 
     def do_atboot(self, conn, rest, switch):
         name = conn.player if rest.strip() == "me" else self.find(rest.strip())
-        if not name or not self.online(name) or name != conn.player and not self.is_wizard(conn.player):
+        if not name or not self.online(name) or name != conn.player and not self.is_wizard(
+                conn.player):
             return conn.tell("Unknown connected person specified.\n")
         return self._boot(name, conn.player, False)
 
     def _shutdown(self, by, delay):
-        """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are silent), then everybody."""
+        """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are
+        silent), then everybody.
+        """
         self._boot("heartbeat", by, False)
         self._asleep = True
         self._watch_all()
@@ -12373,26 +12675,33 @@ class TeenyMUSH(Mush):
 # ---- What the four C servers share
 
 class CMush(Mush):
-    """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota."""
+    """What the four C servers share: OUTPUTPREFIX/SUFFIX, commands of the login screen, the quota.
+    """
     QUOTA = True
     ERASERS = {8: b" \b", 127: b"\b \b"}
     DROPPED = bytes(n for n in range(32) if n not in b"\b\n")
-    SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX", "PUEBLOCLIENT")
-    WRAPPED = ("WHO", "DOING", "SESSION", "INFO")       # at the login screen; these also in the game:
+    SCREEN = ("QUIT", "LOGOUT", "WHO", "DOING", "SESSION", "INFO", "OUTPUTPREFIX", "OUTPUTSUFFIX",
+              "PUEBLOCLIENT")
+    # at the login screen; these also in the game:
+    WRAPPED = ("WHO", "DOING", "SESSION", "INFO")
     WRAPPED_GAME = SCREEN
     LOGIN_ANY_CASE, GAME_ANY_CASE, QUOTED_NAMES, RETRIES, FINAL_MAIL = False, True, True, 3, ""
     NULL_PASSWORD = ""
-    BYE, ANNOUNCES_DOWN = "Going down - Bye\r\n", False       # TinyMUSH, RhostMUSH: the leaving of each is told the rest
+    # TinyMUSH, RhostMUSH: the leaving of each is told the rest
+    BYE, ANNOUNCES_DOWN = "Going down - Bye\r\n", False
     WHO_LOGIN = WHO_GAME = "Player Name        On For Idle  Doing\r\n"
     SESSION = (" " * 36 + "Characters Input----  Characters Output---\r\n"
                "Player Name        On For Idle Port Pend  Lost     Total  Pend  Lost     Total\r\n")
     TAKEN = "Either there is already a player with that name, or that name is illegal.\r\n"
     SHUTDOWN_TEXT, INFO_VERSION, MAX_LOGIN = "GAME: Shutdown by {by}\r\n", "1", 8000
-    TEXTS = {"password": "Password changed.\r\n", "wrong old": "Sorry.\r\n", "empty": "Null passwords are not allowed.\r\n",
-             "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n", "taken": "That name is already in use.\r\n",
+    TEXTS = {"password": "Password changed.\r\n", "wrong old": "Sorry.\r\n",
+             "empty": "Null passwords are not allowed.\r\n",
+             "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n",
+             "taken": "That name is already in use.\r\n",
              "bad name": "You can't use that name.\r\n"}
     MORE_GAME = {"@alias": "alias", "@restart": "atrestart"}
-    ALREADY = "**** {0} failed connect{1} since your last successful connect. ****\r\nMost recent attempt was from {2} on {3}.\r\n"
+    ALREADY = ("**** {0} failed connect{1} since your last successful connect. ****\r\n"
+               "Most recent attempt was from {2} on {3}.\r\n")
 
     # -- the commands that exist at the login screen and in the game --
 
@@ -12421,7 +12730,10 @@ class CMush(Mush):
 
     @contextlib.contextmanager
     def wrapped(self, conn, yes):
-        """The prefix as it was before the command, the suffix as it is behind it; of the typing connection."""
+        """The prefix as it was before the command, the suffix as it is behind it.
+
+        Of the typing connection.
+        """
         conn.tell(conn.prefix + "\r\n" if yes and conn.prefix else "")
         yield
         conn.tell(conn.suffix + "\r\n" if yes and conn.suffix else "")
@@ -12463,24 +12775,33 @@ class CMush(Mush):
         pass
 
     def screen_info(self, conn, rest):
-        conn.tell("### Begin INFO %s\r\n%sUptime: %s\r\nConnected: %d\r\nSize: %d\r\nVersion: %s\r\n### End INFO\r\n" % (
-            self.INFO_VERSION, self.INFO_NAME, time.ctime(self.start_id), len(self.online()), len(self.players) + 2, self.INFO_TAIL))
+        conn.tell("### Begin INFO %s\r\n%sUptime: %s\r\nConnected: %d\r\n"
+                  "Size: %d\r\nVersion: %s\r\n### End INFO\r\n" % (
+            self.INFO_VERSION, self.INFO_NAME, time.ctime(self.start_id), len(self.online()),
+            len(self.players) + 2, self.INFO_TAIL))
 
     def screen_session(self, conn, rest):
-        rows = ["%-19s 00:00   0s %4d    0     0 %9d     0     0 %9d\r\n" % (c.player, c.id, len(c.raw), 1) for c in self.online()]
+        rows = ["%-19s 00:00   0s %4d    0     0 %9d     0     0 %9d\r\n" % (
+            c.player, c.id, len(c.raw), 1) for c in self.online()]
         conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
 
     def who(self, conn):
-        """Wizards and the login screen see other columns; what a proxy needs is a list and its last line."""
+        """Wizards and the login screen see other columns.
+
+        What a proxy needs is a list and its last line.
+        """
         rows = []
         for c in reversed(self.online()):
             on_for = "00:%02d" % ((time.monotonic() - c.opened) // 60)
-            where = " #0          0   " + c.host if conn.player and self.is_wizard(conn.player) else ""
+            where = " #0          0   " + c.host if conn.player and self.is_wizard(
+                conn.player) else ""
             rows.append("%-19s %s   0s %s\r\n" % (c.player, on_for, where))
-        return (self.WHO_GAME if conn.player else self.WHO_LOGIN) + "".join(rows) + self.count(len(rows))
+        return (self.WHO_GAME if conn.player
+                else self.WHO_LOGIN) + "".join(rows) + self.count(len(rows))
 
     def count(self, players):
-        return "%d Player%s logged in, %d record, no maximum.\r\n" % (players, "" if players == 1 else "s", max(players, 1))
+        return "%d Player%s logged in, %d record, no maximum.\r\n" % (
+            players, "" if players == 1 else "s", max(players, 1))
 
     # -- login --
 
@@ -12536,11 +12857,13 @@ class CMush(Mush):
 
     def last_text(self, name):
         """Not at a player's first login, so it is no sign of success."""
-        return "Last connect was from %s on %s.\r\n" % self.last_seen[name] if name in self.last_seen else ""
+        return "Last connect was from %s on %s.\r\n" % self.last_seen[
+            name] if name in self.last_seen else ""
 
     def greet(self, conn, name, created, again):
         conn.tell(self.NEWUSER if created else self.motd(name, again))
-        self._player(name, self.login_text(conn, name))     # the character's other connections see it too
+        # the character's other connections see it too
+        self._player(name, self.login_text(conn, name))
         self._player(name, self.look_text(name))
 
     # -- leaving and dying --
@@ -12572,24 +12895,32 @@ class CMush(Mush):
 # ---- PennMUSH
 
 class PennMUSH(CMush):
-    """Silent for a second, negotiates after the first IAC, takes a user's address on its unix socket."""
+    """Silent for a second, negotiates after the first IAC, takes a user's address on its unix
+    socket.
+    """
     family, BACKLOG, FIRST_NUMBER = "pennmush", 5, 4
     BANNER = (
         "<This is where you announce that they've connected to your MUSH>\r\n"
         "<It's a good idea to include the version/patchlevel of MUSH you're running>\r\n"
-        "<It's a good idea to include an email address for questions about the MUSH>\r\n" + "-" * 77 + "\r\n"
+        "<It's a good idea to include an email address for questions about the MUSH>\r\n" +
+        "-" * 77 + "\r\n"
         "Use create <name> <password> to create a character.\r\n"
         "Use connect <name> <password> to connect to your existing character.\r\n"
-        "Use 'ch <name> <pass>' to connect hidden, and cd to connect DARK (admin)\r\nUse QUIT to logout.\r\n"
+        "Use 'ch <name> <pass>' to connect hidden, and cd to connect DARK (admin)\r\n"
+        "Use QUIT to logout.\r\n"
         "Use the WHO command to find out who is online currently.\r\n" + "-" * 77 + "\r\n"
         "Yell at your local god to personalize this file!\r\n\r\n")
-    MOTD = "Welcome to PennMUSH!\r\n" + "-" * 74 + "\r\nYell at your god to personalize this file\r\n\r\n"
+    MOTD = ("Welcome to PennMUSH!\r\n" + "-" * 74 +
+            "\r\nYell at your god to personalize this file\r\n\r\n")
     WIZMOTD = "Wizards, tell your friendly neighborhood god to personalize this file!\r\n\r\n"
-    NEWUSER = "-" * 73 + "\r\nCongratulations on your newly created character. PennMUSH welcomes you.\r\n"
-    DOWN = ("*" * 75 + "\r\nThere has been an emergency which necessitated the disabling of non-wizard\r\n"
+    NEWUSER = ("-" * 73 +
+               "\r\nCongratulations on your newly created character. PennMUSH welcomes you.\r\n")
+    DOWN = ("*" * 75 +
+            "\r\nThere has been an emergency which necessitated the disabling of non-wizard\r\n"
             "logins.  Please be patient, and you will be re-allowed to login as soon\r\n"
             "as the emergency has been controlled.  Thank you.\r\n" + "*" * 75 + "\r\n\r\n")
-    FULL = "The maximum number of players this game can support are currently\r\nlogged in. Please try back in a few minutes.\r\n"
+    FULL = ("The maximum number of players this game can support are currently\r\n"
+            "logged in. Please try back in a few minutes.\r\n")
     LOCKED = "This IP address has failed too many times. Please try again in 10 minutes.\r\n"
     QUIT_TEXT = LOGOUT_TEXT = ("Thank you for visiting.\r\n\r\nPlease return soon.\r\n\r\n"
                                "*********** D I S C O N N E C T E D ***********\r\n\r\n")
@@ -12597,36 +12928,45 @@ class PennMUSH(CMush):
     TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
     ENDS, DROPPED, ERASERS, MAX_LINE = b"\r\n", b"", {8: b""}, 4095
     OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE, (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"),
-               (DO, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
-               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;UTF-8;US-ASCII;ASCII;x-penn-def"), (WILL, CHARSET): b"",
-               (DO, MSSP): "mssp", (WILL, MSSP): "mssp", (DO, NAWS): b"", (WILL, NAWS): b"", (DO, GMCP): b"", (WILL, GMCP): b""}
-    MSSP_PAIRS = ("\x01NAME\x02PennMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}\x01PORT\x02{port}\x01PUEBLO\x020"
-                  "\x01CODEBASE\x02PennMUSH 1.8.8p0\x01FAMILY\x02TinyMUD\x01ANSI\x021\x01XTERM 256 COLORS\x021")
-    RESTART = (0.16, "GAME: Reboot w/o disconnect by {by}, please wait.\r\nGAME: Saving database. Game may freeze for a few "
-               "moments.\r\nGAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE,
+               (WILL, LINEMODE): sub(LINEMODE, b"\x01\t"), (DO, LINEMODE): sub(LINEMODE, b"\x01\t"),
+               (DO, 3): offer((WILL, 3), (DO, 3)), (WILL, 3): b"",
+               (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;UTF-8;US-ASCII;ASCII;x-penn-def"),
+               (WILL, CHARSET): b"", (DO, MSSP): "mssp", (WILL, MSSP): "mssp", (DO, NAWS): b"",
+               (WILL, NAWS): b"", (DO, GMCP): b"", (WILL, GMCP): b""}
+    MSSP_PAIRS = ("\x01NAME\x02PennMUSH\x01PLAYERS\x02{players}\x01UPTIME\x02{uptime}"
+                  "\x01PORT\x02{port}\x01PUEBLO\x020\x01CODEBASE\x02PennMUSH 1.8.8p0"
+                  "\x01FAMILY\x02TinyMUD\x01ANSI\x021\x01XTERM 256 COLORS\x021")
+    RESTART = (0.16,
+               "GAME: Reboot w/o disconnect by {by}, please wait.\r\n"
+               "GAME: Saving database. Game may freeze for a few moments.\r\n"
+               "GAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
     ROOM = ("\x1b[1mRoom Zero\x1b[0m(#0RL)\r\nYou are in Room Zero.\r\n",) * 2
     FLAGS, THING, CONTENTS = ("PenAc", "PWenAc"), "\x1b[1m%s\x1b[0m%s\r\n", "Contents:\r\n"
     EXACT = ("QUIT", "LOGOUT", "INFO", "MSSP-REQUEST")
-    SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET", "SCREENWIDTH",
-                      "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
+    SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET",
+                      "SCREENWIDTH", "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
     WRAPPED_GAME = CMush.WRAPPED
     WHO_LOGIN = "Player Name          On For   Idle  Doing\r\n"
     WHO_GAME = "Player Name       Loc #    On For  Idle  Cmds Des  Host\r\n"
     SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
-    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: PennMUSH\r\nAddress: \r\n", "PennMUSH 1.8.8p0"
+    INFO_VERSION, INFO_NAME = "1.1", "Name: PennMUSH\r\nAddress: \r\n"
+    INFO_TAIL = "PennMUSH 1.8.8p0"
     FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
-    NO_PLAYER, GOT_ARGUMENTS, VERSION = "#-1 NO SUCH PLAYER", "BUT GOT %d", "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
-    TEXTS = {"password": "You have changed your password.\r\n", "wrong old": "The old password that you entered was incorrect.\r\n",
-             "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n", "name": "Name set.\r\n",
-             "taken": "You can't give a player that name or alias.\r\n",
+    NO_PLAYER, GOT_ARGUMENTS = "#-1 NO SUCH PLAYER", "BUT GOT %d"
+    VERSION = "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
+    TEXTS = {"password": "You have changed your password.\r\n",
+             "wrong old": "The old password that you entered was incorrect.\r\n",
+             "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n",
+             "name": "Name set.\r\n", "taken": "You can't give a player that name or alias.\r\n",
              "bad name": "You can't give a player that name or alias.\r\n"}
     MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
     TAKEN = "There is already a player with that name.\r\n"
     SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
                        "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
 
-    # -- connecting: the silent start, the unix socket's address line, telnet only where it is looked for --
+    # -- connecting: the silent start, the unix socket's address line, telnet only where it is
+    # looked for --
 
     def connected(self, conn):
         self._at(self.silent_start, self._ask_telnet, conn)
@@ -12651,7 +12991,8 @@ class PennMUSH(CMush):
         if not data:
             return
         if not conn.spoken and data[0] == IAC and self.telnet:
-            conn.telnet_ok = True               # telnet as the very first bytes; after a line only once it was asked for
+            # telnet as the very first bytes; after a line only once it was asked for
+            conn.telnet_ok = True
         conn.spoken = True
         lines = []
         self._read_packet(conn, data, lines)
@@ -12725,7 +13066,8 @@ class PennMUSH(CMush):
     def negotiate(self, conn, verb, option):
         self._offer(conn)
         if (verb, option) == (DO, CHARSET) and conn.utf8:
-            raise Deadly("DO CHARSET behind CHARSET ACCEPTED UTF-8")        # after 68 kB of its own memory
+            # after 68 kB of its own memory
+            raise Deadly("DO CHARSET behind CHARSET ACCEPTED UTF-8")
         super().negotiate(conn, verb, option)
 
     def repeat_offers(self):
@@ -12743,14 +13085,19 @@ class PennMUSH(CMush):
             conn.write(self.OFFERS)
 
     def decode(self, conn, line):
-        """What is not printable in the locale is ?, one a byte; after CHARSET UTF-8 a character is spelled in ASCII."""
+        """What is not printable in the locale is ?, one a byte.
+
+        After CHARSET UTF-8 a character is spelled in ASCII.
+        """
         if not conn.utf8:
             return re.sub("[^ -~]", "?", line.decode("latin-1"))
-        return "".join(self.SPELLED.get(c) or (c if " " <= c <= "~" else "?") for c in line.decode("utf-8", "replace"))
+        return "".join(self.SPELLED.get(c) or (c if " " <= c <= "~" else "?")
+                       for c in line.decode("utf-8", "replace"))
 
     # some of its table
-    SPELLED = {"\u0130": "I", "\u0391": "A", "\u041e": "O", "\u010d": "c", "\u0416": "Zh", "\u0429": "Shch", "\ufb00": "ff",
-               "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2026": "...", "\u2014": "--"}
+    SPELLED = {"\u0130": "I", "\u0391": "A", "\u041e": "O", "\u010d": "c", "\u0416": "Zh",
+               "\u0429": "Shch", "\ufb00": "ff", "\u201c": '"', "\u201d": '"', "\u2018": "'",
+               "\u2026": "...", "\u2014": "--"}
 
     # -- commands --
 
@@ -12780,12 +13127,16 @@ class PennMUSH(CMush):
     def screen_session(self, conn, rest):
         if not conn.player:
             return conn.tell(self.who(conn))
-        rows = ["%-19s  #0        0s    0s     1 %3d     100     100       0\r\n" % (c.player, c.id) for c in self.online()]
+        rows = ["%-19s  #0        0s    0s     1 %3d     100     100       0\r\n" % (c.player, c.id)
+                for c in self.online()]
         return conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
 
     def screen_mssp_request(self, conn, rest):
-        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id, port=self.port)
-        conn.tell("\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace("\x02", "\t"))
+        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id,
+                                       port=self.port)
+        conn.tell(
+            "\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace(
+                "\x02", "\t"))
 
     def setting(self, conn, name, rest):
         """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
@@ -12793,26 +13144,30 @@ class PennMUSH(CMush):
             return super().setting(conn, name, rest)
         option, equals, value = rest.upper().partition("=")
         if not equals:
-            return conn.tell("\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
+            return conn.tell(
+                "\r\n" + "".join("%-15s:  %s\r\n" % item for item in sorted(conn.settings.items())))
         if option == "NOQUOTA" and not (conn.player and self.is_wizard(conn.player)):
             return None
         conn.settings[option] = value
         return conn.tell(self.SOCKSET_ANSWERS.get(option, ""))
 
     def count(self, players):
-        return {0: "There are no players connected.\r\n", 1: "There is 1 player connected.\r\n"}.get(
+        return {0: "There are no players connected.\r\n",
+                1: "There is 1 player connected.\r\n"}.get(
             players, "There are %d players connected.\r\n" % players)
 
     def login(self, conn, line):
         if not line.strip(" "):
-            return                              # a line of blanks is silent here and wrapped in the game
+            # a line of blanks is silent here and wrapped in the game
+            return
         failures = [t for t in self.ip_failures.get(conn.ip, ()) if time.monotonic() - t < 600]
         if len(failures) >= 10:                 # whatever it says and whoever it is
             return conn.tell(self.LOCKED)
         return super().login(conn, line)
 
     def login_verb(self, word):
-        forms = (("connect", "connect"), ("cd", "dark"), ("ch", "dark"), ("cv", "connect"), ("create", "create"))
+        forms = (("connect", "connect"), ("cd", "dark"), ("ch", "dark"), ("cv", "connect"),
+                 ("create", "create"))
         return next((kind for full, kind in forms if word and full.startswith(word.lower())), None)
 
     def try_connect(self, conn, name_text, password, dark=False):
@@ -12822,7 +13177,8 @@ class PennMUSH(CMush):
 
     def failure(self, conn, name):
         self.ip_failures.setdefault(conn.ip, []).append(time.monotonic())
-        conn.tell("That is not the correct password.\r\n" if name else "There is no player with that name.\r\n")
+        conn.tell("That is not the correct password.\r\n" if name
+                  else "There is no player with that name.\r\n")
 
     def refused(self, conn):
         text = self.DOWN if self.logins_disabled else self.FULL if self.full() else ""
@@ -12834,12 +13190,16 @@ class PennMUSH(CMush):
         """A wizard gets in while logins are disabled, and sees what the others are told."""
         full = self.max_players is not None and len(self.online()) > self.max_players
         warning = self.DOWN if self.logins_disabled else self.FULL if full else ""
-        return warning + ("" if again else self.MOTD + (self.WIZMOTD if self.is_wizard(name) else ""))
+        return warning + (
+            "" if again else self.MOTD + (self.WIZMOTD if self.is_wizard(name) else ""))
 
     def login_text(self, conn, name):
         host, date = self.last_seen.get(name, ("None", time.ctime(self.start_id)))
-        failed = "Last FAILED connect was from %s on %s.\r\n" % self.failed[name][1:] if name in self.failed else ""
-        return " \r\nLast connect was from %s on %s.\r\n%s\r\n\r\nMAIL: You have no mail.\r\n\r\n" % (host, date, failed)
+        failed = "Last FAILED connect was from %s on %s.\r\n" % self.failed[name][
+            1:] if name in self.failed else ""
+        return (" \r\nLast connect was from %s on %s.\r\n%s\r\n\r\n"
+                "MAIL: You have no mail.\r\n\r\n" %
+                (host, date, failed))
 
     def _leave(self, conn):
         if conn.player and len(self.online(conn.player)) > 1:
@@ -12855,12 +13215,14 @@ class PennMUSH(CMush):
     def play(self, conn, line):
         if line.startswith("]"):
             word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+            return self._player(conn.player, rest +
+                                "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
         return super().play(conn, line) if line.strip(" ") else None
 
     def verb(self, word):
         """Unique prefixes work."""
-        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and w.startswith(word.lower())]
+        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and
+                w.startswith(word.lower())]
         return super().verb(full[0] if len(full) == 1 else word)
 
     def new_name(self, conn, new):
@@ -12871,15 +13233,19 @@ class PennMUSH(CMush):
 
     def do_atboot(self, conn, rest, switch):
         if rest.strip() == "me":
-            return conn.tell("None of your connections are idle. If you want to quit, use QUIT.\r\n")
+            return conn.tell(
+                "None of your connections are idle. If you want to quit, use QUIT.\r\n")
         return super().do_atboot(conn, rest, switch)
 
 
 # ---- TinyMUSH, TinyMUX, RhostMUSH
 
 class TinyMUSH(CMush):
-    """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9 loses nothing."""
-    family, HOST, BACKLOG, FIRST_NUMBER, KEEPS_PLAYERS, ANNOUNCES_DOWN = "tinymush", "localhost", 5, 3, True, True
+    """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9
+    loses nothing.
+    """
+    family, HOST, BACKLOG, FIRST_NUMBER = "tinymush", "localhost", 5, 3
+    KEEPS_PLAYERS = ANNOUNCES_DOWN = True
     BANNER = (
         "This world is Pueblo 1.0 enhanced\r\n\r\nWelcome to TinyMUSH\r\n" + "-" * 78 + "\r\n"
         '  "connect <name> <password>"   connects you to an existing character.\r\n'
@@ -12887,7 +13253,8 @@ class TinyMUSH(CMush):
         '  "WHO"    tells you who is logged in to the game (case sensitive).\r\n'
         '  "QUIT"   exits the game and saves your character.\r\n'
         '  "news"   informs you about recent program changes and items of interest.\r\n'
-        '  "help"   gives help on the commands, "help commands" for a list.\r\n' + "-" * 78 + "\r\n")
+        '  "help"   gives help on the commands, "help commands" for a list.\r\n' + "-" * 78 +
+        "\r\n")
     MOTD = "There is no Message of The Day today.\r\n\r\n### end of messages ###\r\n"
     NEWUSER = "Welcome to the world of TinyMUSH.  Explore places.  Meet people.  Have fun!\r\n"
     QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
@@ -12895,16 +13262,21 @@ class TinyMUSH(CMush):
     TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
     ENDS, ERASERS, MAX_LINE = b"\r\n", {127: b"\b \b"}, 16375
     DROPPED = bytes(n for n in range(256) if n < 32 and n not in (7, 9, 10, 13, 27) or n > 127)
-    ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)), (WILL, 1): offer((DO, 1))}
-    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)),
+               (WILL, 1): offer((DO, 1))}
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n",
+               False, b"")
     ROOM = ("Limbo\r\nYou see nothing special.\r\n", "Limbo(#0R)\r\nYou see nothing special.\r\n")
     FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
     SCREEN = CMush.SCREEN + ("IDLE",)
     WRAPPED_GAME = CMush.SCREEN
     WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
-    INFO_NAME, INFO_TAIL, VERSION = "Name: AnonyMUSH\r\n", "4.0.0.817-0", "TinyMUSH 4.0 alpha Revision 817"
+    INFO_NAME, INFO_TAIL = "Name: AnonyMUSH\r\n", "4.0.0.817-0"
+    VERSION = "TinyMUSH 4.0 alpha Revision 817"
     FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
-    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME, **{"@pass": "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
+    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME,
+                                         **{"@pass":
+                                            "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
 
     def received(self, conn, data):
         """Nothing is put together over reads."""
@@ -12931,11 +13303,16 @@ class TinyMUSH(CMush):
         return found if found and found[0] != "IDLE" else None
 
     def acted_on(self, conn):
-        """In the game these act on the character's most recently used connection: whole seconds, newest login wins."""
+        """In the game these act on the character's most recently used connection: whole seconds,
+        newest login wins.
+        """
         return max(self.online(conn.player), key=lambda c: (c.used, c.login_number))
 
     def refused(self, conn):
-        """A refusal crashes it: it restarts in place, settings as in its conf file; the refused user sees nothing."""
+        """A refusal crashes it: it restarts in place, settings as in its conf file.
+
+        The refused user sees nothing.
+        """
         if not self.logins_disabled and not self.full():
             return False
         self.segv()
@@ -12969,21 +13346,28 @@ class TinyMUX(CMush):
         '  "WHO" tells you who is logged in to the game (case sensitive).\r\n'
         '  "QUIT" exits the game and saves your character.\r\n\r\n'
         '  Once logged on, "help" gives help on specific commands, functions, and\r\n'
-        "  special topics.  Other 'help' commands include \"+help\" and \"news\".\r\n" + "-" * 78 + "\r\n")
-    NEWUSER = "Welcome to the world of TinyMUX.  Explore places.  Meet people.  Have fun!\r\n" + "-" * 78 + "\r\n"
+        "  special topics.  Other 'help' commands include \"+help\" and \"news\".\r\n" + "-" * 78 +
+        "\r\n")
+    NEWUSER = ("Welcome to the world of TinyMUX.  Explore places.  Meet people.  Have fun!\r\n" +
+               "-" * 78 + "\r\n")
     QUIT_TEXT = DOWN_TEXT = "*** TinyMUX Disconnected ***\r\n"
-    LOGOUT_TEXT, FINAL_MAIL, BOOTED = "", "MAIL: Mailbox purged.\r\n", "{by} gently shows you the door.\r\n"
+    LOGOUT_TEXT, FINAL_MAIL = "", "MAIL: Mailbox purged.\r\n"
+    BOOTED = "{by} gently shows you the door.\r\n"
     TERM_TEXT = "GAME: Caught signal SIGTERM, exiting.\r\n"
-    ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39), (WILL, CHARSET), (DO, CHARSET)),)
+    ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39),
+                        (WILL, CHARSET), (DO, CHARSET)),)
     BINARY = offer((WILL, 0), (DO, 0))
-    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, 39): b"\xff\xfa\x27\x01\x00\x03\xff\xf0", (WILL, NAWS): b"", (WILL, 3): b"",
-               (DO, 25): b"", (WILL, 25): b"", (DO, 0): offer((WILL, 0)), (WILL, 0): offer((DO, 0)), (WILL, CHARSET): b"",
+    ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, 39): b"\xff\xfa\x27\x01\x00\x03\xff\xf0",
+               (WILL, NAWS): b"", (WILL, 3): b"", (DO, 25): b"", (WILL, 25): b"",
+               (DO, 0): offer((WILL, 0)), (WILL, 0): offer((DO, 0)), (WILL, CHARSET): b"",
                (DO, CHARSET): sub(CHARSET, b"\x01;UTF-8;ISO-8859-1;ISO-8859-2;US-ASCII;CP437")}
-    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n", False, b"")
+    RESTART = (0.03, "GAME: Restart by {by}, please wait.\r\n", "GAME: Restart finished.\r\n",
+               False, b"")
     ROOM = ("Limbo\r\n", "Limbo(#0R)\r\n")
     FLAGS, THING, CONTENTS = ("Pc", "PWc"), "%s%s\r\n", "Contents:\r\n"
     WHO_GAME = TinyMUSH.WHO_GAME
-    INFO_VERSION, INFO_NAME, INFO_TAIL = "1.1", "Name: TestMUX\r\n", "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
+    INFO_VERSION, INFO_NAME = "1.1", "Name: TestMUX\r\n"
+    INFO_TAIL = "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
     FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
     VERSION, MAX_LOGIN, MAX_LINE = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400, 7990
     MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
@@ -13010,10 +13394,11 @@ class TinyMUX(CMush):
             conn.begun = b""
         return super().byte(conn, byte, lines)
 
-    LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)), "CP437": b"\xff",
-            "ISO-8859-2": bytes(range(128, 160))}
+    LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)),
+            "CP437": b"\xff", "ISO-8859-2": bytes(range(128, 160))}
     LOST["ISO-8859-1"] = LOST[None]
-    LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3), 0xf0: 4, 0xf3: 4}
+    LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3),
+               0xf0: 4, 0xf3: 4}
     del LENGTHS[0xcc]                                   # only combining marks begin so
 
     def _byte_of_utf8(self, conn, byte, lines):
@@ -13036,7 +13421,8 @@ class TinyMUX(CMush):
     @staticmethod
     def _printable(whole):
         with contextlib.suppress(UnicodeDecodeError):
-            return unicodedata.category(whole.decode("utf-8")) not in ("Cc", "Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc")
+            return unicodedata.category(whole.decode("utf-8")) not in (
+                "Cc", "Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc")
         return False
 
     def doubled(self, conn, text):
@@ -13073,9 +13459,11 @@ class TinyMUX(CMush):
             conn.charset = before
         conn.utf8 = conn.charset == "UTF-8"
         old, new = (self.CODECS.get(name, "cp1252") for name in (before, conn.charset))
-        if old != new:                          # what stands in the line already are characters, not bytes
+        # what stands in the line already are characters, not bytes
+        if old != new:
             conn.begun = b""
-            lost = self.LOST.get(conn.charset, b"")                 # ? stands for what has no byte now
+            # ? stands for what has no byte now
+            lost = self.LOST.get(conn.charset, b"")
             conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
                 c.decode(old).encode(new, "replace") for c in conn.partial)]
         conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
@@ -13103,7 +13491,8 @@ class TinyMUX(CMush):
         if self.logins_disabled:
             text = "Sorry, logins are temporarily disabled.  Try again in a half hour or so.\r\n"
         elif self.full():
-            text = "Sorry, there are too many players connected right now.  Please try again\r\nin a few minutes.\r\n"
+            text = ("Sorry, there are too many players connected right now.  Please try again\r\n"
+                    "in a few minutes.\r\n")
         else:
             return False
         conn.finish("-" * 78 + "\r\n" + text)
@@ -13127,9 +13516,14 @@ class RealisticMUX(TinyMUX):
 
 
 class RhostMUSH(CMush):
-    """Negotiates after the client's first bytes; PROXY lines give the user's address, a second one is fatal for all."""
-    family, HOST, BACKLOG, FIRST_NUMBER, GHOSTS, ANNOUNCES_DOWN = "rhostmush", "localhost", 5, 2, True, True
-    TOP, BOTTOM = " " + "/~\\=" * 18 + "/~\\ \r\n", " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
+    """Negotiates after the client's first bytes.
+
+    PROXY lines give the user's address, a second one is fatal for all.
+    """
+    family, HOST, BACKLOG, FIRST_NUMBER = "rhostmush", "localhost", 5, 2
+    GHOSTS = ANNOUNCES_DOWN = True
+    TOP = " " + "/~\\=" * 18 + "/~\\ \r\n"
+    BOTTOM = " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
     BANNER = (
         " " * 27 + "Welcome to RhostMUSH\r\n\r\n" + TOP +
         "((  To create new character     ----------=>   create <player> <password>  ))\r\n"
@@ -13140,27 +13534,38 @@ class RhostMUSH(CMush):
         " )) To get help once connected  ----------=>   help (i.e. : help commands)(( \r\n"
         "((" + " " * 73 + "))\r\n"
         " )) Note: use double quotes around name for names with spaces.            (( \r\n"
-        '((  Example: cr "player with spaces" password                              ))\r\n' + BOTTOM)
-    MOTD = ("/" * 78 + "\r\n" + "NOTICE " * 11 + "\r\n\r\n\t\t\t\t   No News.\r\n  \r\n" + " ".join(["NOTICE"] * 11) + "\r\n"
+        '((  Example: cr "player with spaces" password                              ))\r\n' +
+        BOTTOM)
+    MOTD = ("/" * 78 + "\r\n" + "NOTICE " * 11 + "\r\n\r\n\t\t\t\t   No News.\r\n  \r\n" +
+            " ".join(["NOTICE"] * 11) + "\r\n"
             + "/" * 78 + "\r\n")
-    NEWUSER = TOP + "((  Welcome to the world of RhostMUSH.  Explore places.  Meet people.      ))\r\n" + BOTTOM
-    QUIT_TEXT = DOWN_TEXT = (TOP + "((" + " " * 73 + "))\r\n ))" + " " * 19 + "*** RhostMUSH Disconnected. ***" + " " * 21 +
+    NEWUSER = (
+        TOP + "((  Welcome to the world of RhostMUSH.  Explore places.  Meet people.      ))\r\n" +
+        BOTTOM)
+    QUIT_TEXT = DOWN_TEXT = (TOP + "((" + " " * 73 + "))\r\n ))" + " " * 19 +
+                             "*** RhostMUSH Disconnected. ***" + " " * 21 +
                              "((\r\n((" + " " * 73 + "))\r\n" + BOTTOM)
-    LOGOUT_TEXT, BOOTED, SHUTDOWN_TEXT = "", "{by} gently shows you the door.\r\n", "Game: Shutdown by {by}\r\n"
-    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\nGame: This might be caused by the hosting server "
-                 "going down.\r\nGame: Emergency dump complete, exiting...\r\n")
+    LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
+    SHUTDOWN_TEXT = "Game: Shutdown by {by}\r\n"
+    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\n"
+                 "Game: This might be caused by the hosting server going down.\r\n"
+                 "Game: Emergency dump complete, exiting...\r\n")
     OFFERS = (offer((DO, NAWS)), offer((DO, TTYPE)), sub(CHARSET, b"\x01 UTF-8"))
     ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, NAWS): b"", (WILL, CHARSET): offer((DO, CHARSET))}
-    RESTART = (0.04, "Game: Restart by {by}.\r\nGame: Your connection will pause, but will remain connected. Please wait...\r\n",
+    RESTART = (0.04,
+               "Game: Restart by {by}.\r\n"
+               "Game: Your connection will pause, but will remain connected. Please wait...\r\n",
                "Game: New server image successfully loaded.\r\n", True, b"".join(OFFERS))
     ROOM = ("Limbo\x1b[0m\x1b[0m\r\n", "Limbo\x1b[0m(#0R)\x1b[0m\r\n")
-    FLAGS, THING, CONTENTS = ("P><^c", "PU><^c"), "%s\x1b[0m%s\x1b[0m\r\n", "\x1b[1mContents:\x1b[0m\x1b[0m\r\n"
+    FLAGS, THING = ("P><^c", "PU><^c"), "%s\x1b[0m%s\x1b[0m\r\n"
+    CONTENTS = "\x1b[1mContents:\x1b[0m\x1b[0m\r\n"
     WRAPPED_GAME = ("QUIT", "LOGOUT", "PUEBLOCLIENT") + CMush.WRAPPED
     LOGIN_ANY_CASE, QUOTED_NAMES, KEEPS_BRACES, EMPTY_PERCENTS = True, False, False, "$<c"
     WHO_LOGIN = "Player Name          On For Idle  Guild       Doing\r\n"
     WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
     MAX_LINE = 16375
-    INFO_NAME, INFO_TAIL, VERSION = "Name: TestRhost\r\n", "RhostMUSH 5.8.4", "RhostMUSH 5.8.4 [2026-07-23] #"
+    INFO_NAME, INFO_TAIL = "Name: TestRhost\r\n", "RhostMUSH 5.8.4"
+    VERSION = "RhostMUSH 5.8.4 [2026-07-23] #"
     FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
     NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
     ALREADY = " \r\n" + CMush.ALREADY + " \r\n"
@@ -13169,7 +13574,9 @@ class RhostMUSH(CMush):
     TEXTS = dict(CMush.TEXTS, empty="Bad new password.\r\n", blank="Bad new password.\r\n")
 
     def received(self, conn, data):
-        """Its telnet comes with the client's first bytes, in front of the first reply, in several writes."""
+        """Its telnet comes with the client's first bytes, in front of the first reply, in several
+        writes.
+        """
         if not conn.offered and self.telnet:
             conn.offered = True
             for part in self.OFFERS:
@@ -13186,9 +13593,11 @@ class RhostMUSH(CMush):
         first = text[at]
         if first == IAC:
             after = text[at + 1:at + 2]
-            self.store(conn, *(b"%", b"<", b"2", b"5", b"5", b">") if after in (b"", b"\xff") else ())
+            self.store(conn, *(b"%", b"<", b"2", b"5", b"5", b">") if after in (b"", b"\xff")
+                       else ())
             return at + 2
-        length = 2 if 0xc0 <= first < 0xe0 else 3 if 0xe0 <= first < 0xf0 else 4 if 0xf0 <= first < 0xf8 else 0
+        length = (2 if 0xc0 <= first < 0xe0 else 3 if 0xe0 <= first < 0xf0 else
+                  4 if 0xf0 <= first < 0xf8 else 0)
         rest = text[at + 1:at + length] if length else b""
         if length and len(rest) == length - 1 and all(0x80 <= byte < 0xc0 for byte in rest):
             value = first & (0xff >> (length + 1))
@@ -13204,9 +13613,11 @@ class RhostMUSH(CMush):
         return at + 1
 
     def decode(self, conn, line):
-        """Its own spelling of characters is kept; the players of the tests have names and passwords in UTF-8."""
-        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16)) if m.group(1) > "00a0" else m.group(),
-                      line.decode("ascii"))
+        """Its own spelling of characters is kept; the players of the tests have names and passwords
+        in UTF-8.
+        """
+        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16))
+                      if m.group(1) > "00a0" else m.group(), line.decode("ascii"))
 
     def encode(self, conn, text):
         """Made ASCII on output: é becomes e, what has no base letter ?"""
@@ -13229,7 +13640,8 @@ class RhostMUSH(CMush):
             return conn.finish("SSL attempt to negotiate without SSL enabled.\r\n")
         if conn.proxied:
             self.forged.append((conn.id, line))
-            self.proxy_enabled = False          # for everybody, until an admin sets sconnect_reip again
+            # for everybody, until an admin sets sconnect_reip again
+            self.proxy_enabled = False
             return conn.finish("SSL attempt to negotiate twice.\r\n")
         if not words:
             return None                         # PROXY UNKNOWN
@@ -13260,7 +13672,8 @@ class RhostMUSH(CMush):
     def refused(self, conn):
         refused = self.logins_disabled or self.full()
         if refused:
-            conn.finish("Sorry, logins are temporarily disabled.\r\n" if self.logins_disabled else "Sorry, the game is full.\r\n")
+            conn.finish("Sorry, logins are temporarily disabled.\r\n" if self.logins_disabled
+                        else "Sorry, the game is full.\r\n")
         return refused
 
     def motd(self, name, again):
@@ -13279,7 +13692,8 @@ class RhostMUSH(CMush):
     def play(self, conn, line):
         if line.startswith("]"):
             word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest + "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
+            return self._player(conn.player, rest +
+                                "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
         if line.strip(" ").lower().startswith("idle "):
             return conn.tell("A great book falls into your lap.  Its titled 'help'.\r\n")
         return super().play(conn, line)
@@ -13522,7 +13936,8 @@ class RealWorld:
         return self.mux.pid is not None
 
     def online(self, name):
-        return [found for found in self.command("think [iter(lwho(),name(##),,|)]").strip().split("|") if found == name]
+        return [found for found in self.command(
+            "think [iter(lwho(),name(##),,|)]").strip().split("|") if found == name]
 
     def wait(self, predicate, seconds=5.0, what=""):
         until = time.monotonic() + seconds
@@ -13532,14 +13947,17 @@ class RealWorld:
 
     def dump(self):
         self.command("@dump")
-        self.wait(lambda w: os.path.exists(self.mux.game / "data" / "netmux.db.new"), what="the dump")
+        self.wait(lambda w: os.path.exists(self.mux.game / "data" / "netmux.db.new"),
+                  what="the dump")
 
     def shutdown(self):
         self.command("@shutdown")
         self.mux.wait()
 
     def boot(self, name):
-        """@boot, once the start id tells this life from another: the second in which it began is over."""
+        """@boot, once the start id tells this life from another: the second in which it began is
+        over.
+        """
         self.wait(lambda w: time.time() > self.started + 1.2, what="a second has passed")
         self.command(f"@boot *{name}")
 
@@ -13549,8 +13967,9 @@ class RealWorld:
 
 # ---- --bench: has.py beside a direct connection and HAProxy
 #
-# The world and all clients are one process with one plain loop, so that it costs as little as Python can;
-# every figure stands beside the same figure without a relay and through HAProxy, taken in turns in the same run.
+# The world and all clients are one process with one plain loop, so that it costs as little as
+# Python can; every figure stands beside the same figure without a relay and through HAProxy, taken
+# in turns in the same run.
 
 
 BENCH_LINE = b"say " + b"x" * 74 + b"\r\n"
@@ -13583,7 +14002,8 @@ class BenchLoad:
     """The world and the clients. The selector's data is the function that serves the socket."""
 
     def __init__(self, front, back, sessions, seconds, pid, beats):
-        self.front, self.sessions, self.seconds, self.pid, self.beats = front, sessions, seconds, pid, beats
+        self.front, self.sessions, self.seconds = front, sessions, seconds
+        self.pid, self.beats = pid, beats
         self.selector = selectors.DefaultSelector()
         self.partial, self.links, self.clients = {}, {}, []
         self.logged_in, self.heartbeat, self.lines, self.left = 0, False, 0, 0
@@ -13606,7 +14026,9 @@ class BenchLoad:
         until = time.monotonic() + seconds
         while not done():
             if time.monotonic() > until:
-                raise RuntimeError(f"{what}: not within {seconds} s ({self.logged_in} of {self.sessions} logged in)")
+                raise RuntimeError(
+                    f"{what}: not within {seconds} s "
+                    f"({self.logged_in} of {self.sessions} logged in)")
             self.turn()
 
     # the world
@@ -13624,7 +14046,8 @@ class BenchLoad:
             self.selector.unregister(sock)
             sock.close()
             return
-        *lines, self.partial[sock] = (self.partial.get(sock, b"") + data.replace(b"\xff\xfd\x56", b"")).split(b"\n")
+        *lines, self.partial[sock] = (self.partial.get(sock, b"") +
+                                      data.replace(b"\xff\xfd\x56", b"")).split(b"\n")
         for line in lines:
             self.on_line(sock, line.strip())
         if b"\xff\xfd\x56" in data:                     # DO 86, the end of a login
@@ -13633,7 +14056,8 @@ class BenchLoad:
     def on_line(self, sock, line):
         user = re.match(rb"connect u(\d+) ", line)
         if line.startswith(b"think "):                  # every password is right
-            sock.send(re.sub(rb"\[?(?:password|checkpass)\((?:\\.|[^\\)])*\)\]?", b"1", line[6:]) + b"\r\n")
+            sock.send(re.sub(rb"\[?(?:password|checkpass)\((?:\\.|[^\\)])*\)\]?", b"1", line[6:]) +
+                      b"\r\n")
         elif line.startswith(b"connect "):
             sock.send(b"Last connect was from here\r\n")
             if user:
@@ -13728,7 +14152,8 @@ class BenchLoad:
                 sock.send(BENCH_LINE)
         self.idle(0.2)
         times = sorted(self.latencies)
-        return {"latency_us": times[len(times) // 2] * 1e6, "p99_us": times[int(len(times) * 0.99)] * 1e6}
+        return {"latency_us": times[len(times) // 2] * 1e6,
+                "p99_us": times[int(len(times) * 0.99)] * 1e6}
 
     def echo(self):
         """A closed loop: every session sends its next line when the last has come back."""
@@ -13771,10 +14196,13 @@ def start_haproxy(stack, front, back):
     folder = tempfile.mkdtemp(prefix="has-bench-")
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     with open(os.path.join(folder, "haproxy.cfg"), "w") as file:
-        file.write("global\n maxconn 9000\n nbthread 1\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n"
-                   f" timeout server 1h\nfrontend f\n bind 127.0.0.1:{front}\n default_backend b\nbackend b\n"
-                   f" server m 127.0.0.1:{back}\n")
-    relay = subprocess.Popen(["haproxy", "-f", file.name, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file.write("global\n maxconn 9000\n nbthread 1\n"
+                   "defaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n"
+                   " timeout server 1h\n"
+                   f"frontend f\n bind 127.0.0.1:{front}\n default_backend b\n"
+                   f"backend b\n server m 127.0.0.1:{back}\n")
+    relay = subprocess.Popen(["haproxy", "-f", file.name, "-db"], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     stack.callback(relay.wait)
     stack.callback(relay.kill)
     for _ in range(100):
@@ -13790,8 +14218,8 @@ def bench_once(peer, sessions, seconds):
         back = front = free_port()
         pid = 0
         if peer == "has.py":
-            has = Has(cleaner(stack), mush_address=f"127.0.0.1:{back}", mush_type="teenymush", resume_rate=0, beat=2,
-                      log_level="info")
+            has = Has(cleaner(stack), mush_address=f"127.0.0.1:{back}", mush_type="teenymush",
+                      resume_rate=0, beat=2, log_level="info")
             front, pid = has.port, has.process.pid
         elif peer == "haproxy":
             front = free_port()
@@ -13799,7 +14227,8 @@ def bench_once(peer, sessions, seconds):
         if pid:
             pin(pid, 1)
         load = subprocess.run([sys.executable, os.path.abspath(__file__), "--bench-load",
-                               json.dumps([front, back, sessions, seconds, pid, peer == "has.py"])], stdout=subprocess.PIPE)
+                               json.dumps([front, back, sessions, seconds, pid, peer == "has.py"])],
+                              stdout=subprocess.PIPE)
         if load.returncode:
             raise SystemExit(f"bench: the load through {peer} failed")
         return json.loads(load.stdout.decode())
@@ -13810,7 +14239,8 @@ def machine():
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, AttributeError), open("/proc/cpuinfo") as file:
         name = re.search(r"model name\s*: (.*)", file.read()).group(1)
-    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return (f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+            f"Python {platform.python_version()}")
 
 
 def shown(values):
@@ -13826,7 +14256,8 @@ def bench_table(results, sessions):
             ["---"] + ["--:"] * (len(results) + len(others))]
     for key, title in BENCH_FIGURES:
         figures = [[run[key] for run in runs if key in run] for runs in results.values()]
-        ratios = [[ours[key] / theirs[key] for ours, theirs in zip(results["has.py"], results[peer]) if theirs.get(key)]
+        ratios = [[ours[key] / theirs[key] for ours, theirs in zip(results["has.py"], results[peer])
+                   if theirs.get(key)]
                   for peer in others]
         rows.append([title] + [shown(values) for values in figures + ratios])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -13840,7 +14271,8 @@ def bench(sessions, seconds, rounds=3):
         for peer in peers:
             print(f"bench: round {number + 1} of {rounds}, {peer}", file=sys.stderr)
             results[peer].append(bench_once(peer, sessions, seconds))
-    print(f"`python3 test_has.py --bench` on {machine()}; medians of {rounds} rounds;\nCPU and memory are the relay's.\n")
+    print(f"`python3 test_has.py --bench` on {machine()}; medians of {rounds} rounds;")
+    print("CPU and memory are the relay's.\n")
     print(bench_table(results, sessions))
     return 0
 
@@ -13850,7 +14282,8 @@ def bench_load(options):
     pin(0, 0)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        resource.setrlimit(resource.RLIMIT_NOFILE,
+                           (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     print(json.dumps(BenchLoad(*json.loads(options)).run()))
     return 0
 
@@ -13861,7 +14294,8 @@ class DemoWorld(TinyMUX):
     """A small, friendly TinyMUX."""
     BANNER = ("\r\n  ~ The Lighthouse ~   a world of one room, which does not live long\r\n\r\n"
               "    connect Alice alicepw         come in as Alice (or Bob bobpw, Carol carolpw)\r\n"
-              "    create YourName yourpassword  come in as yourself\r\n    QUIT                          leave\r\n\r\n")
+              "    create YourName yourpassword  come in as yourself\r\n"
+              "    QUIT                          leave\r\n\r\n")
     NEWUSER = "The keeper writes your name into the big book.\r\n"
     ROOM = ("The lamp room\r\nThe great lamp turns above you, and the sea is all around.\r\n"
             "Try: say hello, look, think [add(2,3)], WHO\r\n",) * 2
@@ -13885,8 +14319,8 @@ class Demo:
         self.every = every
         self.world = DemoWorld().start()
         stack.callback(self.world.stop)
-        self.has = Has(cleaner(stack), mush_address=self.world.address, mush_type="tinymux", local_port=self.port(),
-                       beat=2, retry=0.2).wait_up()
+        self.has = Has(cleaner(stack), mush_address=self.world.address, mush_type="tinymux",
+                       local_port=self.port(), beat=2, retry=0.2).wait_up()
         self.watches_keys = sys.stdin is not None
 
     @staticmethod
@@ -13915,7 +14349,8 @@ class Demo:
     def crash(self):
         people = self.world.people()
         self.world.kill()
-        self.say(f"the world has crashed (as by kill -9); HAS holds {', '.join(people) or 'nobody yet'}")
+        self.say(
+            f"the world has crashed (as by kill -9); HAS holds {', '.join(people) or 'nobody yet'}")
         self.key_or(self.AWAY_SECONDS)
         self.world.start()
         began = time.monotonic()
@@ -13923,7 +14358,8 @@ class Demo:
         with contextlib.suppress(AssertionError):       # somebody may have left meanwhile
             self.world.wait(lambda world: not set(people) - set(world.people()), 3)
         if self.world.people():
-            self.say(f"{', '.join(self.world.people())}: back in the game {(time.monotonic() - began) * 1000:.0f} ms later, "
+            took = (time.monotonic() - began) * 1000
+            self.say(f"{', '.join(self.world.people())}: back in the game {took:.0f} ms later, "
                      "without typing anything")
 
     def run(self):
@@ -13933,7 +14369,8 @@ A small world that crashes, and HAS in front of it. In another window type:
     telnet 127.0.0.1 {self.has.port}
     connect Alice alicepw
 
-Press Enter here: the world crashes at once, and returns {self.AWAY_SECONDS} s later (Enter again: now).
+Press Enter here: the world crashes at once, and returns {self.AWAY_SECONDS} s later
+(Enter again: now).
 It also crashes by itself every {self.every:g} s. Ctrl-C ends the demo.
 """, flush=True)
         while True:
@@ -13956,7 +14393,8 @@ def demo(every):
 # ---- --soak: random users, random trouble, and what must hold all along
 
 SOAK_NAMES = "Alder Birch Cedar Dogwood Elm Fir Ginkgo Hazel Juniper Larch".split()
-SOAK_PASSWORDS = {"heartbeat": "heartbeat", "Wizard": "wizpw", **{n: n.lower() + "pw" for n in SOAK_NAMES + ["Sponge"]}}
+SOAK_PASSWORDS = {"heartbeat": "heartbeat", "Wizard": "wizpw",
+                  **{n: n.lower() + "pw" for n in SOAK_NAMES + ["Sponge"]}}
 SOAK_DEADLINE = 30
 
 
@@ -13967,29 +14405,37 @@ class SoakUser:
         self.name, self.deaf, self.client, self.playing = name, deaf, None, False
 
     def prove(self, world):
-        """He plays, as himself: a line of his is heard by the world on his connection, and answered."""
+        """He plays, as himself: a line of his is heard by the world on his connection, and
+        answered.
+        """
         until = time.monotonic() + SOAK_DEADLINE
         for number in itertools.count(1):
             mark = f"mark {self.name} {number} {time.monotonic():.3f}"
             try:
                 self.client.send(f"say {mark}\r\n").expect(re.escape(f'You say, "{mark}"'), 2)
                 break
-            except AssertionError as error:             # a line typed while the world is away is not sent
+            except AssertionError as error:
+                # a line typed while the world is away is not sent
                 if time.monotonic() > until or not str(error).startswith("no "):
                     raise AssertionError(f"{self.name}: {str(error)[-1500:]}") from None
         heard = [line for conn in world.online(self.name) for line in list(conn.lines)]
-        assert any(mark.encode() in line for line in heard), f"{self.name} speaks, but not as himself"
+        assert any(mark.encode() in line
+                   for line in heard), f"{self.name} speaks, but not as himself"
         self.client.text = self.client.seen = b""
 
 
 class SoakSite:
-    """A HAS, two worlds and their users, driven by a thread of its own whose choices depend on the seed alone."""
-    STEPS = {"crash": 8, "shutdown": 2, "freeze": 2, "long_freeze": 1, "restart": 1, "hup": 1, "move": 1, "upgrade": 2,
-             "quit": 2, "boot": 2, "logout": 1, "reset": 1, "arrive": 5, "pest": 2, "password": 1}
+    """A HAS, two worlds and their users, driven by a thread of its own whose choices depend on the
+    seed alone.
+    """
+    STEPS = {"crash": 8, "shutdown": 2, "freeze": 2, "long_freeze": 1, "restart": 1, "hup": 1,
+             "move": 1, "upgrade": 2, "quit": 2, "boot": 2, "logout": 1, "reset": 1, "arrive": 5,
+             "pest": 2, "password": 1}
     MEANWHILE = {"arrive": 4, "quit": 2, "reset": 1, "chat": 2, "upgrade": 1, "hup": 1}
 
     def __init__(self, families, seed, until, tls):
-        self.family, self.random, self.until, self.tls = families[0], random.Random(f"{seed} {families[0]}"), until, tls
+        self.family, self.random, self.until, self.tls = families[0], random.Random(
+            f"{seed} {families[0]}"), until, tls
         self.counts, self.events = collections.Counter(), collections.deque(maxlen=15)
         self.users = [SoakUser(name) for name in SOAK_NAMES] + [SoakUser("Sponge", deaf=True)]
         self.pests, self.leaving, self.upgrading, self.failure = [], [], None, ""
@@ -14000,7 +14446,8 @@ class SoakSite:
         try:
             with contextlib.ExitStack() as stack:
                 self.drive(stack)
-        except Exception:                               # at its end HAS or a world had something to say
+        except Exception:
+            # at its end HAS or a world had something to say
             self.failure = self.failure or self.evidence(traceback.format_exc())
 
     def drive(self, stack):
@@ -14024,9 +14471,11 @@ class SoakSite:
         settings = {}
         if self.tls:
             cert, key = certificate(folder)
-            settings = {"local_port": free_port(), "local_port_ssl": free_port(), "ssl_cert": cert, "ssl_key": key}
-        self.has = Has(cleaner(stack), script=shutil.copy(HAS, folder), mush_address=self.world.address, beat=2,
-                       hb_timeout=1, dead_after=4, retry=0.2, **settings).wait_up()
+            settings = {"local_port": free_port(), "local_port_ssl": free_port(), "ssl_cert": cert,
+                        "ssl_key": key}
+        self.has = Has(cleaner(stack), script=shutil.copy(HAS, folder),
+                       mush_address=self.world.address, beat=2, hb_timeout=1, dead_after=4,
+                       retry=0.2, **settings).wait_up()
         self.tls_port, self.pid = settings.get("local_port_ssl"), self.has.process.pid
         for _ in range(5):
             self.do_arrive()
@@ -14057,8 +14506,11 @@ class SoakSite:
     # what happens; settle() looks at what came of it
 
     def do_arrive(self):
-        """Somebody logs in: over TLS or not, at once or letter by letter, also when the world is down."""
-        user, tls, slow = self.user(playing=False), self.random.random() < 0.4, self.random.random() < 0.2
+        """Somebody logs in: over TLS or not, at once or letter by letter, also when the world is
+        down.
+        """
+        user, tls, slow = self.user(
+            playing=False), self.random.random() < 0.4, self.random.random() < 0.2
         if user:
             if not user.client:
                 self.connect(user, tls and self.tls)
@@ -14105,7 +14557,8 @@ class SoakSite:
         if user and self.world.family != "teenymush":
             user.client.send("LOGOUT\r\n")
             user.playing = False
-            self.world.wait(lambda world: not world.online(user.name), what=f"{user.name} has logged out")
+            self.world.wait(lambda world: not world.online(user.name),
+                            what=f"{user.name} has logged out")
             self.counts["logouts"] += 1
 
     def do_chat(self):
@@ -14139,8 +14592,10 @@ class SoakSite:
     def do_freeze(self):
         """Too short to be a death: nobody may notice more than the pause."""
         self.finish_upgrade()
-        self.world.wait(lambda w: any(sum(b"think" in line for line in c.lines) > 2 for c in w.online("heartbeat")), 20,
-                        "the heartbeat is in and beats")        # or the freeze would only prolong a crash
+        self.world.wait(lambda w: any(sum(b"think" in line for line in c.lines) > 2
+                                      for c in w.online("heartbeat")), 20,
+                        # or the freeze would only prolong a crash
+                        "the heartbeat is in and beats")
         after = len(self.has.log)
         self.world.freeze()
         self.do_chat()
@@ -14148,7 +14603,8 @@ class SoakSite:
         self.world.thaw()
         self.counts["freezes"] += 1
         self.settle(trim=False)
-        assert b"the world is down" not in self.has.log[after:], "a short freeze was taken for a death"
+        assert b"the world is down" not in self.has.log[
+            after:], "a short freeze was taken for a death"
 
     def do_long_freeze(self):
         after = len(self.has.log)
@@ -14207,7 +14663,9 @@ class SoakSite:
             self.worlds[1].players[user.name] = self.world.players[user.name]
 
     def do_pest(self):
-        """A client that is no user: silent, full of garbage, without TLS on the TLS port, or one that never reads."""
+        """A client that is no user: silent, full of garbage, without TLS on the TLS port, or one
+        that never reads.
+        """
         kind, length = self.random.randrange(4), self.random.choice((10, 999, 30000))
         junk = bytes(self.random.getrandbits(8) for _ in range(length))
         if kind == 3:
@@ -14250,7 +14708,8 @@ class SoakSite:
             elif user.client and not user.deaf:
                 user.client.sock.setblocking(False)
                 with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-                    assert user.client.sock.recv(1 << 20), f"{user.name} at the login screen was dropped"
+                    assert user.client.sock.recv(
+                        1 << 20), f"{user.name} at the login screen was dropped"
         self.find_everybody(0)                          # still nobody twice
         self.check_process()
         if trim:
@@ -14260,11 +14719,13 @@ class SoakSite:
         """Who plays is in the world once, the others are not, and nobody is in the other world."""
         until = time.monotonic() + seconds
         while True:
-            lost = [user for user in self.users if len(self.world.online(user.name)) != user.playing or
+            lost = [user for user in self.users
+                    if len(self.world.online(user.name)) != user.playing or
                     self.worlds[1].online(user.name)]
             if not lost:
                 return
-            assert time.monotonic() < until, "not where they belong: " + "; ".join(map(self.story, lost))
+            assert time.monotonic() < until, "not where they belong: " + "; ".join(
+                map(self.story, lost))
             time.sleep(0.02)
 
     def story(self, user):
@@ -14274,22 +14735,26 @@ class SoakSite:
                 user.client.sock.settimeout(0.5)
                 user.client.text += user.client.sock.recv(1 << 20)
         counts = [len(world.online(user.name)) for world in self.worlds]
-        return f"{user.name} should be in {[int(user.playing), 0]} times, is {counts}; last saw " + repr(
+        should = f"{user.name} should be in {[int(user.playing), 0]} times"
+        return f"{should}, is {counts}; last saw " + repr(
             user.client and user.client.text[-2500:])
 
     def check_process(self):
         assert self.has.process.poll() is None and self.has.process.pid == self.pid, "HAS has ended"
         bad = re.search(rb".*( ERROR |Traceback|a fault of HAS).*", self.has.log)
         assert not bad, f"the log says: {bad.group().decode()}"
-        assert not any(world.errors for world in self.worlds), [world.errors for world in self.worlds]
+        assert not any(world.errors for world in self.worlds), [
+            world.errors for world in self.worlds]
         until = time.monotonic() + 15                   # clients that leave may take 10 s
-        while self.extra_descriptors() > self.settled.setdefault("descriptors", self.extra_descriptors()) + 3:
+        while self.extra_descriptors() > self.settled.setdefault(
+                "descriptors", self.extra_descriptors()) + 3:
             assert time.monotonic() < until, f"descriptors grow: {self.descriptors()}"
             time.sleep(0.2)
 
     def descriptors(self):
         with contextlib.suppress(OSError):
-            return [os.readlink(f"/proc/{self.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{self.pid}/fd")]
+            return [os.readlink(f"/proc/{self.pid}/fd/{fd}")
+                    for fd in os.listdir(f"/proc/{self.pid}/fd")]
         return []
 
     def extra_descriptors(self):
@@ -14304,7 +14769,8 @@ class SoakSite:
         with self.has._change:
             self.recent, self.has._log = getattr(self, "recent", b"")[-100000:] + self.has._log, b""
         for world in self.worlds:
-            for table in (world.lines, world.all_connections, world.logins, world.evaluated, world.forged):
+            for table in (world.lines, world.all_connections, world.logins, world.evaluated,
+                          world.forged):
                 table.clear()
             for conn in world.connections:
                 conn.raw.clear(), conn.lines.clear()
@@ -14322,10 +14788,12 @@ class SoakSite:
         assert idle < 0.05, f"idle, it uses {idle:.0%} of a processor"
         for client in [user.client for user in self.users if user.client] + self.pests:
             client.close()
-        self.world.wait(lambda world: len(world.online()) == 1, SOAK_DEADLINE, "all have left, the heartbeat stays")
+        self.world.wait(lambda world: len(world.online()) == 1, SOAK_DEADLINE,
+                        "all have left, the heartbeat stays")
         until = time.monotonic() + 5
-        while self.children():                          # the pumps of TLS clients of before an upgrade
-            assert time.monotonic() < until, f"all clients have left, but not these children: {self.children()}"
+        # the pumps of TLS clients of before an upgrade
+        while self.children():
+            assert time.monotonic() < until, f"clients have left, children not: {self.children()}"
             time.sleep(0.1)
         status = self.has.stop()
         assert status == 0, f"HAS ended with status {status}"
@@ -14333,22 +14801,27 @@ class SoakSite:
         self.counts["idle CPU %"] = round(idle * 100, 1)
 
     def children(self):
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+        with contextlib.suppress(OSError), open(
+                f"/proc/{self.pid}/task/{self.pid}/children") as file:
             return file.read()
         return ""
 
     def evidence(self, trouble):
         log = getattr(self, "recent", b"") + self.has.log if hasattr(self, "has") else b""
-        return "\n".join([f"=== {self.family}: {trouble}", "last events: " + ", ".join(self.events), "--- the end of the log:",
-                          *log.decode("utf-8", "replace").splitlines()[-150:], "--- the world:", self.world.transcript(60)])
+        return "\n".join([f"=== {self.family}: {trouble}", "last events: " + ", ".join(self.events),
+                          "--- the end of the log:",
+                          *log.decode("utf-8", "replace").splitlines()[-150:], "--- the world:",
+                          self.world.transcript(60)])
 
 
 def soak(minutes, seed):
     """Run a site for each family; returns the exit status."""
     began, tls = time.monotonic(), bool(shutil.which("openssl"))
     names = [name for name in WORLDS if name != "plain"]
-    sites = [SoakSite((name, names[number - 1]), seed, began + minutes * 60, tls) for number, name in enumerate(names)]
-    print(f"soak: seed {seed}, {minutes:g} minutes, HAS before {', '.join(names)}{'' if tls else ', without TLS'}", flush=True)
+    sites = [SoakSite((name, names[number - 1]), seed, began + minutes * 60, tls) for number,
+             name in enumerate(names)]
+    print(f"soak: seed {seed}, {minutes:g} minutes, HAS before {', '.join(names)}"
+          f"{'' if tls else ', without TLS'}", flush=True)
     for site in sites:
         site.thread.start()
     told = began
@@ -14372,7 +14845,8 @@ def soak(minutes, seed):
 def soak_summary(sites):
     counts = collections.Counter()
     for site in sites:
-        counts.update({key: value for key, value in dict(site.counts).items() if key not in ("kB grown", "idle CPU %")})
+        counts.update({key: value for key, value in dict(site.counts).items() if key not in (
+            "kB grown", "idle CPU %")})
     return ", ".join(f"{value} {key}" for key, value in sorted(counts.items()))
 
 
@@ -14381,20 +14855,30 @@ def soak_summary(sites):
 def tool_parser():
     """The options of --bench, --demo and --soak."""
     parser = argparse.ArgumentParser(prog="test_has.py", allow_abbrev=False, add_help=False,
-                                     usage="test_has.py [TEST ...] | --bench | --demo | --soak MINUTES")
-    parser.add_argument("--bench", action="store_true", help="measure has.py beside a direct connection and HAProxy")
+                                     usage="test_has.py [TEST ...] | --bench | --demo | "
+                                           "--soak MINUTES")
+    parser.add_argument("--bench", action="store_true",
+                        help="measure has.py beside a direct connection and HAProxy")
     parser.add_argument("--sessions", type=int, default=400, help="with --bench (400)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="with --bench: for each workload (2)")
-    parser.add_argument("--demo", action="store_true", help="a small world that crashes, and HAS in front of it")
-    parser.add_argument("--every", type=float, default=60.0, help="with --demo: seconds between crashes (60)")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="random users and random trouble")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="with --soak: to repeat one")
+    parser.add_argument("--seconds", type=float, default=2.0,
+                        help="with --bench: for each workload (2)")
+    parser.add_argument("--demo", action="store_true",
+                        help="a small world that crashes, and HAS in front of it")
+    parser.add_argument("--every", type=float, default=60.0,
+                        help="with --demo: seconds between crashes (60)")
+    parser.add_argument("--soak", type=float, metavar="MINUTES",
+                        help="random users and random trouble")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 100000,
+                        help="with --soak: to repeat one")
     parser.add_argument("--bench-load", help=argparse.SUPPRESS)
     return parser
 
 
 def tool(arguments):
-    """--bench, --demo, --soak: do it and return the exit status; None if none of them is asked for."""
+    """--bench, --demo, --soak: do it and return the exit status.
+
+    None if none of them is asked for.
+    """
     options, _ = tool_parser().parse_known_args(arguments)
     if options.bench_load:
         return bench_load(options.bench_load)
@@ -14405,7 +14889,9 @@ def tool(arguments):
     return None if options.soak is None else soak(options.soak, options.seed)
 
 
-# ---- Running: classes that start programs side by side, a few tests to a process; the rest in one more
+# ---- Running
+#
+# Classes that start programs side by side, a few tests to a process; the rest in one more.
 
 class Result(unittest.TextTestResult):
     """Counts single tests: passed is what ended in nothing else."""
@@ -14422,7 +14908,8 @@ def run_here(names):
     Nursery.open()
     loader = unittest.defaultTestLoader
     module = sys.modules[__name__]
-    suite = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
+    suite = loader.loadTestsFromNames(names,
+                                      module) if names else loader.loadTestsFromModule(module)
     logging.getLogger("has").addHandler(logging.NullHandler())
     result = unittest.TextTestRunner(resultclass=Result, verbosity=1).run(suite)
     failed = {test.id().split(" ")[0] for test, _ in result.failures + result.errors}
@@ -14477,19 +14964,27 @@ class Job:
 
 
 def pieces():
-    """Lists of tests for a process each: what starts programs by a few tests, the longest first; the rest."""
+    """Lists of tests for a process each: what starts programs by a few tests, the longest first.
+
+    The rest.
+    """
     loader = unittest.defaultTestLoader
     classes = [it for it in vars(sys.modules[__name__]).values() if isinstance(it, type)
                and issubclass(it, unittest.TestCase) and loader.getTestCaseNames(it)]
-    apart = [[f"{it.__name__}.{name}" for name in loader.getTestCaseNames(it)] for it in classes if issubclass(it, APART)]
+    apart = [[f"{it.__name__}.{name}" for name in loader.getTestCaseNames(it)] for it in classes
+             if issubclass(it, APART)]
     result = [[it.__name__ for it in classes if not issubclass(it, APART)]]
     for tests in sorted(apart, key=lambda tests: (not tests[0].startswith(SLOW), -len(tests))):
-        result += [tests[start::-(-len(tests) // PIECE)] for start in range(-(-len(tests) // PIECE))]
+        result += [tests[start::-(-len(tests) // PIECE)]
+                   for start in range(-(-len(tests) // PIECE))]
     return result
 
 
 def run_all():
-    """Run every test, those that start programs side by side; print the counts of each class, return all of them."""
+    """Run every test, those that start programs side by side.
+
+    Print the counts of each class, return all of them.
+    """
     waiting, jobs, total = pieces(), {}, collections.defaultdict(lambda: [0, 0, 0])
     while waiting or jobs:
         while waiting and len(jobs) < SIDE_BY_SIDE:
@@ -14505,8 +15000,8 @@ def run_all():
 
 APART = (Case, Scenarios, TelnetCase)            # these start programs
 SLOW = "TestCrashes", "TestTeenyStable"          # few tests, that wait long
-SIDE_BY_SIDE, PIECE = 6, 6                      # processes (they mostly wait), tests for one of them
-LONGEST_RUN = 600                                # seconds for a class; then it fails and shows where it hangs
+SIDE_BY_SIDE, PIECE = 6, 6          # processes (they mostly wait), tests for one of them
+LONGEST_RUN = 600                   # seconds for a class; then it fails and shows where it hangs
 
 
 def main():
@@ -14514,12 +15009,14 @@ def main():
     status = tool(sys.argv[1:])
     if status is not None:
         return status
-    parser = argparse.ArgumentParser(description="Test HAS. Without arguments: everything. Other modes: --demo (a small "
-                                     "world that crashes, and HAS in front of it), --bench, --soak MINUTES [--seed N].")
+    parser = argparse.ArgumentParser(description=(
+        "Test HAS. Without arguments: everything. Other modes: --demo (a small world that crashes, "
+        "and HAS in front of it), --bench, --soak MINUTES [--seed N]."))
     parser.add_argument("--here", action="store_true", help="in this process, one after another")
     parser.add_argument("names", nargs="*", help="classes, or CLASS.TEST")
     options = parser.parse_args()
-    if options.here:                            # the main process waits: one lost event must not hang it for ever
+    # the main process waits: one lost event must not hang it for ever
+    if options.here:
         faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)
     counts = run_here(options.names) if options.here or options.names else run_all()
     print("%d passed, %d failed, %d skipped" % tuple(counts))
