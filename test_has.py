@@ -8843,8 +8843,9 @@ class TestWorldHealth(Case):
         has.wait_log(rb"refuses the heartbeat's login")
         has.configure(hb_pass="heartbeat")
         has.signal(signal.SIGHUP)
-        has.wait_log(rb"the heartbeat heartbeat is logged in now")
-        self.assertRegex(has.ask("--status").stdout, "heartbeat: heartbeat logged in")
+        has.wait_log(rb"the heartbeat heartbeat is logged in now")      # ... and tells the hub
+        poll_until(lambda: "heartbeat: heartbeat logged in" in has.ask("--status").stdout,
+                   lambda: has.ask("--status").stdout)
 
     def test_a_long_freeze_is_a_death(self):
         world = self.world()
@@ -14906,6 +14907,7 @@ class Result(unittest.TextTestResult):
 def run_here(names):
     """Run tests in this process; return (passed, failed, skipped)."""
     Nursery.open()
+    faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)   # one lost event must not hang it
     loader = unittest.defaultTestLoader
     module = sys.modules[__name__]
     suite = loader.loadTestsFromNames(names,
@@ -14944,7 +14946,6 @@ class Job:
                 os.dup2(null.fileno(), 0)
             os.dup2(self.output.fileno(), 1)
             os.dup2(1, 2)
-            faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)
             print("%d passed, %d failed, %d skipped" % run_here(self.names))
             status = 0
         finally:
@@ -15015,9 +15016,6 @@ def main():
     parser.add_argument("--here", action="store_true", help="in this process, one after another")
     parser.add_argument("names", nargs="*", help="classes, or CLASS.TEST")
     options = parser.parse_args()
-    # the main process waits: one lost event must not hang it for ever
-    if options.here:
-        faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)
     counts = run_here(options.names) if options.here or options.names else run_all()
     print("%d passed, %d failed, %d skipped" % tuple(counts))
     return 1 if counts[1] else 0
