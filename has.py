@@ -80,6 +80,11 @@ import unicodedata
 import warnings
 
 try:
+    import fcntl
+    import termios
+except ImportError:
+    fcntl = termios = None
+try:
     import ssl
 except ImportError:                             # no TLS; said when it is asked for
     ssl = None
@@ -120,6 +125,9 @@ HOLD = 0                          # the same for a client with a login
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
 MAX_PER_HOST = 50                 # of these from one address (IPv6: from one /64); 0: no limit
 OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
+REATTACH = 0                      # seconds a user's place is kept when his line drops; 0: never
+REATTACH_LIMIT = 131072           # bytes of what he missed that are kept for him
+REATTACH_NOTICE = "# NOTICE # Welcome back: your place was kept for"
 ADMINS = ""                       # characters that may type #? for the list of sessions; commas
 CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
 LOG_FILE = ""                     # file for the log; empty: standard error
@@ -337,9 +345,11 @@ SETTINGS = {
     "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
     "output_limit": _number(4096, 1 << 30),
+    "reattach": _seconds, "reattach_limit": _number(4096, 1 << 24),
     "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
     **{f"{name}_notice": _notice() for name in (
         "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "guest",
+        "reattach",
         "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host", "kicked",
         "goodbye", "are_you_there")},
     "unsent_more_notice": _notice("lines"), "still_offline_notice": _notice("time"),
@@ -904,6 +914,20 @@ def in_character_set(text, codec):
         return b"".join(_nearest(character, codec) for character in text)
 
 
+_TYPOGRAPHIC = str.maketrans({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-",
+                              0x2014: "--", 0x2026: "..."})
+
+
+def in_other_character_set(text, old, new):
+    """Bytes of a world that were meant for a client with the codec `old`, for one with `new`; None
+    is Latin-1, which servers send to clients that agree on nothing."""
+    old, new = old or "latin-1", new or "latin-1"
+    if old == new:
+        return text
+    plain = text.decode(old, "replace")
+    return (plain if new == "utf-8" else plain.translate(_TYPOGRAPHIC)).encode(new, "replace")
+
+
 def _nearest(character, codec):
     plain = unicodedata.normalize("NFKD", character.translate(_PLAIN_MARKS))
     for form in (character, plain, "".join(c for c in plain if not unicodedata.combining(c))):
@@ -1260,6 +1284,12 @@ class Credentials:
     def is_guest(self):
         """Whether another player may have that name the next time."""
         return self.character == b"guest"
+
+    @property
+    def kind(self):
+        """What the verb is short for."""
+        verb = self.verb.lower()
+        return b"connect" if b"connect".startswith(verb) else verb
 
     @property
     def made(self):
@@ -2425,6 +2455,26 @@ CHUNK = 65536
 LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
 
 
+CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
+TLS_OVERHEAD = 22                  # bytes that TLS 1.3 adds to each record (1.2: up to 29)
+DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
+
+
+def can_tell_life(sock):
+    """Whether acknowledged_ago() can say anything of this client: Linux, TCP."""
+    return (sock is not None and hasattr(socket, "TCP_INFO") and sys.platform == "linux"
+            and sock.family in (socket.AF_INET, socket.AF_INET6))
+
+
+def acknowledged_ago(sock):
+    """Seconds since the peer's kernel has acknowledged anything (tcpi_last_ack_recv, tcp(7))."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+    except OSError:
+        return math.inf
+    return struct.unpack_from("I", info, 56)[0] / 1000
+
+
 def tune(sock, idle, interval, count, user_timeout=0):
     """Keep a TCP connection prompt and notice a vanished peer; seconds. What a platform can."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -2491,6 +2541,7 @@ class Stream:
     """
 
     committed = 0                  # bytes at the start of `out` that must stay as they are
+    trail = None                   # see Trailed
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
                  "full", "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
@@ -2768,6 +2819,134 @@ class TLSStream(Stream):
         super().drop()
 
 
+def unacknowledged(sock):
+    """How many of the bytes that were sent the peer's kernel has not acknowledged: true also after
+    a reset (tcp(7) SIOCOUTQ). 0 where this platform does not say."""
+    if fcntl is None:
+        return 0
+    try:
+        count = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
+    except OSError:
+        return 0
+    return struct.unpack("i", count)[0]
+
+
+class Trail:
+    """The newest bytes that were handed to the kernel for a client: what of them it never got is
+    shown to it when it comes back. `overhead`: bytes that TLS adds to each write.
+
+    The end of what was acknowledged is kept, too: ADMITTED bytes, for the beginning of a line and
+    for what a kernel has acknowledged and its program has never read.
+    """
+
+    ADMITTED = 2048
+    __slots__ = ("limit", "overhead", "ask", "lost", "_chunks", "_size", "_trim_at")
+
+    def __init__(self, limit, overhead, ask):
+        self.limit, self.overhead, self.ask = limit, overhead, ask
+        self.lost = bytearray()    # what came when nothing could be sent any more
+        self._chunks, self._size = [], 0
+        self._trim_at = 2 * self.ADMITTED
+
+    def add(self, data):
+        """The kernel took `data`."""
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._size > self._trim_at:
+            self.trim()
+
+    def add_lost(self, data):
+        """The connection is broken: `data` will never be sent."""
+        if len(self.lost) < self.limit:
+            self.lost += data
+
+    def trim(self):
+        """Forget what was acknowledged long ago."""
+        count = self._unseen()
+        keep = min(self.limit, count) + self.ADMITTED
+        data = b"".join(self._chunks)[-keep:]
+        self._chunks, self._size = ([data] if data else []), len(data)
+        self._trim_at = 2 * keep
+
+    def rest(self):
+        """Nothing was sent for a while: forget all that was acknowledged."""
+        if self._chunks and not self.ask():
+            self._chunks, self._size = [], 0
+
+    def _unseen(self):
+        """How many of the newest bytes the client has not got: a TLS record counts whole."""
+        left, count = self.ask(), 0
+        for data in reversed(self._chunks):
+            if left <= 0:
+                break
+            size = len(data) + self.overhead
+            count += len(data) if self.overhead else min(left, size)
+            left -= size
+        return count
+
+    def read(self):
+        """(the last lines that were acknowledged, what was not: from the start of its line)."""
+        data, count = b"".join(self._chunks), self._unseen()
+        start = len(data) - count
+        begin = data.rfind(b"\n", 0, start) + 1
+        if count or self.lost:
+            start = begin
+        admitted = data[:begin].split(b"\n")[-1 - DOUBTFUL_LINES:]
+        return b"\n".join(admitted), data[start:] + bytes(self.lost)
+
+
+class Trailed:
+    """A stream to a client that leaves a Trail, once it has one."""
+
+    __slots__ = ()
+
+    def send(self, data):
+        """Send now what the socket takes and keep the rest in order."""
+        held = len(self.out)
+        super().send(data)
+        if self.trail is None:
+            return
+        if self._broken:
+            self.trail.add_lost(data)
+        else:
+            taken = len(data) + held - len(self.out)
+            if taken:
+                self.trail.add(data[:taken])
+
+    def _flush(self):
+        before = bytes(self.out)
+        super()._flush()
+        if self.trail is not None and self._broken:
+            self.trail.add_lost(before)
+        elif self.trail is not None and len(before) > len(self.out):
+            self.trail.add(before[:len(before) - len(self.out)])
+
+    def follow(self, limit):
+        """Leave a trail of at most `limit` bytes from now on."""
+        overhead = TLS_OVERHEAD if isinstance(self, TLSStream) else 0
+        self.trail = Trail(limit, overhead, lambda: unacknowledged(self.sock))
+
+
+class TrailedStream(Trailed, Stream):
+    """A plain one."""
+
+    __slots__ = ("trail",)
+
+    def __init__(self, *arguments, **more):
+        self.trail = None
+        super().__init__(*arguments, **more)
+
+
+class TrailedTLSStream(Trailed, TLSStream):
+    """One inside TLS."""
+
+    __slots__ = ("trail",)
+
+    def __init__(self, *arguments, **more):
+        self.trail = None
+        super().__init__(*arguments, **more)
+
+
 # ======================================================================
 # 6. Session
 #
@@ -2783,6 +2962,7 @@ class TLSStream(Stream):
 #   Hold        how long he waits, and what he is told of it
 #   Feed        everything the world sends
 #   Opening     the opening of links, one after another
+#   Place       where he is kept while his own line is down
 #   Session     the states between which all this moves
 # ======================================================================
 
@@ -2801,6 +2981,12 @@ MARK_SECONDS = 60                  # marks come no later than this after a login
 NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the world says nothing
 TELL_FAILURE_SECONDS = 5           # a world that takes no link for so long: its users are told
 STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
+PLACE_LOOK_SECONDS = 10            # a HUP may have brought another reattach
+PLACE_POLL_SECONDS, PLACE_TRIES = 0.1, 100      # a place whose session is just coming back
+CLAIM_SECONDS = 15                 # who has opened a place waits for no longer than that
+CHECK_SECONDS = 2                  # ... for the heartbeat's answer about his password
+LIFE_SECONDS, LIFE_POLL_SECONDS = 2.5, 0.02     # two probes of a mobile line
+TRAIL_REST_SECONDS = 10
 UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
 NOTHING = {}
 
@@ -2823,6 +3009,8 @@ AT_LOGIN = {State.OPENING, State.LOGIN}
 AWAY = {State.WAITING, State.BACKOFF}           # what he types now is not sent
 COMING_BACK = {State.REOPENING, State.RETURNING}
 LINKED = {State.LOGIN, State.PLAYING}           # he and the world can talk
+PLACES_TO_TAKE = {State.PLAYING} | AWAY         # a user who was away can go on in these
+PLACES = {State.ASKING} | PLACES_TO_TAKE | COMING_BACK
 
 
 class Event(enum.Enum):
@@ -3002,6 +3190,13 @@ class Character(Survivor):
         """The same for one who has not begun to come back."""
         login = self.login or self.pending
         return login.character if login and not login.is_guest else number
+
+    def opens_with(self, login):
+        """Whether `login`, as typed now, is his own: all forms of connect are one, `cd` and the
+        like are others, for who wants to come dark must not find himself visible."""
+        own = self.login
+        return (own is not None and own.character == login.character and own.kind == login.kind
+                and secrets.compare_digest(own.password, login.password))
 
     # ---- at the login screen
 
@@ -3258,6 +3453,10 @@ class Screen(Part):
         if not self.client.full:
             self.notify(text, more)
 
+    def spell(self, text):
+        """A line of HAS's own."""
+        return self.spelling.spell(text, self.session.telnet.codec) + b"\r\n"
+
     def flush(self):
         """Write the notices that wait."""
         notices, self.notices = self.notices, []
@@ -3345,7 +3544,8 @@ class Screen(Part):
         self.watching = self.client.full and not self.client.closed
         if self.watching and self.client.sent_bytes == sent_bytes:
             log.info("%s: the client has not read for %d s: closed", self.session, GIVE_UP_SECONDS)
-            self.session.end()
+            if not self.session.place.keep("it does not read", doubtful=True):
+                self.session.end()
         elif self.watching:
             self.session.hub.later(GIVE_UP_SECONDS, self._watch, self.client.sent_bytes)
 
@@ -3367,16 +3567,24 @@ class Screen(Part):
             self.session.link.resume()
 
 
+# What servers assume of a client that tells nothing (RFC 1073: 78 by 24 is theirs, not the RFC's).
+NAWS_UNKNOWN = bytes((IAC, SB, NAWS, 0, 78, 0, 24, IAC, SE))
+TTYPE_UNKNOWN = bytes((IAC, SB, TTYPE, 0)) + b"UNKNOWN" + bytes((IAC, SE))
+CHARSET_UNKNOWN = bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)) + b"ISO-8859-1" + bytes((IAC, SE))
+
+
 class Telnet(Part):
     """Negotiation between one client and one world after another (RFC 854, 855, 1143): what was
     agreed is remembered, and HAS answers where no world does."""
 
-    __slots__ = SURVIVES = ("agreement", "replay", "from_world")
+    __slots__ = ("agreement", "replay", "from_world", "quiet")
+    SURVIVES = ("agreement", "replay", "from_world")
 
     def __init__(self, session):
         super().__init__(session)
         self.agreement = None      # what this client agreed with its worlds; None: never a command
         self.replay = None         # how that is brought to the present link; None: no need
+        self.quiet = set()         # commands of the world that answer HAS and not the client
         self.from_world = None        # splits what the world sends, once a command was in it
 
     @property
@@ -3504,6 +3712,10 @@ class Telnet(Part):
         if not session.dialect.telnet:
             return piece if len(piece) == 2 else b""    # GA after a prompt is for the client
         agreement = self._agree()
+        if piece in self.quiet:
+            self.quiet.discard(piece)
+            agreement.from_world(piece)
+            return b""
         if self.replay:
             is_offer = is_option(piece)
             answer, piece = self.replay.answer(piece)
@@ -3530,6 +3742,7 @@ class Telnet(Part):
     def new_link(self):
         """Nothing was said on this link yet."""
         self.from_world = self.replay = None
+        self.quiet.clear()
 
     def begin(self, late):
         """Speak for the client on the new link; returns what goes in front of the login, nothing
@@ -3576,6 +3789,69 @@ class Telnet(Part):
         if self.agreement and self.agreement.settled(DO, ECHO):
             self.session.screen.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
             self._await_answers()
+
+    # ---- another client, the same world
+
+    def join(self, agreement):
+        """A new client stands at this link, with what it has settled elsewhere, or None: it has
+        never sent a command. The link is not negotiated again where that is not needed: a second
+        DO CHARSET kills a PennMUSH (worlds/pennmush.md)."""
+        link = self.session.link
+        old, new = self._agree(), agreement or Agreement()
+        self.replay, self.from_world = None, None
+        if not self.session.dialect.telnet:
+            self.agreement = new
+            return
+        speaks = agreement is not None
+        options = {key for key in [*old.client, *new.client] if key[1] not in UNREADABLE}
+        out = b"".join(self._join_option(side, option, old, new, speaks)
+                       for side, option in sorted(options))
+        new.world, new.accepted = dict(old.world), old.accepted or new.accepted
+        self.agreement = new
+        if out and link and not link.connecting:
+            link.send(out)
+
+    def _join_option(self, side, option, old, new, speaks):
+        """What makes one option right for both; returns what goes to the link."""
+        was_on, on = old.settled(side, option), new.settled(side, option)
+        off = WONT if side == WILL else DONT
+        if side == WILL and option in (NAWS, TTYPE, CHARSET):
+            return self._join_detail(option, old, new, was_on, on)
+        if was_on and on and option == GMCP:
+            return b"".join(new.gmcp)
+        if was_on and not on:
+            never_asked = (side, option) not in new.client
+            if speaks and never_asked:          # its answer goes to the link only if it is a no
+                self.session.screen.send(command(DO if side == WILL else WILL, option))
+                new.ignore.add(bytes((side, option)))
+                new.client[side, option] = True
+                return b""
+            self.quiet.add(command(DONT if side == WILL else WONT, option))
+            new.client[side, option] = False
+            return command(off, option)
+        if on and not was_on:
+            self.quiet.add(command(DO if side == WILL else WILL, option))
+            return command(side, option)
+        return b""
+
+    def _join_detail(self, option, old, new, was_on, on):
+        """The details are told anew; an option that is on stays on, with what servers assume."""
+        said = (WILL, option) in old.client
+        begin = b"" if was_on or said and option == CHARSET or not on else command(WILL, option)
+        if begin:
+            self.quiet.add(command(DO, option))
+        if not (was_on or on):
+            return b""
+        if option == NAWS:
+            detail = new.naws if on and new.naws else NAWS_UNKNOWN
+        elif option == TTYPE:
+            detail = new.ttypes[0] if on and new.ttypes else TTYPE_UNKNOWN
+        elif old.codec == new.codec:
+            detail = b""
+        else:
+            accepts = on and new.charset and new.charset[3] == CHARSET_ACCEPTED
+            detail = new.charset if accepts else CHARSET_UNKNOWN
+        return begin + detail
 
     def go_on(self):
         """In a new process: the timers of the old one."""
@@ -3644,8 +3920,10 @@ class Inbox(Part):
             self._read_first_line(data)
         if self.first.is_raw:
             self._pass_raw(data)
-        elif self.backlog:
+        elif self.backlog or self.slow_until > self.hub.now:
             self.backlog += data
+            if len(self.backlog) > KEEP_BYTES:
+                self.client.pause()
         else:
             self._read_in_turn(data)
 
@@ -3708,6 +3986,20 @@ class Inbox(Part):
             self.hub.later(max(0.0, self.slow_until - self.hub.now), self.resume)
         if self.kept and self.session.can_talk:
             self.session.later(NEXT_LINE_SECONDS, self.send_kept)
+
+    def read_last(self):
+        """His line has dropped: what he typed last is still carried out, half a line is not."""
+        if self.session.state in AWAY or self.session.can_talk:
+            self.read(self.release() + self.backlog)
+        self.kept = self.backlog = self.behind = b""
+        self.typed.clear()
+        self.from_client, self.slow_until = None, 0
+
+    def take_rest(self):
+        """What he has typed that was not read yet."""
+        rest = self.behind + self.kept + self.backlog
+        self.kept = self.backlog = self.behind = b""
+        return rest
 
     def finish(self):
         """He sends no more: what he typed last is still carried out and answered."""
@@ -4045,6 +4337,9 @@ class Lines(Part):
         """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many
         were tried from this address. Then it waits, and all that is typed behind it."""
         session = self.session
+        if session.place.claim(login):
+            self.braked = login, raw
+            return b""
         wait = self.hub.logins.wait(session, login.character)
         if wait:
             self.braked = login, raw
@@ -4091,6 +4386,8 @@ class Lines(Part):
         elif self._asks_for_list(line) or _BY_TIMER.match(line):
             pass
         elif login or self._is_handover(line):
+            if login and session.place.claim(login):
+                return
             if login:
                 session.character.type_while_away(login)
             screen.answer(self.hub.settings.login_kept_notice)
@@ -4255,6 +4552,7 @@ class Return(Part):
         """The user is in the game again."""
         session, screen = self.session, self.session.screen
         first, lost_change = self.character.came_back(login)
+        session.place.login_took()
         session.opening.failures, self.greeting, session.hold.told = 0, None, False
         screen.write(self.hub.settings.online_notice)
         session.telnet.leave_off()
@@ -4442,8 +4740,10 @@ class Feed(Part):
         if session.state is State.RETURNING:
             return b""                          # settled: what the others of this character cause
         if character.changing:
+            before = character.login
             kind = character.follow_change(session.dialect, text)
             if kind:
+                self.hub.places.changed(session, before)
                 log.info("%s: changed the %s", session, kind)
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
@@ -4481,6 +4781,7 @@ class Feed(Part):
         session, proof = self.session, self.proof
         pairs = self.character.took(proof.login, proof.others, proof.is_whole)
         self.hub.logins.took(session)
+        session.place.login_took()
         session.enter(State.PLAYING)
         log.info("%s: logged in", session)
         if proof.is_whole:
@@ -4594,6 +4895,8 @@ class Opening(Part):
         if session.inbox.first.is_http:
             session.end_with_world()
             return
+        if session.place.claim_kept():
+            return
         delay = min(30, 2 ** min(self.failures, 5))
         self.failures += 1
         log.log(logging.INFO if self.failures == 1 else logging.DEBUG,
@@ -4605,6 +4908,309 @@ class Opening(Part):
             session.hold.tell_failure()
         session.refresh()
         session.later(delay, session.connect_again)
+
+
+class Absent:
+    """Stands in place of the client of a user whose line dropped, with a Stream's interface: keeps
+    what he misses, the newest lines of it."""
+
+    closed = full = connecting = False
+    committed, trail, sock = 0, None, None
+
+    def __init__(self, limit, grew):
+        self.limit, self._grew = limit, grew
+        self.out, self.lost = bytearray(), 0    # text; lines that had to be left out
+        self.doubtful = b""        # the last lines that his kernel took: he may have seen them
+        self.ended = False
+        self.sent_bytes = 0
+        self.owner = self.on_data = None
+        self._scanner = Scanner()
+
+    def send(self, data):
+        """Keep text; telnet is noted elsewhere, and nobody is there to answer it."""
+        if IAC in data or self._scanner.held:
+            pieces = self._scanner.feed(bytes(data))
+            data = b"".join(piece for is_command, piece in pieces if is_command is False)
+        self.out += data
+        self._grew(len(data))
+        if len(self.out) > self.limit * 5 // 4:
+            self.shorten(self.limit)
+
+    def shorten(self, limit):
+        """Leave out the oldest whole lines, down to `limit` bytes."""
+        size = len(self.out)
+        cut = self.out.find(b"\n", max(0, size - limit)) + 1 or max(0, size - limit)
+        self.lost += self.out.count(b"\n", 0, cut)
+        del self.out[:cut]
+        self._grew(-cut)
+
+    def finish(self):
+        """There is nobody to say goodbye to."""
+        self.ended = True
+
+    def drop(self):
+        """The place is given up."""
+        self._grew(-len(self.out) - len(self.doubtful))
+        self.closed, self.out = True, bytearray()
+
+    def pause(self):
+        """Nobody types."""
+
+    def resume(self):
+        """Nobody types."""
+
+    def pack(self):
+        """For another process: it has no descriptor."""
+        return {"fd": None, "out": pack(bytes(self.out)), "lost": self.lost,
+                "doubtful": pack(self.doubtful)}
+
+    def take_up(self, packed):
+        """Take up what pack() of another process gave."""
+        self.send(unpack(packed["out"]))
+        self.lost, self.doubtful = packed["lost"], unpack(packed["doubtful"])
+        self._grew(len(self.doubtful))
+
+
+class Place(Part):
+    """A logged-in user's place in the game, which is kept when his own line drops, and how he
+    comes back into it: he logs in as ever, with the same words (shared/REATTACH.md)."""
+
+    __slots__ = ("away_at", "away_host", "claimed", "question", "passes", "returns")
+    SURVIVES = ("away_at", "away_host")
+
+    def __init__(self, session):
+        super().__init__(session)
+        self.away_at = 0           # wall clock: since when nobody is in front; 0: somebody is
+        self.away_host = ""        # where he was then
+        self.claimed = None        # the session whose place a login typed here has opened
+        self.question = 0          # when the kernel was asked whether that one's client lives
+        self.passes = False        # the login that waits goes to the world, whoever it opens
+        self.returns = ()          # times of the last takeovers
+
+    # ---- the line drops
+
+    def keep(self, reason, doubtful=False):
+        """His client has gone, `reason` is "" for a plain end: keep his place; False if there is
+        none. `doubtful`: its kernel may have acknowledged what no program has read."""
+        session, hub = self.session, self.hub
+        if not self._is_worth_keeping():
+            return False
+        session.inbox.read_last()
+        if session.has_quit() or session.state is State.CLOSING:
+            return False
+        client, settings = session.client, hub.settings
+        admitted, missed = client.trail.read() if client.trail else (b"", b"")
+        held = bytes(client.out)
+        absent = Absent(settings.reattach_limit, hub.places.grew)
+        session.take_client(absent)
+        client.drop()
+        if doubtful or reason:
+            absent.send(admitted)
+            absent.doubtful, absent.out = bytes(absent.out), bytearray()
+        absent.send(missed + held)
+        self.away_at, self.away_host = time.time(), session.host
+        hub.places.add(session)
+        log.info("%s: the line dropped%s; his place is kept for %d s", session,
+                 f" ({reason})" if reason else "", settings.reattach)
+        self.look(self.away_at)
+        return True
+
+    def _is_worth_keeping(self):
+        session, character = self.session, self.session.character
+        return (self.hub.settings.reattach and not self.away_at and character.login
+                and not character.is_guest and session.dialect.logs_in
+                and session.state in PLACES and not session.inbox.first.is_http)
+
+    def look(self, since):
+        """Give the place up if its time is over; else look again, for a HUP may bring another."""
+        if self.away_at != since or self.session.client.closed:
+            return
+        seconds = self.hub.settings.reattach
+        left = since + seconds - time.time()
+        if left <= 0:
+            self.give_up(f"did not come back in {seconds:g} s")
+        else:
+            self.hub.later(min(left, PLACE_LOOK_SECONDS), self.look, since)
+
+    def give_up(self, why):
+        """The world sees him leave now."""
+        log.info("%s: %s", self.session, why)
+        self.session.end()
+
+    # ---- a login is typed, here, that may open a place
+
+    def claim(self, login):
+        """Whether this login, typed at the login screen, opens a place, or may: then it waits, and
+        the world does not get it."""
+        if not self.hub.settings.reattach or self.passes or login.creates or login.is_guest:
+            self.passes = False
+            return False
+        self.claimed = self.hub.places.find(self.session, login)
+        if not self.claimed:
+            return False
+        self.session.inbox.slow_until = self.hub.now + CLAIM_SECONDS
+        if not self.claimed.place.away_at:
+            return self._ask_whether_it_lives()
+        world = self.hub.world
+        if world and world.checks and self.hub.is_up and self.session.state is State.LOGIN:
+            self.hub.check(self.session, [login])       # it may have been changed elsewhere
+            self.session.later(CHECK_SECONDS, self._take)
+        else:
+            self.hub.later(0, self._take)
+        return True
+
+    def on_checked(self, verdicts):
+        """The heartbeat's answer about the password that opens a place."""
+        if self.claimed and verdicts[0] is False:
+            self._pass_on()
+        else:
+            self._take()
+
+    def _pass_on(self):
+        """The login that waits is for the world."""
+        self.claimed, self.passes = None, True
+        self.session.lines.try_login()
+
+    def _ask_whether_it_lives(self):
+        """Somebody is logged in so already: does his client answer its kernel? Whether not, his
+        place is for the one who logs in."""
+        sock = self.claimed.client.sock
+        if not can_tell_life(sock) or self.session.state is not State.LOGIN:
+            self.claimed, self.session.inbox.slow_until = None, 0
+            return False
+        tune(sock, 1, 1, 5)                     # an idle connection is probed at once
+        self.question = self.hub.now
+        self.session.later(LIFE_POLL_SECONDS, self._look_for_life)
+        return True
+
+    def _look_for_life(self):
+        other, waited = self.claimed, self.hub.now - self.question
+        if not other or other.client.closed or other.place.away_at:
+            self._take()
+            return
+        if acknowledged_ago(other.client.sock) < waited:
+            tune(other.client.sock, *CLIENT_KEEPALIVE)
+            self._pass_on()                     # two living clients: each has a link of its own
+        elif waited > LIFE_SECONDS:
+            log.info("%s: its client does not answer any more", other)
+            other.screen.write(f"# NOTICE # Your session goes on at {self.session.host}.")
+            other.place.keep("it does not answer any more", doubtful=True)
+            self._take()
+        else:
+            self.session.later(LIFE_POLL_SECONDS, self._look_for_life)
+
+    # ---- back
+
+    def _take(self, tries=PLACE_TRIES):
+        """Go on in the place that was claimed, once its session is between two states no more."""
+        other, session = self.claimed, self.session
+        if session.client.closed or session.state is State.CLOSING or not other:
+            return
+        if not other.place.away_at or other.client.closed:
+            self._pass_on()                     # somebody else was faster, or its time was over
+        elif (other.place.is_busy or other.state not in PLACES_TO_TAKE) and tries:
+            self.hub.later(PLACE_POLL_SECONDS, self._take, tries - 1)
+        elif other.state not in PLACES_TO_TAKE:
+            self._pass_on()
+        else:
+            self.claimed = None
+            other.place.take_over(session)
+
+    @property
+    def is_busy(self):
+        """Whether it was taken so often just now that the next one must wait."""
+        self.returns = tuple(it for it in self.returns if it > self.hub.now - 10)
+        return len(self.returns) >= 5 and self.hub.now < self.returns[-1] + 1
+
+    def take_over(self, newcomer):
+        """The user is back: `newcomer`, who has typed his login, goes on as this session."""
+        session, hub, absent = self.session, self.hub, self.session.client
+        client, rest = newcomer.client, newcomer.inbox.take_rest()
+        fresh, spelling = newcomer.screen.tail, newcomer.screen.spelling
+        agreement, codec = newcomer.telnet.agreement, session.telnet.codec
+        number, host = newcomer.number, newcomer.host
+        newcomer.dissolve()
+        hub.places.remove(session)
+        away, moved = time.time() - self.away_at, host != self.away_host
+        session.host, session.tls, self.away_at = host, newcomer.tls, 0
+        hub.door.came(session)
+        session.take_client(client)
+        session.telnet.join(agreement)
+        screen = session.screen
+        screen.spelling = Spelling(True, screen.spelling.marked_up)
+        screen.tail = fresh
+        lines = self._show_missed(absent, ago(away), spelling.end(fresh), moved, codec)
+        self.returns += (hub.now,)
+        self.follow()
+        log.info("%s: is back from %s after %s, %d lines replayed (was session %d)", session, host,
+                 ago(away), lines, number)
+        session.refresh()
+        session.inbox.resume()
+        if rest:
+            session.inbox.on_data(rest)
+
+    def _show_missed(self, absent, away, end, moved, codec):
+        """Show him what he missed; returns how many lines that were."""
+        screen, ours = self.session.screen, self.session.telnet.codec
+        text, doubtful = (in_other_character_set(bytes(it), codec, ours)
+                          for it in (absent.out, absent.doubtful))
+        absent.drop()
+        lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
+        lost = f" (and {absent.lost} more that are lost)" if absent.lost else ""
+        missed = f"You missed {lines} line{'' if lines == 1 else 's'}{lost}:"
+        notice = f"{self.hub.settings.reattach_notice} {away}"
+        if moved:
+            notice += f" (line lost at {self.away_host}, back from {self.session.host})"
+        if doubtful:
+            screen.write(f"{notice}.\n# NOTICE # Perhaps you saw these:")
+            screen.send(doubtful)
+            notice = "# NOTICE # That is all" if not text else "# NOTICE # And these you did not see"
+        screen.write(f"{notice}. {missed}" if text else f"{notice}.")
+        if text:
+            screen.send(text)
+            screen.tail = text[-200:].rpartition(b"\n")[2]
+            screen.write("# NOTICE # That is all. You are back.")
+        return lines
+
+    def go_on(self):
+        """In a new process: what the old one had begun."""
+        if self.away_at:
+            self.hub.places.add(self.session)
+            self.look(self.away_at)
+        elif self.session.character.login:
+            self.follow()
+
+    def login_took(self):
+        """He is in."""
+        self.follow()
+        if self.hub.places:
+            self.hub.places.login_took(self.session)
+
+    def claim_kept(self):
+        """The world has refused the link (it is full, or his site is): a login that was typed for
+        it may still open a place. Whether it does."""
+        session, inbox = self.session, self.session.inbox
+        if not (self.hub.settings.reattach and self.hub.places and inbox.kept):
+            return False
+        text = b"".join(piece for is_command, piece in split_commands(inbox.kept)
+                        if not is_command)
+        first, end, rest = text.partition(b"\n")
+        login = session.dialect.read_login(first.rstrip(b"\r"))
+        if not (end and login) or login.creates:
+            return False
+        self.claimed = self.hub.places.find(session, login)
+        if not self.claimed or not self.claimed.place.away_at:
+            self.claimed = None
+            return False
+        inbox.kept = rest
+        self._take()
+        return True
+
+    def follow(self):
+        """From now on what is sent leaves a trail, if his place may have to be kept."""
+        client, settings = self.session.client, self.hub.settings
+        if settings.reattach and isinstance(client, Trailed):
+            client.follow(settings.reattach_limit)
 
 
 class Session(Survivor):
@@ -4626,7 +5232,7 @@ class Session(Survivor):
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since",
                  "tls", "announced", "character", "screen", "telnet", "inbox", "lines", "way_back",
-                 "hold", "feed", "opening")
+                 "hold", "feed", "opening", "place")
     SURVIVES = ("number", "serial", "life", "host", "since", "tls", "announced")
 
     def __init__(self, hub, number, client, host, tls=False):
@@ -4645,6 +5251,7 @@ class Session(Survivor):
         self.hold = Hold(self)
         self.feed = Feed(self)
         self.opening = Opening(self)
+        self.place = Place(self)
         client.owner, client.on_data = self, self.inbox.on_data
 
     def __str__(self):
@@ -4740,10 +5347,12 @@ class Session(Survivor):
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
         terminal."""
-        login, inbox = self.character.login, self.inbox
+        login, inbox, away_at = self.character.login, self.inbox, self.place.away_at
+        away = int(time.time() - away_at) if away_at else None
         return {"id": self.number, "name": printable(login.name) if login else "",
-                "host": self.host, "state": self.state.name, "age": int(time.time()) - self.since,
-                "tls": self.tls, "idle": int(self.hub.now - inbox.typed_at),
+                "host": self.host, "state": "AWAY" if away_at else self.state.name,
+                "age": int(time.time()) - self.since,
+                "tls": self.tls, "idle": int(self.hub.now - inbox.typed_at), "away": away,
                 "bytes_in": inbox.bytes_in, "bytes_out": self.screen.bytes_out,
                 "size": self.telnet.size}
 
@@ -4777,6 +5386,19 @@ class Session(Survivor):
         """A fault of HAS itself in handling this session (it was logged): end only this session."""
         self.end()
 
+    def take_client(self, client):
+        """This stream, or Absent, is the client from now on."""
+        self.client = self.screen.client = self.inbox.client = client
+        client.owner, client.on_data = self, self.inbox.on_data
+
+    def dissolve(self):
+        """The client goes on as another session: this one ends without a word."""
+        self.take_client(Absent(0, lambda count: None))
+        self.client.closed = True
+        self.state = State.CLOSING
+        self.drop_link()
+        self.hub.forget(self)
+
     # ---- streams
 
     def on_stream_open(self, link):
@@ -4799,7 +5421,9 @@ class Session(Survivor):
 
     def on_stream_end(self, stream, reason):
         """One of the two streams ended; `reason` is "" for a plain end of file."""
-        if stream is self.client:
+        if stream is self.client and self.place.keep(reason):
+            pass                                # he may come back
+        elif stream is self.client:
             self.handle(Event.CLIENT_LOST if reason else Event.CLIENT_ENDED, reason)
         elif stream is self.link:
             event = Event.FAILED if self.link.connecting else Event.ENDED
@@ -4875,6 +5499,8 @@ class Session(Survivor):
         """The heartbeat's answer about the pairs asked for."""
         if serial == self.serial and self.state in AWAY:
             self.way_back.on_checked(verdicts)
+        elif serial == self.serial and self.state is State.LOGIN:
+            self.place.on_checked(verdicts)
         elif serial == self.serial and self.state is State.PLAYING:
             self.feed.on_checked(verdicts)
 
@@ -4883,6 +5509,8 @@ class Session(Survivor):
         self.handle(Event.LEFT if left else Event.DIED)
 
     def _leave(self):
+        if self.place.claim_kept():
+            return
         if self.character.pending and self.hub.world.shut:
             # its login screen's time was over; his login is for its next life
             self.enter(State.OPENING)
@@ -4965,7 +5593,7 @@ class Passage(Part):
         super().__init__(session)
         self.parts = (session, session.character, session.screen, session.telnet, session.inbox,
                       session.lines, session.way_back, session.hold, session.feed,
-                      session.opening)
+                      session.opening, session.place)
 
     def pack(self):
         """The session as (plain values, the descriptors to keep). What is under way is begun anew
@@ -4976,7 +5604,8 @@ class Passage(Part):
         values = {}
         for part in self.parts:
             values.update(part.survivors())
-        fds = [it.sock.fileno() for it in [session.client] + [session.link] * linked]
+        streams = [session.client] + [session.link] * linked
+        fds = [stream.sock.fileno() for stream in streams if stream.sock]      # Absent has none
         return {"state": state.name, "values": values, "client": session.client.pack(),
                 "link": session.link.pack() if linked else None}, fds
 
@@ -5006,7 +5635,7 @@ class Passage(Part):
         packed = {**old.pack(), "out": pack(b""), "broken": False}
         Stream.drop(old)                        # TLS's own would end it for the other process
         if name == "client":
-            session.client = session.screen.client = session.inbox.client = new
+            session.take_client(new)
         else:
             session.link = new
         new.take_up(packed)
@@ -5030,6 +5659,7 @@ class Passage(Part):
             hub.ask(session)
         elif session.state in AWAY:
             session.hold.look(session.hold.held_since)
+        session.place.go_on()
         if session.wants_link:
             session.serial += 1
             if hub.is_up:
@@ -6774,12 +7404,13 @@ FOR_SESSIONS = {
     "links.add", "links.spoke", "links.arrived",                # its link: wanted, accepted, over
     "links.siblings", "links.settle", "links.suspects", "links.noise",
     "logins.left", "logins.wait", "logins.took",                # typed logins, by address
+    "places", "door.came",                                      # those whose line dropped
     "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
 OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
     "linked", "wants_link", "who", "character", "way_back.settled",
     "announce", "refresh", "status", "notify", "close", "end",
-    "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
+    "place", "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
     "inbox.take_turn", "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
 
 
@@ -7132,8 +7763,12 @@ class Arrival:
     def __init__(self, hub, sock, host, tls):
         self.hub, self.host, self.tls, self.head = hub, host, tls, b""
         self.port, self.since = "TLS" if tls else "PROXY", hub.now
-        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls)
-                       if tls else Stream(hub.selector, sock, self, self.on_data))
+        trailed, of = hub.settings.reattach, (hub.selector, sock, self, self.on_data)
+        if tls:
+            kind = TrailedTLSStream if trailed else TLSStream
+            self.stream = kind(*of, hub.settings.server_tls)
+        else:
+            self.stream = (TrailedStream if trailed else Stream)(*of)
 
     def on_stream_open(self, stream):
         """The handshake is done."""
@@ -7301,7 +7936,12 @@ class Door:
         elif tls or self._is_front(host):
             self._await(Arrival(hub, sock, host, tls))
         else:
-            self.on_client(Stream(hub.selector, sock, None, None), host, False)
+            self.on_client(self.stream(sock), host, False)
+
+    def stream(self, sock):
+        """For a client: it leaves a trail where that may be needed."""
+        kind = TrailedStream if self.hub.settings.reattach else Stream
+        return kind(self.hub.selector, sock, None, None)
 
     def _await(self, arrival):
         """Bounds for each port and host; a share of the descriptors: other ports have some, too."""
@@ -7343,8 +7983,12 @@ class Door:
         self._hosts[host_group(host)] += 1
         return session
 
+    def came(self, session):
+        """A user who was away is back, from wherever."""
+        self._hosts[host_group(session.host)] += 1
+
     def left(self, session):
-        """A session has ended."""
+        """A session has ended, or nobody is in front of it any more."""
         group = host_group(session.host)
         self._hosts[group] -= 1
         if not self._hosts[group]:
@@ -7360,7 +8004,8 @@ class Door:
     def _refusal(self, host):
         """Why there is no room for a client: (for the log, for him), or None."""
         settings = self.hub.settings
-        if settings.max_clients and len(self.hub.sessions) >= settings.max_clients:
+        if settings.max_clients and (
+                len(self.hub.sessions) - len(self.hub.places) >= settings.max_clients):
             return "max_clients are connected", settings.full_notice
         of_host = 0 if self._has_many(host) else settings.max_per_host
         if of_host and self._hosts[host_group(host)] >= of_host:
@@ -7373,6 +8018,87 @@ class Door:
             self.quiet.once(host, "sends PROXY headers, which are not believed: all its users "
                             "count as one address; if it is your own front, set "
                             f"proxy_from = {host} and kill -HUP")
+
+
+class Places:
+    """The places that are kept for users whose line dropped, oldest first."""
+
+    MOST_BYTES = 64 << 20          # of what all of them have missed
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.sessions = {}                      # number -> Session
+        self._bytes = 0
+        self._resting = False
+
+    def __len__(self):
+        return len(self.sessions)
+
+    def add(self, session):
+        """This one's client has gone. Places are limited as clients are."""
+        self.sessions[session.number] = session
+        self.hub.door.left(session)
+        most = self.hub.settings.max_clients
+        while most and len(self.sessions) > most:
+            oldest = next(iter(self.sessions.values()))
+            oldest.place.give_up("the place is given up: max_clients are kept")
+
+    def remove(self, session):
+        """Its user is back, or it has ended; whether it was one of them."""
+        return self.sessions.pop(session.number, None) is not None
+
+    def grew(self, count):
+        """So many bytes more are kept (fewer, if negative)."""
+        self._bytes += count
+        if self._bytes > self.MOST_BYTES and self.sessions:
+            largest = max(self.sessions.values(), key=lambda session: len(session.client.out))
+            largest.client.shorten(len(largest.client.out) // 2)
+
+    def find(self, newcomer, login):
+        """The session that this login, typed by `newcomer`, opens: the oldest place, or one whose
+        client may be dead; None if there is none."""
+        for session in self.sessions.values():
+            if session.character.opens_with(login):
+                return session
+        return next((session for session in self.hub.sessions.values()
+                     if session is not newcomer and session.state is State.PLAYING
+                     and session.character.opens_with(login)), None)
+
+    def login_took(self, session):
+        """A login was confirmed: places of that character with another password were an evicted
+        user's."""
+        login = session.character.login
+        for other in list(self.sessions.values()):
+            theirs = other.character.login
+            if (other is not session and theirs and theirs.character == login.character
+                    and theirs.password != login.password):
+                other.place.give_up("the place is given up: its character logged in with another "
+                                    "password")
+
+    def changed(self, session, before):
+        """A change of a login was confirmed: other sessions of it change, too."""
+        for other in list(self.hub.sessions.values()):
+            if other is not session and other.character.login == before:
+                other.character.previous = before
+                other.character.login = session.character.login
+
+    def rest(self):
+        """Forget, now and then, what clients have acknowledged."""
+        for session in list(self.hub.sessions.values()):
+            if session.client.trail:
+                session.client.trail.rest()
+        if self.hub.settings.reattach:
+            self.hub.later(TRAIL_REST_SECONDS, self.rest)
+        else:
+            self._resting = False
+
+    def look(self):
+        """The settings are new, or HAS has just begun."""
+        if self.hub.settings.reattach and not self._resting:
+            self._resting = True
+            self.hub.later(TRAIL_REST_SECONDS, self.rest)
+        for session in list(self.sessions.values()):
+            session.place.look(session.place.away_at)
 
 
 @survives
@@ -8021,6 +8747,7 @@ class Reload:
     def _take(self, settings):
         hub = self.hub
         hub.settings = hub.health.settings = settings
+        hub.places.look()
         try:
             hub.door.listen()
         except OSError as error:
@@ -8051,6 +8778,7 @@ class Hub(Loop):
         self.record = Record()
         self.door, self.logins, self.links = Door(self), LoginQueue(self), Links(self)
         self.control, self.reload = Control(self), Reload(self, load)
+        self.places = Places(self)
         self.heartbeat = None
         self.stopping = False
 
@@ -8096,7 +8824,8 @@ class Hub(Loop):
     def forget(self, session):
         """A session has ended."""
         if self.sessions.pop(session.number, None):
-            self.door.left(session)
+            if not self.places.remove(session):
+                self.door.left(session)
             self.logins.forget(session)
             self.health.endings.forget(session.number)
             self.links.forget(session)
@@ -8517,8 +9246,10 @@ class Survival(Survivor):
     def _unpack_session(self, packed):
         hub, values = self.hub, packed["values"]
         number, host, tls = values["number"], values["host"], values["tls"]
-        sock = socket.socket(fileno=packed["client"]["fd"])
-        session = hub.door.enter(number, Stream(hub.selector, sock, None, None), host, tls)
+        fd = packed["client"]["fd"]
+        client = (Absent(hub.settings.reattach_limit, hub.places.grew) if fd is None
+                  else hub.door.stream(socket.socket(fileno=fd)))
+        session = hub.door.enter(number, client, host, tls)
         Passage(session).unpack(packed)
 
     def _close_packed(self, packed, number):
@@ -8531,7 +9262,7 @@ class Survival(Survivor):
             log.exception("%s could not be ended in order", session)
             self.hub.sessions.pop(number, None)
         for stream in filter(None, (packed.get("client"), packed.get("link"))):
-            with contextlib.suppress(OSError, KeyError):        # closed with its session
+            with contextlib.suppress(OSError, KeyError, TypeError):        # closed with its session
                 os.close(stream["fd"])
 
     def go_on(self, parked=None):
@@ -9251,7 +9982,7 @@ def disinherit(hub, state, state_file):
     """After a resume, with nothing left to fall back on: children get none of its descriptors."""
     own, parked = own_memory_file(), (state["heartbeat"] or {}).get("connection")
     socks = [stream.sock for session in hub.sessions.values()
-             for stream in (session.client, session.link) if stream]
+             for stream in (session.client, session.link) if stream and stream.sock]
     socks += [it.sock for it in [*hub.door.listeners, hub.control.listener] if it]
     fds = [sock.fileno() for sock in socks] + [own] * (own is not None)
     for fd in fds + [parked["fd"]] if parked else fds:
@@ -9282,6 +10013,7 @@ def serve(survival, handler, program, go_on=None):
     hub.reload.log = handler.reload
     hub.door.most_files = files_allowed()
     hub.heartbeat.start()
+    hub.places.look()
     take_signals(hub, upgrade)
     # select() makes a tuple for each ready stream: with thousands of users these alone would have
     # Python search all sessions for garbage several times a second, with its default of 700.

@@ -40,6 +40,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import pathlib
@@ -2075,7 +2076,8 @@ class Rig:
         state = json.loads(json.dumps(state))
         if spoil:
             spoil(state)
-        socks = [it.sock for session in old.sessions.values() for it in (session.client, session.link) if it]
+        socks = [it.sock for session in old.sessions.values() for it in (session.client, session.link)
+                 if it and it.sock]
         for sock in socks + [it.sock for it in old.door.listeners]:
             (sock.detach if sock.fileno() in fds else sock.close)()
         for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
@@ -2142,7 +2144,7 @@ class Rig:
             ours, theirs = socket.socketpair()
         peer, known = Peer(ours), set(self.hub.sessions)
         self.peers.append(peer)
-        self.hub.door.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
+        self.hub.door.on_client(self.hub.door.stream(theirs), host, False)
         peer.session = next((s for n, s in self.hub.sessions.items() if n not in known), None)
         self.settle()
         return peer
@@ -4288,6 +4290,427 @@ class NewConnections(RigCase):
                     socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)), wanted)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
+
+
+class Reattach(RigCase):
+    """A user's own line drops: his place is kept, and he comes back into it."""
+
+    def rig(self, *arguments, **settings):
+        return super().rig(*arguments, **{"reattach": 300, **settings})
+
+    def comes_back(self, rig, line="connect Alice pw\r\n", **how):
+        """Another client logs in; the world's end of the link it had until then, and the client."""
+        client = rig.client(**how)
+        own = rig.game.accept()
+        client.send(line)
+        rig.settle()
+        return client, own
+
+    def test_every_way_to_lose_a_line(self):
+        for name, lose in (("FIN", lambda client: client.sock.close()), ("RST", lambda client: client.reset()),
+                           ("half", lambda client: client.sock.shutdown(socket.SHUT_WR))):
+            with self.subTest(name):
+                rig = self.rig()
+                client, link = rig.player(tcp=True)
+                session = client.session
+                client.send("say last words\r\nhalf a li")
+                rig.settle()
+                lose(client)
+                rig.settle()
+                self.assertEqual(link.read(), b"say last words\r\nhalf a li")
+                self.assertEqual(session.status()["state"], "AWAY")
+                link.send("Bob says, \"you there?\"\r\n")
+                rig.pass_time(192)
+                again, own = self.comes_back(rig, tcp=True)
+                self.assertIn(session.number, rig.hub.sessions)
+                self.assertEqual(len(rig.hub.sessions), 1)
+                text = again.lines()
+                self.assertRegex(text[0], r"# NOTICE # Welcome back: your place was kept for \d+s\.")
+                self.assertRegex(text[-3], r"\. You missed 1 line:")
+                self.assertEqual("# NOTICE # Perhaps you saw these:" in text, name == "RST")
+                self.assertEqual(text[-2:], ['Bob says, "you there?"', "# NOTICE # That is all. You are back."])
+                self.assertEqual((own.read(), own.ended), (b"", True))
+                again.send("say here\r\n")
+                link.send("hello\r\n")
+                rig.settle()
+                self.assertEqual((link.read(), again.lines()), (b"say here\r\n", ["hello"]))
+                check_consistent(self, rig)
+
+    def test_who_leaves_is_let_go(self):
+        rig = self.rig()
+        for words in ("QUIT\r\n", ""):
+            client, link = rig.player()
+            client.send(words)
+            if not words:
+                rig.hub.settings = settings_of((("reattach", 0),))
+            client.sock.close()
+            rig.settle()
+            self.assertEqual(link.read(), words.encode())
+            self.assertTrue(link.ended or client.session.state.name == "CLOSING")
+
+    def test_guests_and_who_is_not_logged_in_have_no_place(self):
+        rig = self.rig()
+        client = rig.client()
+        rig.game.accept()
+        client.sock.close()
+        rig.settle()
+        guest, link = rig.player("guest")
+        guest.sock.close()
+        rig.settle()
+        self.assertFalse(rig.hub.places)
+
+    def test_what_opens_a_place(self):
+        for line, opens in (("con *aLiCe pw", True), ('connect "Alice" pw', True), ("co alice pw", True),
+                            ("connect Alice Pw", False), ("connect Alice wrong", False), ("cd Alice pw", False),
+                            ("connect Alicia pw", False), ("create Alice pw", False), ("connect Alice", False)):
+            with self.subTest(line):
+                rig = self.rig()
+                client, link = rig.player()
+                client.sock.close()
+                rig.settle()
+                again, own = self.comes_back(rig, line + "\r\n")
+                self.assertEqual(bool(client.session.place.away_at), not opens)
+                self.assertEqual(b"Welcome back" in again.read(), opens)
+                if opens:
+                    self.assertEqual(own.read(), b"")
+                else:
+                    self.assertIn(line.split()[-1].encode(), own.read())
+
+    def test_text_behind_the_login_follows(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        for pieces in (["connect Alice pw\r\nsay at once\r\n"], ["conn", "ect Alice p", "w\r\nsay at", " once\r\n"]):
+            again = rig.client()
+            own = rig.game.accept()
+            for piece in pieces:
+                again.send(piece)
+                rig.settle()
+            self.assertEqual((link.read(), own.read()), (b"say at once\r\n", b""))
+            self.assertIn(b"Welcome back", again.read())
+            again.sock.close()
+            rig.settle()
+
+    def test_the_time_is_over(self):
+        rig = self.rig(reattach=60)
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        with mock.patch.object(has.time, "time", lambda: client.session.place.away_at + 59):
+            rig.pass_time(10.1)
+        self.assertFalse(link.read() or link.ended)
+        rig.hub.settings = settings_of((("reattach", 50),))
+        with mock.patch.object(has.time, "time", lambda: client.session.place.away_at + 59):
+            rig.pass_time(10.1)
+        link.read()
+        self.assertTrue(link.ended)
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+    def test_the_world_dies_meanwhile(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        rig.down()
+        again = rig.client()
+        again.send("connect Alice pw\r\n")
+        rig.pass_time(0.1)
+        self.assertEqual(state_of(client), "WAITING")
+        self.assertEqual(again.lines()[-2:], ["# OFFLINE", "# NOTICE # That is all. You are back."])
+        rig.found("life 2")
+        rig.let_in(rig.game.accept())
+        self.assertEqual((state_of(client), again.lines()[:1]), ("PLAYING", ["# ONLINE"]))
+
+    def test_booted_meanwhile(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        link.send("Go away.\r\n")
+        link.sock.close()
+        rig.settle()
+        rig.answer([(client.session.number, client.session.serial)], client.session.life)
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+    def test_two_windows(self):
+        """Both lost: the older place first; a third login is one more link."""
+        rig = self.rig()
+        (first, link), (second, other) = rig.player(), rig.player()
+        for client in (first, second):
+            client.sock.close()
+            rig.settle()
+        for wanted in (first, second):
+            again, own = self.comes_back(rig)
+            self.assertFalse(wanted.session.place.away_at)
+        third, own = self.comes_back(rig)
+        self.assertIn(b"connect Alice pw", own.read())
+
+    def test_an_evicted_thief(self):
+        """Rule A: the character logs in with another password, so the place is not its owner's."""
+        rig = self.rig()
+        thief, link = rig.player()
+        thief.sock.close()
+        rig.settle()
+        owner = rig.client()
+        own = rig.game.accept()
+        owner.send("connect Alice new\r\n")
+        rig.settle()
+        rig.let_in(own)
+        self.assertFalse(rig.hub.places)
+        link.read()
+        self.assertTrue(link.ended)
+
+    def test_the_heartbeat_is_asked_about_the_password(self):
+        """Rule B, where the world has such a check: an old password is for the world to refuse."""
+        for verdict in (True, False, None):
+            rig = self.rig("teenymush", up=False)
+            client = rig.client()
+            rig.found("life 1", checks=True)
+            link = rig.game.accept()
+            client.send("connect Alice pw\r\n")
+            rig.settle()
+            link.send("Last connect was from home\r\n")
+            rig.settle()
+            client.session.character.checked = None
+            self.assertEqual(state_of(client), "PLAYING")
+            client.sock.close()
+            rig.settle()
+            again, own = self.comes_back(rig)
+            self.assertTrue(client.session.place.away_at)
+            rig.post(rig.hub.on_checked, again.session.number, again.session.serial, [verdict])
+            self.assertEqual(bool(client.session.place.away_at), verdict is False)
+            self.assertEqual(b"connect Alice pw" in own.read(), verdict is False)
+
+    def test_a_changed_password_is_that_of_all_his_sessions(self):
+        rig = self.rig()
+        (first, link), (second, other) = rig.player(), rig.player()
+        first.sock.close()
+        rig.settle()
+        second.send("@password pw=new\r\n")
+        rig.settle()
+        other.send("Password changed.\r\n")
+        rig.settle()
+        again, own = self.comes_back(rig, "connect Alice pw\r\n")
+        self.assertTrue(first.session.place.away_at)
+        again, own = self.comes_back(rig, "connect Alice new\r\n")
+        self.assertFalse(first.session.place.away_at)
+
+    def test_an_upgrade_keeps_places(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        link.send("before\r\n")
+        rig.settle()
+        rig.upgrade()
+        link.send("behind\r\n")
+        rig.settle()
+        again, own = self.comes_back(rig)
+        self.assertEqual(again.lines()[-3:-1], ["before", "behind"])
+        again.sock.close()
+        rig.settle()
+        self.assertEqual(len(rig.hub.places), 1)
+
+    def test_half_open(self):
+        """Somebody with the right password, and a client that may be dead: its kernel is asked."""
+        for answers in (True, False):
+            rig = self.rig()
+            client, link = rig.player(tcp=True)
+            with mock.patch.object(has, "acknowledged_ago", lambda sock: 0 if answers else math.inf), \
+                    mock.patch.object(has, "can_tell_life", lambda sock: True):
+                again, own = self.comes_back(rig, tcp=True)
+                self.assertEqual(own.read(), b"")
+                rig.pass_time(*[0.03] * (3 if answers else 90))
+            self.assertEqual(b"connect Alice pw" in own.read(), answers)
+            self.assertEqual(b"Welcome back" in again.read(), not answers)
+            client.read()
+            self.assertEqual(client.ended, not answers)
+
+    def test_a_living_client_on_this_machine_acknowledges(self):
+        rig = self.rig()
+        client, link = rig.player(tcp=True)
+        sock = client.session.client.sock
+        if not has.can_tell_life(sock):
+            self.skipTest("this platform does not say when a peer has acknowledged")
+        has.tune(sock, 1, 1, 5)
+        until = time.monotonic() + 5
+        while has.acknowledged_ago(sock) > 0.5 and time.monotonic() < until:
+            select.select([], [], [], 0.02)
+        self.assertLess(has.acknowledged_ago(sock), 0.5)
+
+    def test_limits(self):
+        rig = self.rig(max_clients=1)
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        other, _ = rig.player("Bob")                            # a place counts as no client
+        self.assertEqual(state_of(other), "PLAYING")
+        other.sock.close()
+        rig.settle()
+        self.assertEqual(list(rig.hub.places.sessions), [other.session.number])     # the oldest went
+
+    def test_memory_of_all_places_is_bounded(self):
+        rig = self.rig(reattach_limit=1 << 16)
+        rig.hub.places.MOST_BYTES = 1 << 18
+        links = []
+        for number in range(20):
+            client, link = rig.player(f"User{number}")
+            client.sock.close()
+            rig.settle()
+            links.append(link)
+        for _ in range(4):
+            for link in links:
+                link.send(b"x" * 70 + b"\r\n" * 1 + b"y" * 9000 + b"\r\n")
+                rig.settle()
+        kept = sum(len(session.client.out) for session in rig.hub.sessions.values())
+        self.assertEqual(kept, rig.hub.places._bytes)
+        self.assertLess(kept, (1 << 18) + (1 << 16))
+
+    def test_what_was_lost_is_told(self):
+        rig = self.rig(reattach_limit=4096)
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        for number in range(1000):
+            link.send(b"line %03d\r\n" % number)
+        rig.settle()
+        again, own = self.comes_back(rig)
+        text = again.read().decode()
+        shown = re.findall(r"(?m)^line (\d+)\r$", text)
+        told = re.search(r"You missed (\d+) lines \(and (\d+) more that are lost\):", text)
+        self.assertEqual(int(told.group(1)), len(shown))
+        self.assertEqual(int(told.group(1)) + int(told.group(2)), 1000)
+        self.assertEqual(shown, [f"{number:03}" for number in range(1000)][-len(shown):])
+
+    def test_status_kick_notice_and_stop(self):
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        rig.hub.control.command({"do": "notice", "text": "to all"})
+        status, = rig.hub.control.status()["sessions"]
+        self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
+        self.assertIn("AWAY", "\n".join(has.status_lines(rig.hub.control.status())))
+        rig.hub.control.command({"do": "kick", "id": client.session.number})
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+    def test_a_login_typed_for_a_refused_link(self):
+        """The game is full: his place waits all the same."""
+        rig = self.rig()
+        client, link = rig.player()
+        client.sock.close()
+        rig.settle()
+        rig.found("life 1", rig.full)
+        again = rig.client()
+        again.send("connect Alice pw\r\nsay hi\r\n")
+        rig.settle()
+        rig.pass_time(10.1)
+        self.assertFalse(client.session.place.away_at)
+        self.assertEqual(link.read(), b"say hi\r\n")
+
+    def test_one_who_comes_and_goes(self):
+        """A client that connects again every 0.3 s for a minute."""
+        rig = self.rig()
+        client, link = rig.player()
+        for _ in range(200):
+            client.sock.close()
+            rig.pass_time(0.15)
+            client, own = self.comes_back(rig)
+            rig.pass_time(0.15)
+            own.sock.close()
+        rig.pass_time(2)
+        self.assertEqual(len(rig.hub.sessions), 1)
+        self.assertEqual(link.read(), b"")
+        self.assertFalse(link.ended)
+
+    def test_off_by_default(self):
+        rig = self.rig(reattach=0)
+        client, link = rig.player()
+        self.assertIs(type(client.session.client), has.Stream)
+        client.sock.close()
+        rig.settle()
+        link.read()
+        self.assertTrue(link.ended)
+
+
+class WhatWasOnTheWay(unittest.TestCase):
+    """Trail, with a kernel that says how much it was not acknowledged."""
+
+    def trail(self, overhead=0, limit=1 << 16):
+        self.left = 0
+        return has.Trail(limit, overhead, lambda: self.left)
+
+    def test_every_split(self):
+        text = b"one\r\ntwo\r\nthree\r\n"
+        for size in range(1, len(text) + 1):
+            for left in range(len(text) + 1):
+                trail = self.trail()
+                for start in range(0, len(text), size):
+                    trail.add(text[start:start + size])
+                self.left = left
+                begin = text.rfind(b"\n", 0, len(text) - left) + 1 if left else len(text)
+                admitted, unseen = trail.read()
+                self.assertEqual(unseen, text[begin:], (size, left))
+                self.assertEqual(admitted, text[:text.rfind(b"\n", 0, len(text) - left) + 1])
+
+    def test_tls_records_count_whole(self):
+        trail = self.trail(overhead=22)
+        for line in (b"one\r\n", b"two\r\n", b"three\r\n"):
+            trail.add(line)
+        self.left = 7 + 22 + 1                                  # the last record, and a part of that before
+        self.assertEqual(trail.read()[1], b"two\r\nthree\r\n")
+
+    def test_memory(self):
+        trail = self.trail()
+        for number in range(100000):
+            trail.add(b"line %d\r\n" % number)
+            self.assertLess(trail._size, 8192)
+        self.assertEqual(trail.read()[1], b"")
+        self.assertTrue(trail.read()[0].endswith(b"line 99999\r\n"))
+        trail.rest()
+        self.assertEqual((trail._size, trail.read()), (0, (b"", b"")))
+
+    def test_broken(self):
+        trail = self.trail()
+        trail.add(b"got\r\nhalf")
+        self.left = 2
+        trail.add_lost(b" a line\r\nmore\r\n")
+        self.assertEqual(trail.read()[1], b"half a line\r\nmore\r\n")
+
+    def test_a_flood_cut_in_the_middle(self):
+        """Real sockets: what the client has read and what it is shown again are everything, once."""
+        for _ in range(8):
+            ours, theirs = socket.socketpair() if not hasattr(socket, "TCP_NODELAY") else tcp_pair()
+            stream = has.TrailedStream(selectors.DefaultSelector(), theirs, mock.Mock(), None)
+            stream.follow(1 << 20)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            seen, fed = b"", 0
+            while len(stream.out) < 5000:
+                stream.send(b"line %05d\r\n" % fed)
+                fed += 1
+                if fed % 97 == 0:
+                    seen += ours.recv(random.randrange(1, 200))
+            ours.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(random.randrange(20)):
+                    seen += ours.recv(1000)
+            unread = b""
+            stuck = stream.trail.read()[1] + bytes(stream.out)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    unread += ours.recv(1 << 16)
+            acknowledged = seen + unread
+            whole = acknowledged[:acknowledged.rfind(b"\n") + 1]
+            self.assertEqual((whole + stuck).count(b"line"), fed)
+            ours.close()
+            stream.drop()
+
+
+def tcp_pair():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return socket.create_connection(server.getsockname()), server.accept()[0]
 
 
 class OnePiece(RigCase):
