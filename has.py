@@ -2884,12 +2884,13 @@ class Trail:
             left -= size
         return count
 
-    def read(self):
-        """(the last lines that were acknowledged, what was not: from the start of its line)."""
+    def read(self, more=False):
+        """(the last lines that were acknowledged, what was not: from the start of its line).
+        `more`: there is something that was not handed to the kernel."""
         data, count = b"".join(self._chunks), self._unseen()
         start = len(data) - count
         begin = data.rfind(b"\n", 0, start) + 1
-        if count or self.lost:
+        if count or self.lost or more:
             start = begin
         admitted = data[:begin].split(b"\n")[-1 - DOUBTFUL_LINES:]
         return b"\n".join(admitted), data[start:] + bytes(self.lost)
@@ -4999,7 +5000,7 @@ class Place(Part):
         if session.has_quit() or session.state is State.CLOSING:
             return False
         client, settings = session.client, hub.settings
-        admitted, missed = client.trail.read() if client.trail else (b"", b"")
+        admitted, missed = client.trail.read(bool(client.out)) if client.trail else (b"", b"")
         held = bytes(client.out)
         absent = Absent(settings.reattach_limit, hub.places.grew)
         session.take_client(absent)
@@ -5164,7 +5165,7 @@ class Place(Part):
         if doubtful:
             screen.write(f"{notice}.\n# NOTICE # Perhaps you saw these:")
             screen.send(doubtful)
-            notice = "# NOTICE # That is all" if not text else "# NOTICE # And these you did not see"
+            notice = f"# NOTICE # {'And what you did not see' if text else 'That is all'}"
         screen.write(f"{notice}. {missed}" if text else f"{notice}.")
         if text:
             screen.send(text)
