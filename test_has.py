@@ -4634,6 +4634,123 @@ class Reattach(RigCase):
         self.assertTrue(link.ended)
 
 
+class AnotherClient(RigCase):
+    """Another client at a link that lives: what they agree on, and not one command more (REATTACH.md 9)."""
+
+    OFFERS = (WILL, 25), (DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, GMCP)
+
+    def client(self, rig, size=None, kind=None, charset=None, gmcp=None, refuses=()):
+        """A client that answers a world's offers so, and the world's end of its link."""
+        client = rig.client()
+        link = rig.game.accept()
+        link.send(offer(*self.OFFERS))
+        rig.settle()
+        says = []
+        for verb, option in self.OFFERS:
+            wants = {NAWS: size, TTYPE: kind, CHARSET: charset, GMCP: gmcp}.get(option, True) and option not in refuses
+            says.append(({WILL: DO, DO: WILL} if wants else {WILL: DONT, DO: WONT})[verb])
+        client.send(b"".join(command(verb, option) for verb, (_, option) in zip(says, self.OFFERS)))
+        if size:
+            client.send(sub(NAWS, struct.pack(">HH", *size)))
+        if kind:
+            client.send(sub(TTYPE, b"\0" + kind))
+        if charset:
+            link.send(sub(CHARSET, b"\x01;UTF-8;ISO-8859-1"))
+            rig.settle()
+            client.send(sub(CHARSET, b"\x02" + charset))
+        if gmcp:
+            client.send(sub(GMCP, b"Core.Hello " + gmcp))
+        rig.settle()
+        client.read(), link.read()
+        return client, link
+
+    def joined(self, first, second):
+        """What the link gets when the second client takes the first one's place, and what the second one does."""
+        rig = self.rig(reattach=300)
+        client, link = self.client(rig, **first)
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.let_in(link)
+        client.sock.close()
+        rig.settle()
+        if second is None:
+            again = rig.client()
+            rig.game.accept()
+        else:
+            again, _ = self.client(rig, **second)
+        link.read()
+        again.send("connect Alice pw\r\n")
+        rig.settle()
+        self.assertFalse(client.session.place.away_at)
+        return rig, link, again
+
+    FULL = {"size": (120, 50), "kind": b"MUDLET", "charset": b"UTF-8", "gmcp": b"one"}
+
+    def test_the_same_again(self):
+        rig, link, again = self.joined(self.FULL, self.FULL)
+        self.assertEqual(link.read(), sub(TTYPE, b"\0MUDLET") + sub(NAWS, struct.pack(">HH", 120, 50))
+                         + sub(GMCP, b"Core.Hello one"))
+
+    def test_another_size_and_type(self):
+        rig, link, again = self.joined(self.FULL, dict(self.FULL, size=(71, 23), kind=b"XTERM", gmcp=None))
+        sent = link.read()
+        self.assertEqual(sent, sub(TTYPE, b"\0XTERM") + sub(NAWS, b"\0\x47\0\x17") + command(DONT, GMCP))
+        link.send(command(WONT, GMCP) + b"text\r\n")            # its answer is not for the client
+        rig.settle()
+        self.assertTrue(again.read().endswith(b"\r\ntext\r\n"))
+
+    def test_one_that_speaks_no_telnet(self):
+        rig, link, again = self.joined(self.FULL, None)
+        sent = link.read()
+        for piece in (command(DONT, 25), command(DONT, GMCP), sub(TTYPE, b"\0UNKNOWN"), sub(NAWS, b"\0\x4e\0\x18"),
+                      sub(CHARSET, b"\x02ISO-8859-1")):
+            self.assertEqual(sent.count(piece), 1, piece)
+        self.assertNotIn(command(DO, CHARSET), sent)
+        self.assertNotIn(b"\xff", again.read())
+        again.sock.close()                                      # and a full one again
+        rig.settle()
+        third, _ = self.client(rig, **self.FULL)
+        link.read()
+        third.send("connect Alice pw\r\n")
+        rig.settle()
+        sent = link.read()
+        self.assertIn(sub(NAWS, struct.pack(">HH", 120, 50)), sent)
+        self.assertIn(sub(CHARSET, b"\x02UTF-8"), sent)
+        self.assertNotIn(command(DO, CHARSET), sent)
+        self.assertEqual(sent.count(command(DO, 25)), 1)
+
+    def test_the_character_set_of_what_was_missed(self):
+        for first, second, wanted in ((b"UTF-8", b"ISO-8859-1", "caf\xe9 \"so\" -".encode("latin-1")),
+                                      (b"ISO-8859-1", b"UTF-8", "caf\xe9".encode()),
+                                      (b"UTF-8", b"UTF-8", "caf\xe9 \u201cso\u201d \u2013".encode())):
+            rig = self.rig(reattach=300)
+            client, link = self.client(rig, **dict(self.FULL, charset=first))
+            client.send("connect Alice pw\r\n")
+            rig.settle()
+            rig.let_in(link)
+            client.sock.close()
+            rig.settle()
+            said = "caf\xe9 \u201cso\u201d \u2013" if first == b"UTF-8" else "caf\xe9"
+            link.send(said.encode(first.decode()) + b"\r\n")
+            rig.settle()
+            again, _ = self.client(rig, **dict(self.FULL, charset=second))
+            again.send("connect Alice pw\r\n")
+            rig.settle()
+            self.assertIn(wanted + b"\r\n", again.read(), (first, second))
+
+    def test_no_chain_of_clients_says_what_kills_a_pennmush(self):
+        """DO CHARSET behind ACCEPTED, whatever the clients agree to (REATTACH.md 13)."""
+        kinds = [self.FULL, {}, {"charset": b"UTF-8"}, {"size": (80, 24)}, dict(self.FULL, charset=b"US-ASCII")]
+        for first, second in itertools.product(kinds, kinds):
+            rig, link, again = self.joined(first, second)
+            sent = link.read()
+            again.send("say hi\r\n")
+            rig.settle()
+            sent += link.read()
+            self.assertNotIn(command(DO, CHARSET), sent)
+            self.assertTrue(sent.endswith(b"say hi\r\n"))
+
+
 class WhatWasOnTheWay(unittest.TestCase):
     """Trail, with a kernel that says how much it was not acknowledged."""
 
