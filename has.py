@@ -3877,16 +3877,17 @@ _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 class Inbox(Part):
     """What a client sends: read at once, in later turns, or once a link can take it."""
 
-    __slots__ = ("client", "forward", "typed_at", "bytes_in", "quit_at", "first",
+    __slots__ = ("client", "announced", "forward", "typed_at", "bytes_in", "quit_at", "first",
                  "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until")
-    SURVIVES = ("typed_at", "bytes_in", "quit_at", "first", "from_client", "typed", "kept",
-                "kept_due", "backlog", "behind", "slow_until")
+    SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
+                "kept", "kept_due", "backlog", "behind", "slow_until")
 
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
         self.forward = None        # the fast path: what sends to the world; see Session.refresh
         self.typed_at, self.bytes_in = self.hub.now, 0
+        self.announced = False     # the log has a line about him: who says nothing may be a probe
         self.quit_at = 0           # when his last line was QUIT; 0: it was another
         self.first = FirstLine()
         self.from_client = None        # splits what he sends, once a command was in it
@@ -3902,6 +3903,10 @@ class Inbox(Part):
         """Whether nothing that was typed before is in the way."""
         return not (self.kept or self.backlog or not self.typed.idle
                     or self.from_client and self.from_client.held)
+
+    def has_quit(self, lately=0):
+        """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
+        return self.quit_at and self.hub.now - self.quit_at < QUIT_SECONDS + lately
 
     # ---- in turn
 
@@ -3932,7 +3937,7 @@ class Inbox(Part):
         """Read what this turn of the hub still has time for; the rest in later turns, with those
         of others between."""
         session, hub = self.session, self.hub
-        if data and not session.announced and self.bytes_in == len(data):
+        if data and not self.announced and self.bytes_in == len(data):
             session.announce()
             hub.door.look_at_first_words(session.host, data)
         # a line end or a telnet command costs about the same, a byte nearly nothing
@@ -4667,7 +4672,7 @@ class Hold(Part):
         session, settings = self.session, self.hub.settings
         if silent is not self.silent:           # else a new process is told what it knows
             self.silent, session.lines.iced = silent, b""
-        if silent and session.has_quit(settings.hb_timeout + settings.beat):
+        if silent and session.inbox.has_quit(settings.hb_timeout + settings.beat):
             session.close("quit")
         if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:
             self.told = False
@@ -4997,13 +5002,13 @@ class Place(Part):
         if not self._is_worth_keeping():
             return False
         session.inbox.read_last()
-        if session.has_quit() or session.state is State.CLOSING:
+        if session.inbox.has_quit() or session.state is State.CLOSING:
             return False
         client, settings = session.client, hub.settings
         admitted, missed = client.trail.read(bool(client.out)) if client.trail else (b"", b"")
         held = bytes(client.out)
         absent = Absent(settings.reattach_limit, hub.places.grew)
-        session.take_client(absent)
+        session.place.take_client(absent)
         client.drop()
         if doubtful or reason:
             absent.send(admitted)
@@ -5037,6 +5042,20 @@ class Place(Part):
         """The world sees him leave now."""
         log.info("%s: %s", self.session, why)
         self.session.end()
+
+    def take_client(self, client):
+        """This stream, or Absent, is the client from now on."""
+        session = self.session
+        session.client = session.screen.client = session.inbox.client = client
+        client.owner, client.on_data = session, session.inbox.on_data
+
+    def dissolve(self):
+        """The client goes on as another session: this one ends without a word."""
+        self.take_client(Absent(0, lambda count: None))
+        self.session.client.closed = True
+        self.session.state = State.CLOSING
+        self.session.drop_link()
+        self.hub.forget(self.session)
 
     # ---- a login is typed, here, that may open a place
 
@@ -5130,12 +5149,12 @@ class Place(Part):
         fresh, spelling = newcomer.screen.tail, newcomer.screen.spelling
         agreement, codec = newcomer.telnet.agreement, session.telnet.codec
         number, host = newcomer.number, newcomer.host
-        newcomer.dissolve()
+        newcomer.place.dissolve()
         hub.places.remove(session)
         away, moved = time.time() - self.away_at, host != self.away_host
         session.host, session.tls, self.away_at = host, newcomer.tls, 0
         hub.door.came(session)
-        session.take_client(client)
+        session.place.take_client(client)
         session.telnet.join(agreement)
         screen = session.screen
         screen.spelling = Spelling(True, screen.spelling.marked_up)
@@ -5232,14 +5251,13 @@ class Session(Survivor):
     """
 
     __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since",
-                 "tls", "announced", "character", "screen", "telnet", "inbox", "lines", "way_back",
+                 "tls", "character", "screen", "telnet", "inbox", "lines", "way_back",
                  "hold", "feed", "opening", "place")
-    SURVIVES = ("number", "serial", "life", "host", "since", "tls", "announced")
+    SURVIVES = ("number", "serial", "life", "host", "since", "tls")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.host, self.tls = hub, number, host, tls
         self.since = int(time.time())           # shown to the world, kept over returns
-        self.announced = False     # the log has a line about him: who says nothing may be a probe
         self.state, self.serial = State.OPENING, 0
         self.client, self.link = client, None   # streams
         self.life = None           # of the link: the world's life
@@ -5321,11 +5339,6 @@ class Session(Survivor):
         """Who this is for the world: a character, or his number where no name tells him apart."""
         return self.character.who(self.number, self.state in AWAY | COMING_BACK)
 
-    def has_quit(self, lately=0):
-        """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
-        quit_at = self.inbox.quit_at
-        return quit_at and self.hub.now - quit_at < QUIT_SECONDS + lately
-
     def later(self, seconds, action, *arguments):
         """Do that then, if the link is still the same."""
         self.hub.later(seconds, self._due, self.serial, action, *arguments)
@@ -5340,10 +5353,10 @@ class Session(Survivor):
     def announce(self):
         """Say in the log that he is here, when he has spoken or stayed; of too many a minute only
         the number."""
-        if not self.announced and not self.client.closed:
+        if not self.inbox.announced and not self.client.closed:
             line = f"{self}: connected{' (TLS)' if self.tls else ''}"
             what = "connected and spoke or stayed"
-            self.announced = self.hub.door.visits.note(self.host, what, line, free=60)
+            self.inbox.announced = self.hub.door.visits.note(self.host, what, line, free=60)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
@@ -5387,19 +5400,6 @@ class Session(Survivor):
         """A fault of HAS itself in handling this session (it was logged): end only this session."""
         self.end()
 
-    def take_client(self, client):
-        """This stream, or Absent, is the client from now on."""
-        self.client = self.screen.client = self.inbox.client = client
-        client.owner, client.on_data = self, self.inbox.on_data
-
-    def dissolve(self):
-        """The client goes on as another session: this one ends without a word."""
-        self.take_client(Absent(0, lambda count: None))
-        self.client.closed = True
-        self.state = State.CLOSING
-        self.drop_link()
-        self.hub.forget(self)
-
     # ---- streams
 
     def on_stream_open(self, link):
@@ -5433,7 +5433,7 @@ class Session(Survivor):
 
     def note_client_gone(self, reason=""):
         """Say in the log that he has left."""
-        if self.announced:
+        if self.inbox.announced:
             log.info("%s: the client has left%s", self, f" ({reason})" if reason else "")
         elif not self.inbox.bytes_in:
             self.hub.door.quiet.note(self.host, "left at once without a word", level=logging.DEBUG)
@@ -5473,7 +5473,7 @@ class Session(Survivor):
 
     def _ask(self, _):
         """The link ended: he has quit, was thrown out, or the world died."""
-        if self.has_quit():
+        if self.inbox.has_quit():
             self.close("quit")
         elif self.inbox.first.is_http:
             self.end_with_world()
@@ -5537,7 +5537,7 @@ class Session(Survivor):
     def _lose_world(self, notice):
         if self.link:
             self.link.last_words()
-        if self.has_quit():
+        if self.inbox.has_quit():
             self.close("quit")
         if self.state not in AWAY and self.state is not State.CLOSING:
             self._lose_link(notice)
@@ -5636,7 +5636,7 @@ class Passage(Part):
         packed = {**old.pack(), "out": pack(b""), "broken": False}
         Stream.drop(old)                        # TLS's own would end it for the other process
         if name == "client":
-            session.take_client(new)
+            session.place.take_client(new)
         else:
             session.link = new
         new.take_up(packed)
