@@ -7237,6 +7237,8 @@ class Health(Survivor):
             return effects + self._down(reason, now)
         self.loss = Loss(now)
         self.lost_at = now if self.lost_at is None else self.lost_at
+        effects += [("later", AWAY_SECONDS, "unanswered", number, serial)
+                    for number, (serial, _) in self.endings.asking.items()]
         return effects + self.judge(now)
 
     def unreachable(self, address, reason, accepted, now):

@@ -2710,6 +2710,20 @@ class TestHealth(unittest.TestCase):
 
     EVENTS = ("one ends", "two ends", "lost", "refused", "mute", "alive", "answer", "4 s", "silent")
 
+    def test_nobody_asks_for_ever(self):
+        """The heartbeat is shut out while others play: who had left just before, or behind it, is kept at last."""
+        for before in (True, False):
+            watch = Watch("one", "two")
+            if before:
+                watch.end_link("one")
+            watch.event("lost", "booted", False)
+            if not before:
+                watch.end_link("one")
+            for _ in range(5):
+                watch.event("trouble", HOME, "hung up", True)
+                watch.pass_time(1)
+            self.assertEqual((watch.users["one"], watch.users["two"]), ("RETURNING", "PLAYING"), before)
+
     def test_what_holds_in_every_order(self):
         """Nobody leaves but by an answer of his own life; what proves nothing disturbs nobody; who
         waits for a verdict has one when the heartbeat is back; an outage is told once."""
