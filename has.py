@@ -1403,6 +1403,7 @@ class Dialect:
     greets = True                  # a banner comes at once
     at_once = 8                    # links that it has not accepted yet, in the same instant
     most_silent = 0                # ... and of any age: its listen backlog less one
+    forgets_connects = False       # one that it has not accepted may wait for the next connect
     characters_one_by_one = False  # sessions of one character must come back one after another
     serves_http = True             # on the same port: pages, websocket
     charset_once = False           # after an ACCEPTED no DO CHARSET may follow on a link
@@ -1663,7 +1664,8 @@ class PennMUSH(_InfoFamily):
     serves_http = True
     charset_once = True            # a DO CHARSET behind CHARSET ACCEPTED kills the server
     greets = False
-    at_once = 1                    # connects of the same instant are forgotten (choreography.md 2)
+    at_once = 1                    # connects of the same instant are forgotten, until the
+    forgets_connects = True        # next one wakes the server (choreography.md 2)
     most_silent = 4                # its slave looks names up; listen backlog 5 (return-speed.md)
     login_probe = (b"IDLE %(n)s\r\n", re.compile(rb"%(n)s"))
 
@@ -3374,6 +3376,7 @@ class Screen(Part):
         """The same for a client that speaks HTTP."""
         self.bytes_out += len(data)
         self.client.send(data)
+        self.session.hub.links.spoke(self.session)
         self.session.arrived()
         if len(self.client.out) > self.session.hub.settings.output_limit:
             self.session.close(
@@ -5658,6 +5661,8 @@ class Passage(Part):
                 session.end()
         elif session.state is State.ASKING:
             hub.ask(session)
+        elif session.state is State.LOGIN and not session.feed.spoke_at:
+            hub.links.watch(session)
         elif session.state in AWAY:
             session.hold.look(session.hold.held_since)
         session.place.go_on()
@@ -7393,6 +7398,7 @@ class Record(Survivor):
 
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds up the next no more
+WAKE_SECONDS, WAKES = 2, 3         # ... may not have been accepted: so often the world is woken
 GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
 PATIENCE = 40                      # line ends, and as many kilobytes, read with care in one turn
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
@@ -7404,7 +7410,7 @@ FOR_SESSIONS = {
     "now", "later", "selector", "patience", "backlogs",         # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
-    "links.add", "links.spoke", "links.arrived",                # its link: wanted, accepted, over
+    "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
     "logins.left", "logins.wait", "logins.took",                # typed logins, by address
     "places", "door.came",                                      # those whose line dropped
@@ -8298,6 +8304,26 @@ class Suspects:
         return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
 
 
+class Knock:
+    """A connect to the world, closed as soon as it stands: it wakes a server that has forgotten
+    those before it (see Dialect.forgets_connects)."""
+
+    def __init__(self, hub):
+        self.stream = Stream.connect(hub.selector, hub.world.target, self, None)
+
+    def on_stream_open(self, stream):
+        """The server has been told."""
+        stream.drop()
+
+    def on_stream_end(self, stream, reason):
+        """It could not be told."""
+        stream.drop()
+
+    def on_error(self):
+        """A fault of HAS, which was logged."""
+        self.stream.drop()
+
+
 class Links(Survivor):
     """Who may connect to the world, and when: all links are opened here (rule 4).
 
@@ -8319,6 +8345,8 @@ class Links(Survivor):
         # session -> when its link was opened, oldest first, and has shown nothing yet
         self._arriving = collections.OrderedDict()
         self._next_at, self._woken, self._last_woken = 0.0, False, False
+        self._mute = {}                         # session -> serial of a link that has shown nothing
+        self._knocked_at = 0.0
 
     def __contains__(self, session):
         return session in self._waiting or session in self._last
@@ -8376,6 +8404,7 @@ class Links(Survivor):
         """The first bytes came over the session's link: the server has accepted it, and all that
         were opened before it, for the kernel hands them out in order. What is scarce is the
         server's listen backlog, not its logins."""
+        self._mute.pop(session, None)
         if session not in self._arriving or self._one_by_one:
             return
         while self._arriving.popitem(last=False)[0] is not session:
@@ -8384,7 +8413,7 @@ class Links(Survivor):
 
     def forget(self, session):
         """The session has ended."""
-        for sessions in (self._waiting, self._last, self._arriving):
+        for sessions in (self._waiting, self._last, self._arriving, self._mute):
             sessions.pop(session, None)
         self.go_on()                            # the last of the others, perhaps
         self.settle(session)                    # others of its character may have waited for it
@@ -8427,6 +8456,35 @@ class Links(Survivor):
         if session.state in AWAY and session.character.trials:
             self._expect_noise(session.character.trials[0].character)
         self.hub.safely(session.open_link)
+        self.watch(session)
+
+    # ---- links that a server may have forgotten
+
+    def watch(self, session):
+        """Its link is being opened, or has shown nothing yet."""
+        if session.link and self.hub.world.dialect.forgets_connects:
+            self._mute[session] = session.serial
+            self.hub.later(WAKE_SECONDS, self._wake, session, session.serial)
+
+    def _wake(self, session, serial, times=1):
+        """Nothing has come on this link, though the world answers: perhaps nobody has accepted it.
+        One knock serves all."""
+        if self._mute.get(session) != serial:
+            return                              # it has spoken, or there is another one
+        if serial != session.serial or not session.link:
+            del self._mute[session]
+            return
+        is_up = self.hub.health.condition is Condition.UP
+        if is_up and session.linked and self.hub.now - self._knocked_at >= WAKE_SECONDS / 2:
+            self._knocked_at = self.hub.now
+            log.debug("%s: the world has shown nothing: woken by one more connect", session)
+            with contextlib.suppress(OSError):
+                Knock(self.hub)
+        if times < WAKES:
+            self.hub.later(WAKE_SECONDS, self._wake, session, serial, times + is_up)
+
+    # ---- turns
+
 
     @property
     def _one_by_one(self):

@@ -4238,6 +4238,65 @@ class Pace(RigCase):
         rig.found("life 2")
         return rig, lambda: "".join(state_of(client)[0] for client in clients)      # Waiting, Returning, Playing
 
+    def knocks(self, rig):
+        """How many connects to the world that nobody has accepted yet have been closed again."""
+        count = 0
+        while select.select([rig.game.sock], [], [], 0)[0]:
+            peer = rig.game.accept()
+            count += (peer.read(), peer.ended) == (b"", True)
+        return count
+
+    def test_a_world_that_may_have_forgotten_a_link_is_woken(self):
+        for returning in (False, True):
+            with self.subTest(returning=returning):
+                rig = self.rig("pennmush")
+                if returning:
+                    clients = []
+                    for name in ("Alice", "Bob"):
+                        clients.append(rig.client())
+                        clients[-1].session.character.login = has.Credentials(b"connect", name.encode(), b"pw")
+                    rig.pass_time(0.1)
+                    for _ in clients:
+                        rig.game.accept().send("Welcome\r\n")
+                    rig.settle()
+                    rig.down()
+                    rig.found("life 2")
+                else:
+                    clients = [rig.client(), rig.client()]
+                rig.pass_time(0.1)
+                served, mute = rig.game.accept(), rig.game.accept()
+                served.send("Welcome\r\n")
+                rig.settle()
+                self.assertEqual(self.knocks(rig), 0)
+                rig.pass_time(1.8)
+                self.assertEqual(self.knocks(rig), 0)
+                rig.pass_time(0.3)
+                self.assertEqual(self.knocks(rig), 1)
+                mute.send("Welcome\r\n")
+                rig.settle()
+                rig.pass_time(2.1, 2.1, 2.1)
+                self.assertEqual(self.knocks(rig), 0)
+
+    def test_it_is_not_woken_for_ever_nor_while_silent_nor_in_other_families(self):
+        for family, silent, wanted in (("pennmush", False, has.WAKES), ("pennmush", True, 0), ("tinymux", False, 0)):
+            with self.subTest(family, silent=silent):
+                rig = self.rig(family)
+                rig.client()
+                rig.settle()
+                if silent:
+                    rig.post(rig.hub.on_silent)
+                rig.pass_time(*[0.5] * 40)
+                self.assertEqual(self.knocks(rig), wanted)
+                rig.close()
+
+    def test_the_watch_for_forgotten_links_goes_through_an_upgrade(self):
+        rig = self.rig("pennmush")
+        rig.client()
+        rig.pass_time(1)
+        rig.upgrade()
+        rig.pass_time(2.1)
+        self.assertEqual(self.knocks(rig), 1)
+
     def test_a_link_counts_until_its_first_byte(self):
         """It shows that the server has accepted it; the end of the login is another matter."""
         rig, states = self.away(3, at_once=1)
@@ -9248,6 +9307,16 @@ class TestPenn(Scenarios, unittest.TestCase):
             client.expect(re.escape(ONLINE))
             client.expect("(?i)connect", 5)
 
+    def test_a_connect_that_the_world_forgot(self):
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.expect("(?i)connect")
+        self.world.strands = True
+        client = self.has.client()
+        self.addCleanup(client.close)
+        client.expect("(?i)connect", 8)
+        self.assertFalse(self.world.strands)
+
     def test_all_socket_settings_are_repeated(self):
         wizard = self.login("Wizard", "wizpw")
         wizard.send(
@@ -11946,7 +12015,7 @@ class World:
         self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
         self.backlog = self.BACKLOG if backlog is None else backlog
         self.reset_on_kill = self.silent_banner = self.guests = False
-        self.logins_disabled = self.accept_bug = False
+        self.logins_disabled = self.accept_bug = self.strands = False
         self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
         self.start_id = self.max_players = self.sconnect_cmd = None
         self.silent_start, self.address_window, self.shutdown_delay = 1.0, 0.1, 2.0
@@ -12307,6 +12376,9 @@ class World:
         # PennMUSH: one of three connects in the same instant is not served
         if self.accept_bug and len(fresh) > 2:
             self._stranded.append(fresh.pop())  # until somebody else connects
+        if self.strands and fresh:
+            self.strands = False
+            self._stranded.append(fresh.pop())
         for sock in fresh:
             self._adopt(sock)
 
