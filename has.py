@@ -3049,6 +3049,10 @@ def end_of_nth(ends, data, count):
 # speaks no telnet.
 _HTTP_REQUEST = re.compile(
     rb"(?:GET|HEAD|POST|PUT|DELETE|UPDATE|PATCH|OPTIONS) [^\r\n]* HTTP/\d\.\d\r?\n")
+# One that came whole and asks for a page: what follows cannot be frames (RFC 6455 4.1).
+_PAGE_REQUEST = re.compile(rb"(?is)(?!.*websocket).*?\n\r?\n")
+TOO_MANY = (b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: %d\r\nContent-Length: 0\r\n"
+            b"Connection: close\r\n\r\n")              # RFC 6585 4
 
 
 class FirstLine:
@@ -4035,6 +4039,17 @@ class Inbox(Part):
             session.link.on_data = session.screen.reader
         if session.state in AWAY:
             session.end_with_world()
+        elif self.first.is_raw and not _PAGE_REQUEST.match(data):
+            self._count_websocket()
+
+    def _count_websocket(self):
+        """Nobody can read the logins in its frames: the connection counts as one. It cannot wait,
+        for the server takes such a request at once or not at all."""
+        session = self.session
+        wait = self.hub.logins.wait_unread(session.host)
+        if wait:
+            session.client.send(TOO_MANY % math.ceil(wait))
+            session.close("too many websockets and logins of its address")
 
     def _pass_raw(self, data):
         """Bytes of such a client, for the world as they are."""
@@ -7412,7 +7427,7 @@ FOR_SESSIONS = {
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
-    "logins.left", "logins.wait", "logins.took",                # typed logins, by address
+    "logins.left", "logins.wait", "logins.wait_unread", "logins.took",      # logins, by address
     "places", "door.came",                                      # those whose line dropped
     "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
 OF_SESSIONS = {
@@ -8183,6 +8198,15 @@ class LoginQueue(Survivor):
             self.forget(session)
         return wait
 
+    def wait_unread(self, host):
+        """Seconds until a connection may come whose logins cannot be read; 0: now, and it counts
+        as one."""
+        group, now = host_group(host), self.hub.now
+        wait = 0 if self._is_free(host) else self.brake.wait(group, now)
+        if not wait:
+            self.brake.count(group, b"", now)
+        return wait
+
     def took(self, session):
         """A login took. Others of its address may have waited for that."""
         group = host_group(session.host)
@@ -8471,7 +8495,7 @@ class Links(Survivor):
         One knock serves all."""
         if self._mute.get(session) != serial:
             return                              # it has spoken, or there is another one
-        if serial != session.serial or not session.link:
+        if serial != session.serial or not session.link or session.state is State.CLOSING:
             del self._mute[session]
             return
         is_up = self.hub.health.condition is Condition.UP

@@ -5241,6 +5241,60 @@ class Browsers(RigCase):
             rig.clock.advance(0.5)
         sender.join(5)
 
+    def websockets(self, rig, *hosts, request=REQUEST):
+        """What each of so many clients, one after another, gets of the world's answer."""
+        got = []
+        for host in hosts:
+            client = rig.client(host=host)
+            rig.pass_time(0.1)
+            link = rig.game.accept()
+            client.send(request)
+            rig.settle()
+            if request not in link.read():
+                request_line = client.read()
+                self.assertTrue(client.ended)
+                got.append(re.match(rb"HTTP/1.1 429 [^\n]*\nRetry-After: (\d+)\r\n(?s:.*)\r\n\r\n\Z", request_line).group(1))
+            else:
+                got.append(b"ok")
+            client.sock.close()
+            rig.settle()
+        return got
+
+    def test_websockets_of_one_address_are_braked_like_logins(self):
+        """Nobody can read the logins in their frames."""
+        for host in ("203.0.113.9", "2001:db8::5"):
+            rig = self.rig("pennmush")
+            self.assertEqual(self.websockets(rig, *[host] * 5), [b"ok"] * 3 + [b"3"] * 2)
+            self.assertEqual(self.websockets(rig, "198.51.100.7"), [b"ok"])
+            rig.pass_time(3)
+            self.assertEqual(self.websockets(rig, host, host), [b"ok", b"6"])
+
+    def test_logins_and_websockets_count_together(self):
+        rig = self.rig("pennmush")
+        client = rig.client()
+        rig.pass_time(0.1)
+        link = rig.game.accept()
+        client.send("connect bob x\r\n" * 2)
+        rig.settle()
+        self.assertEqual(link.lines().count("connect bob x"), 2)
+        self.assertEqual(self.websockets(rig, "203.0.113.9", "203.0.113.9"), [b"ok", b"3"])
+        client.send("connect bob x\r\n")
+        rig.settle()
+        self.assertEqual(link.lines().count("connect bob x"), 0)
+        rig.pass_time(3.1)
+        self.assertEqual(link.lines().count("connect bob x"), 1)
+
+    def test_what_may_turn_into_frames_counts_and_pages_do_not(self):
+        page, many = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n", ["203.0.113.9"] * 5
+        for request, braked in ((page, False), (b"POST /a HTTP/1.0\n\nwords", False), (b"GET /wsclient HTTP/1.1\r\n", True),
+                                (b"GET /wsclient HTTP/1.1\r\nHost: x\r\n", True), (self.REQUEST.upper(), True),
+                                (page.replace(b"Host", b"Sec-WebSocket-Key"), True)):
+            with self.subTest(request):
+                self.assertEqual(self.websockets(self.rig("pennmush"), *many, request=request), [b"ok"] * 3 + [b"3" if braked else b"ok"] * 2)
+
+    def test_this_machines_own_are_not_braked(self):
+        self.assertEqual(self.websockets(self.rig("pennmush"), *["127.0.0.1"] * 9), [b"ok"] * 9)
+
     def test_it_goes_through_an_upgrade(self):
         rig, client, link = self.browser()
         rig.upgrade()
