@@ -6973,7 +6973,11 @@ class Heartbeat(threading.Thread):
         """Take up what _park() left; return its Connection, if it left one."""
         context = self._context
         for room in self._rooms:
-            room.take_up(parked)
+            try:
+                room.take_up(parked)
+            except Exception as error:          # another version did it otherwise
+                log.warning("what the heartbeat knew could not be taken over (%r); it finds out "
+                            "anew", error)
         if "connection" not in parked:
             return None
         try:

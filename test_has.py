@@ -8888,6 +8888,18 @@ class TestHeartbeat(Case):
         self.assertEqual(verdicts, [[True], [False]])
         self.assertEqual(hub._of("on_heartbeat_lost"), [])
 
+    def test_what_another_version_left_otherwise_ends_nobody(self):
+        """Without its heartbeat HAS would bring nobody back."""
+        world, hub, heartbeat = self.start(silent_start=0.05)
+        parked = self.park(hub, heartbeat)
+        del parked["known"], parked["current"]
+        parked["life"] = {"object": "NeverHeardOf", "slots": {}}
+        with self.assertLogs(has.log, "WARNING") as logged:
+            self.resume(world, hub, parked)
+            hub.wait("on_world_found", 2)
+        self.assertEqual(len(logged.output), 3)
+        self.assertEqual(len(world.logins), 1)          # its connection is as good as ever
+
     def test_a_connection_that_another_version_left_otherwise(self):
         """It logs in anew, and tells the hub that it does."""
         world, hub, heartbeat = self.start(silent_start=0.05)
