@@ -4288,8 +4288,8 @@ class Lines(Part):
         if password:
             character.change("password", password.group(1), now)
         elif name and re.search(rb"[\[%\\{]", name.group(2)):
-            log.info("%s: uses softcode in @name; a new name that comes of it is not known to HAS",
-                     session)
+            session.note("used softcode in @name", "uses softcode in @name; a new name that comes "
+                         "of it is not known to HAS")
         elif name and name.group(1).lower() in own:
             character.change("name", name.group(2), now)
 
@@ -4768,7 +4768,7 @@ class Feed(Part):
             kind = character.follow_change(session.dialect, text)
             if kind:
                 self.hub.places.changed(session, before)
-                log.info("%s: changed the %s", session, kind)
+                session.note(f"changed the {kind}")
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
         return self.screen.without_hidden(text)
@@ -4795,7 +4795,7 @@ class Feed(Part):
             sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
             for pattern in (dialect.refused_text, dialect.not_taken_text))
         if self.character.unanswered and refusals + others:
-            log.info("%s: the world refused a login", self.session)
+            self.session.note("were refused a login", "the world refused a login")
         self.character.answered(refusals, others, final=not self.hub.world.shut)
 
     # ---- typed logins
@@ -4807,7 +4807,7 @@ class Feed(Part):
         self.hub.logins.took(session)
         session.place.login_took()
         session.enter(State.PLAYING)
-        log.info("%s: logged in", session)
+        session.note("logged in")
         if proof.is_whole:
             session.later(MARK_SECONDS, proof.retire)
         elif self.hub.world.checks:
@@ -4816,7 +4816,7 @@ class Feed(Part):
 
     def on_logout(self):
         """The world has read his LOGOUT."""
-        log.info("%s: logged out to the login screen", self.session)
+        self.session.note("logged out to the login screen")
         self.character.log_out()
         self.proof = proof_for(self.session.dialect, False, self.hub.world.telnet)
         self.session.enter(State.LOGIN)
@@ -4824,8 +4824,8 @@ class Feed(Part):
     def on_checked(self, verdicts):
         """The heartbeat's second proof: of each pair True, False or None (unknown)."""
         if self.character.confirm(verdicts, self.proof.others):
-            log.info("%s: the world logged it in but denies the password; it cannot be brought "
-                     "back", self.session)
+            self.session.note("were logged in, but the world denies the password", "the world "
+                              "logged it in but denies the password; it cannot be brought back")
             self.character.forget()
 
     def go_on(self):
@@ -5372,9 +5372,15 @@ class Session(Survivor):
         """Say in the log that he is here, when he has spoken or stayed; of too many a minute only
         the number."""
         if not self.inbox.announced and not self.client.closed:
-            line = f"{self}: connected{' (TLS)' if self.tls else ''}"
-            what = "connected and spoke or stayed"
-            self.inbox.announced = self.hub.door.visits.note(self.host, what, line, free=60)
+            how = "connected (TLS)" if self.tls else "connected"
+            self.inbox.announced = self.note("connected and spoke or stayed", how)
+
+    def note(self, what, line=""):
+        """Say in the log what he did; of too many a minute from his address only the number.
+
+        Returns whether it was said.
+        """
+        return self.hub.door.visits.note(self.host, what, f"{self}: {line or what}", free=60)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a

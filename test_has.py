@@ -6989,6 +6989,37 @@ class StrangersInTheLog(RigCase):
         self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the last "
                       "minute", said)
 
+    def test_logins_that_are_refused(self):
+        rig = self.rig()
+        client = rig.client(host="127.0.0.1")            # a web client's: no brake slows it down
+        link = rig.game.accept()
+
+        def guesses():
+            for _ in range(300):
+                client.send("connect Wizard wrong\r\n")
+                rig.settle()
+                rig.let_in(link, None)
+        said = self.log_of(rig, guesses)
+        self.assertEqual(len([line for line in said if "world refused a login" in line]), 60)
+        self.assertIn("clients from 127.0.0.1 were refused a login: 240 more in the last minute",
+                      said)
+
+    def test_who_logs_in_and_out_for_ever(self):
+        rig = self.rig()
+        client, link = rig.player(host="127.0.0.1")
+
+        def round_and_round():
+            for _ in range(100):
+                client.send("@name me=[x]\r\nLOGOUT\r\n")
+                rig.settle()
+                self.assertEqual(state_of(client), "LOGIN")
+                client.send("connect Alice pw\r\n")
+                rig.settle()
+                rig.let_in(link)
+        said = self.log_of(rig, round_and_round)
+        for what in ("logged in", "softcode", "logged out"):
+            self.assertIn(len([line for line in said if what in line]), (60, 61), what)
+
     def test_many_ordinary_users_are_all_in_it(self):
         rig = self.rig(up=False)
 
