@@ -4288,8 +4288,8 @@ class Lines(Part):
         if password:
             character.change("password", password.group(1), now)
         elif name and re.search(rb"[\[%\\{]", name.group(2)):
-            session.note("used softcode in @name", "uses softcode in @name; a new name that comes "
-                         "of it is not known to HAS")
+            self.hub.door.visits.of(session, "used softcode in @name", "uses softcode in @name; a "
+                                    "new name that comes of it is not known to HAS")
         elif name and name.group(1).lower() in own:
             character.change("name", name.group(2), now)
 
@@ -4768,7 +4768,7 @@ class Feed(Part):
             kind = character.follow_change(session.dialect, text)
             if kind:
                 self.hub.places.changed(session, before)
-                session.note(f"changed the {kind}")
+                self.hub.door.visits.of(session, f"changed the {kind}")
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
         return self.screen.without_hidden(text)
@@ -4795,7 +4795,8 @@ class Feed(Part):
             sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
             for pattern in (dialect.refused_text, dialect.not_taken_text))
         if self.character.unanswered and refusals + others:
-            self.session.note("were refused a login", "the world refused a login")
+            self.hub.door.visits.of(self.session, "were refused a login",
+                                    "the world refused a login")
         self.character.answered(refusals, others, final=not self.hub.world.shut)
 
     # ---- typed logins
@@ -4807,7 +4808,7 @@ class Feed(Part):
         self.hub.logins.took(session)
         session.place.login_took()
         session.enter(State.PLAYING)
-        session.note("logged in")
+        self.hub.door.visits.of(session, "logged in", free=300)
         if proof.is_whole:
             session.later(MARK_SECONDS, proof.retire)
         elif self.hub.world.checks:
@@ -4816,7 +4817,7 @@ class Feed(Part):
 
     def on_logout(self):
         """The world has read his LOGOUT."""
-        self.session.note("logged out to the login screen")
+        self.hub.door.visits.of(self.session, "logged out to the login screen", free=300)
         self.character.log_out()
         self.proof = proof_for(self.session.dialect, False, self.hub.world.telnet)
         self.session.enter(State.LOGIN)
@@ -4824,8 +4825,8 @@ class Feed(Part):
     def on_checked(self, verdicts):
         """The heartbeat's second proof: of each pair True, False or None (unknown)."""
         if self.character.confirm(verdicts, self.proof.others):
-            self.session.note("were logged in, but the world denies the password", "the world "
-                              "logged it in but denies the password; it cannot be brought back")
+            what = "the world logged it in but denies the password; it cannot be brought back"
+            self.hub.door.visits.of(self.session, "were let in with a denied password", what)
             self.character.forget()
 
     def go_on(self):
@@ -5373,14 +5374,8 @@ class Session(Survivor):
         the number."""
         if not self.inbox.announced and not self.client.closed:
             how = "connected (TLS)" if self.tls else "connected"
-            self.inbox.announced = self.note("connected and spoke or stayed", how)
-
-    def note(self, what, line=""):
-        """Say in the log what he did; of too many a minute from his address only the number.
-
-        Returns whether it was said.
-        """
-        return self.hub.door.visits.note(self.host, what, f"{self}: {line or what}", free=60)
+            visits = self.hub.door.visits
+            self.inbox.announced = visits.of(self, "connected and spoke or stayed", how)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
@@ -7561,6 +7556,10 @@ class QuietLog:
         if self._counts[key] <= 0:
             log.log(level, "%s", line or f"client from {host} {what}")
         return self._counts[key] <= 0
+
+    def of(self, session, what, line="", free=60):
+        """The same of a session: log what (in other words: `line`) it did."""
+        return self.note(session.host, what, f"{session}: {line or what}", free)
 
     def once(self, host, what):
         """Warn of what a client from `host` did, for each address once and for all."""
