@@ -2029,6 +2029,7 @@ _MARK = re.compile(rb"(=[0-9a-f]{8})([0-9a-f]{2,8})=([abefyz]?)\r?\n")  # secret
 _MARK_BEGUN = re.compile(rb"(?:[0-9a-f]{0,8}|[0-9a-f]{2,8}=[abefyz]?\r?)\Z")
 _AFTER_SECRET = 12                 # bytes of a mark behind that: number, `=`, letter, CR LF
 _INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
+_INFO_TWICE = re.compile(rb"\A((?s:.*?))%(i)s((?s:.*?))%(i)s" % {b"i": _INFO_BLOCK.pattern})
 
 MOST_TRIES = 64                    # logins of one link whose outcome may still come
 MOST_HELD = 1 << 20                # bytes of a return that are kept, the newest
@@ -2490,6 +2491,14 @@ def tune(sock, idle, interval, count, user_timeout=0):
         if value and hasattr(socket, option):
             with contextlib.suppress(OSError):  # known but not for this socket: the default stays
                 sock.setsockopt(level, getattr(socket, option), value)
+
+
+def acknowledge(sock):
+    """Have the kernel acknowledge now what has come (Linux, TCP): a server that writes an answer
+    in pieces, without TCP_NODELAY, waits 40 ms for that otherwise. It does not stay set."""
+    if hasattr(socket, "TCP_QUICKACK"):
+        with contextlib.suppress(OSError):      # not TCP, or gone
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def reset(sock):
@@ -4737,6 +4746,8 @@ class Feed(Part):
         self.screen.in_one_piece(self._read_pieces, data)
         if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
             self.hub.links.spoke(session)
+        if session.state is State.RETURNING and session.link:
+            acknowledge(session.link.sock)
         if session.inbox.kept and before is session.state is State.PLAYING:
             session.inbox.send_kept()           # the world has answered the one before
         self.screen.shorten()
@@ -5720,7 +5731,7 @@ LOGIN_AGAIN_SECONDS = 300          # after a refused login: PennMUSH bars an add
 LOGIN_CLOSED_SECONDS = 30          # after one not taken for another reason: disabled, full
 RENEW_SECONDS = 60                 # a world closes who stays at its login screen after 120 s
 RENEW_AGAIN_SECONDS = 10           # ... where this machine's own trouble kept us from that
-FASTEST_RETRY = 0.1                # seconds between tries to reach a world that is down, at first
+FASTEST_RETRY = 0.05               # seconds between tries to reach a world that is down, at first
 WISH_SECONDS = 5                   # least time between tries of the address that a HUP asks for
 START_ID_SECONDS = 1.1             # start ids tell lives apart that began a second apart, not less
 LONG_AGO = 86400.0                 # the age of a life whose start id does not tell
@@ -5732,6 +5743,7 @@ GREETING_PAUSE = 0.25              # ... which is over when nothing more comes f
 INFO_SECONDS = 3                   # for the INFO that tells the family of an unknown world
 ASIDE_SECONDS = 2                  # for answers that can be done without: rights, checks
 TELNET_SECONDS = 1                 # for a telnet answer, or an offer made at connect
+DEAF_SECONDS = 0.05                # ... where its last life knew no telnet
 WITNESS_SECONDS = 1                # an idle connection that lives on for so long: the world lives
 LOOK_SECONDS = 1                   # while a check waits for the quota, or an address for its turn
 FAULT_SECONDS = 1                  # pause after a fault of HAS itself
@@ -5834,7 +5846,7 @@ class Talk:
         self.commands = []         # telnet commands received
         self.ended = None          # why the connection ended
         self._heard = b""          # the text received since send()
-        self._greeted = None       # whether hear_greeting() has heard any
+        self.greeted = False       # hear_greeting() has heard some
         context.watch(sock, self)
 
     def close(self):
@@ -5850,6 +5862,7 @@ class Talk:
         except OSError as error:
             self.ended = error.strerror or str(error)
             return
+        acknowledge(self.sock)
         self.spoke = self.spoke or bool(data)
         if not data:
             self.ended = "closed by the world"
@@ -5916,15 +5929,13 @@ class Talk:
         return self.expect(pattern, seconds)
 
     def hear_greeting(self):
-        """Wait, the first time, until the world has said what it says at connect; whether any text
-        has come by now."""
-        until, quiet = self.clock() + GREETING_SECONDS, self._greeted is not None
+        """Wait until the world has said what it says at connect."""
+        until, quiet = self.clock() + GREETING_SECONDS, False
         while self.clock() < until and not quiet and self.ended is None:
             seen = len(self.text) + len(self.commands)
             self._context.wait(min(until, self.clock() + GREETING_PAUSE) if seen else until)
             quiet = seen and seen == len(self.text) + len(self.commands)
-        self._greeted = bool(self._greeted or self.text.strip())
-        return self._greeted
+        self.greeted = bool(self.text.strip())
 
 
 class Quota:
@@ -5958,6 +5969,7 @@ class Connection:
         self.world = World(address, target, PLAIN, None, False, False, tls=settings.world_tls,
                            word=settings.remotehostname_cmd)
         self.quota = Quota(None, talk.clock)
+        self._was_deaf = False     # see identify()
         self.renew_at = None       # when a connection at the login screen must be made anew
 
     def note(self, **facts):
@@ -5986,10 +5998,11 @@ class Connection:
 
     # ---- who are you?
 
-    def identify(self, known, try_address):
+    def identify(self, known, try_address, was_deaf=False):
         """Find the family (`known`, if it was found before), the start id, which is constant over
-        in-place restarts and new at each start, whether the world knows telnet, and with
-        `try_address` whether users' addresses can be told."""
+        in-place restarts and new at each start, whether the world knows telnet (`was_deaf`: it did
+        not), and with `try_address` whether users' addresses can be told."""
+        self._was_deaf = was_deaf
         if self.address.path:
             self.talk.send(UNIX_DIALECT.address_line("127.0.0.1", 0, "auto", self.address.path))
         dialect = known or self._recognise()
@@ -6022,23 +6035,22 @@ class Connection:
         return dialect
 
     def _understands_address(self):
-        """Whether the address line is taken in silence: who does not know it shows the login screen
-        again."""
-        greeted = self.talk.hear_greeting()
-        self.talk.text = b""
-        line = self.dialect.address_line("127.0.0.1", 0, self.world.word, None) + b"INFO\r\n"
-        pattern = re.compile(rb"(?s)\A(.*?)### Begin INFO.*?### End INFO\r?\n")
-        self.talk.send(line)
+        """Whether the address line is taken in silence, between two questions: who does not know it
+        shows the login screen again."""
+        talk = self.talk
+        line = self.dialect.address_line("127.0.0.1", 0, self.world.word, None)
+        talk.send(b"INFO\r\n" + line + b"INFO\r\n")
         try:
-            answer = self.talk.expect(pattern, self.settings.hb_timeout)
+            answer = talk.expect(_INFO_TWICE, self.settings.hb_timeout)
         except Lost as lost:
             lost.at_address = True
             raise
         if not answer:
-            raise self.talk.lost("it took the connection but does not answer")
+            raise talk.lost("it took the connection but does not answer")
         # RhostMUSH with ssl_welcome 1 says nothing before the line, and its banner behind it
         # (worlds/rhostmush.md f)
-        if not answer.group(1).strip() or not greeted:
+        greeted = talk.greeted or answer.group(1).strip()
+        if not (greeted and answer.group(2).strip()):
             return True
         log.warning("%s: the world does not know the line that hands over addresses, so it is not "
                     "sent; switch it on there (README), then kill -HUP, or set "
@@ -6064,7 +6076,8 @@ class Connection:
 
     def _sees(self, command):
         """Whether that telnet command has come, or comes now."""
-        return bool(self.talk.expect_command(re.compile(re.escape(command)), TELNET_SECONDS))
+        seconds = DEAF_SECONDS if self._was_deaf else TELNET_SECONDS
+        return bool(self.talk.expect_command(re.compile(re.escape(command)), seconds))
 
     def _knows_telnet(self):
         """Some TeenyMUSHes offer nothing and yet answer; others take telnet for text
@@ -6492,6 +6505,7 @@ class Entrance:
         self.pause = LoginPause(context.clock)
         self._known = {}           # Address -> Dialect as recognised
         self._untold = set()       # Addresses where the word that hands over addresses ends it
+        self._deaf = set()         # ... and where the last life of the world knew no telnet
         self._shut_out = False     # the last login was not taken, and the log says so
 
     def on_settings(self, other_worlds):
@@ -6551,8 +6565,9 @@ class Entrance:
         mush_type = self._context.settings.mush_type
         known = self._known.get(address) if mush_type == "auto" else DIALECTS[mush_type]
         connection = self._connector.open(address)
+        facts = known, address not in self._untold, address in self._deaf
         try:
-            self._or_close(connection, connection.identify, known, address not in self._untold)
+            self._or_close(connection, connection.identify, *facts)
         except Lost as lost:
             if not lost.at_address:
                 raise
@@ -6564,6 +6579,7 @@ class Entrance:
                         "remotehostname_cmd = none", address, lost)
         if connection.dialect is not PLAIN:
             self._known[address] = connection.dialect
+        (self._deaf.discard if connection.world.telnet else self._deaf.add)(address)
         connection.note(life=self._lives.name(connection.world.life))
         return connection
 
@@ -6650,7 +6666,7 @@ class Course:
         return [first] + others if fails_over else [first]
 
     def pace(self, settings, round_trip):
-        """Seconds until the next try: ten a second in the first minute of an outage, for a refused
+        """Seconds until the next try: 20 a second in the first minute of an outage, for a refused
         connect on this machine costs 50 us; then ever fewer, down to one in `retry`. Far worlds as
         their round trip allows (seconds)."""
         now = self._clock()
@@ -8491,34 +8507,6 @@ class Links(Survivor):
         self.hub.safely(session.open_link)
         self.watch(session)
 
-    # ---- links that a server may have forgotten
-
-    def watch(self, session):
-        """Its link is being opened, or has shown nothing yet."""
-        if session.link and self.hub.world.dialect.forgets_connects:
-            self._mute[session] = session.serial
-            self.hub.later(WAKE_SECONDS, self._wake, session, session.serial)
-
-    def _wake(self, session, serial, times=1):
-        """Nothing has come on this link, though the world answers: perhaps nobody has accepted it.
-        One knock serves all."""
-        if self._mute.get(session) != serial:
-            return                              # it has spoken, or there is another one
-        if serial != session.serial or not session.link or session.state is State.CLOSING:
-            del self._mute[session]
-            return
-        is_up = self.hub.health.condition is Condition.UP
-        if is_up and session.linked and self.hub.now - self._knocked_at >= WAKE_SECONDS / 2:
-            self._knocked_at = self.hub.now
-            log.debug("%s: the world has shown nothing: woken by one more connect", session)
-            with contextlib.suppress(OSError):
-                Knock(self.hub)
-        if times < WAKES:
-            self.hub.later(WAKE_SECONDS, self._wake, session, serial, times + is_up)
-
-    # ---- turns
-
-
     @property
     def _one_by_one(self):
         """Whether each return must end before the next: sessions of one character on TinyMUSH."""
@@ -8553,6 +8541,31 @@ class Links(Survivor):
             del self._last[session]
             self._waiting[session] = None       # as any other now
         self.go_on()
+
+    # ---- links that a server may have forgotten
+
+    def watch(self, session):
+        """Its link is being opened, or has shown nothing yet."""
+        if session.link and self.hub.world.dialect.forgets_connects:
+            self._mute[session] = session.serial
+            self.hub.later(WAKE_SECONDS, self._wake, session, session.serial)
+
+    def _wake(self, session, serial, times=1):
+        """Nothing has come on this link, though the world answers: perhaps nobody has accepted it.
+        One knock serves all."""
+        if self._mute.get(session) != serial:
+            return                              # it has spoken, or there is another one
+        if serial != session.serial or not session.link or session.state is State.CLOSING:
+            del self._mute[session]
+            return
+        is_up = self.hub.health.condition is Condition.UP
+        if is_up and session.linked and self.hub.now - self._knocked_at >= WAKE_SECONDS / 2:
+            self._knocked_at = self.hub.now
+            log.debug("%s: the world has shown nothing: woken by one more connect", session)
+            with contextlib.suppress(OSError):
+                Knock(self.hub)
+        if times < WAKES:
+            self.hub.later(WAKE_SECONDS, self._wake, session, serial, times + is_up)
 
     # ---- sessions of one character, and what others see
 
