@@ -67,6 +67,8 @@ import re
 import secrets
 import select
 import selectors
+import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -129,6 +131,7 @@ REATTACH = 0                      # seconds a user's place is kept when his line
 REATTACH_LIMIT = 131072           # bytes of what he missed that are kept for him
 REATTACH_NOTICE = "# NOTICE # Welcome back: your place was kept for"
 ADMINS = ""                       # characters that may type #? for the list of sessions; commas
+ON_EVENT = ""                     # command run when the world goes down, comes up ...; no shell
 CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
 LOG_FILE = ""                     # file for the log; empty: standard error
 LOG_LEVEL = "info"                # debug, info, warning or error
@@ -300,6 +303,16 @@ def _command_word(text):
     return text.lower() if text.lower() in ("auto", "none") else _word(text)
 
 
+def _program(text):
+    """A command line as its words: quotes hold them together, and no shell expands anything."""
+    if "\0" in text:
+        raise ValueError("holds control characters")
+    words = shlex.split(text)
+    if words and ("/" in words[0] or not words[0]) and not os.path.isabs(words[0]):
+        raise ValueError("begins with no program: give its full path, or its name in the PATH")
+    return words
+
+
 def _notice(known=None):
     """A reader of texts for users, in which {known} is filled in, nothing else: see filled()."""
     def parse(text):
@@ -338,6 +351,7 @@ SETTINGS = {
     "local_address": _local_address, "local_port": _number(0, 65535),
     "local_port_ssl": _number(0, 65535), "ssl_cert": _file, "ssl_key": _file,
     "proxy_from": _networks, "admins": _names, "control_socket": _path,
+    "on_event": _program,
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval,
     "hb_timeout": _interval, "dead_after": _interval,
     "failover_after": _seconds, "failback_after": _seconds,
@@ -629,7 +643,7 @@ def _comment_behind(key, text):
     """What looks like a comment behind a value in has.conf. Notices may begin with `#`."""
     if key.endswith("_notice") and text.startswith("#"):
         return None
-    match = re.search(r"\s([#;].*)", text.partition("\n")[0])
+    match = re.search(r"\s(#.*)" if key == "on_event" else r"\s([#;].*)", text.partition("\n")[0])
     return match and match.group(1)
 
 
@@ -683,6 +697,9 @@ def _remarks(script, overrides, conf, settings):
     if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
         warnings.append(f"{holder} holds hb_pass and others may read it: chmod 600 {holder}")
     warnings += _who_else_may_write(script) + _who_else_may_write(conf)
+    if settings.on_event and not shutil.which(settings.on_event[0]):
+        warnings.append(f"on_event: {settings.on_event[0]} is no program that can be run: nobody "
+                        "would be told")
     if settings.hb_pass == "heartbeat":
         warnings.append("hb_pass is the one everybody knows: give the heartbeat another, "
                         "and set it here")
@@ -8602,6 +8619,191 @@ class Links(Survivor):
             self.hub.later(max(0.1, ends - self.hub.now), self.prune_noise)
 
 
+# ---- what admins are told who do not look
+
+# Runs the command in its arguments, and ends all that came of it: after so many seconds, or when
+# there are too many processes. One of its own, for it must do so whatever becomes of HAS. Prints
+# "done" or what went wrong, and the last that the command has said.
+GUARD = r"""
+import os, select, signal, subprocess, sys, time
+
+def living(session):
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        try:
+            if os.getsid(int(name)) == session:
+                yield int(name)
+        except OSError:
+            pass
+
+if os.fork():
+    os._exit(0)                     # HAS need not wait for the other
+os.setsid()
+seconds, most, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+try:
+    hook = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
+except OSError as error:
+    sys.exit(print("it cannot be run:", error.strerror))
+os.setpriority(os.PRIO_PROCESS, hook.pid, 10)
+until, said, reading, trouble = time.monotonic() + seconds, b"", [hook.stdout], ""
+while not trouble and (reading or hook.poll() is None):
+    if select.select(reading, [], [], 0.1)[0]:
+        data = os.read(hook.stdout.fileno(), 65536)
+        said = (said + data)[-300:]
+        if data:
+            time.sleep(0.1)         # a flood waits in the pipe
+        else:
+            reading = []
+    if time.monotonic() > until:
+        trouble = "it was killed after %d s" % seconds
+    elif sum(1 for _ in living(hook.pid)) > most:
+        trouble = "it was killed with more than %d processes" % most
+status, killed, new = hook.poll(), set(), {-hook.pid} if trouble else set()
+while new:                          # first its group, at once; then who had left that
+    for pid in new:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.02)
+    hook.poll()
+    killed |= new
+    new = set(living(hook.pid)) - killed
+print(trouble if status is None else "status %d" % status if status else "done")
+print(said.decode("utf-8", "replace"))
+"""
+
+
+class HookRun:
+    """One run of on_event; `done(output of GUARD)` is called at its end."""
+
+    SECONDS, MOST_PROCESSES = 30, 64
+
+    def __init__(self, hub, command, environment, done):
+        self._said, self._done = b"", done
+        ours, theirs = socket.socketpair()
+        self._stream = Stream(hub.selector, ours, self, self._on_output)
+        arguments = [sys.executable, "-I", "-S", "-c", GUARD,
+                     str(self.SECONDS), str(self.MOST_PROCESSES), *command]
+        try:
+            self._child = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL,
+                                           stdout=theirs, stderr=subprocess.DEVNULL)
+        except BaseException:
+            self._stream.drop()
+            raise
+        finally:
+            theirs.close()
+        hub.later(1, self._child.poll)          # it has made another, and has ended
+
+    def _on_output(self, data):
+        self._said = (self._said + data)[-2000:]
+
+    def on_stream_end(self, stream, reason):
+        """It is over."""
+        stream.drop()
+        self._child.poll()
+        self._done(self._said.decode("utf-8", "replace"))
+
+    def on_error(self):
+        """A fault of HAS in listening to it (it was logged)."""
+        self._stream.drop()
+
+
+class Hook(Survivor):
+    """Runs on_event when something happens to the world. Nobody waits for it."""
+
+    SURVIVES = "held_events", "last_event", "lost_since", "refused"
+    PAUSE_SECONDS = 10             # least time between two runs for the same kind of event
+    NOT_PASSED_ON = {b"NOTIFY_SOCKET", b"LISTEN_FDS", b"LISTEN_PID", b"LISTEN_FDNAMES",
+                     b"WATCHDOG_USEC", b"WATCHDOG_PID"}         # between systemd and HAS
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.held_events = {}                   # event -> its values: it comes too soon
+        self.last_event, self.lost_since = "", 0.0          # of down, silent, moved, up
+        self.refused = False                    # the world does not take the heartbeat
+        self._next_at = {}                      # event -> when it may be told of again
+        self._failing = False                   # the log has said that it does not work
+
+    def lost(self, event, seconds, reason):
+        """Users lost the world so many seconds ago: it is down, or silent."""
+        self.last_event, self.lost_since = event, time.time() - seconds
+        self._happened(event, seconds, reason)
+
+    def back(self, reason):
+        """It is there: news if it was not."""
+        if self.last_event in ("down", "silent"):
+            self.last_event = "up"
+            self._happened("up", time.time() - self.lost_since, reason)
+
+    def moved(self, old):
+        """Users go from that address to another, where the world is up."""
+        away = self.last_event in ("down", "silent")
+        self.last_event = "moved"
+        self._happened("moved", time.time() - self.lost_since if away else 0, f"from {old}")
+
+    def found(self, world):
+        """A world was confirmed: is the heartbeat logged in?"""
+        refused = world.blind and world.dialect.logs_in
+        if refused and not self.refused:
+            self._happened("refused", 0, "the world does not take the heartbeat's login: " + (
+                "mend hb_user and hb_pass, then HUP" if world.shut else
+                "are logins disabled, or is it full?"))
+        self.refused = refused
+
+    def _happened(self, event, seconds, reason):
+        hub = self.hub
+        if not hub.settings.on_event:
+            return
+        values = {"EVENT": event, "WORLD": str(hub.address), "USERS": str(len(hub.sessions)),
+                  "SECONDS": str(int(seconds)), "REASON": printable(reason)}
+        wait = self._next_at.get(event, hub.now) - hub.now
+        if wait <= 0:
+            self._run(values)
+            return
+        if event not in self.held_events:
+            hub.later(wait, self._run_held, event)
+        self.held_events[event] = values        # the newest counts
+
+    def _run_held(self, event):
+        values = self.held_events.pop(event, None)
+        if values:                              # else another timer was first: see go_on()
+            self._run(values)
+
+    def go_on(self):
+        """In a new process: what was held in the old one."""
+        for event in self.held_events:
+            self.hub.later(self.PAUSE_SECONDS, self._run_held, event)
+
+    def _run(self, values):
+        event, command = values["EVENT"], self.hub.settings.on_event
+        self._next_at[event] = self.hub.now + self.PAUSE_SECONDS
+        if not command:
+            return
+        environment = {name: text for name, text in os.environb.items()
+                       if name not in self.NOT_PASSED_ON}
+        environment.update({f"HAS_{name}".encode(): text.encode("utf-8", "replace")
+                            for name, text in values.items()})
+        log.debug("on_event: %s is run for %s", command[0], event)
+        try:
+            HookRun(self.hub, command, environment, lambda said: self._on_end(event, said))
+        except OSError as error:
+            self._on_end(event, f"it cannot be run: {error.strerror}")
+
+    def _on_end(self, event, said):
+        verdict, _, said = said.partition("\n")
+        failed = verdict != "done"
+        if failed and not self._failing:
+            words = printable(" ".join(said.split()))
+            log.warning("on_event: nobody may have been told of %s: %s%s; mend it; this is not "
+                        "said again before it has worked", event,
+                        printable(verdict) or "it has ended without a word",
+                        f"; it said: {words}" if words else "")
+        elif self._failing and not failed:
+            log.info("on_event: works again")
+        self._failing = failed
+
+
 # ---- what admins ask
 
 class Caller:
@@ -8754,8 +8956,7 @@ class Control:
         """All that is told to admins: a dictionary of plain values, without secrets."""
         hub = self.hub
         world, record, condition = hub.world, hub.record, hub.health.condition
-        addresses, now = hub.settings.mush_address, time.time()
-        address = world.address if world else addresses[0]
+        addresses, address, now = hub.settings.mush_address, hub.address, time.time()
         blind = world and world.blind and condition is Condition.UP
         return {"version": VERSION, "pid": os.getpid(), "age": int(now - record.started),
                 "world": {"address": str(address), "family": world.dialect.name if world else None,
@@ -8885,7 +9086,7 @@ class Hub(Loop):
         self.record = Record()
         self.door, self.logins, self.links = Door(self), LoginQueue(self), Links(self)
         self.control, self.reload = Control(self), Reload(self, load)
-        self.places = Places(self)
+        self.places, self.hook = Places(self), Hook(self)
         self.heartbeat = None
         self.stopping = False
 
@@ -8910,6 +9111,11 @@ class Hub(Loop):
     def world(self):
         """The World users are on, if one was found."""
         return self.health.world
+
+    @property
+    def address(self):
+        """Of the world users are on, or of the one that is looked for first."""
+        return self.world.address if self.world else self.settings.mush_address[0]
 
     def connect(self, world, owner, on_data):
         """Begin to open a link to the world; OSError where that fails at once."""
@@ -9019,37 +9225,51 @@ class Hub(Loop):
         self.record.became(was, self.health.condition, seconds)
 
     def _do_silence(self, silent):
+        seconds = self.settings.hb_timeout
+        if not silent:
+            self.hook.back("it answers again")
+        elif self.hook.last_event != "silent":  # a new process is told what is known
+            self.hook.lost("silent", seconds, f"no answer for {seconds:g} s")
         self.each("on_world_silent", silent)
 
     def _do_down(self, reason, died):
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
+        self.hook.lost("down", time.time() - self.record.health_since, reason)
         self._post("on_down")
         self.links.died(died)
         self.each("on_world_down", self.settings.offline_notice)
+
+    def _start_time(self):
+        return self.world.life.partition(" ")[2] or "start time unknown"
 
     def _do_found(self, lived_on, renewed):
         world = self.world
         log.log(logging.DEBUG if renewed else logging.INFO, "the world at %s %s%s: %s, %s%s",
                 world.address, "lived on; the heartbeat is back" if lived_on else "is up",
                 " (without heartbeat login)" if world.blind else "", world.dialect.name,
-                world.life.partition(" ")[2] or "start time unknown",
+                self._start_time(),
                 "" if world.blind or not world.dialect.logs_in else "; the heartbeat is logged in"
                 + (" and may check passwords" if world.checks else ""))
+        self.hook.found(world)
 
     def _do_moved(self, old):
         log.warning("the world moves from %s to %s: %s taken along", old.address,
                     self.world.address, users(len(self.sessions)))
+        self.hook.moved(old.address)
         self.links.clear()
         self.each("on_world_down", self.settings.moved_notice)
 
     def _do_reborn(self, died):
         log.warning("the world has been started anew: its users are brought back")
+        self.hook.lost("down", self.now - died, "it was started anew")
         self.links.died(died)
         for session in list(self.sessions.values()):
             if session.link and session.life != self.world.life or session.state is State.ASKING:
                 self.safely(session.on_world_down, self.settings.offline_notice)
 
     def _do_up(self, is_new_life):
+        if is_new_life:
+            self.hook.back(f"{self.world.dialect.name}, {self._start_time()}")
         self.links.found(is_new_life)
         self.each("connect_again")
         self.links.go_on()
@@ -9280,7 +9500,7 @@ class Survival(Survivor):
     def _rooms(self):
         """Whose SURVIVES are packed together: no name stands in two of them."""
         hub = self.hub
-        return self, hub.record, hub.health, hub.links, hub.logins
+        return self, hub.record, hub.health, hub.links, hub.logins, hub.hook
 
     def pack(self, going=False):
         """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing
@@ -9381,6 +9601,7 @@ class Survival(Survivor):
         if "connection" not in (parked or {}):
             hub.on_heartbeat_lost("it could not be handed over", False)
         hub.heard("go_on")
+        hub.hook.go_on()
         if hub.links.noise:
             hub.links.prune_noise()
         for session in list(hub.sessions.values()):

@@ -1973,7 +1973,7 @@ PLAIN_SETTINGS = dict(
     hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
     log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
-    admins="", control_socket="")
+    admins="", control_socket="", on_event="")
 
 
 @functools.lru_cache(None)
@@ -7144,6 +7144,219 @@ class Turns(RigCase):
         self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
 
 
+class OnEvent(RigCase):
+    """on_event: somebody is told who does not look, and no program can disturb anybody."""
+
+    TELL = "env | grep ^HAS_ >{0}/new.$$ && mv {0}/new.$$ {0}/$HAS_EVENT.$$"
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        os.environ["NOTIFY_SOCKET"], kept = "/nonexistent", os.environ.get("NOTIFY_SOCKET")
+        self.addCleanup(lambda: os.environ.pop("NOTIFY_SOCKET") if kept is None
+                        else os.environ.update(NOTIFY_SOCKET=kept))
+        self.seen = set()
+
+    def rig_that_runs(self, shell_line, **settings):
+        return self.rig(on_event=f"sh -c '{shell_line}'", **settings)
+
+    def rig_that_tells(self, **settings):
+        return self.rig_that_runs(self.TELL.format(self.folder), hb_pass="s3cret", **settings)
+
+    def told(self, rig, count=1):
+        """The environments of the next runs: {event: {name: value}}."""
+        def new():
+            return [it for it in os.listdir(self.folder)
+                    if not it.startswith("new.") and it not in self.seen]
+        rig.settle(lambda: len(new()) >= count)
+        found = new()
+        self.seen |= set(found)
+        self.assertEqual(len(found), count)
+        return {it.partition(".")[0]: dict(
+            line.split("=", 1) for line in read_text(f"{self.folder}/{it}").splitlines())
+                for it in found}
+
+    def nothing_runs(self, rig):
+        """No run is left and none is held."""
+        rig.settle(lambda: not self.runs(rig))
+        self.assertEqual(rig.hub.hook.held_events, {})
+
+    @staticmethod
+    def runs(rig):
+        return [key for key in rig.hub.selector.get_map().values()
+                if isinstance(getattr(key.data, "owner", None), has.HookRun)]
+
+    def test_every_event_and_its_environment(self):
+        rig = self.rig_that_tells()
+        rig.player()
+        rig.post(rig.hub.on_silent)
+        self.assertEqual(self.told(rig), {"silent": {
+            "HAS_EVENT": "silent", "HAS_WORLD": str(HOME), "HAS_USERS": "1", "HAS_SECONDS": "10",
+            "HAS_REASON": "no answer for 10 s"}})
+        rig.post(rig.hub.on_answering)
+        up = self.told(rig)["up"]
+        self.assertEqual((up["HAS_SECONDS"], up["HAS_REASON"]), ("10", "it answers again"))
+        rig.pass_time(11)
+        rig.down()
+        self.assertEqual(self.told(rig)["down"]["HAS_REASON"], "no answer")
+        rig.found("life 2 Sun Nov 22")
+        self.assertEqual(self.told(rig)["up"]["HAS_REASON"], "tinymux, 2 Sun Nov 22")
+        rig.found("life 3", rig.other, AWAY)
+        moved = self.told(rig)["moved"]
+        self.assertEqual((moved["HAS_WORLD"], moved["HAS_REASON"], moved["HAS_SECONDS"]),
+                         (str(AWAY), f"from {HOME}", "0"))
+        rig.found("life 3", rig.other, AWAY, shut=True)
+        self.assertIn("mend hb_user and hb_pass", self.told(rig)["refused"]["HAS_REASON"])
+        rig.found("life 3", rig.other, AWAY, shut=True)         # again: no news
+        rig.pass_time(11)
+        rig.found("life 4", rig.other, AWAY)    # it died and was back before that was seen
+        both = self.told(rig, 2)
+        self.assertEqual(both["down"]["HAS_REASON"], "it was started anew")
+        self.assertEqual(set(both), {"down", "up"})
+        self.nothing_runs(rig)
+
+    def test_one_of_a_kind_in_ten_seconds_and_the_newest_of_those_held(self):
+        rig = self.rig_that_tells()
+        for life in ("life 2 second", "life 3 third", "life 4 fourth"):
+            rig.down()
+            rig.found(life)
+        self.assertEqual(set(self.told(rig, 2)), {"down", "up"})
+        self.assertEqual(set(rig.hub.hook.held_events), {"down", "up"})
+        rig.pass_time(9)
+        rig.upgrade()                           # what is held survives, and is told once
+        self.assertEqual(set(rig.hub.hook.held_events), {"down", "up"})
+        rig.post(has.Survival(rig.hub).go_on)   # as after an exec that failed
+        rig.pass_time(10.1)
+        self.assertEqual(self.told(rig, 2)["up"]["HAS_REASON"], "tinymux, 4 fourth")
+        rig.pass_time(30)
+        self.nothing_runs(rig)
+        self.told(rig, 0)
+
+    def test_a_start_is_no_event_but_a_world_that_is_not_there_is(self):
+        rig = self.rig_that_tells()
+        rig.post(rig.hub.on_unreachable, HOME, "closed by the world", False)
+        self.told(rig, 0)
+        rig = self.rig_that_tells(up=False)
+        rig.post(rig.hub.on_unreachable, HOME, "Connection refused", False)
+        self.assertEqual(self.told(rig)["down"]["HAS_REASON"], "Connection refused")
+
+    def test_nothing_secret_and_nothing_of_systemd_s(self):
+        rig = self.rig_that_runs("env >{0}/new && mv {0}/new {0}/down".format(self.folder),
+                                 hb_pass="s3cret")
+        rig.down()
+        rig.settle(lambda: os.path.exists(self.folder + "/down"))
+        shown = read_text(self.folder + "/down")
+        self.assertIn("HAS_EVENT=down", shown)
+        self.assertNotIn("s3cret", shown)
+        self.assertNotIn("NOTIFY_SOCKET", shown)
+
+    def trouble(self, shell_line="", count=1, **settings):
+        """What is logged of a run, and its rig; nobody noticed anything."""
+        rig = (self.rig_that_runs(shell_line, **settings) if shell_line else
+               self.rig(**settings))
+        client, link = rig.player()
+        with self.assertLogs(has.log, "INFO") as logged:
+            began = time.monotonic()
+            rig.post(rig.hub.on_silent)
+            self.assertLess(time.monotonic() - began, 2)
+            link.send("still here\r\n")
+            rig.settle(lambda: b"still here" in client.read())
+            rig.settle(lambda: not self.runs(rig))
+            rig.pass_time(11)
+            rig.post(rig.hub.on_answering)
+            rig.settle(lambda: not self.runs(rig))
+        return [it for it in logged.output if "on_event" in it]
+
+    def test_one_that_fails_is_logged_once_with_its_words(self):
+        line, = self.trouble("echo \"no \033[2J route\"; exit 7")
+        self.assertRegex(line, r"WARNING:has:on_event: nobody may have been told of silent: "
+                         r"status 7; it said: no \?\[2J route; mend it; this is not said again")
+
+    def test_one_that_works_again_is_logged(self):
+        flag = self.folder + "/flag"
+        lines = self.trouble(f"test -e {flag} || {{ touch {flag}; exit 1; }}")
+        self.assertEqual([it.partition(": ")[0] for it in lines],
+                         ["WARNING:has:on_event", "INFO:has:on_event"])
+
+    def test_one_that_is_missing(self):
+        line, = self.trouble(on_event="/nonexistent/wake")
+        self.assertIn("it cannot be run: No such file or directory", line)
+
+    def test_one_that_hangs_is_killed_with_its_children(self):
+        pids = self.folder + "/pids"
+        with mock.patch.object(has.HookRun, "SECONDS", 1):
+            line, = self.trouble(f"trap : TERM INT; sleep 77 & echo $! $$ >>{pids}; wait; sleep 77")
+        self.assertIn("it was killed after 1 s", line)
+        for pid in read_text(pids).split():
+            with self.assertRaises(ProcessLookupError, msg=pid):
+                self.assert_alive(int(pid))
+
+    @staticmethod
+    def assert_alive(pid):
+        """ProcessLookupError if that process is gone, or dead and not yet waited for."""
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    raise ProcessLookupError
+        except FileNotFoundError:
+            os.kill(pid, 0)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self"), "only /proc tells how many there are")
+    def test_one_that_forks_for_ever(self):
+        with mock.patch.object(has.HookRun, "MOST_PROCESSES", 20):
+            line, = self.trouble("while :; do sleep 77 & done")
+        self.assertIn("it was killed with more than 20 processes", line)
+
+    def test_one_that_floods_its_output(self):
+        with mock.patch.object(has.HookRun, "SECONDS", 1):
+            line, = self.trouble("yes flood")
+        self.assertRegex(line, r"it was killed after 1 s; it said: (ood|[flood ])+; mend it")
+        self.assertLess(len(line), 600)
+
+    def test_what_it_leaves_running_may_finish(self):
+        """A mail program may deliver behind the back of the one that was asked to."""
+        self.assertEqual(self.trouble(f"(sleep 0.3; touch {self.folder}/sent) & exit 0"), [])
+        self.assertTrue(os.path.exists(self.folder + "/sent"))
+
+    def test_the_lines_of_the_readme(self):
+        """Each as it stands there, with programs in the place of mail and curl."""
+        text = (pathlib.Path(HERE) / "README.md").read_text()
+        blocks = re.findall(r"(?m)^    (on_event = .*)\n        (.*)$", text)
+        self.assertEqual([re.search("mail|ntfy|discord", " ".join(it)).group() for it in blocks],
+                         ["mail", "ntfy", "discord"])
+        for name in ("mail", "curl"):
+            path = f"{self.folder}/{name}"
+            with open(path, "w") as file:
+                file.write(f'#!/bin/sh\n{{ printf "%s|" "$@"; [ $0 = {self.folder}/curl ] || cat; }}'
+                           f" >{self.folder}/new; mv {self.folder}/new {self.folder}/told\n")
+            os.chmod(path, 0o755)
+        for line, target in blocks:
+            rig = self.rig(**dict([(line + "\n    " + target).split(" = ", 1)]))
+            with mock.patch.dict(os.environb, {
+                    b"PATH": self.folder.encode() + b":" + os.environb[b"PATH"]}):
+                rig.down()
+            rig.settle(lambda: not self.runs(rig))
+            told = read_text(self.folder + "/told").split("|")
+            self.assertEqual([it for it in told if target in it], [target])
+            self.assertTrue(re.search(rf"{HOME} down\b", "|".join(told)))
+            self.assertTrue("no answer" in told[-1] or "no answer" in told[-3], told)
+            os.unlink(self.folder + "/told")
+
+    def test_commands_that_cannot_be(self):
+        case = SettingsCase()
+        case.setUp()
+        self.addCleanup(case.doCleanups)
+        for command, problem in (("./wake", "begins with no program"), ('"" x', "no program"),
+                                 ("sh -c 'oops", "No closing quotation")):
+            self.assertIn(problem, case.wrong(f"on_event = {command}")[0])
+        settings, remarks = case.load("on_event = sh -c 'echo \"a  b\"; exit 1' x\n")
+        self.assertEqual(settings.on_event, ["sh", "-c", 'echo "a  b"; exit 1', "x"])
+        self.assertFalse([it for it in remarks if "on_event" in it])
+        _, remarks = case.load("on_event = /nonexistent/wake me")
+        self.assertIn("WARNING: on_event: /nonexistent/wake is no program that can be run: "
+                      "nobody would be told", remarks)
+
+
 class WordsOfTheSite(RigCase):
     """Every text that users read can be the site's own."""
 
@@ -11850,7 +12063,7 @@ class Has:
                          "remotehostname_cmd": "auto", "mush_type": "auto", "resume_rate": "auto",
                          "max_clients": 0, "failover_after": 60, "failback_after": 0,
                          "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
-                         "output_limit": 1048576,
+                         "output_limit": 1048576, "on_event": "",
                          "offline_notice": OFFLINE, "online_notice": ONLINE,
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
