@@ -12068,7 +12068,8 @@ class Has:
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
         known = has.read_constants(script or HAS)[0]    # an older has.py lacks some
-        self.settings.update({key: text for key, text in RARE_NOTICES.items() if key in known})
+        self.settings = {key: text for key, text in {**self.settings, **RARE_NOTICES}.items()
+                         if key in known}
         self.configure(**settings)
         self._log, self._change = b"", threading.Condition()
         if Nursery.sock and not script and python == sys.executable:
