@@ -12067,7 +12067,8 @@ class Has:
                          "offline_notice": OFFLINE, "online_notice": ONLINE,
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
-        known = has.read_constants(script or HAS)[0]    # an older has.py lacks some
+        # an older has.py lacks some; calm_program() shows none
+        known = has.read_constants(script or HAS)[0] or has.SETTINGS
         self.settings = {key: text for key, text in {**self.settings, **RARE_NOTICES}.items()
                          if key in known}
         self.configure(**settings)
