@@ -48,12 +48,14 @@ anybody, TERM and INT say goodbye and stop.
 import argparse
 import ast
 import base64
+import binascii
 import codecs
 import collections
 import contextlib
 import difflib
 import enum
 import errno
+import functools
 import gc
 import heapq
 import ipaddress
@@ -61,6 +63,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -2386,12 +2389,21 @@ def pack(value):
         return {type(value).__name__: [pack(item) for item in value]}
     if isinstance(value, Dialect):
         return {"dialect": value.name}
-    slots = {name: pack(getattr(value, name)) for name in _slots_of(value)}
-    return {"object": type(value).__name__, "slots": slots}
+    slots = {name: (pack(getattr(value, name)), blank)
+             for name, blank in _packed_blank(type(value)).items()}
+    return {"object": type(value).__name__,
+            "slots": {name: packed for name, (packed, blank) in slots.items() if packed != blank}}
 
 
 def _slots_of(value):
     return {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
+
+
+@functools.lru_cache(None)
+def _packed_blank(kind):
+    """What the slots of a new object of this class hold: only what differs is packed."""
+    blank = PACKED[kind.__name__]()
+    return {name: pack(getattr(blank, name)) for name in _slots_of(blank)}
 
 
 def unpack(value):
@@ -2417,14 +2429,16 @@ def unpack(value):
 class Survivor:
     """Takes some of its attributes over an upgrade: those that SURVIVES names.
 
-    Other programs read these names, older and newer ones: one never changes its meaning.
+    Other programs read these names, older and newer ones: one never changes its meaning, nor from
+    being nothing (0, empty, None) at first to something else.
     """
 
     SURVIVES, __slots__ = (), ()
 
     def survivors(self):
-        """What a new process takes over, for JSON: {name: value}."""
-        return {name: pack(getattr(self, name)) for name in self.SURVIVES}
+        """What a new process takes over, for JSON: {name: value}; what is nothing is left out."""
+        values = ((name, getattr(self, name)) for name in self.SURVIVES)
+        return {name: pack(value) for name, value in values if value}
 
     def take_up(self, values):
         """Take over what survivors() of another process gave, and perhaps more than that."""
@@ -2524,6 +2538,15 @@ def reset(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:
         pass                                    # it never was connected (macOS)
+    sock.close()
+
+
+def hang_up(sock):
+    """End a connection and close the socket, also if there are copies of it: the peer sees it."""
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass                                    # the peer was first
     sock.close()
 
 
@@ -2737,13 +2760,21 @@ class Stream:
     def drop(self):
         """Close now. Harmless twice."""
         if not self.closed:
-            self.closed, self.out = True, b""
-            self._update()
-            self.sock.close()
+            self._leave(hang_up)
 
-    def pack(self):
-        """What a new process needs to go on with this stream (upgrade)."""
-        return {"fd": self.sock.fileno(), "out": pack(bytes(self.out)), "ended": self.ended,
+    def leave(self):
+        """Close our copy of the socket: the connection is another process's now."""
+        self._leave(socket.socket.close)
+
+    def _leave(self, close):
+        self.closed, self.out = True, b""
+        self._update()
+        close(self.sock)
+
+    def pack(self, name):
+        """What a new process needs to go on with this stream: `name` says under which name it will
+        find a socket."""
+        return {"fd": name(self.sock), "out": pack(bytes(self.out)), "ended": self.ended,
                 "finishing": self._finishing, "broken": self._broken}
 
     def take_up(self, packed):
@@ -5012,7 +5043,7 @@ class Absent:
     def resume(self):
         """Nobody types."""
 
-    def pack(self):
+    def pack(self, name):
         """For another process: it has no descriptor."""
         return {"fd": None, "out": pack(bytes(self.out)), "lost": self.lost,
                 "doubtful": pack(self.doubtful)}
@@ -5643,22 +5674,21 @@ class Passage(Part):
                       session.lines, session.way_back, session.hold, session.feed,
                       session.opening, session.place)
 
-    def pack(self):
-        """The session as (plain values, the descriptors to keep). What is under way is begun anew
-        in the other process."""
+    def pack(self, name):
+        """The session as plain values. What is under way is begun anew in the other process;
+        `name` as for Stream.pack()."""
         session = self.session
         linked = session.linked and session.state is not State.RETURNING
         state = State.WAITING if session.state in COMING_BACK else session.state
         values = {}
         for part in self.parts:
             values.update(part.survivors())
-        streams = [session.client] + [session.link] * linked
-        fds = [stream.sock.fileno() for stream in streams if stream.sock]      # Absent has none
-        return {"state": state.name, "values": values, "client": session.client.pack(),
-                "link": session.link.pack() if linked else None}, fds
+        return {"state": state.name, "values": values, "client": session.client.pack(name),
+                "link": session.link.pack(name) if linked else None}
 
-    def unpack(self, packed):
-        """Take up what pack() gave, of this program or an older one; nothing is sent yet."""
+    def unpack(self, packed, take):
+        """Take up what pack() gave, of this program or an older one; nothing is sent yet. `take`
+        gives the socket of a name."""
         session = self.session
         for part in self.parts:
             part.take_up(packed["values"])
@@ -5669,8 +5699,8 @@ class Passage(Part):
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
         if packed["link"]:
-            sock = socket.socket(fileno=packed["link"]["fd"])
-            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
+            session.link = Stream(session.hub.selector, take(packed["link"]["fd"]), session,
+                                  session.screen.reader)
             session.link.take_up(packed["link"])
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
@@ -5680,8 +5710,8 @@ class Passage(Part):
         went along."""
         session, old = self.session, getattr(self.session, name)
         new = Stream(session.hub.selector, sock, session, old.on_data)
-        packed = {**old.pack(), "out": pack(b""), "broken": False}
-        Stream.drop(old)                        # TLS's own would end it for the other process
+        packed = {**old.pack(socket.socket.fileno), "out": pack(b""), "broken": False}
+        old.leave()
         if name == "client":
             session.place.take_client(new)
         else:
@@ -9312,9 +9342,414 @@ class Hub(Loop):
 # ======================================================================
 # 10. Survival
 #
-# A new process in place of this one, by the same or another program: what
-# it takes over (Survival), whether it can (Rehearsal), and how (Upgrade).
+# A new process in place of this one, by the same or another program: where
+# all that outlives a process is (Vault: Board, Records, Shelf), what that is
+# (Survival), whether a program can take it over (Rehearsal), and how it is
+# replaced (Upgrade).
 # ======================================================================
+
+SO_PEEK_OFF = getattr(socket, "SO_PEEK_OFF", 42)        # Linux 3.4 (socket(7)); Python lacks it
+
+
+class Board:
+    """One page that the processes share: bytes, and words of four, each changed by one store.
+
+    Other programs read these places, older and newer ones: none ever changes its meaning.
+    """
+
+    LOG, SHELF, PROGRAM = range(3)              # bytes: which of two counts, of logs, shelves, ...
+    TRIAL = 3                                   # 1: that program must still prove itself
+    SIZE = 4096
+
+    def __init__(self, fd):
+        self._page = mmap.mmap(fd, self.SIZE)
+
+    def __getitem__(self, place):
+        return self._page[place]
+
+    def __setitem__(self, place, value):
+        self._page[place] = value
+
+    def close(self):
+        """Look at it no more."""
+        self._page.close()
+
+
+class Records:
+    """A log of records, each under a number: the last one counts; an empty one: it is gone.
+
+    A death while writing costs the record being written at most: reading stops at the first that
+    is cut off or wrong. There are two files: what counts is copied to the other one when the log
+    has grown, and one byte of the board says that this is now the log.
+    """
+
+    HEAD = struct.Struct("<III")                # length, CRC-32 (begun with the number), number
+    SLACK = 1 << 20
+
+    def __init__(self, board, files):
+        self._board, self._files = board, files
+        self._places, self._end, self._live = {}, 0, 0          # number -> (offset, size)
+
+    def read(self):
+        """{number: record}, of what has been written by whomever."""
+        file, found, at = self._files[self._board[Board.LOG]], {}, 0
+        data = read_memory_file(file)
+        while at + self.HEAD.size <= len(data):
+            length, check, number = self.HEAD.unpack_from(data, at)
+            begin, end = at + self.HEAD.size, at + self.HEAD.size + length
+            if end > len(data) or binascii.crc32(data[begin:end], number) != check:
+                break
+            found[number] = data[begin:end]
+            self._note(number, at, end - at, length)
+            at = end
+        self._end = at
+        os.ftruncate(file, at)
+        return {number: record for number, record in found.items() if record}
+
+    def _note(self, number, at, size, length):
+        self._live -= self._places.pop(number, (0, 0))[1]
+        if length:
+            self._places[number] = at, size
+            self._live += size
+
+    def clear(self):
+        """There are no records."""
+        self._places, self._end, self._live = {}, 0, 0
+        for file in self._files:
+            os.ftruncate(file, 0)
+
+    def write(self, records):
+        """Write {number: record}; OSError if there is no room, and nothing has changed."""
+        pieces, places, at = [], [], self._end
+        for number, record in records.items():
+            check = binascii.crc32(record, number)
+            pieces += [self.HEAD.pack(len(record), check, number), record]
+            size = self.HEAD.size + len(record)
+            places.append((number, at, size, len(record)))
+            at += size
+        self._write(self._files[self._board[Board.LOG]], b"".join(pieces), self._end)
+        self._end = at
+        for place in places:
+            self._note(*place)
+        if self._end > self.SLACK + 3 * self._live:
+            self._renew()
+
+    @staticmethod
+    def _write(file, data, at):
+        if os.pwrite(file, data, at) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _renew(self):
+        this = self._board[Board.LOG]
+        data, pieces, places, at = read_memory_file(self._files[this]), [], {}, 0
+        for number, (offset, size) in self._places.items():
+            pieces.append(data[offset:offset + size])
+            places[number] = at, size
+            at += size
+        os.ftruncate(self._files[1 - this], 0)
+        self._write(self._files[1 - this], b"".join(pieces), 0)
+        self._board[Board.LOG] = 1 - this
+        self._places, self._end, self._live = places, at, at
+        os.ftruncate(self._files[this], 0)
+
+
+TOO_MANY_IN_FLIGHT = OSError(errno.ETOOMANYREFS, "too many sockets in flight")
+
+
+def _is_limit(error):
+    """Whether more sockets are in flight than this user may have (RLIMIT_NOFILE)."""
+    return error.errno == errno.ETOOMANYREFS
+
+
+class Shelf:
+    """Sockets as messages in flight between the two ends of a socketpair (SCM_RIGHTS, unix(7)):
+    each lives as long as somebody has that pair, whoever it is.
+
+    A message has their names, numbers that are never used again. New ones come one at a time into
+    a pair of their own; when that is full, all that count go to one of two others, many in a
+    message, and one byte of the board says that this now counts. Reading changes nothing.
+    """
+
+    BATCH = 250                                 # in one message; the kernel takes 253 (SCM_MAX_FD)
+
+    def __init__(self, board, pairs):
+        self._board, (self._new, *self._old) = board, pairs
+        self._socks, self._names = {}, {}       # name -> socket, and back: objects, not numbers
+        self._last_name, self._dead = 0, 0
+        self._left = set()                      # names that were read and not taken yet
+
+    def name(self, sock):
+        """The name under which another process finds this socket; OSError if it cannot."""
+        if sock not in self._names:
+            self._last_name += 1
+            self._socks[self._last_name], self._names[sock] = sock, self._last_name
+            try:
+                self._add(self._last_name)
+            except OSError:
+                self.drop(sock)
+                raise
+            if sock not in self._names:
+                raise TOO_MANY_IN_FLIGHT
+        return self._names[sock]
+
+    def _add(self, name):
+        try:
+            self._send(self._new, [name])
+        except OSError as error:
+            if not (isinstance(error, BlockingIOError) or _is_limit(error) and self._dead):
+                raise
+            self._renew()
+
+    def drop(self, sock):
+        """No other process will ask for this socket."""
+        name = self._names.pop(sock, None)
+        if name:
+            del self._socks[name]
+            self._dead += 1
+
+    def tidy(self):
+        """Let go of what was dropped, once that is worth it."""
+        if self._dead > len(self._socks) + 200:
+            self._renew()
+
+    def _send(self, pair, names):
+        socks = [self._socks[name] for name in names]
+        rights = struct.pack(f"{len(socks)}i", *(sock.fileno() for sock in socks))
+        pair[0].sendmsg([" ".join(map(str, names)).encode()],
+                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+
+    def _renew(self):
+        """Have what counts, and nothing else, in flight in the other pair of the two old ones."""
+        for sock in [sock for sock in self._names if sock.fileno() < 0]:
+            self.drop(sock)
+        this = self._board[Board.SHELF]
+        try:
+            self._fill(self._old[1 - this])
+        except OSError as error:
+            if not _is_limit(error):
+                raise
+            # An ordinary user may have no more in flight than open: for a moment there are none.
+            self._drain(self._new)
+            self._drain(self._old[this])
+            self._fill(self._old[1 - this], as_far_as_it_goes=True)
+        self._board[Board.SHELF], self._dead = 1 - this, 0
+        self._drain(self._old[this])
+        self._drain(self._new)
+
+    def _fill(self, pair, as_far_as_it_goes=False):
+        self._drain(pair)
+        names = list(self._socks)
+        for start in range(0, len(names), self.BATCH):
+            batch = names[start:start + self.BATCH]
+            try:
+                self._send(pair, batch)
+            except OSError:
+                if not as_far_as_it_goes:
+                    raise
+                for name in batch:
+                    self.drop(self._socks[name])
+
+    @staticmethod
+    def _drain(pair):
+        try:
+            while pair[1].recv(1, socket.MSG_DONTWAIT):
+                pass                            # no room for descriptors: the kernel closes them
+        except BlockingIOError:
+            pass
+
+    def read(self):
+        """Open all that is in flight, for take(); False: some could not be opened."""
+        this, fds, cut = self._board[Board.SHELF], {}, False
+        self._drain(self._old[1 - this])
+        for pair in self._old[this], self._new:
+            for data, rights, flags in self._peek(pair[1]):
+                names = map(int, data.split())
+                for name, fd in zip(names, struct.unpack(f"{len(rights) // 4}i", rights)):
+                    if name in fds:
+                        os.close(fd)            # a death in the middle of _renew()
+                    else:
+                        fds[name] = fd
+                cut = cut or flags & socket.MSG_CTRUNC
+        for name, fd in sorted(fds.items()):
+            sock = self._socks[name] = socket.socket(fileno=fd)
+            self._names[sock], self._last_name = name, name
+        self._left = set(fds)
+        return not cut
+
+    def _peek(self, sock):
+        """The messages that wait: (data, descriptors, flags)."""
+        room = socket.CMSG_SPACE(4 * self.BATCH)
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        try:
+            while True:
+                data, control, flags, _ = sock.recvmsg(
+                    1 << 16, room, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                yield data, control[0][2] if control else b"", flags
+        except BlockingIOError:
+            pass
+        finally:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+
+    def take(self, name):
+        """The socket of that name, once; KeyError if there is none."""
+        self._left.remove(name)
+        return self._socks[name]
+
+    def leave(self):
+        """Nobody will take() any more: what was not taken ends."""
+        for name in self._left:
+            sock = self._socks[name]
+            self.drop(sock)
+            hang_up(sock)
+        self._left = set()
+
+    def clear(self):
+        """Nothing is in flight any more."""
+        self._socks, self._names, self._dead = {}, {}, 0
+        for pair in [self._new, *self._old]:
+            self._drain(pair)
+
+
+class Vault:
+    """What keeps everything alive without any code that runs: eleven descriptors. Whoever holds
+    them, a new process goes on from them. Main thread only.
+
+    The board; two logs of records; two programs, the one that runs and the one before or after
+    it; three pairs of sockets with all others in flight. Record 0 is the hub's.
+    """
+
+    def __init__(self, fds):
+        self.fds = tuple(fds)
+        self.board = Board(fds[0])
+        self.records, self._programs = Records(self.board, fds[1:3]), fds[3:5]
+        self._ends = [socket.socket(fileno=fd) for fd in fds[5:]]
+        for sock in self._ends[::2]:            # as much room as the system allows
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.shelf = Shelf(self.board, list(zip(self._ends[::2], self._ends[1::2])))
+        self.take = self.shelf.take
+        self._be_inherited(False)
+
+    @classmethod
+    def make(cls):
+        """A new one, empty; OSError if it cannot be had."""
+        fds = []
+        try:
+            for _ in range(5):
+                fds.append(os.memfd_create("has"))
+            os.ftruncate(fds[0], Board.SIZE)
+            for _ in range(3):
+                fds += [sock.detach() for sock in
+                        socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return cls(fds)
+
+    def close(self):
+        """Hold it no more."""
+        self.board.close()
+        for sock in self._ends:
+            sock.close()
+        for fd in self.fds[:5]:
+            os.close(fd)
+
+    def _be_inherited(self, inherited):
+        for fd in self.fds:
+            os.set_inheritable(fd, inherited)
+
+    # ---- what is in it
+
+    def store(self, state):
+        """Put in what Survival.pack() gave."""
+        hub = {key: value for key, value in state.items() if key != "sessions"}
+        records = {packed["values"]["number"]: packed for packed in state["sessions"]}
+        self.records.write({number: json.dumps(it).encode()
+                            for number, it in {0: hub, **records}.items()})
+
+    def load(self):
+        """What store() was given, by whomever; see take()."""
+        records = {number: json.loads(it.decode()) for number, it in self.records.read().items()}
+        if not self.shelf.read():
+            log.error("some connections could not be taken over: more files are open than the "
+                      "system allows: raise the limit (ulimit -n)")
+        return {**records.pop(0), "sessions": list(records.values())}
+
+    def clear(self):
+        """Nothing is kept now, but the programs."""
+        self.records.clear()
+        self.shelf.clear()
+
+    # ---- the program that goes on from it
+
+    def install(self, source, trial=True):
+        """This program goes on; the one before it again, if it fails while on `trial`."""
+        other = 1 - self.board[Board.PROGRAM]
+        with open(self._programs[other], "wb", closefd=False) as file:
+            file.truncate(0)
+            file.seek(0)
+            file.write(source)
+        self.board[Board.TRIAL] = 0
+        self.board[Board.PROGRAM] = other
+        self.board[Board.TRIAL] = int(trial)
+
+    def fall_back(self):
+        """The program on trial has failed: the one before it is next; False if none is on trial."""
+        on_trial = self.board[Board.TRIAL]
+        if on_trial:
+            self.board[Board.TRIAL] = 0
+            self.board[Board.PROGRAM] ^= 1
+        return bool(on_trial)
+
+    @property
+    def is_last(self):
+        """Whether no other program could do better than the one that runs."""
+        return not self.board[Board.TRIAL]
+
+    def go_back(self):
+        """The new program has failed: execute the one before it; returns if there is none."""
+        if self.fall_back():
+            log.exception("the new program could not take over: the old one goes on")
+            self.execute(sys.argv[1:-2])
+
+    def keep(self, source):
+        """Nothing can fail any more: the Vault to go on with."""
+        self.shelf.leave()
+        self.clear()
+        return self
+
+    def prove(self):
+        """The program has served long enough: it is on trial no more."""
+        self.board[Board.TRIAL] = 0
+
+    def command(self, arguments):
+        """What starts the program, to go on from this vault."""
+        program = self._programs[self.board[Board.PROGRAM]]
+        return [sys.executable, memory_path(program), *arguments,
+                "--vault", ",".join(map(str, self.fds))]
+
+    def execute(self, arguments):
+        """Replace this process by the program; OSError if that cannot be."""
+        self._be_inherited(True)
+        try:
+            os.execv(sys.executable, self.command(arguments))
+        finally:
+            self._be_inherited(False)
+
+
+@functools.lru_cache(None)
+def why_no_vault():
+    """Why nothing can be kept for another process here; "" where it can."""
+    if not MEMORY_FILES:
+        return "this platform has no memory files (memfd_create, /proc)"
+    try:
+        with contextlib.closing(Vault.make()) as vault:
+            with socket.socket() as sock:
+                vault.take(vault.shelf.name(sock) * vault.shelf.read()).close()
+        return ""
+    except (OSError, AttributeError, KeyError) as error:
+        return f"this platform cannot keep sockets in flight ({error!r})"
+
 
 def ignore_terminal():
     """Let no terminal stop this process: Ctrl-Z, or a line of log where `stty tostop` holds."""
@@ -9493,8 +9928,8 @@ class Survival(Survivor):
 
     SURVIVES = "pumps", "rescues"
 
-    def __init__(self, hub):
-        self.hub = hub
+    def __init__(self, hub, vault=None):
+        self.hub, self.vault = hub, vault
         self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
 
     def _rooms(self):
@@ -9502,47 +9937,41 @@ class Survival(Survivor):
         hub = self.hub
         return self, hub.record, hub.health, hub.links, hub.logins, hub.hook
 
-    def pack(self, going=False):
-        """Everything a new process needs: (plain values, the descriptors to keep). Disturbs nothing
-        here; when we are `going`, a session that cannot be packed ends, rather than all."""
+    def pack(self, name, going=False):
+        """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
+        nothing here; when we are `going`, a session that cannot be packed ends, rather than all."""
         hub, settings = self.hub, self.hub.settings
-        sessions, fds = self._pack_sessions(going)
-        listeners = [{"fd": it.sock.fileno(), "tls": it.tls, "wanted": list(it.wanted)}
+        listeners = [{"fd": name(it.sock), "tls": it.tls, "wanted": list(it.wanted)}
                      for it in hub.door.listeners]
         it = hub.control.listener
-        control = it and {"fd": it.sock.fileno(), "path": it.path, "identity": pack(it.identity)}
-        fds += [it["fd"] for it in listeners + [control] * bool(control)]
-        values = {name: it for room in self._rooms() for name, it in room.survivors().items()}
-        return {"format": 1, "version": VERSION, "settings": settings.texts,
-                "files": pack(settings.files), "conf": settings.conf, "sessions": sessions,
+        control = it and {"fd": name(it.sock), "path": it.path, "identity": pack(it.identity)}
+        values = {key: it for room in self._rooms() for key, it in room.survivors().items()}
+        return {"format": 2, "version": VERSION, "settings": settings.texts,
+                "files": pack(settings.files), "conf": settings.conf,
+                "sessions": list(self._pack_sessions(name, going)),
                 "listeners": listeners, "control": control, "world": pack_world(hub.world),
                 "health": hub.health.condition.name, "next_number": next(hub.door.numbers),
-                "values": {**values, "_lost_at": self._lost_at()}}, fds
+                "values": {**values, "_lost_at": self._lost_at()}}
 
-    def _pack_sessions(self, going):
-        sessions, fds = [], []
+    def _pack_sessions(self, name, going):
         for session in list(self.hub.sessions.values()):
             try:
-                packed, kept = Passage(session).pack()
+                yield Passage(session).pack(name)
             except Exception:
                 if not going:
                     raise
                 self.hub.fault(session)
-                continue
-            sessions.append(packed)
-            fds += kept
-        return sessions, fds
 
     def _lost_at(self):
         """When users lost the world: by the wall clock, so it was always packed."""
         lost_at = self.hub.health.lost_at
         return None if lost_at is None else time.time() - (self.hub.now - lost_at)
 
-    def unpack(self, state, whole=True):
+    def unpack(self, state, take, whole=True):
         """Take up what pack() of another process gave; nothing is sent or closed yet (see go_on).
 
-        `whole`: a session that cannot be taken up is an exception; else, for no other program could
-        do better, it ends.
+        `take` gives the socket of a name. `whole`: a session that cannot be taken up is an
+        exception; else, for no other program could do better, it ends.
         """
         hub, values = self.hub, state["values"]
         for room in self._rooms():
@@ -9553,33 +9982,32 @@ class Survival(Survivor):
         hub.health.world = state["world"] and unpack_world(state["world"], hub.settings)
         hub.door.numbers = itertools.count(state["next_number"])
         hub.door.listeners = [
-            Listener(hub, socket.socket(fileno=it["fd"]), it["tls"], tuple(it["wanted"]))
+            Listener(hub, take(it["fd"]), it["tls"], tuple(it["wanted"]))
             for it in state["listeners"]]
         control = state["control"]
         if control:
-            sock = socket.socket(fileno=control["fd"])
-            hub.control.listener = ControlListener(hub, control["path"], sock,
+            hub.control.listener = ControlListener(hub, control["path"], take(control["fd"]),
                                                    unpack(control.get("identity")))
         for packed in state["sessions"]:
             try:
-                self._unpack_session(packed)
+                self._unpack_session(packed, take)
             except Exception as error:
                 number = (packed.get("values") or {}).get("number")
                 log.exception("session %s could not be taken over", number)
                 if whole:
                     raise RuntimeError("a session could not be taken over") from error
-                self._close_packed(packed, number)
+                self._close_packed(packed, number, take)
 
-    def _unpack_session(self, packed):
+    def _unpack_session(self, packed, take):
         hub, values = self.hub, packed["values"]
-        number, host, tls = values["number"], values["host"], values["tls"]
+        number, host, tls = values["number"], values["host"], values.get("tls", False)
         fd = packed["client"]["fd"]
         client = (Absent(hub.settings.reattach_limit, hub.places.grew) if fd is None
-                  else hub.door.stream(socket.socket(fileno=fd)))
+                  else hub.door.stream(take(fd)))
         session = hub.door.enter(number, client, host, tls)
-        Passage(session).unpack(packed)
+        Passage(session).unpack(packed, take)
 
-    def _close_packed(self, packed, number):
+    def _close_packed(self, packed, number, take):
         """Forget the session that was packed so, however far it was unpacked; close what it had."""
         session = self.hub.sessions.get(number)
         try:
@@ -9589,8 +10017,8 @@ class Survival(Survivor):
             log.exception("%s could not be ended in order", session)
             self.hub.sessions.pop(number, None)
         for stream in filter(None, (packed.get("client"), packed.get("link"))):
-            with contextlib.suppress(OSError, KeyError, TypeError):        # closed with its session
-                os.close(stream["fd"])
+            with contextlib.suppress(OSError, KeyError, TypeError):        # taken, and closed
+                hang_up(take(stream["fd"]))
 
     def go_on(self, parked=None):
         """After unpack(), or where no new process could be made: begin anew what was under way.
@@ -9659,25 +10087,28 @@ class Rehearsal:
 
     SECONDS, LOOK_SECONDS = 20, 0.02
 
-    def __init__(self, survival, program, command, done):
+    def __init__(self, survival, program, arguments, done):
         self.hub, self._done, self._said, self._over = survival.hub, done, b"", False
         nonce = secrets.token_hex(16)
-        state, fds = survival.pack()
-        self._proof = proof_of_rehearsal(nonce, len(state["sessions"]))
-        with contextlib.ExitStack() as passed:
-            memory = memory_file(json.dumps({**state, "nonce": nonce}).encode())
-            passed.callback(os.close, memory)
-            ours, theirs = socket.socketpair()
-            passed.callback(theirs.close)
-            self._output = Stream(self.hub.selector, ours, self, self._on_output)
-            try:
-                self._child = subprocess.Popen(
-                    command(program, memory) + ["--rehearse"], pass_fds=[program, memory, *fds],
-                    stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
-            except BaseException:
-                self._output.drop()
-                raise
+        with contextlib.closing(Vault.make()) as vault:     # its own: ours is not to be disturbed
+            state = survival.pack(vault.shelf.name)
+            self._proof = proof_of_rehearsal(nonce, len(state["sessions"]))
+            vault.store({**state, "nonce": nonce})
+            vault.install(program)
+            self._start(vault, arguments)
         self.hub.later(self.SECONDS, self.end)
+
+    def _start(self, vault, arguments):
+        ours, theirs = socket.socketpair()
+        self._output = Stream(self.hub.selector, ours, self, self._on_output)
+        try:
+            with theirs:
+                self._child = subprocess.Popen(
+                    vault.command(arguments) + ["--rehearse"], pass_fds=vault.fds,
+                    stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        except BaseException:
+            self._output.drop()
+            raise
 
     def _on_output(self, data):
         self._said = (self._said + data)[-4000:]
@@ -9718,25 +10149,26 @@ class Rehearsal:
 class Upgrade:
     """Replaces the running program by the has.py on disk, in the same process, all connected.
 
-    USR2 -> has.py is read, once, into a memory file: what is rehearsed is what will run
+    USR2 -> has.py is read, once: what is rehearsed is what will run
          -> Rehearsal
-         -> the heartbeat parks, TLS moves to a pump, the state goes to a memory file -> exec.
-    A new program that fails while restoring executes the old one again, which was kept in one more
-    memory file.
+         -> the heartbeat parks, TLS moves to a pump, all goes into the vault -> exec.
+    A new program that fails in its first TRIAL_SECONDS has the old one executed again, which the
+    vault keeps beside it.
     """
 
     ARRIVAL_SECONDS, LOOK_SECONDS, RESCUES, RESCUE_SECONDS = 3, 0.05, 3, 600
+    TRIAL_SECONDS = 60
 
-    def __init__(self, survival, script, config, source):
-        self.survival, self.hub = survival, survival.hub
-        self.script, self.config, self.source = script, config, source
-        self._program = None                    # the memory file with the new one, from USR2 on
+    def __init__(self, survival, script, config):
+        self.survival, self.hub, self.vault = survival, survival.hub, survival.vault
+        self.script, self.config = script, config
+        self._program = None                    # the new one, from USR2 on
 
     def begin(self):
         """USR2: rehearse; go() follows if that went well."""
-        if not MEMORY_FILES:
-            log.error("USR2: this platform has no memory files (memfd_create, /proc), and "
-                      "passwords must not go to disk: no upgrade; stop HAS and start it anew")
+        if not self.vault:
+            log.error("USR2: %s, and passwords must not go to disk: no upgrade; stop HAS and start "
+                      "it anew", why_no_vault())
         elif self._program is not None:
             log.warning("USR2: an upgrade is being rehearsed already")
         else:
@@ -9744,34 +10176,28 @@ class Upgrade:
                 self._rehearse()
             except Exception as error:          # whatever it is: everybody is still here
                 self._log_failure("USR2: the rehearsal could not be started", error)
-                self._forget_program()
+                self._program = None
             else:
                 log.info("USR2: rehearsing the upgrade to %s", self.script)
 
     def _rehearse(self):
         with open(self.script, "rb") as file:
-            self._program = memory_file(file.read())
-        Rehearsal(self.survival, self._program, self._command, self._on_rehearsed)
+            self._program = file.read()
+        Rehearsal(self.survival, self._program, self._arguments(), self._on_rehearsed)
 
-    def _command(self, program, memory):
-        return [sys.executable, memory_path(program), "--script", self.script,
-                "--config", self.config, "--resume", str(memory)]
+    def _arguments(self):
+        return ["--script", self.script, "--config", self.config]
 
     def _on_rehearsed(self, trouble):
         if not trouble:
             self._go_soon(self.hub.now + self.ARRIVAL_SECONDS)
             return
-        self._forget_program()
+        self._program = None
         first, *more = trouble.split("\n")
         log.error("USR2: the new %s failed its rehearsal (%s): HAS goes on as it is", self.script,
                   first)
         for line in more:
             log.error("%s", line)
-
-    def _forget_program(self):
-        if self._program is not None:
-            os.close(self._program)
-            self._program = None
 
     @staticmethod
     def _log_failure(what, error):
@@ -9790,41 +10216,41 @@ class Upgrade:
 
     def go(self):
         """Replace this program now, by the new one or by itself; returns only if that failed."""
-        heartbeat, opened = self.hub.heartbeat, []
+        heartbeat = self.hub.heartbeat
         heartbeat.mailbox.post(heartbeat.on_stop)
         heartbeat.join(1)                       # stuck in DNS: exec ends it
         parked = heartbeat.parked
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
-            self._execute(parked, opened)
+            self._execute(parked)
         except Exception as error:              # whatever it is: everybody is still here
             self._log_failure("the new program could not be started", error)
         finally:
-            for fd in opened:
-                os.close(fd)
-            self._forget_program()
+            self.vault.clear()
+            self._program = None
             self._carry_on(parked)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def _execute(self, parked, opened):
-        """exec, with all that the new program needs; memory files made for it go to `opened`."""
-        program = self._program
+    def _execute(self, parked):
+        """exec, with all that the new program needs in the vault."""
         self.survival.move_tls_out()
-        state, fds = self.survival.pack(going=True)
-        opened.append(memory_file(self.source))
-        state.update(heartbeat=parked, kept=opened[0], program=program)
-        opened.append(memory_file(json.dumps(state).encode()))
-        fds += opened + [program] * (program is not None)
-        if parked and "connection" in parked:
-            fds.append(parked["connection"]["fd"])
+        state = self.survival.pack(self.vault.shelf.name, going=True)
+        self.vault.store({**state, "heartbeat": self._named(parked)})
+        if self._program is not None:
+            self.vault.install(self._program)
         try:
-            for fd in fds:
-                os.set_inheritable(fd, True)
-            os.execv(sys.executable, self._command(opened[0] if program is None else program,
-                                                   opened[1]))
-        finally:
-            for fd in fds:
-                os.set_inheritable(fd, False)
+            self.vault.execute(self._arguments())
+        except Exception:
+            self.vault.fall_back()
+            raise
+
+    def _named(self, parked):
+        """What the heartbeat has left, with a name for its socket."""
+        if not parked or "connection" not in parked:
+            return parked
+        with socket.socket(fileno=os.dup(parked["connection"]["fd"])) as sock:
+            name = self.vault.shelf.name(sock)
+        return {**parked, "connection": {**parked["connection"], "fd": name}}
 
     def _carry_on(self, parked):
         """We are still here: make good what was stopped or parked for the new program."""
@@ -9840,11 +10266,12 @@ class Upgrade:
         """
         survival, now = self.survival, time.time()
         survival.rescues = [at for at in survival.rescues if now - at < self.RESCUE_SECONDS] + [now]
-        if not MEMORY_FILES or len(survival.rescues) > self.RESCUES:
+        if not self.vault or len(survival.rescues) > self.RESCUES:
             return
         log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)",
                   len(survival.rescues), self.RESCUES, self.RESCUE_SECONDS)
-        self._forget_program()                  # one that was being rehearsed
+        self._program = None                    # one that was being rehearsed
+        self.vault.fall_back()
         self.go()
 
 
@@ -10040,11 +10467,14 @@ def parse_arguments(arguments):
                         help="with --check: try the world once, too; say what it lacks")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
     parser.add_argument("--script", help=argparse.SUPPRESS)             # three for Upgrade
-    parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--vault", type=lambda text: [int(fd) for fd in text.split(",")],
+                        help=argparse.SUPPRESS)
+    parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)   # of before the vault
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
     options = parser.parse_args(arguments)
-    if options.config and options.resume is None and not os.path.exists(options.config):
+    options.goes_on = options.vault is not None or options.resume is not None
+    if options.config and not options.goes_on and not os.path.exists(options.config):
         parser.error(f"--config {options.config}: there is no such file")
     if options.probe and not options.check:
         parser.error("--probe goes with --check")
@@ -10079,8 +10509,8 @@ def main(arguments=None):
 
     def load():
         return load_settings(options.script, options.config)
-    if options.resume is not None:
-        return resume(options, options.script, source, load)
+    if options.goes_on:
+        return resume(options, source, load)
     try:
         status = carry_out(options, load, source)
         sys.stdout.flush()
@@ -10253,6 +10683,7 @@ def start_has(settings, remarks, load, control, program):
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
         hub.control.open(control)
         hub.door.listen()
+        vault = None if why_no_vault() else Vault.make()
     except OSError as error:
         if hub:
             hub.control.close()
@@ -10264,39 +10695,89 @@ def start_has(settings, remarks, load, control, program):
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
-    return serve(Survival(hub), handler, program)
+    script, config, source = program
+    if vault:
+        vault.install(source, trial=False)
+    return serve(Survival(hub, vault), handler, (script, config))
 
 
-def resume(options, script, source, load):
+class Handed:
+    """What a program of before the vault has left: values in a memory file, and descriptors by
+    number. To be used as a Vault."""
+
+    def __init__(self, file):
+        self._file, self._fds = file, []
+        self._state = json.loads(read_memory_file(file).decode())
+
+    def load(self):
+        """What Survival.pack() gave there."""
+        return self._state
+
+    def take(self, fd):
+        """The socket with that number."""
+        self._fds.append(fd)
+        return socket.socket(fileno=fd)
+
+    def go_back(self):
+        """The new program has failed: execute the one before it, kept in one more memory file;
+        returns if no other could do better."""
+        kept = self._state.get("kept")          # none to rehearse
+        if self.is_last:
+            return
+        log.exception("the new program could not take over: the old one goes on")
+        os.execv(sys.executable, [sys.executable, memory_path(kept), *sys.argv[1:]])
+
+    @property
+    def is_last(self):
+        """Whether no other program could do better."""
+        kept = self._state.get("kept")
+        return kept is not None and own_memory_file() == kept
+
+    def keep(self, source):
+        """Nothing can fail any more: the Vault to go on with, with our own program in it."""
+        own = own_memory_file()
+        for fd in self._fds + [own] * (own is not None):
+            with contextlib.suppress(OSError):  # closed with its session
+                os.set_inheritable(fd, False)
+        for fd in {self._file, self._state["kept"], self._state.get("program")} - {own, None}:
+            os.close(fd)
+        vault = Vault.make()
+        vault.install(source, trial=False)
+        return vault
+
+
+def resume(options, source, load):
     """Go on where another process has left off (Upgrade); return the exit status."""
-    state = json.loads(read_memory_file(options.resume).decode())
-    kept = state.get("kept")                    # memory file of the older program; none to rehearse
-    last = kept is not None and own_memory_file() == kept       # no other program could do better
+    vault = Handed(options.resume) if options.vault is None else Vault(options.vault)
+    state, last = vault.load(), vault.is_last
     try:
         conf = state.get("conf", options.config if read_conf(options.config)[0] else "")
         settings = settings_of(state["settings"], unpack(state.get("files")), conf)
         handler = restart_log(settings)
         hub = Hub(settings, load)
         survival = Survival(hub)
-        survival.unpack(state, whole=not last)
+        survival.unpack(state, vault.take, whole=options.rehearse or not last)
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # no goodbye: the connections are another process's
-        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])
+        parked = state["heartbeat"]
+        if parked and "connection" in parked:
+            left = parked["connection"]
+            left["fd"] = vault.take(left["fd"]).detach()
+        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, parked)
     except Exception:
-        if options.rehearse or last:
-            raise
-        log.exception("the new program could not take over: the old one goes on")
-        os.execv(sys.executable, [sys.executable, memory_path(kept), *sys.argv[1:]])
-    disinherit(hub, state, options.resume)
+        if not options.rehearse:
+            vault.go_back()
+        raise
+    survival.vault = vault.keep(source)
 
     def go_on():
         raise_limits(settings)
         log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION,
                  state["version"], os.getpid(), len(hub.sessions))
         warn_of_differences(settings, load)
-        survival.go_on(state["heartbeat"])
-    return serve(survival, handler, (script, options.config, source), go_on)
+        survival.go_on(parked)
+    return serve(survival, handler, (options.script, options.config), go_on)
 
 
 def own_memory_file():
@@ -10304,19 +10785,6 @@ def own_memory_file():
     open: a traceback reads its lines there, and must find no other file under that number."""
     folder, _, name = __file__.rpartition("/")
     return int(name) if folder == memory_path("").rstrip("/") else None
-
-
-def disinherit(hub, state, state_file):
-    """After a resume, with nothing left to fall back on: children get none of its descriptors."""
-    own, parked = own_memory_file(), (state["heartbeat"] or {}).get("connection")
-    socks = [stream.sock for session in hub.sessions.values()
-             for stream in (session.client, session.link) if stream and stream.sock]
-    socks += [it.sock for it in [*hub.door.listeners, hub.control.listener] if it]
-    fds = [sock.fileno() for sock in socks] + [own] * (own is not None)
-    for fd in fds + [parked["fd"]] if parked else fds:
-        os.set_inheritable(fd, False)
-    for fd in {state_file, state["kept"], state.get("program")} - {own, None}:
-        os.close(fd)
 
 
 def warn_of_differences(settings, load):
@@ -10339,6 +10807,8 @@ def serve(survival, handler, program, go_on=None):
     """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
     hub, upgrade = survival.hub, Upgrade(survival, *program)
     hub.reload.log = handler.reload
+    if survival.vault:
+        hub.later(Upgrade.TRIAL_SECONDS, survival.vault.prove)
     hub.door.most_files = files_allowed()
     hub.heartbeat.start()
     hub.places.look()

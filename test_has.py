@@ -11,7 +11,7 @@
     7. Heartbeat      TestTalk ... TestHeartbeatByHand without its thread, TestHeartbeat with it
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
     9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
-    10. Survival      TakenOver..., TestUpgrade, TestUpgradeOfPython
+    10. Survival      TestRecords, TestShelf, TestVault, TakenOver..., TestUpgrade, TestUpgradeOfPython
     11. Command line  TestPartsOfTheProgram, TestProgram, TestTLS
     the files         TestFiles: what README, has.conf and the shape of has.py promise
 
@@ -2072,8 +2072,12 @@ class Rig:
     def upgrade(self, spoil=None, whole=True, anew=False):
         """USR2 without the exec: another hub takes over what this one packed (and `spoil` has
         spoilt); `anew`: with settings and a log made of that, as resume() does."""
-        old, (state, fds) = self.hub, has.Survival(self.hub).pack()
-        state = json.loads(json.dumps(state))
+        old, fds = self.hub, []
+
+        def name(sock):
+            fds.append(sock.fileno())
+            return fds[-1]
+        state = json.loads(json.dumps(has.Survival(old).pack(name)))
         if spoil:
             spoil(state)
         socks = [it.sock for session in old.sessions.values() for it in (session.client, session.link)
@@ -2087,7 +2091,7 @@ class Rig:
             has.restart_log(self.settings)
         self.hub = self._new_hub()
         survival = has.Survival(self.hub)
-        survival.unpack(state, whole)
+        survival.unpack(state, lambda fd: socket.socket(fileno=fd), whole)
         if anew:
             has.warn_of_differences(self.settings, lambda: has.load_settings(has.__file__, state["conf"]))
         survival.go_on({"connection": None})
@@ -5308,6 +5312,303 @@ class Browsers(RigCase):
 
 # ---- 6. isolation
 
+class Killed(BaseException):
+    """Stands for kill -9: no handler sees it."""
+
+
+def deaths(owner, methods, prepare, act):
+    """act(prepare()) again and again, Killed at the first, second ... call of these methods of a
+    class or module, before it or behind it, until it comes through; yields what was prepared."""
+    for after in (False, True):
+        for last in itertools.count(1):
+            counts, killed, left = itertools.count(1), [], prepare()
+
+            def wrapped(call):
+                def called(*arguments, **more):
+                    mine = next(counts) == last
+                    if killed or mine and not after:
+                        killed.append(True)
+                        raise Killed
+                    result = call(*arguments, **more)
+                    if mine:
+                        killed.append(True)
+                        raise Killed
+                    return result
+                return called
+            with contextlib.ExitStack() as patched:
+                for name in methods:
+                    call = inspect.getattr_static(owner, name)
+                    is_static = isinstance(call, staticmethod)
+                    replaced = wrapped(getattr(owner, name))
+                    patched.enter_context(mock.patch.object(
+                        owner, name, staticmethod(replaced) if is_static else replaced))
+                with contextlib.suppress(Killed):
+                    act(left)
+            yield left
+            if not killed:
+                break
+
+
+class VaultCase(unittest.TestCase):
+    """What a process has put into a vault, another one finds in it, wherever the first has died."""
+
+    def setUp(self):
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+
+    def vault(self):
+        vault = has.Vault.make()
+        self.addCleanup(vault.close)
+        return vault
+
+    def another(self, vault):
+        """The same vault as another process has it."""
+        other = has.Vault([os.dup(fd) for fd in vault.fds])
+        self.addCleanup(other.close)
+        return other
+
+    def pair(self):
+        """Two sockets, one of which goes into a vault."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        ours.settimeout(5)
+        return ours, theirs
+
+
+class TestRecords(VaultCase):
+    """A log of records, the last of each number counts."""
+
+    def test_what_is_written_is_read(self):
+        records = self.vault().records
+        records.write({0: b"hub", 7: b"seven", 1 << 31: b"\0" * 3000})
+        records.write({7: b"", 8: b"eight"})
+        records.write({0: b"HUB"})
+        self.assertEqual(records.read(), {0: b"HUB", 8: b"eight", 1 << 31: b"\0" * 3000})
+
+    def test_a_death_in_the_middle_of_a_record_costs_that_record(self):
+        vault = self.vault()
+        vault.records.write({1: b"one", 2: b"two"})
+        begin = os.fstat(vault.fds[1]).st_size
+        vault.records.write({2: b"second", 3: b"three"})
+        whole = has.read_memory_file(vault.fds[1])
+        cut = begin + vault.records.HEAD.size + 6
+        for size in range(begin, len(whole)):
+            for rest in (b"", b"\0" * (len(whole) - size)):    # a page that was not filled yet
+                os.ftruncate(vault.fds[1], 0)
+                os.pwrite(vault.fds[1], whole[:size] + rest, 0)
+                other = self.another(vault).records
+                self.assertEqual(other.read(), {1: b"one", 2: b"second" if size >= cut else b"two"})
+                other.write({4: b"four"})                       # goes on behind what counts
+                self.assertEqual(self.another(vault).records.read()[4], b"four")
+
+    def test_a_death_while_the_log_is_renewed(self):
+        count = 0
+        for deadly in ("pwrite", "ftruncate"):
+            def prepare():
+                vault = self.vault()
+                vault.records.SLACK, vault.written = 2000, -1
+                return vault
+
+            def act(vault):
+                for number in range(60):
+                    vault.records.write({number % 5: b"%d" % number * 40})
+                    vault.written = number
+            for vault in deaths(has.os, [deadly], prepare, act):
+                found = self.another(vault).records.read()
+                for number in range(max(0, vault.written - 4), vault.written + 1):
+                    newer = {b"%d" % number * 40, b"%d" % (number + 5) * 40}    # not acknowledged
+                    self.assertIn(found[number % 5], newer)
+                count += 1
+        self.assertGreater(count, 100)
+
+    def test_it_does_not_grow_for_ever(self):
+        vault = self.vault()
+        for number in range(3000):
+            vault.records.write({number % 10: bytes(1000)})
+        sizes = [os.fstat(fd).st_size for fd in vault.fds[1:3]]
+        self.assertLess(max(sizes), has.Records.SLACK + 3 * 10100 + 2000)
+        self.assertEqual(min(sizes), 0)
+
+    def test_no_room_costs_nothing_that_was_there(self):
+        vault = self.vault()
+        vault.records.write({1: b"one"})
+        with mock.patch.object(has.os, "pwrite", return_value=5), self.assertRaises(OSError):
+            vault.records.write({1: b"two"})
+        vault.records.write({2: b"two"})
+        self.assertEqual(self.another(vault).records.read(), {1: b"one", 2: b"two"})
+
+
+class TestShelf(VaultCase):
+    """Sockets in flight."""
+
+    def check(self, vault, named):
+        """Another process finds these sockets: {name: our end}."""
+        other = self.another(vault)
+        self.assertTrue(other.shelf.read())
+        for name, ours in named.items():
+            other.take(name).send(b"here")
+            self.assertEqual(ours.recv(9), b"here")
+        return other
+
+    def test_a_socket_lives_on_and_reading_changes_nothing(self):
+        vault, named = self.vault(), {}
+        for _ in range(600):                    # more than one pair takes, one at a time
+            ours, theirs = self.pair()
+            name = vault.shelf.name(theirs)
+            self.assertEqual(name, vault.shelf.name(theirs))
+            named[name] = ours
+            theirs.close()
+        self.assertEqual(len(named), 600)
+        for _ in range(2):
+            self.check(vault, dict(list(named.items())[-7:]))
+
+    def closed(self, ours, vault=None):
+        """Whether our end sees that nobody has the other any more."""
+        ours.setblocking(False)
+        try:
+            return ours.recv(1) == b""
+        except BlockingIOError:
+            return False
+
+    def test_what_was_dropped_is_let_go(self):
+        vault = self.vault()
+        (kept, one), pairs = self.pair(), [self.pair() for _ in range(300)]
+        name = vault.shelf.name(one)
+        for _, theirs in pairs:
+            vault.shelf.name(theirs)
+        for ours, theirs in pairs:
+            theirs.close()
+            self.assertFalse(self.closed(ours))
+            vault.shelf.drop(theirs)
+        vault.shelf.tidy()
+        self.assertTrue(all(self.closed(ours) for ours, _ in pairs))
+        self.check(vault, {name: kept})
+
+    def test_a_name_is_never_used_again(self):
+        vault = self.vault()
+        (first, one), (second, two), (third, three) = self.pair(), self.pair(), self.pair()
+        names = vault.shelf.name(one), vault.shelf.name(two)
+        one.close()
+        vault.shelf.drop(one)
+        other = self.check(vault, {names[1]: second})
+        self.assertNotIn(other.shelf.name(three), names)
+        with self.assertRaises(KeyError):
+            other.take(names[1])                # only once
+        other.shelf.leave()                     # what nobody took ends
+        self.assertTrue(self.closed(first))
+
+    def test_a_closed_socket_does_not_stop_the_others(self):
+        vault = self.vault()
+        (kept, one), (_, two) = self.pair(), self.pair()
+        name = vault.shelf.name(one)
+        vault.shelf.name(two)
+        two.close()                             # not dropped yet
+        vault.shelf._renew()
+        self.check(vault, {name: kept})
+
+    def test_a_death_while_it_is_renewed(self):
+        count = 0
+
+        def prepare():
+            vault = self.vault()
+            pairs = [self.pair() for _ in range(7)]
+            vault.named = {vault.shelf.name(theirs): ours for ours, theirs in pairs[:4]}
+            vault.shelf._renew()
+            vault.named.update({vault.shelf.name(theirs): ours for ours, theirs in pairs[4:]})
+            vault.shelf.BATCH = 2
+            return vault
+        for methods in (["_send"], ["_drain"]):
+            for vault in deaths(has.Shelf, methods, prepare, lambda vault: vault.shelf._renew()):
+                self.check(vault, vault.named)
+                count += 1
+        self.assertGreater(count, 12)
+
+    def test_a_limit_of_what_may_be_in_flight(self):
+        """Some are not kept, and say so; those that are live on; nothing breaks."""
+        vault, real = self.vault(), has.Shelf._send
+        flying, limit = [], 10
+
+        def send(shelf, pair, names):
+            if sum(len(it) for _, it in flying) + len(names) > limit:
+                raise OSError(errno.ETOOMANYREFS, "too many")
+            real(shelf, pair, names)
+            flying.append((pair, names))
+
+        def drain(pair):
+            flying[:] = [it for it in flying if it[0] is not pair]
+            real_drain(pair)
+        real_drain = has.Shelf._drain
+        with mock.patch.object(has.Shelf, "_send", send), \
+                mock.patch.object(has.Shelf, "_drain", staticmethod(drain)):
+            pairs, named = [self.pair() for _ in range(14)], {}
+            for ours, theirs in pairs[:10]:
+                named[vault.shelf.name(theirs)] = ours
+            with self.assertRaises(OSError):
+                vault.shelf.name(pairs[10][1])
+            self.check(vault, named)
+            for _, theirs in pairs[:2]:         # 2 dead and 8 alive are too many for a moment
+                vault.shelf.drop(theirs)
+            named = {name: ours for name, ours in named.items()
+                     if ours not in (pairs[0][0], pairs[1][0])}
+            named[vault.shelf.name(pairs[11][1])] = pairs[11][0]
+            named[vault.shelf.name(pairs[12][1])] = pairs[12][0]
+            with self.assertRaises(OSError):
+                vault.shelf.name(pairs[13][1])
+            self.check(vault, named)
+
+    def test_a_table_of_files_that_is_too_small(self):
+        import resource
+        vault = self.vault()
+        for _ in range(50):
+            vault.shelf.name(self.pair()[1])
+        other, limits = self.another(vault), resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        free = (fd for fd in itertools.count() if not os.path.exists(f"/dev/fd/{fd}"))
+        limit = next(itertools.islice(free, 20, None))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+        self.assertFalse(other.shelf.read())
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class TestVault(VaultCase):
+    """The whole of it."""
+
+    def test_programs_and_their_trial(self):
+        vault = self.vault()
+
+        def program():
+            with open(vault.command([])[1], "rb") as file:
+                return file.read()
+        vault.install(b"one", trial=False)
+        self.assertEqual((program(), vault.fall_back(), vault.is_last), (b"one", False, True))
+        vault.install(b"second")
+        self.assertEqual((program(), vault.is_last, vault.fall_back()), (b"second", False, True))
+        self.assertEqual((program(), vault.fall_back()), (b"one", False))
+        vault.install(b"3")
+        vault.prove()
+        self.assertEqual((program(), vault.fall_back()), (b"3", False))
+
+    def test_descriptors_come_and_go_with_it(self):
+        before = open_descriptors()
+        for _ in range(3):
+            with contextlib.closing(has.Vault.make()) as vault:
+                self.assertEqual(len(vault.fds), 11)
+                self.assertFalse(any(map(os.get_inheritable, vault.fds)))
+        with mock.patch.object(has.socket, "socketpair", side_effect=OSError), \
+                self.assertRaises(OSError):
+            has.Vault.make()
+        self.assertEqual(open_descriptors(), before)
+
+    def test_where_the_system_lacks_what_it_needs(self):
+        self.addCleanup(has.why_no_vault.cache_clear)
+        for name, value, why in (("MEMORY_FILES", False, "no memory files"),
+                                 ("SO_PEEK_OFF", 9999, "cannot keep sockets in flight")):
+            has.why_no_vault.cache_clear()
+            with mock.patch.object(has, name, value):
+                self.assertIn(why, has.why_no_vault())
+
+
 class TakenOver(RigCase):
     """What waits for a timer, or was asked, when the process is replaced, gets its timer and its answer again."""
 
@@ -7540,8 +7841,10 @@ class TestPartsOfTheProgram(unittest.TestCase):
         self.assertRegex(logged.output[0], "settings on disk cannot be used; .*: x:1: y")
 
     def test_usr2_without_memfd_is_refused(self):
+        has.why_no_vault.cache_clear()
+        self.addCleanup(has.why_no_vault.cache_clear)
         with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
-            has.Upgrade(types.SimpleNamespace(hub=None), "has.py", "has.conf", b"").begin()
+            has.Upgrade(types.SimpleNamespace(hub=None, vault=None), "has.py", "has.conf").begin()
         self.assertIn("no memory files", logged.output[0])
 
     def test_lines_that_nobody_reads_are_dropped_and_counted(self):
@@ -11327,13 +11630,14 @@ class TestTLSUnverified(Case):
             self.client(has.wait_up(), "connect Alice alicepw", world, "Alice")
 
 
-@functools.lru_cache(None)
-def old_program():
-    """The has.py of before the rehearsal had to prove anything, from git.
+# has.py of before the rehearsal had to prove anything, and the last one of before the vault
+OLD_PROGRAMS = "92354d5", "cd16300"
 
-    None where that cannot be had.
-    """
-    done = subprocess.run(["git", "-C", HERE, "show", "92354d5:has.py"], stdout=subprocess.PIPE,
+
+@functools.lru_cache(None)
+def old_program(commit):
+    """A has.py of before, from git; None where that cannot be had."""
+    done = subprocess.run(["git", "-C", HERE, "show", f"{commit}:has.py"], stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL) if shutil.which("git") else None
     return done.stdout if done and done.returncode == 0 else None
 
@@ -11356,12 +11660,6 @@ class TestUpgrade(Case):
         self.has = Has(self, python, mush_address=self.mush.address, beat=0.3, **arguments,
                        **settings).wait_up()
         self.pid = self.has.process.pid
-
-    def start_with_tls(self, *arguments):
-        cert, key = certificate(self.folder)
-        self.tls_port = free_port()
-        self.start(*arguments, local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert,
-                   ssl_key=key)
 
     def player(self, name, password, tls=False):
         client = TLSClient(self.tls_port) if tls else self.has.client()
@@ -11497,36 +11795,70 @@ class TestUpgrade(Case):
         alice.barrier()
         self.assertNotIn(b"NOTICE", alice.seen)
 
-    @unittest.skipIf(old_program() is None,
-                     "the has.py of before is not in the history of this checkout")
-    def test_from_the_program_of_before(self):
+    def start_old(self, commit):
+        program = old_program(commit)
+        if program is None:
+            self.skipTest("the has.py of before is not in the history of this checkout")
+        with open(self.script, "wb") as file:
+            file.write(program)
+        self.start_with_tls(fresh=True)
+        return program
+
+    def start_with_tls(self, *arguments, **more):
+        cert, key = certificate(self.folder)
+        self.tls_port = free_port()
+        self.start(*arguments, local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert,
+                   ssl_key=key, **more)
+
+    def from_the_program_of_before(self, commit):
         """Users of a HAS that runs since before the rules of today are taken over, and back is
         refused.
         """
-        with open(self.script, "wb") as file:
-            file.write(old_program())
-        self.start(fresh=True)
+        program = self.start_old(commit)
         alice, lurker = self.player("Alice", "alicepw"), self.has.client()
+        bob = self.player("Bob", "bobpw", tls=True)
         self.addCleanup(lurker.close)
         lurker.expect("Welcome")
         shutil.copy(HAS, self.script)
         self.upgrade()
-        alice.barrier()
+        alice.barrier(), bob.barrier()
+        self.assertEqual(len(self.mush.logins), 3)
         self.mush.kill()
-        for client in (alice, lurker):
+        for client in (alice, bob, lurker):
             client.expect(re.escape(OFFLINE))
         self.upgrade()
         self.mush.start()
-        for client in (alice, lurker):
+        for client in (alice, bob, lurker):
             client.expect(re.escape(ONLINE))
-        alice.barrier()
+        alice.barrier(), bob.barrier()
         with open(self.script, "wb") as file:
-            file.write(old_program())
+            file.write(program)
         self.has.check_log()
         # the old program's, which does not know all that is packed
         self.has.faults = True
         self.upgrade(rb"failed its rehearsal")
         alice.barrier()
+
+    def test_from_the_program_of_before_the_proof(self):
+        self.from_the_program_of_before(OLD_PROGRAMS[0])
+
+    def test_from_the_program_of_before_the_vault(self):
+        self.from_the_program_of_before(OLD_PROGRAMS[1])
+
+    def test_back_to_the_program_of_before_the_vault(self):
+        """The new one fails where the rehearsal could not see it."""
+        self.start_old(OLD_PROGRAMS[1])
+        self.has.faults = True
+        alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
+        shutil.copy(HAS, self.script)
+        self.edit("        hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, parked)\n",
+                  "        raise RuntimeError('planted')\n")
+        self.upgrade(rb"(?s)planted.*goes on where")
+        alice.barrier(), bob.barrier()
+        shutil.copy(HAS, self.script)
+        self.upgrade()
+        alice.barrier(), bob.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
 
     def test_a_fault_of_the_upgrade_itself_disturbs_nobody(self):
         self.edit("        self.survival.move_tls_out()\n", "        raise ValueError('planted')\n")
@@ -11545,7 +11877,7 @@ class TestUpgrade(Case):
         self.start_with_tls()
         alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
         self.has.faults = True
-        heartbeat = 'hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, state["heartbeat"])'
+        heartbeat = "hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, parked)"
         self.edit(f"        {heartbeat}\n",
                   "        raise RuntimeError('planted')\n")
         self.upgrade(rb"(?s)planted.*goes on where")
