@@ -3165,7 +3165,7 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
     """The status (Control.status) as lines of text for people."""
     world, outages = status["world"], status["outages"]
     last = f", the last {ago(outages['last'])} ago" if outages["count"] else ""
-    lines = [f"HAS {status['version']}, pid {status['pid']}, up {ago(status['age'])}: the world "
+    lines = [f"pid {status['pid']}: HAS {status['version']}, up {ago(status['age'])}: the world "
              f"{world['address']} ({world['family'] or 'family unknown'}) is {world['health']} for "
              f"{ago(world['since'])}",
              f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, "
@@ -7448,12 +7448,15 @@ class Health(Survivor):
 class Record(Survivor):
     """How the world has been, for admins. Times are of the wall clock: they outlive us."""
 
-    SURVIVES = ("started", "health_since", "last_outage", "outages", "outage_seconds", "round_trip")
+    SURVIVES = ("started", "health_since", "last_outage", "outages", "outage_seconds", "round_trip",
+                "takeovers", "fell_back")
 
     def __init__(self):
         self.started = self.health_since = self.last_outage = time.time()
         self.outages, self.outage_seconds = 0, 0.0
         self.round_trip = None                  # seconds, of the last answered probe
+        self.takeovers = 0                      # processes that have taken over since the start
+        self.fell_back = False                  # the last one by the program of before: see resume
         self.wish = None                        # what the settings ask for in vain: "address: why"
 
     def became(self, was, condition, ago):
@@ -7464,6 +7467,10 @@ class Record(Survivor):
         if condition is Condition.DOWN and was is not Condition.STARTING:
             self.outages, self.last_outage = self.outages + 1, now
         self.health_since = now - ago
+
+    def taken_over(self, fell_back):
+        """A new process goes on with this; of the program of before, if another has failed."""
+        self.takeovers, self.fell_back = self.takeovers + 1, fell_back
 
     def lost_seconds(self, condition):
         """Seconds of all outages; before the first world was found it was none."""
@@ -8837,25 +8844,46 @@ class Hook(Survivor):
 # ---- what admins ask
 
 class Caller:
-    """A connection to the control socket: a line of JSON is answered by one line of JSON."""
+    """A connection to the control socket: a line of JSON is answered by one line of JSON.
 
-    SECONDS = 10
+    That may come later, for some wait for the outcome of what they ask (WAITS); or never, if this
+    process ends over it: then the end of the connection is the answer.
+    """
+
+    SECONDS, WAITS = 10, 60
 
     def __init__(self, hub, sock):
-        self.hub, self.asked = hub, b""
+        self.hub, self.asked, self._waits = hub, b"", False
         self.stream = Stream(hub.selector, sock, self, self.on_data)
-        hub.later(self.SECONDS, self.stream.drop)
+        hub.later(self.SECONDS, self._look)
+
+    def _look(self):
+        """Its time is over, unless it waits for an outcome."""
+        if self._waits:
+            self.hub.later(self.WAITS, self.stream.drop)
+        else:
+            self.stream.drop()
 
     def on_data(self, data):
         """A part of the request."""
         self.asked += data
-        if b"\n" in self.asked or len(self.asked) > 65536:
-            try:
-                answer = self.hub.control.command(json.loads(self.asked.decode()))
-            except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-                answer = {"error": f"bad request: {error}"}
+        if self._waits or b"\n" not in self.asked and len(self.asked) <= 65536:
+            return
+        self._waits = True
+        try:
+            answer = self.hub.control.command(json.loads(self.asked.decode()), self.answer)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            answer = {"error": f"bad request: {error}"}
+        if answer is not None:
+            self.answer(answer)
+
+    def answer(self, answer, finish=True):
+        """What came of it, a dictionary; `finish`: and nothing more is going to."""
+        if not self.stream.closed:
             self.stream.send(json.dumps(answer).encode() + b"\n")
-            self.stream.finish()
+            if finish:
+                self._waits = False
+                self.stream.finish()
 
     def on_stream_full(self, stream):
         """The answer is long; it waits in the stream."""
@@ -8964,6 +8992,7 @@ class Control:
     def __init__(self, hub):
         self.hub = hub
         self.listener = None                    # a ControlListener, where there is one
+        self.upgrade = None                     # Upgrade.begin
 
     def open(self, path):
         """Open the control socket. Where another HAS has it: OSError; else --status is off."""
@@ -8989,6 +9018,7 @@ class Control:
         addresses, address, now = hub.settings.mush_address, hub.address, time.time()
         blind = world and world.blind and condition is Condition.UP
         return {"version": VERSION, "pid": os.getpid(), "age": int(now - record.started),
+                "takeovers": record.takeovers, "fell_back": record.fell_back,
                 "world": {"address": str(address), "family": world.dialect.name if world else None,
                           "health": "blind" if blind else condition.value,
                           "since": int(now - record.health_since),
@@ -9011,11 +9041,28 @@ class Control:
         answers = f", answers in {record.round_trip * 1000:.1f} ms" if record.round_trip else ""
         return f"{settings.hb_user} {where}{answers}"
 
-    def command(self, request):
-        """Carry out a request, {"do": NAME, ...}; return the answer, a dictionary."""
-        does = {"status": lambda _: self.status(), "notice": self._notice, "kick": self._kick}
+    def command(self, request, answer):
+        """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if
+        answer() will be called with that: {"done": text}, or {"error": text, "status": of exit}."""
+        does = {"status": lambda _: self.status(), "notice": self._notice, "kick": self._kick,
+                "reload": self._reload, "upgrade": lambda _: self.upgrade(answer),
+                "stop": lambda _: self._stop(answer)}
         name = request.get("do")
-        return does[name](request) if name in does else {"error": f"unknown request {name!r}"}
+        return does[name](request) if name in does else {
+            "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
+
+    def _reload(self, _):
+        """{"do": "reload"}: what HUP does."""
+        status, lines = self.hub.reload.run()
+        return {"error" if status else "done": "\n".join(lines), "status": status}
+
+    def _stop(self, answer):
+        """{"do": "stop"}: what TERM does; the answer to that ends with this process."""
+        names = [session.status()["name"] for session in self.hub.sessions.values()]
+        others = f"{names.count('')} without a login" if "" in names else ""
+        who = ", ".join(filter(None, [*names, others]))
+        answer({"done": f"saying goodbye to {users(len(names))}{f': {who}' if who else ''}"}, False)
+        self.hub.stop()
 
     def _notice(self, request):
         """{"do": "notice", "text": ...}: write it to everybody."""
@@ -9052,26 +9099,35 @@ class Reload:
     def __init__(self, hub, load):
         self.hub = hub
         self._load = load                       # () -> (Settings, remarks)
-        self.log = None                         # (settings): opens the log as they say
+        self.log = None                         # (settings): opens the log as they say; the trouble
+        self._said = []                         # of one run()
 
     def run(self):
-        """Do it."""
-        if self.log:
-            self.log(self.hub.settings)         # first: logrotate waits for nobody's typing error
+        """Do it; return what came of it: the exit status of --reload, and lines of text."""
+        self._said, old = [], self.hub.settings
+        trouble = self._open_log(old)           # first: logrotate waits for nobody's typing error
         try:
             settings, remarks = self._read()
         except (SettingsError, OSError) as error:
             for problem in getattr(error, "problems", [str(error)]):
-                log.error("%s", problem)
-            log.error("HUP: the old settings stay in force; mend the above and kill -HUP again")
-            return
-        old = self.hub.settings
+                self._fail(problem)
+            self._fail("HUP: the old settings stay in force; mend the above and kill -HUP again")
+            return 2, self._said
         self._take(settings)
+        remarks = [*remarks, *self._changes(old, settings)]
         log_remarks(remarks)
-        self._tell_changes(old, settings)
-        if self.log and (old.log_file, old.log_level) != (settings.log_file, settings.log_level):
-            self.log(settings)
+        if (old.log_file, old.log_level) != (settings.log_file, settings.log_level):
+            trouble = self._open_log(settings)
         log.info("HUP: settings read")
+        self._said += [trouble] if trouble else []
+        return int(bool(self._said)), self._said + remarks + ["settings read"]
+
+    def _fail(self, text):
+        log.error("%s", text)
+        self._said.append(text)
+
+    def _open_log(self, settings):
+        return self.log(settings) if self.log else ""
 
     def _read(self):
         settings, remarks = self._load()
@@ -9089,17 +9145,18 @@ class Reload:
         try:
             hub.door.listen()
         except OSError as error:
-            log.error("HUP: cannot listen on %s: %s; the old listeners stay, the other settings "
-                      "are taken over", error.filename, error.strerror)
+            self._fail(f"HUP: cannot listen on {error.filename}: {error.strerror}; the old "
+                       "listeners stay, the other settings are taken over")
         hub.heartbeat.mailbox.post(hub.heartbeat.on_settings, settings)
 
     @staticmethod
-    def _tell_changes(old, settings):
+    def _changes(old, settings):
+        """More remarks: on what does not take effect at once."""
         if old.control_socket != settings.control_socket:
-            log.warning("HUP: control_socket takes effect at the next start only")
+            yield "WARNING: HUP: control_socket takes effect at the next start only"
         if old.mush_address != settings.mush_address:
-            log.info("HUP: mush_address is now %s; users move when it is confirmed",
-                     ", ".join(map(str, settings.mush_address)))
+            new = ", ".join(map(str, settings.mush_address))
+            yield f"HUP: mush_address is now {new}; users move when it is confirmed"
 
 
 class Hub(Loop):
@@ -10163,20 +10220,23 @@ class Upgrade:
         self.survival, self.hub, self.vault = survival, survival.hub, survival.vault
         self.script, self.config = script, config
         self._program = None                    # the new one, from USR2 on
+        self._told = []                         # callables: to be told if there is no upgrade
 
-    def begin(self):
-        """USR2: rehearse; go() follows if that went well."""
+    def begin(self, *told):
+        """USR2: rehearse; go() follows if that went well. `told` as answer in Control.command; an
+        upgrade ends this process, which needs no words."""
+        self._told += told
         if not self.vault:
-            log.error("USR2: %s, and passwords must not go to disk: no upgrade; stop HAS and start "
-                      "it anew", why_no_vault())
+            self._fail(f"USR2: {why_no_vault()}, and passwords must not go to disk: no upgrade; "
+                       "stop HAS and start it anew")
         elif self._program is not None:
             log.warning("USR2: an upgrade is being rehearsed already")
         else:
             try:
                 self._rehearse()
             except Exception as error:          # whatever it is: everybody is still here
-                self._log_failure("USR2: the rehearsal could not be started", error)
                 self._program = None
+                self._fail("USR2: the rehearsal could not be started", error)
             else:
                 log.info("USR2: rehearsing the upgrade to %s", self.script)
 
@@ -10194,18 +10254,22 @@ class Upgrade:
             return
         self._program = None
         first, *more = trouble.split("\n")
-        log.error("USR2: the new %s failed its rehearsal (%s): HAS goes on as it is", self.script,
-                  first)
+        self._fail("\n".join([f"USR2: the new {self.script} failed its rehearsal ({first}): HAS "
+                              "goes on as it is", *more]))
+
+    def _fail(self, text, error=None):
+        """Say why HAS goes on as it is; an exception that no system call made is a fault."""
+        fault = error if error and not isinstance(error, OSError) else None
+        if error:
+            text += (": a fault of HAS, which goes on as it is" if fault else
+                     f": {error}; HAS goes on as it is")
+        first, *more = text.split("\n")
+        log.error("%s", first, exc_info=fault)
         for line in more:
             log.error("%s", line)
-
-    @staticmethod
-    def _log_failure(what, error):
-        """Say why HAS goes on as it is; an exception that no system call made is a fault."""
-        if isinstance(error, OSError):
-            log.error("%s: %s; HAS goes on as it is", what, error)
-        else:
-            log.error("%s: a fault of HAS, which goes on as it is", what, exc_info=error)
+        told, self._told = self._told, []
+        for answer in told:
+            answer({"error": text, "status": 1})
 
     def _go_soon(self, until):
         """Clients in a TLS handshake cannot be taken along: let them arrive, but not for ever."""
@@ -10224,7 +10288,7 @@ class Upgrade:
         try:
             self._execute(parked)
         except Exception as error:              # whatever it is: everybody is still here
-            self._log_failure("the new program could not be started", error)
+            self._fail("the new program could not be started", error)
         finally:
             self.vault.clear()
             self._program = None
@@ -10304,19 +10368,22 @@ class LogHandler(logging.Handler):
             return 2
 
     def reload(self, settings):
-        """Take the log file of these settings, opened anew (logrotate), if it can be, and level."""
+        """Take the log file of these settings, opened anew (logrotate), if it can be, and level.
+        Returns why it cannot be, or ""."""
         log.setLevel(settings.log_level.upper())
         self._path = settings.log_file
         with self.lock:
             try:
                 fd = self._open()
             except OSError as error:
-                log.error("cannot open log_file %s: %s; the log goes on where it was: make that "
-                          "file possible, then kill -HUP", self._path, error.strerror)
-                return
+                trouble = (f"cannot open log_file {self._path}: {error.strerror}; the log goes on "
+                           "where it was: make that file possible, then kill -HUP")
+                log.error("%s", trouble)
+                return trouble
             if self._fd != 2:
                 os.close(self._fd)
             self._fd = fd
+        return ""
 
     def emit(self, record):
         """Write a line, or keep it for later, or drop it."""
@@ -10429,11 +10496,11 @@ HELP = """signals:
   TERM, INT  say goodbye and stop
 
 exit status:
-  0  stopped; --check: nothing is wrong; --status: the world is up; --notice, --kick: done
-  1  could not start, or stopped by a fault; --status: the world is silent or down;
-     --probe: it lacks something
+  0  done; --status: the world is up
+  1  could not start, or stopped by a fault; --status: the world is silent or down; --probe: it
+     lacks something; --reload: not all of it took effect; --upgrade: HAS goes on as it is
   2  wrong settings or arguments; --kick: there is no such session
-  3  --status, --notice, --kick: HAS is not running
+  3  HAS is not running
 
 files:
   has.py     the constants at its top are the settings
@@ -10459,6 +10526,12 @@ def parse_arguments(arguments):
                         help="read the settings, say what is wrong with them, and exit")
     asking.add_argument("--status", action="store_true",
                         help="ask the running HAS how it is, and exit")
+    asking.add_argument("--reload", action="store_true",
+                        help="have it read the settings again, as HUP does")
+    asking.add_argument("--upgrade", action="store_true",
+                        help="have it go on as the has.py on disk, as USR2 does")
+    asking.add_argument("--stop", action="store_true",
+                        help="have it say goodbye and stop, as TERM does")
     asking.add_argument("--notice", metavar="TEXT",
                         help="have the running HAS write TEXT to every user")
     asking.add_argument("--kick", metavar="ID", type=int,
@@ -10524,8 +10597,9 @@ def main(arguments=None):
 
 def carry_out(options, load, source):
     """Do what the command line asks for; return the exit status."""
-    if options.status or options.notice is not None or options.kick is not None:
-        return ask_running(options, control_path(options.script, options.config))
+    request = request_of(options)
+    if request:
+        return ask_running(options, control_path(options.script, options.config), request)
     try:
         settings, remarks = load()
     except SettingsError as error:
@@ -10631,32 +10705,98 @@ def user_name(number):
         return f"user {number}"
 
 
-def ask_running(options, path):
-    """Put a request to the running HAS and print its answer; return the exit status."""
-    request = ({"do": "notice", "text": options.notice} if options.notice is not None else
-               {"do": "kick", "id": options.kick} if options.kick is not None else {"do": "status"})
+def request_of(options):
+    """What the command line asks of the running HAS (Control.command), or None."""
+    for name in ("status", "reload", "upgrade", "stop"):
+        if getattr(options, name):
+            return {"do": name}
+    if options.notice is not None:
+        return {"do": "notice", "text": options.notice}
+    return None if options.kick is None else {"do": "kick", "id": options.kick}
+
+
+class NotRunning(Exception):
+    """No HAS answers, or none that can be believed."""
+
+
+def answers_of(options, path, request):
+    """The answers of the HAS that runs to a request, dictionaries, one after the other until it
+    ends the connection. NotRunning."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(10)
             sock.connect(path)
             strangers = owners_of(sock, path) - believed_owners(path, options)
             if strangers:
-                print(f"has.py: {path} belongs to {user_name(min(strangers))}, who may be anybody: "
-                      "not believed; ask as the user who runs HAS, or remove it", file=sys.stderr)
-                return 3
+                raise NotRunning(
+                    f"{path} belongs to {user_name(min(strangers))}, who may be anybody: not "
+                    "believed; ask as the user who runs HAS, or remove it")
             sock.sendall(json.dumps(request).encode() + b"\n")
-            answer = json.loads(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
+            sock.settimeout(OUTCOME_SECONDS if request["do"] in ("upgrade", "stop") else 10)
+            with sock.makefile("rb") as answers:
+                yield from map(json.loads, answers)
+    except ConnectionResetError:
+        pass                                    # it has ended with us waiting
     except (OSError, ValueError) as error:
-        print(f"has.py: no HAS answers at {path}: {error}", file=sys.stderr)
+        raise NotRunning(f"no HAS answers at {path}: {error}") from None
+
+
+OUTCOME_SECONDS = 60               # for the rehearsal of an upgrade, or the goodbyes, and a reserve
+
+
+def ask_running(options, path, request):
+    """Put a request to the running HAS and print what came of it; return the exit status."""
+    try:
+        if request["do"] == "upgrade":
+            return ask_for_upgrade(options, path)
+        answer = {"error": "it has ended the connection", "status": 1}
+        for answer in answers_of(options, path, request):
+            print_answer(answer, request, options)
+    except NotRunning as error:
+        print(f"has.py: {error}", file=sys.stderr)
         return 3
+    if request["do"] == "stop" and "done" in answer:
+        print("stopped")
+    if request["do"] == "status" and "world" in answer:
+        return 0 if answer["world"]["health"] in ("up", "blind") else 1
+    return answer.get("status", 2) if "error" in answer else 0
+
+
+def print_answer(answer, request, options):
+    """What came of a request, or of a part of it, for people; or as JSON."""
     if "error" in answer:
         print(f"has.py: {answer['error']}", file=sys.stderr)
-        return 2
-    if request["do"] != "status":
+    elif request["do"] != "status":
         print(answer["done"])
-        return 0
-    print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
-    return 0 if answer["world"]["health"] in ("up", "blind") else 1
+    else:
+        print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
+
+
+def ask_for_upgrade(options, path):
+    """Have the running HAS upgrade itself and wait until it has; return the exit status."""
+    def status():
+        answer, = answers_of(options, path, {"do": "status"})
+        return answer
+    before, request = status(), {"do": "upgrade"}
+    for answer in answers_of(options, path, request):  # of one that was upgraded there is none
+        print_answer(answer, request, options)
+        return answer.get("status", 2)
+    until = time.monotonic() + OUTCOME_SECONDS
+    while time.monotonic() < until:
+        with contextlib.suppress(NotRunning, ValueError):       # or it has ended in our face
+            after = status()
+            if after.get("takeovers") != before.get("takeovers"):
+                break
+        time.sleep(0.1)
+    else:
+        raise NotRunning(f"no HAS answers at {path} since the upgrade: see its log")
+    print(f"pid {after['pid']}: HAS {before['version']} became {after['version']}, "
+          f"{len(after['sessions'])} of {len(before['sessions'])} sessions go on")
+    if after.get("fell_back"):
+        print("has.py: the new program could not take over (see the log): the old one goes on",
+              file=sys.stderr)
+        return 1
+    return 0
 
 
 def tell_systemd(text):
@@ -10757,6 +10897,7 @@ def resume(options, source, load):
         hub = Hub(settings, load)
         survival = Survival(hub)
         survival.unpack(state, vault.take, whole=options.rehearse or not last)
+        hub.record.taken_over(last)
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # no goodbye: the connections are another process's
@@ -10806,7 +10947,7 @@ def warn_of_differences(settings, load):
 def serve(survival, handler, program, go_on=None):
     """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
     hub, upgrade = survival.hub, Upgrade(survival, *program)
-    hub.reload.log = handler.reload
+    hub.reload.log, hub.control.upgrade = handler.reload, upgrade.begin
     if survival.vault:
         hub.later(Upgrade.TRIAL_SECONDS, survival.vault.prove)
     hub.door.most_files = files_allowed()

@@ -7826,9 +7826,9 @@ class TestPartsOfTheProgram(unittest.TestCase):
             path = folder + "/has.sock"
             server.bind(path)
             server.listen(1)
-            options = types.SimpleNamespace(script=path, config=path, notice=None, kick=None, json=False)
+            options = types.SimpleNamespace(script=path, config=path, json=False)
             with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch("sys.stderr", io.StringIO()) as said:
-                self.assertEqual(has.ask_running(options, path), 3)
+                self.assertEqual(has.ask_running(options, path, {"do": "status"}), 3)
             self.assertRegex(said.getvalue(), "belongs to user 12345, who may be anybody: not believed")
 
     def test_settings_that_a_new_file_brings_are_named_after_an_upgrade(self):
@@ -11433,6 +11433,80 @@ class TestProgram(Case):
         has.stop()
         self.assertEqual(has.ask("--status").returncode, 3)
 
+    def test_reload_says_what_came_of_it(self):
+        running = Has(self, mush_address="127.0.0.1:1").wait_down()
+
+        def reload(**settings):
+            running.configure(**settings)
+            done = running.ask("--reload")
+            return done.returncode, done.stdout, done.stderr
+        status, said, wrong = reload(beat=7)
+        self.assertEqual((status, wrong), (0, ""))
+        self.assertRegex(said, r"overrides the constants (?s:.*)\nsettings read\n\Z")
+        status, said, wrong = reload(beat="often", max_clients="many")
+        self.assertEqual((status, said), (2, ""))
+        for text in ("beat = often: is not a number", "max_clients = many",
+                     "the old settings stay in force"):
+            self.assertIn(text, wrong)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            status, _, wrong = reload(beat=7, max_clients=0, local_port=port)
+        self.assertEqual(status, 1)
+        self.assertIn(f"cannot listen on 127.0.0.1, local_port {port}: Address already", wrong)
+        status, _, wrong = reload(local_port=0, log_file="/nonexistent/has.log")
+        self.assertEqual(status, 1)
+        self.assertIn("cannot open log_file /nonexistent/has.log", wrong)
+        status, said, _ = reload(log_file="", mush_address="127.0.0.1:2",
+                                 control_socket=running.conf[:-5] + ".sock")
+        self.assertEqual(status, 0)
+        self.assertIn("mush_address is now 127.0.0.1:2; users move when it is confirmed", said)
+        self.assertIn("control_socket takes effect at the next start only", said)
+
+    def test_stop_says_who_was_on_and_waits_for_the_end(self):
+        world = self.world("tinymux")
+        running = Has(self, mush_address=world.address).wait_up()
+        alice = self.client(running, "connect Alice alicepw", world, "Alice")
+        lurker = running.client()
+        lurker.expect("Welcome")
+        done = running.ask("--stop")
+        self.assertEqual((done.returncode, done.stdout.splitlines()), (0, [
+            "saying goodbye to 2 users: Alice, 1 without a login", "stopped"]))
+        self.assertEqual(running.process.wait(2), 0)        # it was gone, or as good as
+        self.assertIn(b"Goodbye", alice.expect_end())
+        for order in ("--stop", "--reload", "--upgrade"):
+            done = running.ask(order)
+            self.assertEqual((done.returncode, done.stdout), (3, ""))
+
+    def test_who_asks_may_leave_and_an_older_has_may_not_know(self):
+        rig = Rig()
+        self.addCleanup(rig.close)
+        with self.assertLogs(has.log, "ERROR"):
+            upgrade = has.Upgrade(has.Survival(rig.hub, mock.Mock()), "/nonexistent/has.py", "")
+            rig.hub.control.upgrade = upgrade.begin
+            for request, pattern in (
+                    (b'{"do": "upgrade"}', "rehearsal could not be started: .*has.py"),
+                    (b'{"do": "dance"}', "unknown request 'dance': the HAS that runs is older"),
+                    (b'[1]', "bad request")):
+                ours, theirs = socket.socketpair()
+                self.addCleanup(ours.close)
+                has.Caller(rig.hub, theirs)
+                ours.sendall(request + b"\n")
+                rig.settle()
+                self.assertRegex(json.loads(ours.recv(4096))["error"], pattern)
+                self.assertEqual(ours.recv(1), b"")
+        told = []
+        rig.hub.control.upgrade = told.append               # the outcome comes later
+        ours, theirs = socket.socketpair()
+        has.Caller(rig.hub, theirs)
+        ours.sendall(b'{"do": "upgrade"}\n')
+        rig.settle()
+        rig.pass_time(11, 30)                               # it waits on
+        ours.setblocking(False)
+        self.assertRaises(BlockingIOError, ours.recv, 1)
+        ours.close()
+        rig.settle()
+        told[0]({"done": "too late"})
+
     def test_a_terminal_that_nobody_reads_stops_nobody(self):
         world = self.world("tinymux")
         master, slave = pty.openpty()
@@ -11711,6 +11785,34 @@ class TestUpgrade(Case):
         self.mush.boot("Alice")
         plain.expect_end()
 
+    def order(self):
+        """--upgrade, by the program that was started: (exit status, output, errors)."""
+        done = self.has.ask("--upgrade")
+        return done.returncode, done.stdout, done.stderr
+
+    def test_the_order_waits_for_the_outcome(self):
+        self.start()
+        client = self.player("Alice", "alicepw")
+        self.edit('VERSION = "', 'VERSION = "9.')
+        status, said, wrong = self.order()
+        self.assertRegex(said, rf"\Apid {self.pid}: HAS {has.VERSION} became 9\.{has.VERSION}, "
+                         r"1 of 1 sessions go on\n\Z")
+        self.assertEqual((status, wrong), (0, ""))
+        self.edit("import argparse\n", "import argparse\nthis is no Python\n")
+        status, said, wrong = self.order()
+        self.assertEqual((status, said), (1, ""))
+        self.assertRegex(wrong, r"failed its rehearsal \(status 1\. It said:\): HAS goes on as it "
+                         r"is\n(?s:.*)SyntaxError")
+        self.edit("this is no Python\n", "")
+        self.has.faults = True                  # the planted one
+        self.edit("        hub.record.taken_over(", "        if not options.rehearse:\n"
+                  "            raise ValueError('no')\n        hub.record.taken_over(")
+        status, said, wrong = self.order()
+        self.assertIn("could not take over (see the log): the old one goes on", wrong)
+        self.assertRegex(said, rf"pid {self.pid}: .* 1 of 1 sessions go on")
+        self.assertEqual(status, 1)
+        client.barrier()
+
     def test_every_line_typed_during_upgrades_is_answered_once(self):
         self.start_with_tls()
         clients = [self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)]
@@ -11871,7 +11973,7 @@ class TestUpgrade(Case):
                           20, after)
         alice.barrier()
         self.has.signal(signal.SIGUSR1)         # signals are not blocked any more
-        self.has.wait_log(rb"INFO HAS 1.*pid", 10, after)
+        self.has.wait_log(rb"INFO pid .*HAS 1", 10, after)
 
     def test_a_file_that_fails_while_restoring(self):
         self.start_with_tls()
