@@ -4665,11 +4665,11 @@ class Reattach(RigCase):
         client, link = rig.player()
         client.sock.close()
         rig.settle()
-        rig.hub.control.command({"do": "notice", "text": "to all"})
+        rig.hub.control.command({"do": "notice", "text": "to all"}, None)
         status, = rig.hub.control.status()["sessions"]
         self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
         self.assertIn("AWAY", "\n".join(has.status_lines(rig.hub.control.status())))
-        rig.hub.control.command({"do": "kick", "id": client.session.number})
+        rig.hub.control.command({"do": "kick", "id": client.session.number}, None)
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
     def test_a_login_typed_for_a_refused_link(self):
@@ -7696,7 +7696,7 @@ class WordsOfTheSite(RigCase):
         client.send("connect Alice secret\r\n" * 4)
         rig.settle()
         self.assertEqual(client.lines(), ["Espera 3 segons"])
-        rig.hub.control.command({"do": "kick", "id": client.session.number})
+        rig.hub.control.command({"do": "kick", "id": client.session.number}, None)
         rig.settle()
         self.assertEqual(client.lines(), ["Fora"])
 
