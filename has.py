@@ -6924,14 +6924,15 @@ class Checks:
             verdicts = verdicts[count:]
 
 
-class Heartbeat(threading.Thread):
+class Heartbeat:
     """The heartbeat's thread: finds a world, stays with it until it is lost, for ever.
 
     Others may call start(), post to `mailbox`, join(seconds), and then read `parked`; nothing else.
+    It has a thread and is none: a Thread's own names change with the Python (3.14: `_context`).
     """
 
     def __init__(self, hub, hub_mailbox, settings, parked=None, clock=time.monotonic):
-        super().__init__(name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
         self._context = context = Context(hub, hub_mailbox, settings, clock)
         self.mailbox = context.mailbox
         self._book = AddressBook(self.mailbox.post, clock)
@@ -6947,6 +6948,15 @@ class Heartbeat(threading.Thread):
         self._lacks = False        # the world we are on does not give the heartbeat all it needs
         self._parked_before = parked            # what an older process left
         self.parked = None         # for a new process
+
+    def start(self):
+        """Begin. Main thread, once."""
+        self._thread.start()
+
+    def join(self, seconds):
+        """Wait for the end for at most so long; returns whether it has ended. Main thread."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     # ---- messages of the hub, run in this thread
 

@@ -7991,6 +7991,12 @@ class TestFiles(unittest.TestCase):
                 if isinstance(node, ast.Name):
                     yield (node.id, *names), line
 
+    def test_no_class_is_a_thread(self):
+        """Python 3.14's Thread has a `_context` of its own; the next will have other names."""
+        threads = [name for name, it in vars(has).items()
+                   if isinstance(it, type) and issubclass(it, threading.Thread)]
+        self.assertEqual(threads, [])
+
     def test_no_line_of_has_py_is_longer_than_100_columns(self):
         lines = self.read("has.py").split("\n")
         self.assertEqual([f"{n}: {len(line)}" for n, line in enumerate(lines, 1) if len(line) > 100], [])
@@ -9423,8 +9429,7 @@ class TestHeartbeat(Case):
     def park(self, hub, heartbeat):
         """An upgrade ends it; return what it leaves."""
         heartbeat.mailbox.post(heartbeat.on_stop)
-        heartbeat.join(5)
-        self.assertFalse(heartbeat.is_alive())
+        self.assertTrue(heartbeat.join(5))
         return json.loads(json.dumps(heartbeat.parked))
 
     def resume(self, world, hub, parked):
@@ -11901,6 +11906,8 @@ class TestUpgrade(Case):
         program = old_program(commit)
         if program is None:
             self.skipTest("the has.py of before is not in the history of this checkout")
+        if sys.version_info >= (3, 14) and b"class Heartbeat(threading.Thread)" in program:
+            self.skipTest("the has.py of before cannot run under Python 3.14: it was a Thread")
         with open(self.script, "wb") as file:
             file.write(program)
         self.start_with_tls(fresh=True)
