@@ -125,6 +125,7 @@ UNSENT_NOTICE = "# NOTICE # This world is OFFLINE. Not sent:"
 RELOGIN_FAILED_NOTICE = "# NOTICE # This world is back but did not take your login. Please log in."
 SUSPECT_NOTICE = ("# NOTICE # The world died each time your login was repeated. "
                   "Please log in yourself.")
+STILL_OFFLINE_EVERY = 300         # seconds: who waits is told this often for how long; 0: never
 LOGIN_HOLD = 300                  # seconds to hold a client without login in an outage; 0: for ever
 HOLD = 0                          # the same for a client with a login
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
@@ -143,6 +144,7 @@ GUEST_NOTICE = "# NOTICE # This world is ONLINE again. Guests have to log in aga
 LOGIN_KEPT_NOTICE = "# NOTICE # You will be logged in when the world returns."
 UNSENT_MORE_NOTICE = "(and {lines} lines more)"
 STILL_OFFLINE_NOTICE = "# NOTICE # This world has been OFFLINE for {time}. Still waiting."
+MAINTENANCE_NOTICE = "# NOTICE # {text}"
 HOLD_OVER_NOTICE = "# NOTICE # The world is still offline. Please come back later."
 LOGIN_BRAKE_NOTICE = ("# NOTICE # Too many logins were tried from your address: "
                       "yours goes on in {seconds} s.")
@@ -359,7 +361,7 @@ SETTINGS = {
     "hb_timeout": _interval, "dead_after": _interval,
     "failover_after": _seconds, "failback_after": _seconds,
     "remotehostname_cmd": _command_word, "add_epoch_time": _yes_or_no, "resume_rate": _rate,
-    "login_hold": _seconds, "hold": _seconds,
+    "still_offline_every": _seconds, "login_hold": _seconds, "hold": _seconds,
     "max_clients": _number(0, 10 ** 6), "max_per_host": _number(0, 10 ** 6),
     "output_limit": _number(4096, 1 << 30),
     "reattach": _seconds, "reattach_limit": _number(4096, 1 << 24),
@@ -370,6 +372,7 @@ SETTINGS = {
         "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host", "kicked",
         "goodbye", "are_you_there")},
     "unsent_more_notice": _notice("lines"), "still_offline_notice": _notice("time"),
+    "maintenance_notice": _notice("text"),
     "login_brake_notice": _notice("seconds"), "output_lost_notice": _notice("lines"),
     "list_heading_notice": _headings,
 }
@@ -3040,7 +3043,6 @@ HIDE_SECONDS = 0.3                 # the rest of a line that may be an arrival c
 MARK_SECONDS = 60                  # marks come no later than this after a login
 NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the world says nothing
 TELL_FAILURE_SECONDS = 5           # a world that takes no link for so long: its users are told
-STILL_DOWN_SECONDS = 300           # who waits is told this often how long it has lasted
 PLACE_LOOK_SECONDS = 10            # a HUP may have brought another reattach
 PLACE_POLL_SECONDS, PLACE_TRIES = 0.1, 100      # a place whose session is just coming back
 CLAIM_SECONDS = 15                 # who has opened a place waits for no longer than that
@@ -3172,6 +3174,8 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
              f"{ago(outages['seconds'])} in all{last}"]
     if world["wanted"]:
         lines.append(f"the settings ask in vain for {world['wanted']}")
+    if status.get("maintenance"):
+        lines.append(f"maintenance: {status['maintenance']}")
     if status["sessions"]:
         rows = [heading.split()] + [
             (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]), ago(it["idle"]),
@@ -4725,20 +4729,24 @@ class Hold(Part):
         hold = settings.hold if character.login or character.pending else settings.login_hold
         left = since + hold - hub.now if hold else 60
         if left > 0:
-            self._tell_how_long()
-            hub.later(min(60, left), self.look, since)
+            hub.later(min(60, left, self._tell_how_long()), self.look, since)
         elif session.state in COMING_BACK or hub.is_up:
             hub.later(1, self.look, since)      # his return is under way, or soon will be
         else:
             session.close("held long enough", settings.hold_over_notice)
 
     def _tell_how_long(self):
-        """Once a while: he has heard nothing since the notice that the world is down."""
-        if self.hub.is_up or self.hub.now - self.told_at < STILL_DOWN_SECONDS:
-            return
-        self.told_at = self.hub.now
-        self.session.screen.answer(filled(self.hub.settings.still_offline_notice,
-                                          time=ago(time.time() - self.hub.record.health_since)))
+        """Once a while: he has heard nothing since the notice that the world is down. Returns the
+        seconds until it is time to look again."""
+        hub, settings = self.hub, self.hub.settings
+        if hub.is_up or not settings.still_offline_every:
+            return 60
+        if hub.now - self.told_at >= settings.still_offline_every:
+            self.told_at = hub.now
+            notice = filled(settings.still_offline_notice,
+                            time=ago(time.time() - hub.record.health_since))
+            self.session.screen.answer(hub.control.with_maintenance(notice))
+        return max(1, self.told_at + settings.still_offline_every - hub.now)
 
     # ---- silence
 
@@ -4767,7 +4775,7 @@ class Hold(Part):
         if not self.told:
             self.told = True
             self.session.way_back.greeting = self.hub.settings.online_notice
-            self.session.screen.write(self.hub.settings.offline_notice)
+            self.session.screen.write(self.hub.offline_notice)
 
 
 class Feed(Part):
@@ -5598,7 +5606,7 @@ class Session(Survivor):
             self.close("the world ended the connection (booted, timed out, refused) and lives on")
 
     def _stay(self):
-        self.hold.begin(self.hub.settings.offline_notice)
+        self.hold.begin(self.hub.offline_notice)
 
     def on_world_silent(self, silent):
         """The world has stopped answering, or answers again."""
@@ -7509,6 +7517,7 @@ ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have th
 FOR_SESSIONS = {
     "now", "later", "selector", "patience", "backlogs",         # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
+    "offline_notice", "control.with_maintenance",
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
@@ -8497,7 +8506,7 @@ class Links(Survivor):
         """A new session: to the world's login screen, or told that there is none now."""
         condition = self.hub.health.condition
         if condition is Condition.DOWN:
-            session.hold.begin(self.hub.settings.offline_notice)
+            session.hold.begin(self.hub.offline_notice)
         elif condition is not Condition.STARTING:
             self.add(session)
             session.on_world_silent(condition is Condition.SILENT)
@@ -8996,11 +9005,14 @@ class ControlListener(Listener):
                 pass                            # its folder may be gone
 
 
-class Control:
+class Control(Survivor):
     """What admins ask, by the control socket or a signal."""
+
+    SURVIVES = "maintenance",
 
     def __init__(self, hub):
         self.hub = hub
+        self.maintenance = ""                   # what who waits is told besides, until it is back
         self.listener = None                    # a ControlListener, where there is one
         self.upgrade = None                     # Upgrade.begin
 
@@ -9038,6 +9050,7 @@ class Control:
                 "outages": {"count": record.outages,
                             "seconds": int(record.lost_seconds(condition)),
                             "last": int(now - record.last_outage) if record.outages else None},
+                "maintenance": self.maintenance,
                 "sessions": [session.status() for session in hub.sessions.values()]}
 
     def _heartbeat_status(self):
@@ -9055,8 +9068,8 @@ class Control:
         """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if
         answer() will be called with that: {"done": text}, or {"error": text, "status": of exit}."""
         does = {"status": lambda _: self.status(), "notice": self._notice, "kick": self._kick,
-                "reload": self._reload, "upgrade": lambda _: self.upgrade(answer),
-                "stop": lambda _: self._stop(answer)}
+                "maintenance": self._maintenance, "reload": self._reload,
+                "upgrade": lambda _: self.upgrade(answer), "stop": lambda _: self._stop(answer)}
         name = request.get("do")
         return does[name](request) if name in does else {
             "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
@@ -9075,11 +9088,49 @@ class Control:
         self.hub.stop()
 
     def _notice(self, request):
-        """{"do": "notice", "text": ...}: write it to everybody."""
+        """{"do": "notice", "text": ..., "to": ...}: write it to everybody, or to those."""
+        text, to = printable(str(request["text"])), request.get("to")
+        sessions = self._found(to) if to else list(self.hub.sessions.values())
+        if to and not sessions:
+            return {"error": f"nobody is here as {printable(to)}: see --status"}
+        log.info("notice to %s: %s", printable(to) if to else "everybody", text)
+        for session in sessions:
+            self.hub.safely(session.notify, text)
+        return {"done": f"told {users(len(sessions))}"}
+
+    def _found(self, who):
+        """The sessions an admin means: of that number, else of that character, else from that
+        address."""
+        for name in "id", "name", "host":
+            found = [session for session in self.hub.sessions.values()
+                     if str(session.status()[name]).lower() == who.lower()]
+            if found:
+                return found
+        return []
+
+    def _maintenance(self, request):
+        """{"do": "maintenance", "text": ...}: what who waits is told besides; "off": no more."""
         text = printable(str(request["text"]))
-        log.info("notice to everybody: %s", text)
-        self.hub.each("notify", text)
-        return {"done": f"told {users(len(self.hub.sessions))}"}
+        self.maintenance = "" if text.lower() == "off" else text
+        log.info("maintenance: %s", text)
+        if not self.maintenance:
+            return {"done": "off"}
+        if self.hub.health.condition is not Condition.DOWN:
+            return {"done": "shown when the world is down, and until it is back"}
+        self.hub.each("notify", self.with_maintenance(""))
+        return {"done": f"shown until the world is back; told {users(len(self.hub.sessions))}"}
+
+    def with_maintenance(self, notice):
+        """A notice to those who wait, and what the admin has said of the outage."""
+        text = self.maintenance
+        more = filled(self.hub.settings.maintenance_notice, text=text) if text else ""
+        return "\n".join(filter(None, (notice, more)))
+
+    def is_back(self):
+        """The world is there again, so no maintenance is left."""
+        if self.maintenance:
+            log.info("maintenance: over, the world is back")
+        self.maintenance = ""
 
     def _kick(self, request):
         """{"do": "kick", "id": ...}: disconnect one."""
@@ -9210,6 +9261,11 @@ class Hub(Loop):
         return self.health.world
 
     @property
+    def offline_notice(self):
+        """What users read when they lose the world, or come while it is away."""
+        return self.control.with_maintenance(self.settings.offline_notice)
+
+    @property
     def address(self):
         """Of the world users are on, or of the one that is looked for first."""
         return self.world.address if self.world else self.settings.mush_address[0]
@@ -9331,10 +9387,11 @@ class Hub(Loop):
 
     def _do_down(self, reason, died):
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
-        self.hook.lost("down", time.time() - self.record.health_since, reason)
+        planned = self.control.maintenance and f"; maintenance: {self.control.maintenance}"
+        self.hook.lost("down", time.time() - self.record.health_since, reason + planned)
         self._post("on_down")
         self.links.died(died)
-        self.each("on_world_down", self.settings.offline_notice)
+        self.each("on_world_down", self.offline_notice)
 
     def _start_time(self):
         return self.world.life.partition(" ")[2] or "start time unknown"
@@ -9362,10 +9419,11 @@ class Hub(Loop):
         self.links.died(died)
         for session in list(self.sessions.values()):
             if session.link and session.life != self.world.life or session.state is State.ASKING:
-                self.safely(session.on_world_down, self.settings.offline_notice)
+                self.safely(session.on_world_down, self.offline_notice)
 
     def _do_up(self, is_new_life):
         if is_new_life:
+            self.control.is_back()
             self.hook.back(f"{self.world.dialect.name}, {self._start_time()}")
         self.links.found(is_new_life)
         self.each("connect_again")
@@ -10002,7 +10060,7 @@ class Survival(Survivor):
     def _rooms(self):
         """Whose SURVIVES are packed together: no name stands in two of them."""
         hub = self.hub
-        return self, hub.record, hub.health, hub.links, hub.logins, hub.hook
+        return (self, hub.record, hub.health, hub.links, hub.logins, hub.hook, hub.control)
 
     def pack(self, name, going=False):
         """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
@@ -10499,23 +10557,29 @@ def files_allowed(which=0):
         return 1 << 30
 
 
-HELP = """signals:
-  HUP        read the settings again, open log_file anew; a changed mush_address moves everybody
-  USR1       write the status to the log
-  USR2       upgrade to the has.py on disk without dropping anybody
-  TERM, INT  say goodbye and stop
+HELP = """usage: has.py [ORDER] [OPTIONS]      without an order: run
 
+  --check [--probe]      say what is wrong with the settings; try the world, too
+orders to the HAS that runs; they wait for the outcome and print it:
+  --status [--json]      how it is
+  --reload               read the settings again, as signal HUP does
+  --upgrade              go on as the has.py now on disk, as USR2 does
+  --stop                 say goodbye and stop, as TERM and INT do
+  --notice TEXT          write TEXT to every user; --to WHO: to one character
+  --maintenance TEXT     show TEXT with OFFLINE until the world is back; off: no
+  --kick ID              disconnect a session of --status
+options:
+  --config FILE          instead of has.conf beside has.py: one for each HAS
+  --version, --help
+signals: HUP, USR2, TERM, INT as above; USR1: the status to the log
 exit status:
   0  done; --status: the world is up
-  1  could not start, or stopped by a fault; --status: the world is silent or down; --probe: it
-     lacks something; --reload: not all of it took effect; --upgrade: HAS goes on as it is
-  2  wrong settings or arguments; --kick: there is no such session
+  1  --status: it is silent or down; --probe: it lacks something; HAS could not
+     start, or failed; --reload: done in part; --upgrade: HAS goes on as it is
+  2  wrong settings or arguments; there is no such user
   3  HAS is not running
-
-files:
-  has.py     the constants at its top are the settings
-  has.conf   beside it: settings over those constants, if it is there
-  has.sock   beside has.conf: the control socket of the running HAS"""
+"""
+GOES_WITH = {"probe": ("check",), "json": ("status",), "to": ("notice",)}
 
 
 def typed_text(argument):
@@ -10523,50 +10587,44 @@ def typed_text(argument):
     return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8", "replace")
 
 
+def new_parser():
+    """What knows all arguments; HELP explains them."""
+    parser = argparse.ArgumentParser(prog="has.py", usage="has.py [ORDER] [OPTIONS], see --help")
+    parser.format_help = lambda: HELP
+    order = parser.add_mutually_exclusive_group()
+    for name in ("check", "status", "reload", "upgrade", "stop"):
+        order.add_argument("--" + name, action="store_true")
+    order.add_argument("--notice")
+    order.add_argument("--maintenance")
+    order.add_argument("--kick", type=int)
+    for name in ("config", "to"):
+        parser.add_argument("--" + name)
+    for name in ("probe", "json"):
+        parser.add_argument("--" + name, action="store_true")
+    parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
+    parser.add_argument("--script")             # from here on for Upgrade alone
+    parser.add_argument("--vault", type=lambda text: [int(fd) for fd in text.split(",")])
+    parser.add_argument("--resume", type=int)   # of before the vault
+    parser.add_argument("--rehearse", action="store_true")
+    return parser
+
+
 def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="has.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP,
-        description="HAS - Higher Availability Service: keeps players connected while their MUSH "
-                    "is away.")
-    parser.add_argument("--config", metavar="FILE", help="settings over the constants in has.py "
-                        "(default: has.conf beside has.py, if there is one)")
-    asking = parser.add_mutually_exclusive_group()
-    asking.add_argument("--check", action="store_true",
-                        help="read the settings, say what is wrong with them, and exit")
-    asking.add_argument("--status", action="store_true",
-                        help="ask the running HAS how it is, and exit")
-    asking.add_argument("--reload", action="store_true",
-                        help="have it read the settings again, as HUP does")
-    asking.add_argument("--upgrade", action="store_true",
-                        help="have it go on as the has.py on disk, as USR2 does")
-    asking.add_argument("--stop", action="store_true",
-                        help="have it say goodbye and stop, as TERM does")
-    asking.add_argument("--notice", metavar="TEXT",
-                        help="have the running HAS write TEXT to every user")
-    asking.add_argument("--kick", metavar="ID", type=int,
-                        help="have the running HAS disconnect session ID (--status)")
-    parser.add_argument("--probe", action="store_true",
-                        help="with --check: try the world once, too; say what it lacks")
-    parser.add_argument("--json", action="store_true", help="with --status: as JSON, for programs")
-    parser.add_argument("--script", help=argparse.SUPPRESS)             # three for Upgrade
-    parser.add_argument("--vault", type=lambda text: [int(fd) for fd in text.split(",")],
-                        help=argparse.SUPPRESS)
-    parser.add_argument("--resume", type=int, help=argparse.SUPPRESS)   # of before the vault
-    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
+    parser = new_parser()
     options = parser.parse_args(arguments)
     options.goes_on = options.vault is not None or options.resume is not None
     if options.config and not options.goes_on and not os.path.exists(options.config):
         parser.error(f"--config {options.config}: there is no such file")
-    if options.probe and not options.check:
-        parser.error("--probe goes with --check")
-    if options.json and not options.status:
-        parser.error("--json goes with --status")
-    if options.notice is not None and not options.notice.strip():
-        parser.error("--notice: say something")
-    if options.notice:
-        options.notice = typed_text(options.notice)
+    for name, orders in GOES_WITH.items():
+        if getattr(options, name) not in (None, False) and not any(
+                getattr(options, order) not in (None, False) for order in orders):
+            parser.error(f"--{name} goes with --{' or --'.join(orders)}")
+    for name in ("notice", "maintenance", "to"):
+        text = getattr(options, name)
+        if text is not None and not text.strip():
+            parser.error(f"--{name}: say something")
+        setattr(options, name, text and typed_text(text))
     options.script = options.script or os.path.abspath(__file__)
     options.config = options.config or os.path.join(os.path.dirname(options.script), "has.conf")
     return options
@@ -10720,8 +10778,9 @@ def request_of(options):
     for name in ("status", "reload", "upgrade", "stop"):
         if getattr(options, name):
             return {"do": name}
-    if options.notice is not None:
-        return {"do": "notice", "text": options.notice}
+    for name in ("notice", "maintenance"):
+        if getattr(options, name) is not None:
+            return {"do": name, "text": getattr(options, name), "to": options.to}
     return None if options.kick is None else {"do": "kick", "id": options.kick}
 
 

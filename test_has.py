@@ -181,6 +181,7 @@ RARE_NOTICES = {
     "login_kept_notice": "# NOTICE # You will be logged in when the world returns.",
     "unsent_more_notice": "(and {lines} lines more)",
     "still_offline_notice": "# NOTICE # This world has been OFFLINE for {time}. Still waiting.",
+    "maintenance_notice": "# NOTICE # {text}",
     "hold_over_notice": "# NOTICE # The world is still offline. Please come back later.",
     "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on in {seconds} s.",
     "too_long_notice": "# NOTICE # That line is too long.",
@@ -1973,7 +1974,7 @@ PLAIN_SETTINGS = dict(
     hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
     log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
-    admins="", control_socket="", on_event="")
+    admins="", control_socket="", on_event="", still_offline_every=300)
 
 
 @functools.lru_cache(None)
@@ -7445,6 +7446,77 @@ class Turns(RigCase):
         self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
 
 
+class Orders(RigCase):
+    """What admins have done by the control socket."""
+
+    @staticmethod
+    def order(rig, do, **request):
+        """What came of it: the text of "done" or "error"."""
+        answer = rig.hub.control.command({"do": do, **request}, None)
+        rig.settle()
+        return answer.get("done") or answer["error"]
+
+    def test_maintenance_is_told_with_offline_until_the_world_is_back(self):
+        rig = self.rig(still_offline_every=90)
+        alice, _ = rig.player()
+        self.assertEqual(self.order(rig, "maintenance", text="Back at 18:00 \x1b[2J"),
+                         "shown when the world is down, and until it is back")
+        words = "# NOTICE # Back at 18:00 ?[2J"
+        self.assertEqual(alice.lines(), [])
+        rig.down()
+        self.assertEqual(alice.lines(), ["# OFFLINE", words])
+        rig.upgrade()
+        newcomer = rig.client()
+        self.assertEqual(newcomer.lines(), ["# OFFLINE", words])
+        rig.pass_time(89)
+        self.assertEqual(alice.lines(), [])
+        rig.pass_time(1.5)
+        still, more = alice.lines()
+        self.assertRegex(still, r"OFFLINE for \w+\. Still waiting")
+        self.assertEqual(more, words)
+        self.assertIn("maintenance: Back at 18:00 ?[2J", has.status_lines(rig.hub.control.status()))
+        rig.found("life 2")
+        rig.down()
+        self.assertEqual(rig.client().lines(), ["# OFFLINE"])
+        self.assertEqual(rig.hub.control.status()["maintenance"], "")
+
+    def test_maintenance_begun_and_ended_while_the_world_is_down(self):
+        rig = self.rig(offline_notice="")
+        alice, _ = rig.player()
+        rig.down()
+        self.assertEqual(self.order(rig, "maintenance", text="Moving house"),
+                         "shown until the world is back; told 1 user")
+        self.assertEqual(alice.lines(), ["# NOTICE # Moving house"])
+        self.assertEqual(self.order(rig, "maintenance", text="OFF"), "off")
+        self.assertEqual((alice.lines(), rig.client().lines()), ([], []))
+
+    def test_how_often_who_waits_is_told(self):
+        for every, times in ((0, 0), (5, 120), (30, 20), (90, 6), (300, 2)):
+            with self.subTest(every=every):
+                rig = self.rig(still_offline_every=every)
+                alice, _ = rig.player()
+                rig.down()
+                rig.pass_time(*[1] * 601)
+                told = [line for line in alice.lines() if "Still waiting" in line]
+                self.assertAlmostEqual(len(told), times, delta=1)
+
+    def test_a_notice_to_one(self):
+        rig = self.rig()
+        (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob", host="2001:db8::7")
+        lurker = rig.client()
+        peers = {"alice": alice, "bob": bob, "lurker": lurker}
+        lurker.read()
+        for to, reached, done in (
+                ("aLICE", {"alice"}, "told 1 user"), (str(bob.session.number), {"bob"}, "told 1 user"),
+                ("2001:DB8::7", {"bob"}, "told 1 user"), (None, set(peers), "told 3 users"),
+                ("203.0.113.9", {"alice", "lurker"}, "told 2 users"),
+                ("Carol\x1b", set(), "nobody is here as Carol?: see --status")):
+            with self.subTest(to=to):
+                self.assertEqual(self.order(rig, "notice", text="Cake", to=to), done)
+                self.assertEqual({name for name, peer in peers.items()
+                                  if peer.lines()[-1:] == ["Cake"]}, reached)
+
+
 class OnEvent(RigCase):
     """on_event: somebody is told who does not look, and no program can disturb anybody."""
 
@@ -7496,10 +7568,11 @@ class OnEvent(RigCase):
             "HAS_REASON": "no answer for 10 s"}})
         rig.post(rig.hub.on_answering)
         up = self.told(rig)["up"]
+        rig.hub.control.command({"do": "maintenance", "text": "Back soon"}, None)
         self.assertEqual((up["HAS_SECONDS"], up["HAS_REASON"]), ("10", "it answers again"))
         rig.pass_time(11)
         rig.down()
-        self.assertEqual(self.told(rig)["down"]["HAS_REASON"], "no answer")
+        self.assertEqual(self.told(rig)["down"]["HAS_REASON"], "no answer; maintenance: Back soon")
         rig.found("life 2 Sun Nov 22")
         self.assertEqual(self.told(rig)["up"]["HAS_REASON"], "tinymux, 2 Sun Nov 22")
         rig.found("life 3", rig.other, AWAY)
@@ -8085,10 +8158,19 @@ class TestFiles(unittest.TestCase):
                  if option.startswith("--") and option not in known[program]]
         self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours], [])
 
+    def test_the_help_fits_on_a_screen_and_knows_every_argument(self):
+        lines = has.HELP.splitlines()
+        self.assertLessEqual(len(lines), 24)
+        self.assertEqual([line for line in lines if len(line) > 80], [])
+        self.assertEqual(self.help(), has.HELP)
+        known = {option for action in has.new_parser()._actions for option in action.option_strings}
+        self.assertEqual(known - {"-h", "--script", "--vault", "--resume", "--rehearse"},
+                         set(re.findall(r"--[a-z]+", has.HELP)))
+
     def test_the_readme_names_every_signal(self):
         told = self.help().partition("signals:")[2].partition("exit status:")[0]
-        signals = re.findall(r"(?m)^  ([A-Z0-9]+)", told)
-        self.assertIn("USR2", signals)
+        signals = set(re.findall(r"[A-Z][A-Z0-9]{2,}", told)) - {"HAS"}
+        self.assertEqual(signals, {"HUP", "USR1", "USR2", "TERM", "INT"})
         text, _ = self.readme()
         self.assertEqual([it for it in signals if not re.search(rf"\b{it}\b", text)], [])
 
@@ -11353,6 +11435,8 @@ class TestProgram(Case):
                                 (("--json",), "--json goes with --status"),
                                 (("--config", "/nonexistent/has.conf"), "there is no such file"),
                                 (("--notice", " "), "say something"),
+                                (("--maintenance", ""), "say something"),
+                                (("--to", "Alice", "--status"), "--to goes with --notice"),
                                 (("--kick", "x"), "invalid int value")):
             done = run_main(*arguments)
             self.assertEqual(done.returncode, 2)
@@ -11420,6 +11504,10 @@ class TestProgram(Case):
         self.assertEqual(has.ask("--notice", "Cake \x1b[2J at nine").returncode, 0)
         for client in (alice, bob):
             client.expect(r"Cake \?\[2J at nine\r\n")
+        self.assertEqual(has.ask("--notice", "Only you", "--to", "Bob").stdout, "told 1 user\n")
+        bob.expect("Only you\r\n")
+        self.assertEqual(has.ask("--notice", "Only you", "--to", "Carol").returncode, 2)
+        self.assertEqual(has.ask("--maintenance", "Back at six").returncode, 0)
         number = next(s["id"] for s in status["sessions"] if s["name"] == "Bob")
         self.assertEqual(has.ask("--kick", str(number)).returncode, 0)
         bob.expect_end()
@@ -11429,7 +11517,7 @@ class TestProgram(Case):
             garbage.sendall(b"[1]\n")
             self.assertIn(b"bad request", garbage.recv(1000))
         world.kill()
-        alice.expect(re.escape(OFFLINE))
+        alice.expect(re.escape(OFFLINE + "\r\n# NOTICE # Back at six\r\n"))
         self.assertEqual(has.ask("--status").returncode, 1)
         has.signal(signal.SIGUSR1)
         has.wait_log(rb"outages: 1")
