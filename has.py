@@ -937,18 +937,18 @@ def in_character_set(text, codec):
         return b"".join(_nearest(character, codec) for character in text)
 
 
-_TYPOGRAPHIC = str.maketrans({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-",
-                              0x2014: "--", 0x2026: "..."})
+_MARKS_BEYOND_LATIN_1 = {mark: plain for mark, plain in _PLAIN_MARKS.items() if mark > 255}
 
 
 def in_other_character_set(text, old, new):
-    """Bytes of a world that were meant for a client with the codec `old`, for one with `new`; None
-    is Latin-1, which servers send to clients that agree on nothing."""
+    """Bytes of a world, IAC doubled, that were meant for a client with the codec `old`, for one
+    with `new`; None is Latin-1, which servers send to clients that agree on nothing."""
     old, new = old or "latin-1", new or "latin-1"
-    if old == new:
+    if codecs.lookup(old) == codecs.lookup(new):
         return text
-    plain = text.decode(old, "replace")
-    return (plain if new == "utf-8" else plain.translate(_TYPOGRAPHIC)).encode(new, "replace")
+    plain = unescape(text).decode(old, "replace")
+    plain = plain if new == "utf-8" else plain.translate(_MARKS_BEYOND_LATIN_1)
+    return plain.encode(new, "replace").replace(b"\xff", b"\xff\xff")
 
 
 def _nearest(character, codec):
@@ -2493,7 +2493,6 @@ LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is no
 
 
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
-TLS_OVERHEAD = 22                  # bytes that TLS 1.3 adds to each record (1.2: up to 29)
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
 
 
@@ -2510,6 +2509,14 @@ def acknowledged_ago(sock):
     except OSError:
         return math.inf
     return struct.unpack_from("I", info, 56)[0] / 1000
+
+
+def ask_for_life(sock):
+    """Have the kernel probe this client's at once, if it was idle for a second (tcp(7)): the time
+    between probes must be set first."""
+    for option in ("TCP_KEEPINTVL", "TCP_KEEPIDLE"):
+        with contextlib.suppress(OSError):      # it has ended; that will be heard
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), 1)
 
 
 def tune(sock, idle, interval, count, user_timeout=0):
@@ -2595,10 +2602,9 @@ class Stream:
     """
 
     committed = 0                  # bytes at the start of `out` that must stay as they are
-    trail = None                   # see Trailed
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "_paused", "_finishing", "_broken", "_interest")
+                 "full", "sent_bytes", "trail", "_paused", "_finishing", "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False):
         sock.setblocking(False)
@@ -2607,6 +2613,7 @@ class Stream:
         self.connecting = connecting
         self.ended = self.closed = self.full = False
         self.sent_bytes = 0        # progress: counts while something waits only
+        self.trail = None          # see follow()
         self._paused = self._finishing = self._broken = False
         self._interest = 0
         self._update()
@@ -2686,8 +2693,7 @@ class Stream:
             except NOT_NOW:
                 sent = 0
             except OSError:
-                self._broken = True
-                return
+                self._broken, sent = True, 0
             if sent == len(data):
                 return
             data = data[sent:]
@@ -2710,11 +2716,19 @@ class Stream:
         except NOT_NOW:
             return
         except OSError:
-            self._broken, self.out = True, b""
+            self._fail()
         else:
-            self.sent_bytes += sent
-            del self.out[:sent]
+            self._took(sent)
         self._flushed()
+
+    def _took(self, sent):
+        """The kernel took so many bytes of what is held."""
+        self.sent_bytes += sent
+        del self.out[:sent]
+
+    def _fail(self):
+        """What is held will never be sent."""
+        self._broken, self.out = True, b""
 
     def _flushed(self):
         if not self.out:
@@ -2841,9 +2855,9 @@ class TLSStream(Stream):
 
     def send(self, data):
         """Send now what the socket takes and keep the rest in order."""
-        if self.out or self.connecting:
+        if self.out or self.connecting or self._broken:
             self._hold(data)
-        elif not self._broken:
+        else:
             self.out = bytearray(data)
             self._flush()
 
@@ -2853,12 +2867,11 @@ class TLSStream(Stream):
                 self.committed = self.committed or min(len(self.out), self.RECORD)
                 sent = self.sock.send(bytes(self.out[:self.committed]))
                 self.committed = 0
-                self.sent_bytes += sent
-                del self.out[:sent]
+                self._took(sent)
         except NOT_NOW:
             pass
         except OSError:
-            self._broken, self.out = True, b""
+            self._fail()
         self._flushed()
 
     def _shut(self):
@@ -2883,131 +2896,217 @@ class TLSStream(Stream):
 
 def unacknowledged(sock):
     """How many of the bytes that were sent the peer's kernel has not acknowledged: true also after
-    a reset (tcp(7) SIOCOUTQ). 0 where this platform does not say."""
-    if fcntl is None:
-        return 0
+    a reset. 0 where this platform does not say (see CAN_TELL_UNSEEN)."""
     try:
-        count = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
+        if sys.platform == "darwin":            # SO_NWRITE of its sys/socket.h
+            return sock.getsockopt(socket.SOL_SOCKET, 0x1024)
+        count = fcntl.ioctl(sock.fileno(), _UNSENT, struct.pack("i", 0))
     except OSError:
         return 0
     return struct.unpack("i", count)[0]
 
 
+# SIOCOUTQ (tcp(7)), FIONWRITE of FreeBSD's sys/filio.h; elsewhere nobody can tell
+_UNSENT = (termios.TIOCOUTQ if termios and sys.platform == "linux" else
+           0x40046677 if fcntl and sys.platform.startswith("freebsd") else None)
+CAN_TELL_UNSEEN = _UNSENT is not None or sys.platform == "darwin"
+
+
+def ever_written(sock):
+    """How many bytes the kernel was ever given for this TCP connection, but for a constant; 0 where
+    it does not say (tcpi_bytes_acked and tcpi_last_ack_recv of linux/tcp.h)."""
+    if not can_tell_life(sock):
+        return 0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    acknowledged = struct.unpack_from("Q", info, 120)[0] if len(info) >= 128 else 0
+    return acknowledged and acknowledged + unacknowledged(sock)
+
+
+def record_overhead(sock):
+    """Bytes that TLS adds to each record (RFC 8446 5.2, 5288, 7905); CBC: about so many."""
+    if sock.version() == "TLSv1.3":
+        return 22
+    return 21 if "CHACHA20" in sock.cipher()[0] else 29
+
+
 class Trail:
     """The newest bytes that were handed to the kernel for a client: what of them it never got is
-    shown to it when it comes back. `overhead`: bytes that TLS adds to each write.
+    shown to it when it comes back. `ask` says how many were not acknowledged, `overhead` is what
+    TLS adds to each write.
 
-    The end of what was acknowledged is kept, too: ADMITTED bytes, for the beginning of a line and
-    for what a kernel has acknowledged and its program has never read.
+    The end of what was acknowledged is kept, too, for the beginning of a line and for what a kernel
+    has acknowledged and its program has never read: ADMITTED bytes, RESTING of an idle client.
     """
 
-    ADMITTED = 2048
-    __slots__ = ("limit", "overhead", "ask", "lost", "_chunks", "_size", "_trim_at")
+    ADMITTED, RESTING = 2048, 384
+    __slots__ = ("limit", "overhead", "ask", "lost", "lost_lines", "whole", "written",
+                 "_chunks", "_size", "_trim_at", "_cut")
 
     def __init__(self, limit, overhead, ask):
         self.limit, self.overhead, self.ask = limit, overhead, ask
-        self.lost = bytearray()    # what came when nothing could be sent any more
+        self.lost = b""            # what came when nothing could be sent any more
+        self.lost_lines = 0        # of that, which was too much
+        self.whole = True          # what is kept begins with the start of a line
+        self.written = 0           # bytes that the kernel was given, TLS's included
         self._chunks, self._size = [], 0
         self._trim_at = 2 * self.ADMITTED
+        self._cut = ()             # (bytes, lines) left out, perhaps before they were acknowledged
 
     def add(self, data):
-        """The kernel took `data`."""
+        """The kernel took `data`, in one write."""
         self._chunks.append(data)
-        self._size += len(data)
+        size = len(data) + self.overhead
+        self.written += size
+        self._size += size
         if self._size > self._trim_at:
             self.trim()
 
     def add_lost(self, data):
         """The connection is broken: `data` will never be sent."""
-        if len(self.lost) < self.limit:
-            self.lost += data
+        self.lost += data
+        if len(self.lost) > 2 * self.limit:
+            self.lost_lines += self.lost.count(b"\n", 0, len(self.lost) - self.limit)
+            self.lost = self.lost[-self.limit:]
 
     def trim(self):
-        """Forget what was acknowledged long ago."""
-        count = self._unseen()
-        keep = min(self.limit, count) + self.ADMITTED
-        data = b"".join(self._chunks)[-keep:]
-        self._chunks, self._size = ([data] if data else []), len(data)
-        self._trim_at = 2 * keep
+        """Forget what was acknowledged long ago, and of the others what is too much."""
+        left = self.ask()
+        self._shorten(min(self.limit, left) + self.ADMITTED, left)
+        self._trim_at = 2 * max(self._size, self.ADMITTED)
 
     def rest(self):
-        """Nothing was sent for a while: forget all that was acknowledged."""
-        if self._chunks and not self.ask():
-            self._chunks, self._size = [], 0
+        """Nothing was sent for a while: forget what was acknowledged, but for the last lines."""
+        if self._size > self.RESTING and not self.ask():
+            self._shorten(self.RESTING, 0)
+            self._trim_at = 2 * self.ADMITTED
 
-    def _unseen(self):
-        """How many of the newest bytes the client has not got: a TLS record counts whole."""
-        left, count = self.ask(), 0
+    def _shorten(self, keep, left):
+        """Leave at least `keep` bytes, of which `left` are not acknowledged."""
+        if not self.overhead:                   # one write is like another: where lines begin
+            data = b"".join(self._chunks)
+            start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
+            start = start if len(data) - start <= 2 * keep else len(data) - keep
+            self._chunks, gone = [data[start:]], [data[:start]]
+        else:                                   # the bounds of its records are needed
+            at, size = 0, self._size
+            while at < len(self._chunks) and (
+                    size - len(self._chunks[at]) - self.overhead >= keep):
+                size -= len(self._chunks[at]) + self.overhead
+                at += 1
+            gone, self._chunks = self._chunks[:at], self._chunks[at:]
+        size = sum(map(len, gone)) + self.overhead * len(gone)
+        self._size -= size
+        if any(gone):
+            self.whole = gone[-1].endswith(b"\n")
+        cut = (*self._cut, (size, sum(it.count(b"\n") for it in gone))) if left > self._size else ()
+        while cut and left <= self._size + sum(size for size, _ in cut[1:]):
+            cut = cut[1:]
+        self._cut = cut
+
+    def _unseen(self, left):
+        """How many of the newest bytes the client has not got, `left` being those the kernel
+        counts; a TLS record counts whole. And how many lines of them are not here any more."""
+        count = lines = 0
         for data in reversed(self._chunks):
             if left <= 0:
                 break
-            size = len(data) + self.overhead
-            count += len(data) if self.overhead else min(left, size)
+            count += len(data) if self.overhead else min(left, len(data))
+            left -= len(data) + self.overhead
+        for size, ends in reversed(self._cut):
+            if left <= 0:
+                break
+            lines += ends * min(left, size) // size
             left -= size
-        return count
+        return count, lines
 
     def read(self, more=False):
-        """(the last lines that were acknowledged, what was not: from the start of its line).
-        `more`: there is something that was not handed to the kernel."""
-        data, count = b"".join(self._chunks), self._unseen()
+        """(the last lines that were acknowledged, what was not: from the start of its line, how
+        many lines of that are lost). `more`: there is something that the kernel was not given."""
+        data = b"".join(self._chunks)
+        count, lines = self._unseen(self.ask())
         start = len(data) - count
         begin = data.rfind(b"\n", 0, start) + 1
         if count or self.lost or more:
             start = begin
-        admitted = data[:begin].split(b"\n")[-1 - DOUBTFUL_LINES:]
-        return b"\n".join(admitted), data[start:] + bytes(self.lost)
+        first = 0 if self.whole else min(data.find(b"\n") + 1 or begin, begin)
+        admitted = data[first:begin].split(b"\n")[-1 - DOUBTFUL_LINES:]
+        return b"\n".join(admitted), data[start:] + self.lost, lines + self.lost_lines
 
 
 class Trailed:
-    """A stream to a client that leaves a Trail, once it has one."""
+    """What a stream to a client does besides while it leaves a Trail."""
 
     __slots__ = ()
 
-    def send(self, data):
-        """Send now what the socket takes and keep the rest in order."""
-        held = len(self.out)
-        super().send(data)
-        if self.trail is None:
-            return
+    def _took(self, sent):
+        self.trail.add(bytes(self.out[:sent]))
+        super()._took(sent)
+
+    def _fail(self):
+        self.trail.add_lost(bytes(self.out))
+        super()._fail()
+
+    def _hold(self, data):
         if self._broken:
             self.trail.add_lost(data)
-        else:
-            taken = len(data) + held - len(self.out)
-            if taken:
-                self.trail.add(data[:taken])
+        super()._hold(data)
 
-    def _flush(self):
-        before = bytes(self.out)
-        super()._flush()
-        if self.trail is not None and self._broken:
-            self.trail.add_lost(before)
-        elif self.trail is not None and len(before) > len(self.out):
-            self.trail.add(before[:len(before) - len(self.out)])
+    def drop(self):
+        """Close now. Harmless twice."""
+        super().drop()
+        follow(self, 0)                         # it holds on to this stream
 
-    def follow(self, limit):
-        """Leave a trail of at most `limit` bytes from now on."""
-        overhead = TLS_OVERHEAD if isinstance(self, TLSStream) else 0
-        self.trail = Trail(limit, overhead, lambda: unacknowledged(self.sock))
+    def unacknowledged(self):
+        """How many bytes of whole writes are not acknowledged."""
+        return unacknowledged(self.sock)
 
 
 class TrailedStream(Trailed, Stream):
     """A plain one."""
 
-    __slots__ = ("trail",)
+    __slots__ = ()
 
-    def __init__(self, *arguments, **more):
-        self.trail = None
-        super().__init__(*arguments, **more)
+    def send(self, data):
+        """Send now what the socket takes and keep the rest in order."""
+        held = self.out
+        super().send(data)
+        if not held and not self._broken:
+            taken = len(data) - len(self.out)
+            if taken:
+                self.trail.add(data if taken == len(data) else data[:taken])
 
 
 class TrailedTLSStream(Trailed, TLSStream):
     """One inside TLS."""
 
-    __slots__ = ("trail",)
+    __slots__ = ()
 
-    def __init__(self, *arguments, **more):
-        self.trail = None
-        super().__init__(*arguments, **more)
+    def unacknowledged(self):
+        """The same; what the kernel was given of a record that has only begun does not count."""
+        left = unacknowledged(self.sock)
+        if not (self.committed and left):
+            return left
+        begun = ever_written(self.sock) - self.trail.written
+        return left - max(0, min(begun, left, self.committed + self.trail.overhead))
+
+
+TRAILED = {Stream: TrailedStream, TLSStream: TrailedTLSStream}
+
+
+def follow(stream, limit):
+    """From now on this open stream leaves a trail of at most `limit` bytes; 0: none any more. So
+    streams without one are spared even the question."""
+    plain = {trailed: kind for kind, trailed in TRAILED.items()}.get(type(stream), type(stream))
+    if plain not in TRAILED:
+        return                                  # nobody is there
+    stream.__class__, stream.trail = plain, None
+    if limit:
+        is_tls = plain is TLSStream
+        stream.__class__ = TRAILED[plain]
+        stream.trail = Trail(limit, record_overhead(stream.sock) if is_tls else 0,
+                             stream.unacknowledged)
+        if is_tls:
+            stream.trail.written = ever_written(stream.sock)
 
 
 # ======================================================================
@@ -3045,9 +3144,11 @@ NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the
 TELL_FAILURE_SECONDS = 5           # a world that takes no link for so long: its users are told
 PLACE_LOOK_SECONDS = 10            # a HUP may have brought another reattach
 PLACE_POLL_SECONDS, PLACE_TRIES = 0.1, 100      # a place whose session is just coming back
+SETTLE_TRIES = 3                   # ... and so many while the new client's telnet is under way
 CLAIM_SECONDS = 15                 # who has opened a place waits for no longer than that
 CHECK_SECONDS = 2                  # ... for the heartbeat's answer about his password
 LIFE_SECONDS, LIFE_POLL_SECONDS = 2.5, 0.02     # two probes of a mobile line
+TICK_SECONDS = 0.01                # the kernel counts no finer
 TRAIL_REST_SECONDS = 10
 UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
 NOTHING = {}
@@ -3263,8 +3364,9 @@ class Character(Survivor):
         """Whether `login`, as typed now, is his own: all forms of connect are one, `cd` and the
         like are others, for who wants to come dark must not find himself visible."""
         own = self.login
-        return (own is not None and own.character == login.character and own.kind == login.kind
-                and secrets.compare_digest(own.password, login.password))
+        return bool(own and own.kind == login.kind
+                    and secrets.compare_digest(own.character, login.character)
+                    & secrets.compare_digest(own.password, login.password))
 
     # ---- at the login screen
 
@@ -3595,7 +3697,7 @@ class Screen(Part):
         session = self.session
         if not self.watching:
             self.watching = True
-            session.hub.later(GIVE_UP_SECONDS, self._watch, self.client.sent_bytes)
+            session.hub.later(GIVE_UP_SECONDS, self._watch, self.client, self.client.sent_bytes)
         if session.link:
             session.link.pause()
             self.stuck_due = session.hub.now + STUCK_SECONDS
@@ -3609,14 +3711,16 @@ class Screen(Part):
             session.link.resume()
             session.refresh()
 
-    def _watch(self, sent_bytes):
+    def _watch(self, client, sent_bytes):
+        if client is not self.client:           # another one has come meanwhile
+            return
         self.watching = self.client.full and not self.client.closed
         if self.watching and self.client.sent_bytes == sent_bytes:
             log.info("%s: the client has not read for %d s: closed", self.session, GIVE_UP_SECONDS)
             if not self.session.place.keep("it does not read", doubtful=True):
                 self.session.end()
         elif self.watching:
-            self.session.hub.later(GIVE_UP_SECONDS, self._watch, self.client.sent_bytes)
+            self.session.hub.later(GIVE_UP_SECONDS, self._watch, client, client.sent_bytes)
 
     def shorten(self):
         """Keep what is held for a client that does not read within output_limit."""
@@ -3629,6 +3733,14 @@ class Screen(Part):
         notice = self.session.hub.settings.output_lost_notice
         return self.spelling.lost(cut, notice, self.session.telnet.codec)
 
+    def take_client(self, client):
+        """This one is shown everything from now on; the other's pauses are over."""
+        self.client, self.stuck, self.watching = client, False, False
+        if self.session.link:
+            self.session.link.resume()
+        if client.full:
+            self.on_full()
+
     def on_room(self):
         """The client has taken enough: its link is read again."""
         if self.session.link:
@@ -3639,21 +3751,24 @@ class Screen(Part):
 # What servers assume of a client that tells nothing (RFC 1073: 78 by 24 is theirs, not the RFC's).
 NAWS_UNKNOWN = bytes((IAC, SB, NAWS, 0, 78, 0, 24, IAC, SE))
 TTYPE_UNKNOWN = bytes((IAC, SB, TTYPE, 0)) + b"UNKNOWN" + bytes((IAC, SE))
+TTYPE_SEND = bytes((IAC, SB, TTYPE, 1, IAC, SE))
 CHARSET_UNKNOWN = bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)) + b"ISO-8859-1" + bytes((IAC, SE))
+DETAILED = (NAWS, TTYPE, CHARSET)  # ... of these: what is said behind the yes can be said again
 
 
 class Telnet(Part):
     """Negotiation between one client and one world after another (RFC 854, 855, 1143): what was
     agreed is remembered, and HAS answers where no world does."""
 
-    __slots__ = ("agreement", "replay", "from_world", "quiet")
-    SURVIVES = ("agreement", "replay", "from_world")
+    __slots__ = ("agreement", "replay", "from_world", "quiet", "had")
+    SURVIVES = ("agreement", "replay", "from_world", "had")
 
     def __init__(self, session):
         super().__init__(session)
         self.agreement = None      # what this client agreed with its worlds; None: never a command
         self.replay = None         # how that is brought to the present link; None: no need
         self.quiet = set()         # commands of the world that answer HAS and not the client
+        self.had = set()           # of DETAILED, what this link has had on, for whatever client
         self.from_world = None        # splits what the world sends, once a command was in it
 
     @property
@@ -3704,6 +3819,8 @@ class Telnet(Part):
         agreement = self._agree()
         is_news = len(piece) != 3 or agreement.changes(piece)
         wanted = agreement.from_client(piece)
+        if not wanted and piece == command(WILL, TTYPE):
+            self.session.screen.send(TTYPE_SEND)        # see _join_option
         if self._is_for_has(piece):
             if wanted and is_news:
                 self.answer_for_world(piece)
@@ -3811,7 +3928,7 @@ class Telnet(Part):
     def new_link(self):
         """Nothing was said on this link yet."""
         self.from_world = self.replay = None
-        self.quiet.clear()
+        self.quiet, self.had = set(), set()
 
     def begin(self, late):
         """Speak for the client on the new link; returns what goes in front of the login, nothing
@@ -3861,66 +3978,106 @@ class Telnet(Part):
 
     # ---- another client, the same world
 
+    @property
+    def is_settling(self):
+        """Whether the world's first offers are still on their way to this client, or its answers:
+        who logs in by program is faster."""
+        session, agreement = self.session, self.agreement
+        if not (session.state is State.LOGIN and session.dialect.telnet and session.linked):
+            return False
+        if not agreement:
+            return not session.feed.spoke_at
+        return any(on and (OTHER[verb], option) not in agreement.client
+                   for (verb, option), on in agreement.world.items() if verb in OTHER)
+
     def join(self, agreement):
         """A new client stands at this link, with what it has settled elsewhere, or None: it has
         never sent a command. The link is not negotiated again where that is not needed: a second
         DO CHARSET kills a PennMUSH (worlds/pennmush.md)."""
-        link = self.session.link
+        session = self.session
         old, new = self._agree(), agreement or Agreement()
-        self.replay, self.from_world = None, None
-        if not self.session.dialect.telnet:
-            self.agreement = new
-            return
-        speaks = agreement is not None
-        options = {key for key in [*old.client, *new.client] if key[1] not in UNREADABLE}
-        out = b"".join(self._join_option(side, option, old, new, speaks)
-                       for side, option in sorted(options))
-        new.world, new.accepted = dict(old.world), old.accepted or new.accepted
         self.agreement = new
-        if out and link and not link.connecting:
-            link.send(out)
+        if not (session.linked and session.dialect.telnet):
+            return                              # the next link is the client's as well as ours
+        self.had |= {option for option in DETAILED if old.settled(WILL, option)
+                     or old.settled(DO, option) or (SB, option) in old.world}
+        speaks = bool(new.client)
+        keys = {(side, option) for side, option in [*old.client, *new.client]
+                if option not in UNREADABLE and option != CHARSET}
+        out = b"".join(self._join_option(key, old, new, speaks) for key in sorted(keys))
+        out += self._join_charset(old, new)
+        new.world = dict(old.world)
+        new.accepted = old.accepted or bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)) in out
+        self.replay = None
+        self._await_answers()
+        if self.quiet:
+            session.later(ANSWER_SECONDS, self.quiet.clear)
+        if out:
+            session.link.send(self._noted(out))
 
-    def _join_option(self, side, option, old, new, speaks):
+    def _join_option(self, key, old, new, speaks):
         """What makes one option right for both; returns what goes to the link."""
-        was_on, on = old.settled(side, option), new.settled(side, option)
-        off = WONT if side == WILL else DONT
-        if side == WILL and option in (NAWS, TTYPE, CHARSET):
-            return self._join_detail(option, old, new, was_on, on)
-        if was_on and on and option == GMCP:
-            return b"".join(new.gmcp)
-        if was_on and not on:
-            never_asked = (side, option) not in new.client
-            if speaks and never_asked:          # its answer goes to the link only if it is a no
-                self.session.screen.send(command(DO if side == WILL else WILL, option))
-                new.ignore.add(bytes((side, option)))
-                new.client[side, option] = True
-                return b""
-            self.quiet.add(command(DONT if side == WILL else WONT, option))
-            new.client[side, option] = False
-            return command(off, option)
-        if on and not was_on:
-            self.quiet.add(command(DO if side == WILL else WILL, option))
-            return command(side, option)
-        return b""
-
-    def _join_detail(self, option, old, new, was_on, on):
-        """The details are told anew; an option that is on stays on, with what servers assume."""
-        said = (WILL, option) in old.client
-        begin = b"" if was_on or said and option == CHARSET or not on else command(WILL, option)
-        if begin:
-            self.quiet.add(command(DO, option))
-        if not (was_on or on):
+        side, option = key
+        was_on, on = old.settled(*key), new.settled(*key)
+        details = side == WILL and option in self.had
+        if on:
+            begin = b"" if was_on or details else self._tell_link(key, old)
+            return begin + self._joined_detail(option, new)
+        if not (was_on or details):
             return b""
-        if option == NAWS:
-            detail = new.naws if on and new.naws else NAWS_UNKNOWN
+        if key not in new.client and (OTHER[side], option) not in new.world:
+            self._ask_client(key, old, new, speaks)
+            return b""
+        if details:                             # it stays on, with what servers assume
+            return TTYPE_UNKNOWN if option == TTYPE else NAWS_UNKNOWN
+        new.client[key] = False
+        self.quiet.add(command(OFF[OTHER[side]], option))
+        return command(OFF[side], option)
+
+    def _tell_link(self, key, old):
+        """Switch an option on at the link; a no is for the client."""
+        asked = (OTHER[key[0]], key[1])
+        if not old.world.get(asked):            # else this is the answer
+            self.quiet.add(command(*asked))
+        return command(*key)
+
+    @staticmethod
+    def _joined_detail(option, new):
+        known = {NAWS: new.naws or NAWS_UNKNOWN, TTYPE: (new.ttypes or [TTYPE_UNKNOWN])[0],
+                 GMCP: b"".join(new.gmcp)}
+        return known.get(option, b"")
+
+    def _ask_client(self, key, old, new, speaks):
+        """The world of its own link has not asked it: that is done now, and a yes is for nobody.
+        One that has never sent a command is not asked; all stays as it was."""
+        side, option = key
+        new.client[key] = old.client.get(key, False)
+        if speaks and side in OTHER:
+            self.session.screen.send(command(OTHER[side], option))
+            new.ignore.add(bytes((side, option)))
+            new.client[key] = True
+        elif option == NAWS:
+            new.naws = old.naws
         elif option == TTYPE:
-            detail = new.ttypes[0] if on and new.ttypes else TTYPE_UNKNOWN
-        elif old.codec == new.codec:
-            detail = b""
-        else:
-            accepts = on and new.charset and new.charset[3] == CHARSET_ACCEPTED
-            detail = new.charset if accepts else CHARSET_UNKNOWN
-        return begin + detail
+            new.ttypes = old.ttypes
+        elif option == GMCP:
+            new.gmcp, new.partly = old.gmcp, old.partly
+
+    def _join_charset(self, old, new):
+        """Its own: either side may offer it, and it may be said but once on a link."""
+        sides = [side for side in (WILL, DO) if new.settled(side, CHARSET)]
+        asked = {(DO, CHARSET), (WILL, CHARSET)} & set(new.world)
+        if CHARSET in self.had and not asked and not sides:
+            new.codec, new.charset = old.codec, old.charset     # nobody has asked it: as it was
+            return b""
+        begin = b""
+        if sides and CHARSET not in self.had and not old.accepted:
+            begin = b"".join(self._tell_link((side, CHARSET), old) for side in sides)
+        if (old.codec or "iso8859-1") == (new.codec or "iso8859-1"):
+            return begin
+        accepts = sides and new.charset and new.charset[3] == CHARSET_ACCEPTED
+        return begin + (new.charset if accepts else
+                        CHARSET_UNKNOWN if CHARSET in self.had else b"")
 
     def go_on(self):
         """In a new process: the timers of the old one."""
@@ -4062,18 +4219,49 @@ class Inbox(Part):
             self.session.later(NEXT_LINE_SECONDS, self.send_kept)
 
     def read_last(self):
-        """His line has dropped: what he typed last is still carried out, half a line is not."""
-        if self.session.state in AWAY or self.session.can_talk:
+        """His line has dropped: what he typed last is still carried out, or kept for when his
+        return is over; half a line is not."""
+        session = self.session
+        if session.state in AWAY or session.can_talk:
             self.read(self.release() + self.backlog)
-        self.kept = self.backlog = self.behind = b""
+        else:
+            whole = self.kept + self.backlog
+            self.kept = whole[:whole.rfind(b"\n") + 1]
+        if self.typed.sent and session.can_talk:
+            half = self.typed.buffer + self.typed.unfinished
+            session.link.send(session.dialect.erasers[:1] * len(half))
+        self.backlog = self.behind = b""
         self.typed.clear()
         self.from_client, self.slow_until = None, 0
+
+    @property
+    def is_worth_keeping(self):
+        """Whether nothing forbids to keep his place: he has not quit, nor left half a line with a
+        world that cannot forget it."""
+        half = self.typed.sent and not self.session.dialect.erasers
+        return not (half or self.first.is_http or self.has_quit()
+                    or _QUIT_LAST.search(self.kept + self.backlog))
 
     def take_rest(self):
         """What he has typed that was not read yet."""
         rest = self.behind + self.kept + self.backlog
         self.kept = self.backlog = self.behind = b""
         return rest
+
+    def take_kept_login(self):
+        """(login, its bytes), if the first line that was kept is one, or None: it is kept no
+        more, nor what stands before it."""
+        dialect, commands, text = self.session.dialect, [], b""
+        for is_command, piece in split_commands(self.kept):
+            (commands.append(piece) if is_command else None)
+            text += b"" if is_command else piece
+        text = text.lstrip()
+        end = dialect.line_end.search(text)
+        login = end and dialect.read_login(text[:end.start()].rstrip(b"\r"))
+        if not login:
+            return None
+        self.kept = b"".join(commands) + text[end.end():]
+        return login, text[:end.end()]
 
     def finish(self):
         """He sends no more: what he typed last is still carried out and answered."""
@@ -4163,7 +4351,10 @@ class Inbox(Part):
             self._pass_raw(self.release())
             return
         data, self.backlog = self.release() + self.backlog, b""
-        self._read_in_turn(data)
+        if self.session.place.claim:            # it was typed behind a login that waits
+            self.backlog = data
+        else:
+            self._read_in_turn(data)
 
     def send_kept(self):
         """Send one line typed during a return; the next follows the world's answer, or a while
@@ -4418,12 +4609,12 @@ class Lines(Part):
         session.feed.proof.no_login(line)
         return self._pass_on(line, raw)
 
-    def _take_login(self, login, raw):
-        """Returns what the world gets of a login line now (see Proof.wrap): nothing, if too many
-        were tried from this address. Then it waits, and all that is typed behind it."""
+    def _take_login(self, login, raw, may_claim=True):
+        """Returns what the world gets of a login line now (see Proof.wrap): nothing, if it opens a
+        place, or if too many were tried from this address. Then it waits, and all that is typed
+        behind it."""
         session = self.session
-        if session.place.claim(login):
-            self.braked = login, raw
+        if may_claim and self._claims(login, raw):
             return b""
         wait = self.hub.logins.wait(session, login.character)
         if wait:
@@ -4437,16 +4628,51 @@ class Lines(Part):
         self.hub.links.suspects.came(login.character, self.hub.now, typed=True)
         return session.feed.proof.wrap(login, raw, self.settings)
 
+    def _claims(self, login, raw):
+        """Whether a login is right for a place that is kept (see Claim). Not even that is looked at
+        while the brake holds: nobody can try passwords by it."""
+        session = self.session
+        if not (self.hub.settings.reattach and self.hub.logins.may_go(session.host)
+                and session.place.claims(login)):
+            return False
+        self.braked = login, raw
+        session.inbox.slow_until = self.hub.now + CLAIM_SECONDS
+        return True
+
+    def claim_kept(self, login, raw):
+        """Whether a login that no world has read opens a place; if not, that was a try."""
+        if not self.hub.settings.reattach:
+            return False
+        claims = self._claims(login, raw)
+        if not claims:
+            self.hub.logins.wait(self.session, login.character)
+        return claims
+
     def try_login(self):
-        """The login that waits may go on now."""
+        """The login that waits for the brake may go on now."""
+        if not self.session.place.claim:
+            self._go_on_with(self._take_login, self._take_login_while_away)
+
+    def pass_login(self):
+        """The login that waits opens no place: it goes on like any other."""
+        self._go_on_with(lambda *braked: self._take_login(*braked, may_claim=False),
+                         self._keep_login)
+
+    def _go_on_with(self, take, take_while_away):
         session, inbox = self.session, self.session.inbox
         braked, self.braked = self.braked, None
-        if braked and session.state is State.LOGIN:
-            inbox.slow_until = 0
-            session.link.send(self._take_login(*braked))
-            inbox.queue()
-            inbox.resume()
-            session.refresh()
+        if not braked:
+            return
+        inbox.slow_until = 0
+        if session.state is State.LOGIN:
+            session.link.send(take(*braked))
+        elif session.state in AWAY:
+            take_while_away(*braked)
+        elif session.state is State.OPENING:
+            inbox.kept = braked[1] + inbox.kept
+        inbox.queue()
+        inbox.resume()
+        session.refresh()
 
     def go_on(self):
         """In a new process: the login that waits goes on when its time has come."""
@@ -4456,6 +4682,8 @@ class Lines(Part):
 
     def drop_braked(self):
         """The world has gone: the login that waits, or None, need not wait any more."""
+        if self.session.place.claim:
+            return None                         # it goes on, see Claim
         braked, self.braked = self.braked, None
         self.session.inbox.slow_until = 0
         return braked and braked[0]
@@ -4471,13 +4699,34 @@ class Lines(Part):
         elif self._asks_for_list(line) or _BY_TIMER.match(line):
             pass
         elif login or self._is_handover(line):
-            if login and session.place.claim(login):
-                return
-            if login:
-                session.character.type_while_away(login)
-            screen.answer(self.hub.settings.login_kept_notice)
+            self._take_login_while_away(login, line + b"\r\n")
         else:
             self._answer_unsent(line)
+
+    def _take_login_while_away(self, login, raw):
+        """`login`: None for what only looks like one. A try at a kept place counts as any other."""
+        if not (login and self.claim_kept(login, raw)):
+            self._keep_login(login, raw)
+
+    def _keep_login(self, login, _):
+        """For the world's return."""
+        if login:
+            self.session.character.type_while_away(login)
+        self.session.screen.answer(self.hub.settings.login_kept_notice)
+
+    def join(self, others):
+        """Another client is at this link, which has made the settings of `others` (Lines) where it
+        stood until now: the link gets those, and forgets a prefix it knows nothing of."""
+        before, theirs = self.settings, others.settings
+        dropped = [word for word in before if word.startswith(b"OUTPUT") and word not in theirs]
+        kept = {word: value for word, value in before.items() if word not in dropped}
+        changed = {word: value for word, value in theirs.items()
+                   if word != b"PUEBLOCLIENT" and value != before.get(word)}
+        self.settings = {**kept, **theirs}
+        if self.session.can_talk:
+            self.session.link.send(b"".join(
+                word.split()[0] + (b" " + value if value else b"") + b"\r\n"
+                for word, value in {**dict.fromkeys(dropped, b""), **changed}.items()))
 
     def _answer_unsent(self, line):
         if not self.unsent:
@@ -4831,10 +5080,10 @@ class Feed(Part):
         if session.state is State.RETURNING:
             return b""                          # settled: what the others of this character cause
         if character.changing:
-            before = character.login
+            before, change = character.login, character.changing
             kind = character.follow_change(session.dialect, text)
             if kind:
-                self.hub.places.changed(session, before)
+                self.hub.places.changed(session, change, before)
                 self.hub.door.visits.of(session, f"changed the {kind}")
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
@@ -4987,8 +5236,7 @@ class Opening(Part):
         if session.inbox.first.is_http:
             session.end_with_world()
             return
-        if session.place.claim_kept():
-            return
+        session.place.claim_kept()
         delay = min(30, 2 ** min(self.failures, 5))
         self.failures += 1
         log.log(logging.INFO if self.failures == 1 else logging.DEBUG,
@@ -5000,6 +5248,11 @@ class Opening(Part):
             session.hold.tell_failure()
         session.refresh()
         session.later(delay, session.connect_again)
+
+
+def count_lines(text):
+    """How many lines these are, an unfinished one included."""
+    return text.count(b"\n") + bool(text and not text.endswith(b"\n"))
 
 
 class Absent:
@@ -5018,6 +5271,19 @@ class Absent:
         self.owner = self.on_data = None
         self._scanner = Scanner()
 
+    @classmethod
+    def of(cls, client, limit, grew, doubtful):
+        """In place of `client`, with what that was sent and has not got; `doubtful`: its kernel may
+        have taken what no program has read."""
+        admitted, missed, lost = client.trail.read(bool(client.out)) if client.trail else (b"",) * 3
+        absent = cls(limit, grew)
+        if doubtful:
+            absent.send(admitted)
+            absent.doubtful, absent.out = bytes(absent.out), bytearray()
+        absent.lost = lost or 0
+        absent.send(missed + client.out)
+        return absent
+
     def send(self, data):
         """Keep text; telnet is noted elsewhere, and nobody is there to answer it."""
         if IAC in data or self._scanner.held:
@@ -5033,7 +5299,7 @@ class Absent:
         size = len(self.out)
         cut = self.out.find(b"\n", max(0, size - limit)) + 1 or max(0, size - limit)
         self.lost += self.out.count(b"\n", 0, cut)
-        del self.out[:cut]
+        self.out = self.out[cut:]               # anew: one that is cut keeps its memory
         self._grew(-cut)
 
     def finish(self):
@@ -5042,8 +5308,10 @@ class Absent:
 
     def drop(self):
         """The place is given up."""
-        self._grew(-len(self.out) - len(self.doubtful))
-        self.closed, self.out = True, bytearray()
+        if not self.closed:
+            self.closed = True
+            self._grew(-len(self.out) - len(self.doubtful))
+            self.out = bytearray()
 
     def pause(self):
         """Nobody types."""
@@ -5063,66 +5331,200 @@ class Absent:
         self._grew(len(self.doubtful))
 
 
+class Claim:
+    """A login that is right for a place that is kept, or for users whose clients may be dead: it
+    waits until that is known, and all that `session`, which has typed it, sends behind it."""
+
+    def __init__(self, session, login):
+        self.session, self.hub, self.login = session, session.hub, login
+        self.other = None          # whose place it is to be
+        self._asked = []           # [(session, client)]: does its kernel answer?
+        self._since = self._asked_at = 0
+        self._tries = PLACE_TRIES
+
+    def begin(self):
+        """Look for a place; whether there may be one."""
+        self.other = self.hub.places.kept_for(self.session, self.login)
+        if self.other:
+            self.hub.later(0, self._check)
+            return True
+        living = self.hub.places.living_for(self.session, self.login)
+        self._asked = [(it, it.client) for it in living if can_tell_life(it.client.sock)]
+        if self._asked:
+            self._since = self._asked_at = self.hub.clock()
+            self._ask()
+        return bool(self._asked)
+
+    @property
+    def _is_over(self):
+        return self.session.client.closed or self.session.state is State.CLOSING
+
+    # ---- does his client live?
+
+    def _ask(self):
+        for _, client in self._asked:
+            if not client.closed:
+                ask_for_life(client.sock)
+        self.hub.later(LIFE_POLL_SECONDS, self._look_for_life)
+
+    def _look_for_life(self):
+        """Who acknowledges lives, and keeps his place: two clients have two links."""
+        now = self.hub.clock()
+        silent = [(it, client) for it, client in self._asked if not client.closed
+                  and acknowledged_ago(client.sock) > now - self._since + TICK_SECONDS]
+        is_one_away = any(it.place.away_at for it, _ in self._asked)
+        if self._is_over:
+            self._ask_no_more()
+        elif is_one_away or not silent:
+            self._ask_no_more()
+            self._look_again(is_one_away)
+        elif now - self._since > LIFE_SECONDS:
+            self._ask_no_more()
+            for other, client in silent:
+                other.place.lose(client, self.session.host)
+            self._look_again(True)
+        elif now - self._asked_at > 1:          # somebody else's question may have ended ours
+            self._asked_at = now
+            self._ask()
+        else:
+            self.hub.later(LIFE_POLL_SECONDS, self._look_for_life)
+
+    def _ask_no_more(self):
+        for _, client in self._asked:
+            if not client.closed:
+                tune(client.sock, *CLIENT_KEEPALIVE)
+        self._asked = []
+
+    def _look_again(self, may_be_kept):
+        self.other = may_be_kept and self.hub.places.kept_for(self.session, self.login)
+        if self.other:
+            self._check()
+        else:
+            self._give_back()
+
+    # ---- is his password still right?
+
+    def _check(self):
+        """Ask the heartbeat, where it can tell: it may have been changed elsewhere."""
+        world = self.hub.world
+        if world and world.checks and self.hub.is_up and self.session.state not in AWAY:
+            self.hub.check(self.session, [self.login])
+            self.hub.later(CHECK_SECONDS, self._take)
+        else:
+            self._take()
+
+    def on_checked(self, verdicts):
+        """The heartbeat's answer."""
+        if verdicts[0] is False:
+            self._give_back()
+        elif self.other:
+            self._take()
+
+    # ---- the end of it
+
+    def _take(self):
+        """Go on in the place, once its session is between two states no more, nor the new client
+        in the middle of its negotiation."""
+        other, session = self.other, self.session
+        if self._is_over or session.place.claim is not self:
+            return
+        if not (other.place.away_at and other.place.opens_to(session, self.login)):
+            self._look_again(True)              # somebody was faster, its time or its word over
+        elif (other.place.is_busy or other.state not in PLACES_TO_TAKE
+              or session.telnet.is_settling and self._tries > PLACE_TRIES - SETTLE_TRIES):
+            self._tries -= 1
+            if self._tries:
+                self.hub.later(PLACE_POLL_SECONDS, self._take)
+            else:
+                self._give_back()
+        else:
+            session.place.claim = None
+            other.place.take_over(session)
+
+    def _give_back(self):
+        """The login is for the world, like any other."""
+        session = self.session
+        if session.place.claim is self:
+            session.place.claim = None
+            session.lines.pass_login()
+            session.place.on_unclaimed()
+
+
 class Place(Part):
     """A logged-in user's place in the game, which is kept when his own line drops, and how he
     comes back into it: he logs in as ever, with the same words (shared/REATTACH.md)."""
 
-    __slots__ = ("away_at", "away_host", "claimed", "question", "passes", "returns")
-    SURVIVES = ("away_at", "away_host")
+    __slots__ = ("away_at", "gone_at", "away_host", "outdated", "claim", "looked", "left",
+                 "watch", "returns")
+    SURVIVES = ("away_at", "gone_at", "away_host", "outdated")
 
     def __init__(self, session):
         super().__init__(session)
         self.away_at = 0           # wall clock: since when nobody is in front; 0: somebody is
+        self.gone_at = 0           # the same by the hub's clock
         self.away_host = ""        # where he was then
-        self.claimed = None        # the session whose place a login typed here has opened
-        self.question = 0          # when the kernel was asked whether that one's client lives
-        self.passes = False        # the login that waits goes to the world, whoever it opens
+        self.outdated = False      # his character has logged in with another password since
+        self.claim = None          # a login typed here that opens somebody's place, perhaps
+        self.looked = b""          # text kept for a link in which no such login is
+        self.left = False          # meanwhile the world has ended the link
+        self.watch = 0             # which timer looks for the end of his time
         self.returns = ()          # times of the last takeovers
 
     # ---- the line drops
 
-    def keep(self, reason, doubtful=False):
+    def keep(self, reason, doubtful=False, farewell=""):
         """His client has gone, `reason` is "" for a plain end: keep his place; False if there is
         none. `doubtful`: its kernel may have acknowledged what no program has read."""
-        session, hub = self.session, self.hub
-        if not self._is_worth_keeping():
+        session, hub, client = self.session, self.hub, self.session.client
+        if not (self._is_one and session.inbox.is_worth_keeping):
             return False
         session.inbox.read_last()
-        if session.inbox.has_quit() or session.state is State.CLOSING:
+        if not (self._is_one and session.inbox.is_worth_keeping):
             return False
-        client, settings = session.client, hub.settings
-        admitted, missed = client.trail.read(bool(client.out)) if client.trail else (b"", b"")
-        held = bytes(client.out)
-        absent = Absent(settings.reattach_limit, hub.places.grew)
-        session.place.take_client(absent)
+        limit = hub.settings.reattach_limit
+        absent = Absent.of(client, limit, hub.places.grew, doubtful or bool(reason))
+        self.take_client(absent)
+        client.send(session.screen.spell(farewell) if farewell else b"")
         client.drop()
-        if doubtful or reason:
-            absent.send(admitted)
-            absent.doubtful, absent.out = bytes(absent.out), bytearray()
-        absent.send(missed + held)
-        self.away_at, self.away_host = time.time(), session.host
-        hub.places.add(session)
+        self.away_at, self.gone_at, self.away_host = time.time(), hub.now, session.host
         log.info("%s: the line dropped%s; his place is kept for %d s", session,
-                 f" ({reason})" if reason else "", settings.reattach)
-        self.look(self.away_at)
+                 f" ({reason})" if reason else "", hub.settings.reattach)
+        hub.places.add(session)
+        self.look_anew()
         return True
 
-    def _is_worth_keeping(self):
-        session, character = self.session, self.session.character
-        return (self.hub.settings.reattach and not self.away_at and character.login
-                and not character.is_guest and session.dialect.logs_in
-                and session.state in PLACES and not session.inbox.first.is_http)
+    @property
+    def _is_one(self):
+        """Whether he is in the game, or on his way back, and may come back to it."""
+        session, login = self.session, self.session.character.login
+        return bool(self.hub.settings.reattach and login and not login.is_guest
+                    and not self.away_at and not self.outdated
+                    and session.state in PLACES and session.dialect.logs_in)
 
-    def look(self, since):
-        """Give the place up if its time is over; else look again, for a HUP may bring another."""
-        if self.away_at != since or self.session.client.closed:
+    def lose(self, client, host):
+        """This client of his does not answer, and he has come back from `host`."""
+        if self.session.client is client:
+            log.info("%s: its client does not answer any more", self.session)
+            self.keep("it does not answer any more", doubtful=True,
+                      farewell=f"# NOTICE # Your session goes on at {host}.")
+
+    def look_anew(self):
+        """Begin to look whether his time is over: now, for a HUP may have brought another."""
+        if self.away_at:
+            self.watch += 1
+            self._look(self.watch)
+
+    def _look(self, watch):
+        if watch != self.watch or self.session.client.closed or not self.away_at:
             return
         seconds = self.hub.settings.reattach
-        left = since + seconds - time.time()
-        if left <= 0:
+        left = self.gone_at + seconds - self.hub.now
+        if not self.session.character.login:
+            self.give_up("the place is given up: the world did not take his login again")
+        elif left <= 0:
             self.give_up(f"did not come back in {seconds:g} s")
         else:
-            self.hub.later(min(left, PLACE_LOOK_SECONDS), self.look, since)
+            self.hub.later(min(left, PLACE_LOOK_SECONDS), self._look, watch)
 
     def give_up(self, why):
         """The world sees him leave now."""
@@ -5132,95 +5534,59 @@ class Place(Part):
     def take_client(self, client):
         """This stream, or Absent, is the client from now on."""
         session = self.session
-        session.client = session.screen.client = session.inbox.client = client
+        session.client = session.inbox.client = client
         client.owner, client.on_data = session, session.inbox.on_data
+        session.screen.take_client(client)
 
     def dissolve(self):
         """The client goes on as another session: this one ends without a word."""
-        self.take_client(Absent(0, lambda count: None))
-        self.session.client.closed = True
+        absent = Absent(0, lambda count: None)
+        absent.drop()
         self.session.state = State.CLOSING
+        self.take_client(absent)
         self.session.drop_link()
         self.hub.forget(self.session)
 
-    # ---- a login is typed, here, that may open a place
+    # ---- a login is typed here
 
-    def claim(self, login):
-        """Whether this login, typed at the login screen, opens a place, or may: then it waits, and
-        the world does not get it."""
-        if not self.hub.settings.reattach or self.passes or login.creates or login.is_guest:
-            self.passes = False
+    def claims(self, login):
+        """Whether this login, typed at the login screen, opens a place, or may."""
+        if login.creates or login.is_guest or self.claim:
             return False
-        self.claimed = self.hub.places.find(self.session, login)
-        if not self.claimed:
-            return False
-        self.session.inbox.slow_until = self.hub.now + CLAIM_SECONDS
-        if not self.claimed.place.away_at:
-            return self._ask_whether_it_lives()
-        world = self.hub.world
-        if world and world.checks and self.hub.is_up and self.session.state is State.LOGIN:
-            self.hub.check(self.session, [login])       # it may have been changed elsewhere
-            self.session.later(CHECK_SECONDS, self._take)
-        else:
-            self.hub.later(0, self._take)
-        return True
+        claim = Claim(self.session, login)
+        self.claim = claim if claim.begin() else None
+        return self.claim is not None
 
-    def on_checked(self, verdicts):
-        """The heartbeat's answer about the password that opens a place."""
-        if self.claimed and verdicts[0] is False:
-            self._pass_on()
-        else:
-            self._take()
+    def claim_kept(self):
+        """The world has refused the link, or ended it (it is full, or his site is): a login that
+        was typed for it may open a place all the same. Whether that is to be seen."""
+        session, inbox = self.session, self.session.inbox
+        kept = inbox.kept
+        if self.claim or not self.hub.settings.reattach or not kept or kept == self.looked:
+            self.left = bool(self.claim) and session.state is State.ASKING
+            return bool(self.claim)
+        found = inbox.take_kept_login()
+        if found and session.lines.claim_kept(*found):
+            self.left = session.state is State.ASKING
+            return True
+        inbox.kept = self.looked = kept
+        return False
 
-    def _pass_on(self):
-        """The login that waits is for the world."""
-        self.claimed, self.passes = None, True
-        self.session.lines.try_login()
+    def on_unclaimed(self):
+        """It opens none: the end of the link is an end."""
+        left, self.left = self.left, False
+        if left and self.session.state is State.ASKING:
+            self.session.on_verdict(True)
 
-    def _ask_whether_it_lives(self):
-        """Somebody is logged in so already: does his client answer its kernel? Whether not, his
-        place is for the one who logs in."""
-        sock = self.claimed.client.sock
-        if not can_tell_life(sock) or self.session.state is not State.LOGIN:
-            self.claimed, self.session.inbox.slow_until = None, 0
-            return False
-        tune(sock, 1, 1, 5)                     # an idle connection is probed at once
-        self.question = self.hub.now
-        self.session.later(LIFE_POLL_SECONDS, self._look_for_life)
-        return True
-
-    def _look_for_life(self):
-        other, waited = self.claimed, self.hub.now - self.question
-        if not other or other.client.closed or other.place.away_at:
-            self._take()
-            return
-        if acknowledged_ago(other.client.sock) < waited:
-            tune(other.client.sock, *CLIENT_KEEPALIVE)
-            self._pass_on()                     # two living clients: each has a link of its own
-        elif waited > LIFE_SECONDS:
-            log.info("%s: its client does not answer any more", other)
-            other.screen.write(f"# NOTICE # Your session goes on at {self.session.host}.")
-            other.place.keep("it does not answer any more", doubtful=True)
-            self._take()
-        else:
-            self.session.later(LIFE_POLL_SECONDS, self._look_for_life)
+    def opens_to(self, newcomer, login):
+        """Whether `login`, typed by that session's user, is right for this place. Who reads Pueblo
+        cannot go on as one who does not: the world has been told."""
+        session = self.session
+        return (session is not newcomer and session.state in PLACES and not session.client.closed
+                and not self.outdated and session.character.opens_with(login)
+                and session.screen.spelling.marked_up is newcomer.screen.spelling.marked_up)
 
     # ---- back
-
-    def _take(self, tries=PLACE_TRIES):
-        """Go on in the place that was claimed, once its session is between two states no more."""
-        other, session = self.claimed, self.session
-        if session.client.closed or session.state is State.CLOSING or not other:
-            return
-        if not other.place.away_at or other.client.closed:
-            self._pass_on()                     # somebody else was faster, or its time was over
-        elif (other.place.is_busy or other.state not in PLACES_TO_TAKE) and tries:
-            self.hub.later(PLACE_POLL_SECONDS, self._take, tries - 1)
-        elif other.state not in PLACES_TO_TAKE:
-            self._pass_on()
-        else:
-            self.claimed = None
-            other.place.take_over(session)
 
     @property
     def is_busy(self):
@@ -5230,93 +5596,77 @@ class Place(Part):
 
     def take_over(self, newcomer):
         """The user is back: `newcomer`, who has typed his login, goes on as this session."""
-        session, hub, absent = self.session, self.hub, self.session.client
+        session, hub, absent, name = self.session, self.hub, self.session.client, str(self.session)
         client, rest = newcomer.client, newcomer.inbox.take_rest()
-        fresh, spelling = newcomer.screen.tail, newcomer.screen.spelling
-        agreement, codec = newcomer.telnet.agreement, session.telnet.codec
-        number, host = newcomer.number, newcomer.host
+        codec = session.telnet.codec
         newcomer.place.dissolve()
         hub.places.remove(session)
-        away, moved = time.time() - self.away_at, host != self.away_host
-        session.host, session.tls, self.away_at = host, newcomer.tls, 0
+        away, self.away_at = hub.now - self.gone_at, 0
+        session.host, session.tls = newcomer.host, newcomer.tls
         hub.door.came(session)
-        session.place.take_client(client)
-        session.telnet.join(agreement)
-        screen = session.screen
-        screen.spelling = Spelling(True, screen.spelling.marked_up)
-        screen.tail = fresh
-        lines = self._show_missed(absent, ago(away), spelling.end(fresh), moved, codec)
-        self.returns += (hub.now,)
+        session.inbox.typed_at = hub.now
+        self.take_client(client)
+        session.telnet.join(newcomer.telnet.agreement)
+        session.lines.join(newcomer.lines)
         self.follow()
-        log.info("%s: is back from %s after %s, %d lines replayed (was session %d)", session, host,
-                 ago(away), lines, number)
+        session.screen.tail = newcomer.screen.tail
+        session.screen.in_one_piece(lambda _: self._show_missed(absent, ago(away), codec), b"")
+        self.returns += (hub.now,)
+        log.info("%s: is back from %s after %s, %d lines replayed (was session %d)", name,
+                 session.host, ago(away), count_lines(absent.out), newcomer.number)
+        absent.drop()
+        hub.logins.took(session)
         session.refresh()
         session.inbox.resume()
         if rest:
             session.inbox.on_data(rest)
 
-    def _show_missed(self, absent, away, end, moved, codec):
-        """Show him what he missed; returns how many lines that were."""
+    def _show_missed(self, absent, away, codec):
+        """Show him what he missed, which was for a client with that codec."""
         screen, ours = self.session.screen, self.session.telnet.codec
+        screen.spelling = Spelling(True, screen.spelling.marked_up)
         text, doubtful = (in_other_character_set(bytes(it), codec, ours)
                           for it in (absent.out, absent.doubtful))
-        absent.drop()
-        lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
-        lost = f" (and {absent.lost} more that are lost)" if absent.lost else ""
-        missed = f"You missed {lines} line{'' if lines == 1 else 's'}{lost}:"
         notice = f"{self.hub.settings.reattach_notice} {away}"
-        if moved:
+        if self.session.host != self.away_host:
             notice += f" (line lost at {self.away_host}, back from {self.session.host})"
+        start = f"{notice}. "
         if doubtful:
             screen.write(f"{notice}.\n# NOTICE # Perhaps you saw these:")
             screen.send(doubtful)
-            notice = f"# NOTICE # {'And what you did not see' if text else 'That is all'}"
-        screen.write(f"{notice}. {missed}" if text else f"{notice}.")
+            start = "# NOTICE # "
         if text:
+            lost = f" (and {absent.lost} more that are lost)" if absent.lost else ""
+            lines = count_lines(text)
+            screen.write(f"{start}You missed {lines} line{'' if lines == 1 else 's'}{lost}:")
             screen.send(text)
             screen.tail = text[-200:].rpartition(b"\n")[2]
+        if text or doubtful:
             screen.write("# NOTICE # That is all. You are back.")
-        return lines
+        else:
+            screen.write(f"{notice}.")
 
     def go_on(self):
         """In a new process: what the old one had begun."""
         if self.away_at:
+            self.gone_at = self.gone_at or self.hub.now - (time.time() - self.away_at)
             self.hub.places.add(self.session)
-            self.look(self.away_at)
-        elif self.session.character.login:
+            self.look_anew()
+        else:
             self.follow()
 
     def login_took(self):
         """He is in."""
+        self.outdated = False
         self.follow()
-        if self.hub.places:
+        if self.hub.settings.reattach:
             self.hub.places.login_took(self.session)
 
-    def claim_kept(self):
-        """The world has refused the link (it is full, or his site is): a login that was typed for
-        it may still open a place. Whether it does."""
-        session, inbox = self.session, self.session.inbox
-        if not (self.hub.settings.reattach and self.hub.places and inbox.kept):
-            return False
-        text = b"".join(piece for is_command, piece in split_commands(inbox.kept)
-                        if not is_command)
-        first, end, rest = text.partition(b"\n")
-        login = session.dialect.read_login(first.rstrip(b"\r"))
-        if not (end and login) or login.creates:
-            return False
-        self.claimed = self.hub.places.find(session, login)
-        if not self.claimed or not self.claimed.place.away_at:
-            self.claimed = None
-            return False
-        inbox.kept = rest
-        self._take()
-        return True
-
     def follow(self):
-        """From now on what is sent leaves a trail, if his place may have to be kept."""
-        client, settings = self.session.client, self.hub.settings
-        if settings.reattach and isinstance(client, Trailed):
-            client.follow(settings.reattach_limit)
+        """From now on what he is sent leaves a trail, or not: his place may have to be kept."""
+        settings = self.hub.settings
+        wanted = settings.reattach and self.session.character.login
+        follow(self.session.client, settings.reattach_limit if wanted else 0)
 
 
 class Session(Survivor):
@@ -5447,10 +5797,10 @@ class Session(Survivor):
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
         terminal."""
-        login, inbox, away_at = self.character.login, self.inbox, self.place.away_at
-        away = int(time.time() - away_at) if away_at else None
+        login, inbox, place = self.character.login, self.inbox, self.place
+        away = int(self.hub.now - place.gone_at) if place.away_at else None
         return {"id": self.number, "name": printable(login.name) if login else "",
-                "host": self.host, "state": "AWAY" if away_at else self.state.name,
+                "host": self.host, "state": "AWAY" if place.away_at else self.state.name,
                 "age": int(time.time()) - self.since,
                 "tls": self.tls, "idle": int(self.hub.now - inbox.typed_at), "away": away,
                 "bytes_in": inbox.bytes_in, "bytes_out": self.screen.bytes_out,
@@ -5586,17 +5936,17 @@ class Session(Survivor):
         """The heartbeat's answer about the pairs asked for."""
         if serial == self.serial and self.state in AWAY:
             self.way_back.on_checked(verdicts)
-        elif serial == self.serial and self.state is State.LOGIN:
-            self.place.on_checked(verdicts)
         elif serial == self.serial and self.state is State.PLAYING:
             self.feed.on_checked(verdicts)
+        elif serial == self.serial and self.place.claim:
+            self.place.claim.on_checked(verdicts)
 
     def on_verdict(self, left):
         """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
         self.handle(Event.LEFT if left else Event.DIED)
 
     def _leave(self):
-        if self.place.claim_kept():
+        if self.place.claim_kept():             # on_unclaimed() comes back
             return
         if self.character.pending and self.hub.world.shut:
             # its login screen's time was over; his login is for its next life
@@ -7515,13 +7865,14 @@ ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have th
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
 # source for `hub.` in part 6, and for `session.` and `other.` below it.
 FOR_SESSIONS = {
-    "now", "later", "selector", "patience", "backlogs",         # the loop
+    "now", "clock", "later", "selector", "patience", "backlogs",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance",
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
-    "logins.left", "logins.wait", "logins.wait_unread", "logins.took",      # logins, by address
+    "logins.left", "logins.may_go", "logins.wait", "logins.wait_unread",        # logins, by
+    "logins.took",                                                              # address
     "places", "door.came",                                      # those whose line dropped
     "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
 OF_SESSIONS = {
@@ -7885,12 +8236,8 @@ class Arrival:
     def __init__(self, hub, sock, host, tls):
         self.hub, self.host, self.tls, self.head = hub, host, tls, b""
         self.port, self.since = "TLS" if tls else "PROXY", hub.now
-        trailed, of = hub.settings.reattach, (hub.selector, sock, self, self.on_data)
-        if tls:
-            kind = TrailedTLSStream if trailed else TLSStream
-            self.stream = kind(*of, hub.settings.server_tls)
-        else:
-            self.stream = (TrailedStream if trailed else Stream)(*of)
+        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls)
+                       if tls else Stream(hub.selector, sock, self, self.on_data))
 
     def on_stream_open(self, stream):
         """The handshake is done."""
@@ -8058,12 +8405,7 @@ class Door:
         elif tls or self._is_front(host):
             self._await(Arrival(hub, sock, host, tls))
         else:
-            self.on_client(self.stream(sock), host, False)
-
-    def stream(self, sock):
-        """For a client: it leaves a trail where that may be needed."""
-        kind = TrailedStream if self.hub.settings.reattach else Stream
-        return kind(self.hub.selector, sock, None, None)
+            self.on_client(Stream(hub.selector, sock, None, None), host, False)
 
     def _await(self, arrival):
         """Bounds for each port and host; a share of the descriptors: other ports have some, too."""
@@ -8172,37 +8514,47 @@ class Places:
     def grew(self, count):
         """So many bytes more are kept (fewer, if negative)."""
         self._bytes += count
-        if self._bytes > self.MOST_BYTES and self.sessions:
-            largest = max(self.sessions.values(), key=lambda session: len(session.client.out))
-            largest.client.shorten(len(largest.client.out) // 2)
+        if count > 0 and self._bytes > self.MOST_BYTES and self.sessions:
+            largest = max((session.client for session in self.sessions.values()),
+                          key=lambda client: len(client.out))
+            largest.shorten(len(largest.out) // 2)
 
-    def find(self, newcomer, login):
-        """The session that this login, typed by `newcomer`, opens: the oldest place, or one whose
-        client may be dead; None if there is none."""
-        for session in self.sessions.values():
-            if session.character.opens_with(login):
-                return session
-        return next((session for session in self.hub.sessions.values()
-                     if session is not newcomer and session.state is State.PLAYING
-                     and session.character.opens_with(login)), None)
+    def kept_for(self, newcomer, login):
+        """The oldest place that this login, typed by `newcomer`, opens, or None."""
+        return next((session for session in self.sessions.values()
+                     if session.place.opens_to(newcomer, login)), None)
+
+    def living_for(self, newcomer, login):
+        """The sessions it would open if their clients were dead."""
+        return [session for session in self.hub.sessions.values()
+                if session.number not in self.sessions
+                and session.place.opens_to(newcomer, login)]
 
     def login_took(self, session):
-        """A login was confirmed: places of that character with another password were an evicted
-        user's."""
-        login = session.character.login
-        for other in list(self.sessions.values()):
-            theirs = other.character.login
-            if (other is not session and theirs and theirs.character == login.character
-                    and theirs.password != login.password):
+        """A login was confirmed. Who is in with another password of that character, or was, has
+        an old one: an evicted user, perhaps. It opens no place any more."""
+        for other in self._others(session, session.character.login):
+            if other.number in self.sessions:
                 other.place.give_up("the place is given up: its character logged in with another "
                                     "password")
+            else:
+                other.place.outdated = True
 
-    def changed(self, session, before):
-        """A change of a login was confirmed: other sessions of it change, too."""
+    def _others(self, session, login, same=False):
+        """The other sessions of a character, whose password is the same, or another."""
         for other in list(self.hub.sessions.values()):
-            if other is not session and other.character.login == before:
-                other.character.previous = before
-                other.character.login = session.character.login
+            theirs = other.character.login
+            if (other is not session and theirs and theirs.character == login.character
+                    and (theirs.password == login.password) is same):
+                yield other
+
+    def changed(self, session, change, before):
+        """A change of a login was confirmed: other sessions of it change, too."""
+        if self.hub.settings.reattach:
+            for other in self._others(session, before, same=True):
+                theirs = other.character
+                theirs.previous, theirs.login = theirs.login, change.of(theirs.login)
+            self.login_took(session)
 
     def rest(self):
         """Forget, now and then, what clients have acknowledged."""
@@ -8219,8 +8571,9 @@ class Places:
         if self.hub.settings.reattach and not self._resting:
             self._resting = True
             self.hub.later(TRAIL_REST_SECONDS, self.rest)
-        for session in list(self.sessions.values()):
-            session.place.look(session.place.away_at)
+        for session in list(self.hub.sessions.values()):
+            session.place.look_anew()
+            session.place.follow()
 
 
 @survives
@@ -8284,6 +8637,10 @@ class LoginQueue(Survivor):
     def left(self, host):
         """How many logins may be typed from this address before they are slowed down."""
         return 1 << 30 if self._is_free(host) else self.brake.left(host_group(host), self.hub.now)
+
+    def may_go(self, host):
+        """Whether a login from this address need not wait now."""
+        return self._is_free(host) or not self.brake.wait(host_group(host), self.hub.now)
 
     def wait(self, session, character):
         """Seconds until this login may go on, by Lines.try_login(); 0: it does, and counts."""
@@ -9898,6 +10255,7 @@ class Splice:
         self.inside = inside                    # the TLS stream, of another process's selector
         inside.selector, inside._interest = selector, 0
         inside.owner, inside.on_data = self, self._from_inside
+        follow(inside, 0)
         self.plain = Stream(selector, sock, self, self._from_plain)
         self._ending_since = None
 
@@ -10128,7 +10486,7 @@ class Survival(Survivor):
         number, host, tls = values["number"], values["host"], values.get("tls", False)
         fd = packed["client"]["fd"]
         client = (Absent(hub.settings.reattach_limit, hub.places.grew) if fd is None
-                  else hub.door.stream(take(fd)))
+                  else Stream(hub.selector, take(fd), None, None))
         session = hub.door.enter(number, client, host, tls)
         Passage(session).unpack(packed, take)
 
