@@ -4744,6 +4744,441 @@ class Reattach(ReattachCase):
         self.assertTrue(link.ended)
 
 
+class WhosePlace(ReattachCase):
+    """Nobody without the right password gets a place, or learns of one."""
+
+    def test_trying_passwords_at_a_place_is_braked(self):
+        """... by one connection each, too; the right one is not even looked at before its time."""
+        rig = self.rig()
+        client, link = self.away(rig)
+        for number in range(3):
+            guesser, own = self.comes_back(rig, f"connect Alice guess{number}\r\n", host="203.0.113.66")
+            self.assertIn(b"guess", own.read())
+            self.lose(rig, guesser)
+        guesser, own = self.comes_back(rig, host="203.0.113.66")
+        self.assertTrue(client.session.place.away_at)
+        self.assertEqual(own.read(), b"")
+        self.assertTrue(any("Too many logins" in line for line in guesser.lines()))
+        rig.pass_time(3.1, *SETTLED)
+        self.assertFalse(client.session.place.away_at)
+
+    def test_trying_them_while_the_world_is_down(self):
+        rig = self.rig()
+        client, link = self.away(rig)
+        rig.down()
+        guesser = rig.client(host="203.0.113.66")
+        guesser.send("".join(f"connect Alice {word}\r\n" for word in ("one", "two", "three", "pw")))
+        rig.settle()
+        rig.pass_time(*SETTLED)
+        self.assertTrue(client.session.place.away_at)
+        self.assertEqual(guesser.lines()[-1], RARE_NOTICES["login_kept_notice"])
+
+    def test_the_right_password_is_no_try(self):
+        rig = self.rig()
+        client, link = self.away(rig)
+        for _ in range(9):                                      # its client leaves sooner than it is served
+            again = rig.client()
+            rig.game.accept()
+            again.send("connect Alice pw\r\n")
+            rig.settle()
+            self.lose(rig, again)
+        again, own = self.comes_back(rig)
+        self.assertIn(b"Welcome back", again.read())
+
+    def test_the_password_reaches_no_link(self):
+        rig = self.rig()
+        client, link = self.away(rig)
+        link.read()
+        for pieces in (["connect Alice ", "pw\r\n"], list("connect Alice pw\r\n")):
+            again = rig.client()
+            own = rig.game.accept()
+            for piece in pieces:
+                again.send(piece)
+                rig.settle()
+            rig.pass_time(*SETTLED)
+            self.assertIn(b"Welcome back", again.read())
+            self.assertEqual((link.read(), own.read()), (b"", b""))
+            self.lose(rig, again)
+
+    def test_the_old_password_after_a_change_in_another_session(self):
+        """His sessions may spell his name in other ways."""
+        rig = self.rig()
+        first, link = rig.player("alice")
+        second, other = rig.player('"*Alice"')
+        self.lose(rig, first)
+        second.send("@password pw=new\r\n")
+        rig.settle()
+        other.send("Password changed.\r\n")
+        rig.settle()
+        again, own = self.comes_back(rig)
+        self.assertTrue(first.session.place.away_at)
+        self.assertIn(b"connect Alice pw", own.read())
+        again, own = self.comes_back(rig, "connect ALICE new\r\n")
+        self.assertFalse(first.session.place.away_at)
+
+    def test_an_evicted_thief_who_is_still_connected(self):
+        """His client lives when the owner logs in with another password; it may drop, or be dead."""
+        for drops in (True, False):
+            rig = self.rig()
+            thief, link = rig.player(tcp=True)
+            owner = rig.client()
+            own = rig.game.accept()
+            owner.send("connect Alice new\r\n")
+            rig.settle()
+            rig.let_in(own)
+            if drops:
+                self.lose(rig, thief)
+                self.assertFalse(rig.hub.places)
+            with mock.patch.object(has, "acknowledged_ago", lambda sock: math.inf):
+                again, own = self.comes_back(rig)
+                rig.pass_time(*[0.1] * 30)
+            self.assertIn(b"connect Alice pw", own.read())
+            self.assertNotIn(b"Welcome back", again.read())
+
+    def test_the_address_is_named_where_it_changed(self):
+        rig = self.rig()
+        client, link = self.away(rig, host="203.0.113.1")
+        with self.assertLogs(has.log, "INFO") as logged:
+            again, own = self.comes_back(rig, host="203.0.113.2")
+        self.assertIn("(line lost at 203.0.113.1, back from 203.0.113.2)", again.read().decode())
+        self.assertTrue(any("Alice@203.0.113.1: is back from 203.0.113.2 after" in line for line in logged.output))
+        self.assertEqual(rig.hub.control.status()["sessions"][0]["host"], "203.0.113.2")
+
+    def checked(self, rig, link, again):
+        """A place that waits for the heartbeat's answer."""
+        return rig.hub.on_checked, again.session.number, again.session.serial
+
+    def away_where_passwords_are_checked(self):
+        rig = self.rig("teenymush", up=False)
+        client = rig.client()
+        rig.found("life 1", checks=True)
+        link = rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        link.send("Last connect was from home\r\n")
+        rig.settle()
+        client.session.character.checked = None
+        self.lose(rig, client)
+        return rig, client, link
+
+    def test_a_link_that_ends_while_the_password_is_checked(self):
+        """The game is full, or his site is forbidden: his place is open all the same; else he leaves."""
+        for right in (True, False):
+            rig, client, link = self.away_where_passwords_are_checked()
+            again, own = self.comes_back(rig)
+            own.send("Sorry, full.\r\n")
+            own.sock.close()
+            rig.settle()
+            rig.answer([(again.session.number, again.session.serial)], again.session.life)
+            self.assertFalse(is_gone(again))
+            rig.post(rig.hub.on_checked, again.session.number, again.session.serial, [right])
+            rig.pass_time(*SETTLED)
+            self.assertEqual(bool(client.session.place.away_at), not right)
+            text = again.read()
+            self.assertEqual((b"Welcome back" in text, again.ended), (right, not right))
+
+    def test_the_heartbeat_does_not_answer(self):
+        rig, client, link = self.away_where_passwords_are_checked()
+        again, own = self.comes_back(rig)
+        rig.pass_time(2.1, *SETTLED)
+        self.assertFalse(client.session.place.away_at)
+
+    def test_the_world_dies_while_the_password_is_checked(self):
+        rig, client, link = self.away_where_passwords_are_checked()
+        again, own = self.comes_back(rig)
+        rig.down()
+        rig.pass_time(2.1, *SETTLED)
+        self.assertFalse(client.session.place.away_at)
+        self.assertEqual((state_of(client), is_gone(again)), ("WAITING", True))
+
+    def test_a_place_that_is_given_up_meanwhile(self):
+        """The login is kept for the world, as if nothing had been."""
+        rig = self.rig()
+        client, link = self.away(rig)
+        rig.down()
+        again = rig.client()
+        again.send("connect Alice pw\r\nsay hi\r\n")
+        with mock.patch.object(has.Place, "is_busy", True):
+            rig.settle()
+        client.session.place.give_up("for a test")
+        rig.pass_time(*SETTLED)
+        self.assertEqual(again.lines()[-2:], [RARE_NOTICES["login_kept_notice"], "# UNSENT say hi"])
+        rig.found("life 2")
+        self.assertIn(b"connect Alice pw", rig.game.accept().read())
+
+    def test_another_place_where_somebody_was_faster(self):
+        rig = self.rig()
+        (first, link), (second, other) = rig.player(), rig.player()
+        self.lose(rig, first)
+        self.lose(rig, second)
+        newcomers = [rig.client() for _ in range(3)]
+        links = [rig.game.accept() for _ in range(3)]
+        for client in newcomers:
+            client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.pass_time(*SETTLED * 2)
+        self.assertFalse(rig.hub.places)
+        self.assertEqual(sum(b"connect Alice pw" in it.read() for it in links), 1)
+        self.assertEqual(sum(b"Welcome back" in it.read() for it in newcomers), 2)
+
+
+class LivingClients(ReattachCase):
+    """Whether a client lives is asked of its kernel; who lives is never thrown out."""
+
+    def setUp(self):
+        self.dead = set()                                       # their clients do not acknowledge
+        for name, stand_in in (("acknowledged_ago", lambda sock: math.inf if sock in self.dead else 0),
+                               ("can_tell_life", lambda sock: sock is not None)):
+            patch = mock.patch.object(has, name, stand_in)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def logs_in(self, rig):
+        again = rig.client(tcp=True)
+        own = rig.game.accept()
+        again.send("connect Alice pw\r\n")
+        rig.settle()
+        return again, own
+
+    def keepalive(self, client):
+        sock = client.session.client.sock
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), sock.getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+
+    def test_one_lives_and_one_is_dead(self):
+        rig = self.rig()
+        with mock.patch.object(has, "can_tell_life", lambda sock: False):
+            (living, link), (dead, other) = rig.player(tcp=True), rig.player(tcp=True)
+        self.dead.add(dead.session.client.sock)
+        again, own = self.logs_in(rig)
+        rig.pass_time(*[0.1] * 26, *SETTLED)
+        self.assertIn(b"Welcome back", again.read())
+        other.send("to the dead one\r\n")
+        rig.settle()
+        self.assertEqual((again.lines(), living.read(), own.read()), (["to the dead one"], b"", b""))
+
+    def test_what_he_is_told_at_the_end_is_not_shown_again(self):
+        rig = self.rig()
+        client, link = rig.player(tcp=True)
+        self.dead.add(client.session.client.sock)
+        again, own = self.logs_in(rig)
+        rig.pass_time(*[0.1] * 26, *SETTLED)
+        self.assertIn(b"Your session goes on at 203.0.113.9.", client.read())
+        self.assertNotIn(b"goes on at", again.read())
+
+    def test_the_world_dies_meanwhile(self):
+        """... and whoever comes while it is down is no second one, either."""
+        for before in (True, False):
+            rig = self.rig()
+            client, link = rig.player(tcp=True)
+            self.dead.add(client.session.client.sock)
+            if before:
+                rig.down()
+                again = rig.client(tcp=True)
+                again.send("connect Alice pw\r\n")
+                rig.settle()
+            else:
+                again, own = self.logs_in(rig)
+                rig.down()
+            rig.pass_time(*[0.1] * 26, *SETTLED)
+            self.assertEqual((state_of(client), is_gone(again)), ("WAITING", True))
+            self.assertIn(b"Welcome back", again.read())
+
+    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform does not tell its keepalive")
+    def test_the_keepalive_is_as_before_whatever_happens(self):
+        for what in ("it lives", "he leaves", "the world dies", "kicked"):
+            rig = self.rig()
+            client, link = rig.player(tcp=True)
+            has.tune(client.session.client.sock, *has.CLIENT_KEEPALIVE)
+            if what != "it lives":
+                self.dead.add(client.session.client.sock)
+            again, own = self.logs_in(rig)
+            self.assertEqual(self.keepalive(client), (1, 1))
+            if what == "he leaves":
+                self.lose(rig, again)
+            elif what == "the world dies":
+                rig.down()
+                self.dead.clear()
+            elif what == "kicked":
+                rig.hub.control.command({"do": "kick", "id": again.session.number})
+            rig.pass_time(*[0.1] * 5)
+            self.assertEqual(self.keepalive(client), (60, 15), what)
+            self.assertFalse(client.session.place.away_at)
+
+    def test_his_line_drops_while_it_is_asked(self):
+        rig = self.rig()
+        client, link = rig.player(tcp=True)
+        self.dead.add(client.session.client.sock)
+        again, own = self.logs_in(rig)
+        self.lose(rig, client)
+        rig.pass_time(*SETTLED)
+        self.assertIn(b"Welcome back", again.read())
+
+    def test_an_upgrade_meanwhile(self):
+        """The login that waits is read anew by the other program."""
+        for is_away in (True, False):
+            rig = self.rig()
+            client, link = self.away(rig, tcp=True) if is_away else rig.player(tcp=True)
+            again, own = self.logs_in(rig)
+            rig.upgrade()
+            if not is_away:
+                self.dead.add(client.session.client.sock)
+            rig.pass_time(15.1, *[0.1] * 30)
+            self.assertFalse(client.session.place.away_at)
+            self.assertIn(b"Welcome back", again.read())
+
+
+class PlaceInEveryState(ReattachCase):
+    """The line drops while the world is away, or its user is on his way back."""
+
+    COLUMNS = "PLAYING", "ASKING", "WAITING", "REOPENING", "RETURNING", "BACKOFF"
+
+    def test_drop_and_return(self):
+        for column in self.COLUMNS:
+            with self.subTest(column):
+                rig = self.rig()
+                client, link = bring_to(rig, column)
+                self.lose(rig, client)
+                self.assertTrue(client.session.place.away_at)
+                check_consistent(self, rig)
+                again = rig.client()
+                again.send("connect Alice pw\r\n")
+                rig.settle()
+                rig.pass_time(*SETTLED)
+                if column == "RETURNING":
+                    self.assertTrue(client.session.place.away_at)
+                    rig.let_in(link)
+                    rig.pass_time(0.1)
+                if column == "ASKING":
+                    rig.down()
+                    rig.pass_time(0.1)
+                if column == "REOPENING":
+                    rig.pass_time(*[1] * 10)                    # its connect fails
+                self.assertFalse(client.session.place.away_at)
+                self.assertIn(b"Welcome back", again.read())
+                check_consistent(self, rig)
+
+    def test_what_he_typed_last(self):
+        """It goes on when his return is over; but QUIT is QUIT."""
+        for words, is_kept in (("say last\r\nhalf", True), ("say last\r\nQUIT\r\n", False)):
+            rig = self.rig()
+            client, link = rig.returning()
+            client.send(words)
+            self.lose(rig, client)
+            self.assertEqual(bool(client.session.place.away_at), is_kept)
+            if is_kept:
+                rig.let_in(link)
+                self.assertEqual(link.read(), b"say last\r\n")
+
+    def test_half_a_line_at_a_world_that_cannot_forget_it(self):
+        """It would stand before the next line he types: so he leaves, as without a place."""
+        rig = self.rig("teenymush", up=False)
+        client = rig.client()
+        rig.found("life 1")
+        link = rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        link.send("Last connect was from home\r\n")
+        rig.settle()
+        client.send("half")
+        rig.settle()
+        self.lose(rig, client)
+        self.assertFalse(rig.hub.places)
+
+    def test_refused_on_his_return(self):
+        """The crash has undone him: nobody can come back into this place."""
+        rig = self.rig()
+        client, link = self.away(rig)
+        rig.down()
+        rig.found("life 2")
+        link = rig.game.accept()
+        rig.let_in(link, None)
+        rig.pass_time(10.1)
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+    def test_his_time_and_that_of_the_outage(self):
+        """Whichever ends first ends him."""
+        for settings, seconds in (({"hold": 30, "reattach": 60}, 30), ({"hold": 60, "reattach": 30}, 30)):
+            rig = self.rig(**settings)
+            client, link = self.away(rig)
+            rig.down()
+            rig.pass_time(*[1] * (seconds - 1))
+            self.assertTrue(rig.hub.sessions)
+            rig.pass_time(*[1] * 3)
+            self.assertFalse(rig.hub.sessions or rig.hub.places, settings)
+
+    def test_a_client_that_did_not_read(self):
+        """What it held is among what he missed, and his link is read again."""
+        for how in ("reset", "closed"):
+            with self.subTest(how):
+                self.stuck_client(how)
+
+    def stuck_client(self, how):
+        rig = self.rig(reattach_limit=1 << 20)
+        client, link = rig.player(tcp=True)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.session.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        line, sent = b"x" * 98 + b"\r\n", 0
+        while not client.session.client.full:
+            link.send(line * 100)
+            rig.settle()
+            sent += 100
+        if how == "reset":
+            client.reset()
+        else:
+            client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        self.assertTrue(client.session.place.away_at)
+        link.send(line * 2000)                                  # more than a socket takes
+        rig.settle(lambda: client.session.client.out.count(b"\n") >= 2000)
+        again, own = self.comes_back(rig, tcp=True)
+        rig.settle()
+        text = b""
+        deadline = time.monotonic() + 5
+        while b"You are back" not in text and time.monotonic() < deadline:
+            text += again.read()
+            rig.settle()
+        told, = re.findall(rb"You missed (\d+) lines:", text)
+        self.assertLessEqual(sent + 2000 - 1300, int(told))     # 4096 bytes and more were in the sockets
+        self.assertLessEqual(int(told), sent + 2000)
+
+    def test_hup(self):
+        """On, off and on again: who is connected has a trail, or none, and places end."""
+        rig = self.rig(reattach=0)
+        client, link = rig.player()
+        for seconds in (300, 0, 300):
+            rig.hub.settings = settings_of((("reattach", seconds),))
+            rig.hub.places.look()
+            self.assertEqual(client.session.client.trail is not None, bool(seconds))
+        self.lose(rig, client)
+        self.assertTrue(client.session.place.away_at)
+        rig.hub.settings = settings_of((("reattach", 0),))
+        rig.hub.places.look()
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+    def test_an_older_program_knew_nothing_of_places(self):
+        def spoil(state):
+            for packed in state["sessions"]:
+                for name in ("away_at", "gone_at", "away_host", "outdated", "had"):
+                    packed["values"].pop(name, None)
+        rig = self.rig()
+        client, link = rig.player()
+        rig.upgrade(spoil)
+        self.lose(rig, client)
+        again, own = self.comes_back(rig)
+        self.assertIn(b"Welcome back", again.read())
+
+    def test_an_upgrade_keeps_his_time(self):
+        rig = self.rig(reattach=60)
+        client, link = self.away(rig)
+        rig.pass_time(*[10] * 4)
+        rig.upgrade()
+        rig.pass_time(*[1] * 18)
+        self.assertTrue(rig.hub.places)
+        rig.pass_time(3)
+        self.assertFalse(rig.hub.sessions or rig.hub.places)
+
+
 class AnotherClient(RigCase):
     """Another client at a link that lives: what they agree on, and not one command more (REATTACH.md 9)."""
 
@@ -4903,6 +5338,41 @@ class WhatWasOnTheWay(unittest.TestCase):
         self.assertLess(trail._size, 400)
         self.assertTrue(trail.read()[0].endswith(b"line 99999\r\n"))
 
+    def test_what_is_too_much_is_counted(self):
+        """The kernel holds more than is kept of what it was not acknowledged."""
+        for overhead in (0, 22):
+            trail = self.trail(overhead, limit=4096)
+            for number in range(1000):
+                trail.add(b"line %03d\r\n" % number)
+                self.left = (10 + overhead) * (number + 1)      # the client gets nothing any more
+            admitted, unseen, lost = trail.read()
+            shown = unseen.split(b"\r\n")[:-1]
+            self.assertEqual(shown, [b"line %03d" % n for n in range(1000)][-len(shown):])
+            self.assertEqual((len(shown) + lost, admitted), (1000, b""))
+            self.assertLess(trail._size, 3 * (4096 + 2048))
+            self.left = 0                                       # and then everything
+            trail.trim()
+            self.assertEqual(trail.read()[1:], (b"", 0))
+            self.assertLess(trail._size, 5000)
+
+    def test_no_part_of_a_line_is_admitted(self):
+        for overhead in (0, 22):
+            trail = self.trail(overhead)
+            for number in range(5000):
+                trail.add(b"line %d: " % number)
+                trail.add(b"the end of it, in another write\r\n")
+            for line in trail.read()[0].split(b"\r\n")[:-1]:
+                self.assertRegex(line, rb"\Aline \d+: the end of it, in another write\Z")
+
+    def test_broken_for_long(self):
+        trail = self.trail(limit=1000)
+        for number in range(1000):
+            trail.add_lost(b"line %03d\r\n" % number)
+            self.assertLess(len(trail.lost), 2100)
+        _, unseen, lost = trail.read()
+        self.assertEqual(unseen.count(b"\n") + lost, 1000)
+        self.assertTrue(unseen.endswith(b"line 999\r\n"))
+
     def test_broken(self):
         trail = self.trail()
         trail.add(b"got\r\nhalf")
@@ -4940,6 +5410,85 @@ class WhatWasOnTheWay(unittest.TestCase):
             self.assertEqual((whole + stuck).count(b"line"), fed)
             ours.close()
             stream.drop()
+
+
+class WhatWasOnTheWayInTLS(unittest.TestCase):
+    """The same inside TLS, where the kernel counts records, and one that has only begun."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(*certificate(folder.name))
+
+    def connected(self, version):
+        """A TLSStream with a trail, and what reads at the other end: (stream, socket, TLS, its input)."""
+        ours, theirs = tcp_pair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stream = has.TLSStream(selectors.DefaultSelector(), theirs, mock.Mock(), mock.Mock(), self.context)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = version
+        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(came, goes)
+        ours.setblocking(False)
+        until, done = time.monotonic() + 5, False
+        while (stream.connecting or not done) and time.monotonic() < until:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                done = True
+            ours.send(goes.read())
+            stream.ready(has.READ)
+            with contextlib.suppress(BlockingIOError):
+                came.write(ours.recv(1 << 16))
+        has.follow(stream, 1 << 20)
+        return stream, ours, tls, came
+
+    @staticmethod
+    def decrypted(tls):
+        """All that has come whole."""
+        text = b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while True:
+                text += tls.read(1 << 16)
+        return text
+
+    @unittest.skipUnless(sys.platform == "linux", "TCP_INFO says how much was ever written")
+    def test_a_flood_cut_in_the_middle(self):
+        def acknowledged(stream):
+            return has.ever_written(stream.sock) - has.unacknowledged(stream.sock)
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for held in (0, 5000, 60000):
+                stream, ours, tls, came = self.connected(version)
+                until = time.monotonic() + 5
+                while has.unacknowledged(stream.sock) and time.monotonic() < until:
+                    select.select([], [], [], 0.01)
+                with contextlib.suppress(BlockingIOError):      # what 1.3 says behind its handshake
+                    came.write(ours.recv(1 << 16))
+                began, read, seen, fed = acknowledged(stream), 0, self.decrypted(tls), 0
+                while len(stream.out) <= held:
+                    lines = range(fed, fed + random.choice((1, 1, 3)))
+                    stream.send(b"".join(b"line %05d\r\n" % number for number in lines))
+                    fed = lines.stop
+                    if fed % 97 < 3:
+                        with contextlib.suppress(BlockingIOError):
+                            read += came.write(ours.recv(random.randrange(1, 3000)))
+                        stream.ready(has.WRITE)
+                        seen += self.decrypted(tls)
+                unread, until = b"", time.monotonic() + 5
+                while acknowledged(stream) != began + read + len(unread) and time.monotonic() < until:
+                    select.select([], [], [], 0.01)             # it goes on, and is acknowledged late
+                    with contextlib.suppress(BlockingIOError):
+                        unread = ours.recv(1 << 22, socket.MSG_PEEK)
+                _, missed, lost = stream.trail.read(bool(stream.out))
+                came.write(unread)
+                seen += self.decrypted(tls)
+                shown = seen[:seen.rfind(b"\n") + 1] + missed + bytes(stream.out)
+                numbers = [int(line[5:]) for line in shown.split(b"\r\n")[:-1]]
+                self.assertEqual((numbers, lost), (list(range(fed)), 0), (version, held))
+                ours.close()
+                stream.drop()
 
 
 def tcp_pair():
