@@ -8823,7 +8823,8 @@ class Links(Survivor):
         self._last = collections.OrderedDict()  # the same of suspects
         # session -> when its link was opened, oldest first, and has shown nothing yet
         self._arriving = collections.OrderedDict()
-        self._next_at, self._woken, self._last_woken = 0.0, False, False
+        self._next_at, self._last_woken = 0.0, False
+        self._woken_at = math.inf               # when _open_some() is due
         self._mute = {}                         # session -> serial of a link that has shown nothing
         self._knocked_at = 0.0
 
@@ -8904,20 +8905,26 @@ class Links(Survivor):
         if self._last and not (self._last_woken or self._waiting or self._arriving):
             self._last_woken = True
             self.hub.later(0, self._open_last)
-        if self._waiting and not self._woken:
-            self._woken = True
-            self.hub.later(max(0.0, self._next_at - self.hub.now), self._open_some)
+        if self._waiting:
+            self._open_at(max(self.hub.now, self._next_at))
 
-    def _open_some(self):
-        self._woken = False
+    def _open_at(self, when):
+        """Have _open_some() run then, or sooner if it will in any case."""
+        if when < self._woken_at:
+            self._woken_at = when
+            self.hub.later(when - self.hub.now, self._open_some, when)
+
+    def _open_some(self, woken_at):
+        if woken_at != self._woken_at:
+            return                              # it was wanted sooner meanwhile
+        self._woken_at = math.inf
         hub, rate, opened = self.hub, self.hub.settings.resume_rate, 0
         while self._waiting and hub.is_up:
             wait = 0 if rate == 0 else self._wait()
             if wait is None:
                 return                          # arrived() and spoke() call again
             if wait:
-                self._woken = True
-                hub.later(wait, self._open_some)
+                self._open_at(hub.now + wait)
                 return
             if rate and hub.now < self._next_at or opened == LINKS_A_TURN:
                 self.go_on()

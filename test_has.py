@@ -4304,12 +4304,12 @@ class Pace(RigCase):
 
     def test_a_link_counts_until_its_first_byte(self):
         """It shows that the server has accepted it; the end of the login is another matter."""
-        rig, states = self.away(3, at_once=1)
-        for count, wanted in enumerate(("RWW", "RRW", "RRR")):
-            self.assertEqual(states(), wanted)
-            rig.game.accept().send("W")
-            rig.settle()
-        self.assertEqual(states(), "RRR")
+        for most_silent in (0, 4):
+            rig, states = self.away(3, at_once=1, most_silent=most_silent)
+            for wanted in ("RWW", "RRW", "RRR"):
+                self.assertEqual(states(), wanted)
+                rig.game.accept().send("W")
+                rig.settle()
 
     def test_a_first_byte_speaks_for_all_links_before_it(self):
         rig, states = self.away(6, at_once=3)
@@ -13440,6 +13440,9 @@ class World:
     EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
     MAX_LINE = 8000
     TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
+    # with `paced`: seconds a login takes the real server, and more for each who is in already
+    PACE = 0, 0                 # (worlds/return-speed.md; TinyMUX: less than this program needs)
+    LOOK_UP_SECONDS = 5         # until a question that the name server has dropped is given up
     # (seconds, text before, text after, listener is closed meanwhile, telnet bytes)
     RESTART = None
 
@@ -13449,6 +13452,9 @@ class World:
         self.host, self.port, self.unix_path = "127.0.0.1", port, unix_path
         self.backlog = self.BACKLOG if backlog is None else backlog
         self.reset_on_kill = self.silent_banner = self.guests = False
+        # as slow as the real one, and each of its writes a packet that waits for the last one's ACK
+        self.paced = False
+        self.lost_look_ups = ()     # of which connections of a life, counted from 1
         self.logins_disabled = self.accept_bug = self.strands = False
         self.telnet = self.trusted_address = self.quota = self.proxy_enabled = True
         self.start_id = self.max_players = self.sconnect_cmd = None
@@ -13460,7 +13466,7 @@ class World:
         self._given_id = self.start_id
         self.connections, self.all_connections, self.lines, self.logins = [], [], [], []
         self.evaluated, self.forged, self.errors = [], [], []
-        self.accepted = self.starts = 0
+        self.accepted = self.starts = self.looked_up = 0
         self.running = self.frozen = False
         self.aliases, self.numbers, self.last_seen = {}, {}, {}
         self.failed, self.ip_failures = {}, {}
@@ -13680,7 +13686,7 @@ class World:
 
     def _start(self):
         assert not self.running, "already started"
-        self.starts += 1
+        self.starts, self.looked_up = self.starts + 1, 0
         self.start_id = next(
             _start_ids) if self._given_id is None else self._given_id + self.starts - 1
         self._note("!", 0, b"start")
@@ -13819,7 +13825,7 @@ class World:
     def _adopt(self, sock):
         sock.setblocking(False)
         local = sock.family != socket.AF_INET
-        if not local:
+        if not (local or self.paced):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         conn = Connection(self, sock, local)
         self.accepted += 1
@@ -13828,6 +13834,11 @@ class World:
         self._note("!", conn.id, b"accepted")
         self._flush(conn)
         self.connected(conn)
+
+    def look_up(self):
+        """The address of a connection is looked up; seconds until that has failed, or 0."""
+        self.looked_up += 1
+        return self.LOOK_UP_SECONDS if self.looked_up in self.lost_look_ups else 0
 
     def connected(self, conn):
         """What the family says unasked."""
@@ -14379,6 +14390,9 @@ class Mush(World):
 
     def welcome(self, conn, name, created=False, dark=False):
         again = bool(self.online(name))
+        if self.paced:
+            once, more = self.PACE
+            time.sleep(once + more * len(self.online()))
         conn.player, conn.login_number = name, next(self._login_ids)
         conn.settings["DARK"] = dark
         self.logins.append((name, conn.id, time.monotonic()))
@@ -14525,7 +14539,7 @@ class TeenyMUSH(Mush):
     last first.
     """
     family, HOST, EOL = "teenymush", "localhost", "\n"
-    BACKLOG, FIRST_NUMBER, AGAIN = 1, 4, "re-connected"
+    BACKLOG, FIRST_NUMBER, AGAIN, PACE = 1, 4, "re-connected", (0, 0.0003)
     BANNER = ("Welcome to TeenyMUSH\r\n\r\n"
               "Type the below command to customize this screen after loging in as God.\r\n\r\n"
               "    &conf.login #0= Login screen\r\n\r\n")
@@ -14961,7 +14975,7 @@ class PennMUSH(CMush):
     """Silent for a second, negotiates after the first IAC, takes a user's address on its unix
     socket.
     """
-    family, BACKLOG, FIRST_NUMBER = "pennmush", 5, 4
+    family, BACKLOG, FIRST_NUMBER, PACE = "pennmush", 5, 4, (0.0025, 0)
     BANNER = (
         "<This is where you announce that they've connected to your MUSH>\r\n"
         "<It's a good idea to include the version/patchlevel of MUSH you're running>\r\n"
@@ -15028,8 +15042,29 @@ class PennMUSH(CMush):
     SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
                        "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
 
+    def __init__(self, *args, **quirks):
+        self._unnamed = []          # accepted sockets whose addresses are being looked up
+        super().__init__(*args, **quirks)
+
     # -- connecting: the silent start, the unix socket's address line, telnet only where it is
     # looked for --
+
+    def _adopt(self, sock):
+        """Its slave looks the address up first; meanwhile all others are served."""
+        seconds = self.look_up()
+        if not seconds:
+            return super()._adopt(sock)
+        self._unnamed.append(sock)
+        return self._at(seconds, self._named, sock)
+
+    def _named(self, sock):
+        self._unnamed.remove(sock)
+        super()._adopt(sock)
+
+    def _die(self, reset=False):
+        super()._die(reset)
+        while self._unnamed:
+            self._unnamed.pop().close()
 
     def connected(self, conn):
         self._at(self.silent_start, self._ask_telnet, conn)
@@ -15307,7 +15342,7 @@ class TinyMUSH(CMush):
     """TinyMUSH 4: sub-negotiations leak into the line, a refused login restarts the game, kill -9
     loses nothing.
     """
-    family, HOST, BACKLOG, FIRST_NUMBER = "tinymush", "localhost", 5, 3
+    family, HOST, BACKLOG, FIRST_NUMBER, PACE = "tinymush", "localhost", 5, 3, (0.002, 0.0012)
     KEEPS_PLAYERS = ANNOUNCES_DOWN = True
     BANNER = (
         "This world is Pueblo 1.0 enhanced\r\n\r\nWelcome to TinyMUSH\r\n" + "-" * 78 + "\r\n"
@@ -15583,7 +15618,7 @@ class RhostMUSH(CMush):
 
     PROXY lines give the user's address, a second one is fatal for all.
     """
-    family, HOST, BACKLOG, FIRST_NUMBER = "rhostmush", "localhost", 5, 2
+    family, HOST, BACKLOG, FIRST_NUMBER, PACE = "rhostmush", "localhost", 5, 2, (0.0078, 0)
     GHOSTS = ANNOUNCES_DOWN = True
     TOP = " " + "/~\\=" * 18 + "/~\\ \r\n"
     BOTTOM = " " + "\\_/=" * 18 + "\\_/\r\n  " + "~   " * 18 + "~  \r\n"
@@ -15712,6 +15747,7 @@ class RhostMUSH(CMush):
             return conn.finish("SSL Connections are not allowed from your site.\r\n")
         conn.proxied = True
         conn.address_given = conn.host = conn.ip = words[0]
+        time.sleep(self.look_up())              # nobody else is served meanwhile
         return self._show_banner(conn)
 
     def _show_banner(self, conn):
@@ -15842,6 +15878,11 @@ class RealMux:
 
     def start(self):
         """Start the server (an @shutdown may still be going on); return when it serves."""
+        self.launch()
+        poll_until(self._answers, lambda: "TinyMUX does not answer\n" + self.log_tail())
+
+    def launch(self):
+        """Start the server's process."""
         self.wait()
         poll_until(lambda: self._port_is_free(self.port), lambda: "port %d is taken" % self.port)
         self._rotate_database()
@@ -15851,7 +15892,6 @@ class RealMux:
                 ["./bin/netmux", "-c", "netmux.conf", "-p", "netmux.pid", "-e", "."],
                 cwd=self.game, env=dict(os.environ, LD_LIBRARY_PATH="./bin"),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-        poll_until(self._answers, lambda: "TinyMUX does not answer\n" + self.log_tail())
 
     def stop(self):
         """End the server by SIGTERM: it saves its database first."""
@@ -16329,7 +16369,26 @@ def bench_table(results, sessions):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def bench(sessions, seconds, rounds=3):
+def bench(what, sessions, seconds):
+    """Print the tables that are wanted."""
+    more_descriptors()
+    print(f"`python3 test_has.py --bench` on {machine()}\n")
+    if "relay" in what:
+        bench_relay(sessions, seconds)
+    if "return" in what:
+        bench_return()
+    return 0
+
+
+def more_descriptors():
+    """As many as this process may have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE,
+                           (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
+
+def bench_relay(sessions, seconds, rounds=3):
     """Print the table of costs."""
     peers = ["direct", "has.py"] + ["haproxy"] * bool(shutil.which("haproxy"))
     results = {peer: [] for peer in peers}
@@ -16337,21 +16396,226 @@ def bench(sessions, seconds, rounds=3):
         for peer in peers:
             print(f"bench: round {number + 1} of {rounds}, {peer}", file=sys.stderr)
             results[peer].append(bench_once(peer, sessions, seconds))
-    print(f"`python3 test_has.py --bench` on {machine()}; medians of {rounds} rounds;")
-    print("CPU and memory are the relay's.\n")
-    print(bench_table(results, sessions))
-    return 0
+    print(f"The relay; medians of {rounds} rounds; CPU and memory are the relay's.\n")
+    print(bench_table(results, sessions) + "\n")
 
 
 def bench_load(options):
     """The hidden half of --bench, in a process of its own."""
     pin(0, 0)
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        resource.setrlimit(resource.RLIMIT_NOFILE,
-                           (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    more_descriptors()
     print(json.dumps(BenchLoad(*json.loads(options)).run()))
     return 0
+
+
+# ---- --bench: how fast a crowd is back, beside the server's own pace
+#
+# In every round the server dies (kill -9), a crowd logs in to its next life by itself, it dies
+# again, and HAS brings the same crowd back to the next. Seconds count from its listen().
+
+RETURN_COLUMNS = "first", "half", "95 %", "last", "server alone, last", "CPU of HAS"
+LISTENS = "0A"                      # in /proc/net/tcp
+
+
+class Rooms(TinyMUX):
+    """Every user in a room of his own: nobody is told of anybody."""
+
+    def announce(self, name, text):
+        pass
+
+    def look_text(self, name):
+        return self.ROOM[0]
+
+
+class RealReturn(RealMux):
+    """The real TinyMUX with what ReturnBench uses of a scripted world."""
+
+    ROOM = ("Limbo",)
+    paced = True
+
+    def stop(self):
+        self.close()
+
+    def start(self):
+        """Return as soon as it listens."""
+        self.launch()
+        wanted = "%08X:%04X" % (socket.htonl(0x7f000001), self.port)
+        poll_until(lambda: any(line.split()[1:4:2] == [wanted, LISTENS] for line in
+                               pathlib.Path("/proc/net/tcp").read_text().splitlines()),
+                   self.log_tail, 0.001)
+
+
+class Crowd:
+    """Users in one plain loop: `texts` is what each has heard."""
+
+    def __init__(self, stack, count):
+        self.names = [f"u{number}" for number in range(count)]
+        self.socks, self.texts = [], []
+        self.selector = selectors.DefaultSelector()
+        stack.callback(self.leave)
+
+    def leave(self):
+        self.selector.close()
+        for sock in self.socks:
+            sock.close()
+
+    def log_in(self, port, most, wanted, seconds=60):
+        """Log all in, with at most so many links that nobody has accepted yet; return when each has
+        heard that text. A first byte speaks for the links before it."""
+        arriving, times = collections.deque(), {}
+        until = time.monotonic() + seconds
+        while len(times) < len(self.names):
+            if time.monotonic() > until:
+                raise RuntimeError(f"{len(times)} of {len(self.names)} logged in")
+            while len(arriving) < most and len(self.socks) < len(self.names):
+                number = len(self.socks)
+                self.socks.append(has.begin_connect((socket.AF_INET, ("127.0.0.1", port))))
+                self.texts.append(b"")
+                self.selector.register(self.socks[-1], selectors.EVENT_WRITE, number)
+                arriving.append(number)
+            for key, events in self.selector.select(1):
+                number = key.data
+                if events & selectors.EVENT_WRITE:
+                    self.selector.modify(key.fileobj, selectors.EVENT_READ, number)
+                    name = self.names[number].encode()
+                    key.fileobj.sendall(b"connect %s pw%s\r\n" % (name, name))
+                    continue
+                self.read(number)
+                while arriving and arriving[0] <= number:
+                    arriving.popleft()
+                if wanted in self.texts[number]:
+                    times.setdefault(number, time.monotonic())
+        return sorted(times.values())
+
+    def read(self, number):
+        data = self.socks[number].recv(65536)
+        self.texts[number] += data
+        has.acknowledge(self.socks[number])
+        if not data:
+            raise RuntimeError(f"{self.names[number]} was thrown out: {self.texts[number][-200:]}")
+
+    def hear(self, wanted, seconds):
+        """Return when each has heard the text that is wanted of him, sorted."""
+        times, until = {}, time.monotonic() + seconds
+        while len(times) < len(self.names):
+            left = until - time.monotonic()
+            if left < 0:
+                raise RuntimeError(f"{len(times)} of {len(self.names)} heard {wanted[0]!r}")
+            for key, _ in self.selector.select(left):
+                self.read(key.data)
+                if wanted[key.data] in self.texts[key.data]:
+                    times.setdefault(key.data, time.monotonic())
+        return sorted(times.values())
+
+    def forget(self):
+        """Hear from now on; return what was heard."""
+        heard, self.texts = self.texts, [b""] * len(self.texts)
+        return heard
+
+
+class ReturnBench:
+    """A server and its crowd: `most` links that it has not accepted yet are safe."""
+
+    def __init__(self, stack, world, count, most):
+        self.stack, self.world, self.count, self.most = stack, world, count, most
+        stack.callback(world.stop)
+        self.room = world.ROOM[0].splitlines()[0].encode()
+
+    def alone(self):
+        """Seconds until the last of a crowd is in by itself."""
+        self.world.kill()
+        with contextlib.ExitStack() as stack:
+            crowd = Crowd(stack, self.count)
+            self.world.start()
+            began = time.monotonic()
+            last = crowd.log_in(self.world.port, self.most, self.room)[-1] - began
+        return last
+
+    def enter(self):
+        """A HAS in front of the server, and the crowd in it."""
+        self.world.kill()
+        self.world.start()
+        self.world.paced, paced = False, self.world.paced
+        self.has = Has(cleaner(self.stack), mush_address=self.world.address, beat=10, retry=1,
+                       log_level="info", mush_type="auto").wait_up()
+        self.crowd = Crowd(self.stack, self.count)
+        self.crowd.log_in(self.has.port, 8, self.room)
+        self.answer()
+        self.world.paced = paced
+
+    def answer(self):
+        """All are in the game."""
+        marks = [b"=%d=" % number for number in range(self.count)]
+        for sock, mark in zip(self.crowd.socks, marks):
+            sock.sendall(b"think %s\r\n" % mark)
+        self.crowd.hear(marks, 30)
+
+    def back(self, pause):
+        """Kill the server, start it `pause` seconds later; return the figures of the return."""
+        crowd = self.crowd
+        crowd.forget()
+        self.world.kill()
+        crowd.hear([OFFLINE.encode()] * self.count, 20)
+        time.sleep(pause)
+        before = self.has.cpu_seconds()
+        self.world.start()
+        began = time.monotonic()
+        times = [at - began for at in crowd.hear([ONLINE.encode()] * self.count, 60)]
+        cpu = self.has.cpu_seconds() - before
+        shown = [text for text in crowd.forget() if self.room in text]
+        if shown:
+            raise RuntimeError(f"{len(shown)} were shown their login: {shown[0]}")
+        self.answer()
+        return [times[int((len(times) - 1) * part)] for part in (0, 0.5, 0.95, 1)] + [cpu]
+
+
+def real_return(players):
+    folder = tempfile.mkdtemp(prefix="has-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return RealReturn(folder, players=players)
+
+
+def paced(kind, **quirks):
+    """Makes a world of that kind with the real one's pace."""
+    return lambda players: kind(players=players, paced=True, quota=False, **quirks)
+
+
+# (title, makes the world, users, links that it has not accepted yet and takes well)
+RETURNS = (
+    ("TinyMUX, the real one", real_return, 100, 64),
+    ("TinyMUX", paced(TinyMUX), 100, 64),
+    ("TeenyMUSH", paced(TeenyMUSH), 100, 1),
+    ("RhostMUSH", paced(RhostMUSH), 100, 4),
+    ("PennMUSH, 1 look-up in 7 lost from the 55th on",
+     paced(PennMUSH, accept_bug=True, lost_look_ups=range(55, 999, 7)), 100, 2),
+    ("TinyMUSH", paced(TinyMUSH), 100, 4),
+    ("TinyMUX, a room each", paced(Rooms), 1000, 64))
+
+
+def bench_return_of(make, count, most, rounds):
+    """The rows of figures of that many rounds."""
+    players = {"heartbeat": "heartbeat", **{f"u{number}": f"pwu{number}"
+                                            for number in range(count)}}
+    with contextlib.ExitStack() as stack:
+        it = ReturnBench(stack, make(players), count, most)
+        alone = [it.alone() for _ in range(rounds)]
+        it.enter()
+        rows = [it.back(0.5 + 0.2 * number) for number in range(rounds)]
+    return [row[:4] + [last] + row[4:] for row, last in zip(rows, alone)]
+
+
+def bench_return(rounds=3):
+    """Print how fast crowds are back."""
+    print(f"Back after kill -9, seconds from the server's listening; medians of {rounds} rounds;")
+    print("but for the first the servers are scripted, with the pace of the real ones.\n")
+    print("| | users | " + " | ".join(RETURN_COLUMNS) + " |")
+    print("|---" + "|--:" * (len(RETURN_COLUMNS) + 1) + "|")
+    for title, make, count, most in RETURNS:
+        if make is real_return and RealMux.available():
+            continue
+        rows = bench_return_of(make, count, most, rounds)
+        figures = [f"{statistics.median(column):.2f}" for column in zip(*rows)]
+        print("| " + " | ".join([title, str(count)] + figures) + " |", flush=True)
 
 
 # ---- --demo: see the main job done, without a MUSH
@@ -16923,8 +17187,9 @@ def tool_parser():
     parser = argparse.ArgumentParser(prog="test_has.py", allow_abbrev=False, add_help=False,
                                      usage="test_has.py [TEST ...] | --bench | --demo | "
                                            "--soak MINUTES")
-    parser.add_argument("--bench", action="store_true",
-                        help="measure has.py beside a direct connection and HAProxy")
+    parser.add_argument("--bench", nargs="*", metavar="WHAT", choices=("relay", "return"),
+                        help="measure has.py beside a direct connection and HAProxy (relay), and "
+                             "how fast a crowd is back beside the server's own pace (return)")
     parser.add_argument("--sessions", type=int, default=400, help="with --bench (400)")
     parser.add_argument("--seconds", type=float, default=2.0,
                         help="with --bench: for each workload (2)")
@@ -16948,8 +17213,8 @@ def tool(arguments):
     options, _ = tool_parser().parse_known_args(arguments)
     if options.bench_load:
         return bench_load(options.bench_load)
-    if options.bench:
-        return bench(options.sessions, options.seconds)
+    if options.bench is not None:
+        return bench(options.bench or ("relay", "return"), options.sessions, options.seconds)
     if options.demo:
         return demo(options.every)
     return None if options.soak is None else soak(options.soak, options.seed)
