@@ -7856,9 +7856,10 @@ class Record(Survivor):
 
 NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are hidden for this long
 SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds up the next no more
-WAKE_SECONDS, WAKES = 2, 3         # ... may not have been accepted: so often the world is woken
+WAKE_SECONDS = 0.3, 2, 2           # ... may not have been accepted: then the world is woken
 GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
 PATIENCE = 24                      # line ends, and as many kilobytes, read with care in one turn
+NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 
@@ -8825,6 +8826,7 @@ class Links(Survivor):
         self._arriving = collections.OrderedDict()
         self._next_at, self._last_woken = 0.0, False
         self._woken_at = math.inf               # when _open_some() is due
+        self._asked = False                     # the heartbeat, for answered()
         self._mute = {}                         # session -> serial of a link that has shown nothing
         self._knocked_at = 0.0
 
@@ -8855,6 +8857,7 @@ class Links(Survivor):
 
     def clear(self):
         """There is no world to connect to; every session will be added again when there is."""
+        self._asked = False
         self._waiting.clear()
         self._last.clear()
 
@@ -8889,6 +8892,15 @@ class Links(Survivor):
             return
         while self._arriving.popitem(last=False)[0] is not session:
             pass
+        self.go_on()
+
+    def answered(self):
+        """The world has turned since the heartbeat was asked: what was opened a while before has
+        been accepted, silent as it is."""
+        self._asked, since = False, self.hub.now - SILENT_LINK_SECONDS
+        if not self._one_by_one:
+            while self._arriving and next(iter(self._arriving.values())) <= since:
+                self._arriving.popitem(last=False)
         self.go_on()
 
     def forget(self, session):
@@ -8953,11 +8965,14 @@ class Links(Survivor):
         """Seconds until the family takes one more link; None: when one that arrives has spoken.
 
         One that is silent for a while (a name is looked up) holds up nobody, as long as the
-        backlog has room.
+        backlog has room. When that is full of them, the heartbeat is asked: see answered().
         """
         dialect, now = self.hub.world.dialect, self.hub.now
         most = 1 if self._one_by_one else max(dialect.at_once, dialect.most_silent)
         if len(self._arriving) >= most:
+            if most == dialect.most_silent and not self._asked:
+                self._asked = True
+                self.hub.later(SILENT_LINK_SECONDS, self.hub.ask_whether_it_turns)
             return None
         fresh = [at for at in self._arriving.values() if now - at < SILENT_LINK_SECONDS]
         return SILENT_LINK_SECONDS - (now - fresh[0]) if len(fresh) >= dialect.at_once else 0
@@ -8985,7 +9000,7 @@ class Links(Survivor):
         """Its link is being opened, or has shown nothing yet."""
         if session.link and self.hub.world.dialect.forgets_connects:
             self._mute[session] = session.serial
-            self.hub.later(WAKE_SECONDS, self._wake, session, session.serial)
+            self.hub.later(WAKE_SECONDS[0], self._wake, session, session.serial)
 
     def _wake(self, session, serial, times=1):
         """Nothing has come on this link, though the world answers: perhaps nobody has accepted it.
@@ -8996,13 +9011,13 @@ class Links(Survivor):
             del self._mute[session]
             return
         is_up = self.hub.health.condition is Condition.UP
-        if is_up and session.linked and self.hub.now - self._knocked_at >= WAKE_SECONDS / 2:
+        if is_up and session.linked and self.hub.now - self._knocked_at >= WAKE_SECONDS[0] / 2:
             self._knocked_at = self.hub.now
             log.debug("%s: the world has shown nothing: woken by one more connect", session)
             with contextlib.suppress(OSError):
                 Knock(self.hub)
-        if times < WAKES:
-            self.hub.later(WAKE_SECONDS, self._wake, session, serial, times + is_up)
+        if times < len(WAKE_SECONDS):
+            self.hub.later(WAKE_SECONDS[times], self._wake, session, serial, times + is_up)
 
     # ---- sessions of one character, and what others see
 
@@ -9645,6 +9660,10 @@ class Hub(Loop):
         """Why has this session's link ended? Answered by session.on_verdict."""
         self.heard("ended", session.number, session.serial, session.life, session.who)
 
+    def ask_whether_it_turns(self):
+        """Has the world gone round once from now on? Answered by links.answered()."""
+        self._post("on_ask", NOBODY, 0)
+
     def check(self, session, pairs):
         """Which of these pairs does the world take? Answered by session.on_checked."""
         if session.state in AWAY:
@@ -9707,6 +9726,8 @@ class Hub(Loop):
         """The world answered, within `seconds`, a probe sent after these links had ended."""
         self.record.round_trip = seconds
         self.heard("answered", asks, life)
+        if any(number == NOBODY for number, _ in asks):
+            self.links.answered()
 
     def on_checked(self, number, serial, verdicts):
         """The heartbeat's answer to check()."""
