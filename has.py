@@ -6430,7 +6430,7 @@ class Connection:
             answer = talk.ask(b"INFO\r\n", _INFO_BLOCK, INFO_SECONDS)
             dialect = recognise(banner, answer.group() if answer else b"")
             how = "by its answer to INFO"
-        if dialect is None and not banner and not answer:
+        if dialect is None and not banner and not talk.text.strip():
             raise talk.lost("it took the connection but does not answer")
         if dialect is None:
             log.warning("%s: the family of this world was not recognised: HAS serves it as "
@@ -7010,13 +7010,13 @@ class Entrance:
         return False
 
     def _say_not_taken(self, connection, settings):
-        world = connection.world
+        world, talk = connection.world, connection.talk
         pause = self.pause.begin_in(world.life, world.shut)
         what = (f"refuses the heartbeat's login (hb_user = {settings.hb_user}): mend hb_user and "
                 "hb_pass, or make the character (README), then kill -HUP." if world.shut else
                 "does not take the heartbeat's login "
-                f"({connection.talk.lost('it gives no reason')}): are logins disabled, or is it "
-                "full?")
+                f"({talk.lost(talk.ended or 'it does not let it in')}): are logins disabled, or is "
+                "it full?")
         loss = ", but passwords cannot be checked" if world.dialect.check_function else ""
         self._context.log_change(
             logging.WARNING, "login", f"{world.address}: the world {what} Users are kept and "

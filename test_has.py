@@ -9042,6 +9042,9 @@ class TestConnection(StillCase):
         with self.assertLogs(has.log, "WARNING"):
             world = self.identified(context)
         self.assertEqual((world.dialect, world.life), (has.PLAIN, "?0123abcd"))
+        with self.assertLogs(has.log, "WARNING"):       # silent at connect, and yet it answers
+            self.assertEqual(self.identified(self.context(lambda sent: b"Huh?\r\n")).dialect,
+                             has.PLAIN)
         context = self.context()
         self.assertIn("does not answer", str(self.lost(self.identified, context)))
         self.assertEqual(context.now, 1000 + has.GREETING_SECONDS + has.INFO_SECONDS)
@@ -10429,6 +10432,7 @@ class Scenarios:
         self.has.wait_log(rb"heartbeat is back \(without heartbeat login\)")
         alice.barrier()
         warning = self.has.wait_log(rb"WARNING .*does not take the heartbeat's login.*").group()
+        self.assertRegex(warning, rb"login \((closed by the world|it does not let it in); its last")
         self.assertRegex(
             warning,
             rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
