@@ -130,6 +130,7 @@ LOGIN_HOLD = 300                  # seconds to hold a client without login in an
 HOLD = 0                          # the same for a client with a login
 MAX_CLIENTS = 1000                # clients at the same time; 0: no limit
 MAX_PER_HOST = 50                 # of these from one address (IPv6: from one /64); 0: no limit
+DENY = ""                         # addresses and networks that are let in no more
 OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
 REATTACH = 0                      # seconds a user's place is kept when his line drops; 0: never
 REATTACH_LIMIT = 131072           # bytes of what he missed that are kept for him
@@ -153,6 +154,8 @@ UNREADABLE_NOTICE = "# NOTICE # This world cannot read that line."
 FULL_NOTICE = "# NOTICE # Too many users are connected now. Please try again later."
 FULL_HOST_NOTICE = "# NOTICE # Too many connections from your address."
 KICKED_NOTICE = "# NOTICE # You were disconnected by an administrator."
+KICK_REASON_NOTICE = "# NOTICE # Reason: {reason}"
+DENIED_NOTICE = "# NOTICE # This world takes no connections from your address."
 GOODBYE_NOTICE = "# NOTICE # The front end of this world is going down. Goodbye."
 OUTPUT_LOST_NOTICE = "<output lost: {lines} lines>"
 ARE_YOU_THERE_NOTICE = "[Yes]"
@@ -355,7 +358,7 @@ SETTINGS = {
     "mush_ssl": _yes_or_no, "mush_ssl_verify": _yes_or_no, "mush_ssl_ca": _file,
     "local_address": _local_address, "local_port": _number(0, 65535),
     "local_port_ssl": _number(0, 65535), "ssl_cert": _file, "ssl_key": _file,
-    "proxy_from": _networks, "admins": _names, "control_socket": _path,
+    "proxy_from": _networks, "deny": _networks, "admins": _names, "control_socket": _path,
     "on_event": _program,
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval,
     "hb_timeout": _interval, "dead_after": _interval,
@@ -367,12 +370,11 @@ SETTINGS = {
     "reattach": _seconds, "reattach_limit": _number(4096, 1 << 24),
     "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
     **{f"{name}_notice": _notice() for name in (
-        "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "guest",
-        "reattach",
-        "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host", "kicked",
-        "goodbye", "are_you_there")},
+        "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "reattach",
+        "guest", "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host",
+        "kicked", "denied", "goodbye", "are_you_there")},
     "unsent_more_notice": _notice("lines"), "still_offline_notice": _notice("time"),
-    "maintenance_notice": _notice("text"),
+    "maintenance_notice": _notice("text"), "kick_reason_notice": _notice("reason"),
     "login_brake_notice": _notice("seconds"), "output_lost_notice": _notice("lines"),
     "list_heading_notice": _headings,
 }
@@ -3277,6 +3279,10 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
         lines.append(f"the settings ask in vain for {world['wanted']}")
     if status.get("maintenance"):
         lines.append(f"maintenance: {status['maintenance']}")
+    denied = [f"{network} {'for ' + ago(left) if left else 'until HAS stops'}"
+              for network, left in status.get("denied", {}).items()]
+    if denied:
+        lines.append(f"denied: {', '.join(denied)}")
     if status["sessions"]:
         rows = [heading.split()] + [
             (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]), ago(it["idle"]),
@@ -8322,13 +8328,53 @@ class Refused:
     overdue = on_error = drop
 
 
+class Denials(Survivor):
+    """From where nobody is let in: the networks of the setting `deny`, and those of --deny."""
+
+    SURVIVES = "denied",
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.denied = {}                        # network, as text -> until when, wall clock, or 0
+
+    def cover(self, host):
+        """Whether that address is denied."""
+        address = ipaddress.ip_address(host)
+        return any(address in network for network in self.hub.settings.deny) or any(
+            address in ipaddress.ip_network(text) for text in self.in_force())
+
+    def in_force(self):
+        """What --deny has denied: {network: seconds left, or None: until HAS stops}."""
+        now = time.time()
+        self.denied = {text: until for text, until in self.denied.items() if not 0 < until <= now}
+        return {text: int(until - now) if until else None for text, until in self.denied.items()}
+
+    def add(self, network, seconds):
+        """Deny it from now on, for so many seconds or None; return how many users that closes."""
+        self.denied[str(network)] = time.time() + seconds if seconds else 0
+        return self.enforce()
+
+    def lift(self, network):
+        """Deny it no more; whether it was."""
+        return str(network) in self.in_force() and self.denied.pop(str(network)) is not None
+
+    def enforce(self):
+        """Close who is here from where nobody may come; return how many that are."""
+        closed = [session for session in self.hub.sessions.values()
+                  if session.state is not State.CLOSING and self.cover(session.host)]
+        for session in closed:
+            self.hub.safely(session.close, "its address is denied",
+                            self.hub.settings.denied_notice)
+        return len(closed)
+
+
 class Door:
     """Lets clients in: listeners, what is no session yet, limits in all and of each address."""
 
     def __init__(self, hub):
         self.hub = hub
         self.listeners = []
-        self.arrivals, self.refused = Lobby(hub), Lobby(hub)
+        self.arrivals, self.refused, self.denials = Lobby(hub), Lobby(hub), Denials(hub)
         self.most_files = 1 << 30               # descriptors this process may have
         self.quiet = QuietLog(hub.later)
         self.visits = QuietLog(hub.later, 2000)     # ordinary users: nobody crowds them out
@@ -8469,6 +8515,8 @@ class Door:
     def _refusal(self, host):
         """Why there is no room for a client: (for the log, for him), or None."""
         settings = self.hub.settings
+        if self.denials.cover(host):
+            return "its address is denied", settings.denied_notice
         if settings.max_clients and (
                 len(self.hub.sessions) - len(self.hub.places) >= settings.max_clients):
             return "max_clients are connected", settings.full_notice
@@ -9429,7 +9477,7 @@ class Control(Survivor):
                 "outages": {"count": record.outages,
                             "seconds": int(record.lost_seconds(condition)),
                             "last": int(now - record.last_outage) if record.outages else None},
-                "maintenance": self.maintenance,
+                "maintenance": self.maintenance, "denied": hub.door.denials.in_force(),
                 "sessions": [session.status() for session in hub.sessions.values()]}
 
     def _heartbeat_status(self):
@@ -9446,9 +9494,10 @@ class Control(Survivor):
     def command(self, request, answer):
         """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if
         answer() will be called with that: {"done": text}, or {"error": text, "status": of exit}."""
-        does = {"status": lambda _: self.status(), "notice": self._notice, "kick": self._kick,
-                "maintenance": self._maintenance, "reload": self._reload,
-                "upgrade": lambda _: self.upgrade(answer), "stop": lambda _: self._stop(answer)}
+        does = {"status": lambda _: self.status(), "reload": self._reload,
+                "upgrade": lambda _: self.upgrade(answer), "stop": lambda _: self._stop(answer),
+                "notice": self._notice, "maintenance": self._maintenance,
+                "kick": self._kick, "deny": self._deny}
         name = request.get("do")
         return does[name](request) if name in does else {
             "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
@@ -9480,6 +9529,7 @@ class Control(Survivor):
     def _found(self, who):
         """The sessions an admin means: of that number, else of that character, else from that
         address."""
+        who = unmapped(who) if _is_numeric(who) else who
         for name in "id", "name", "host":
             found = [session for session in self.hub.sessions.values()
                      if str(session.status()[name]).lower() == who.lower()]
@@ -9512,12 +9562,34 @@ class Control(Survivor):
         self.maintenance = ""
 
     def _kick(self, request):
-        """{"do": "kick", "id": ...}: disconnect one."""
-        session = self.hub.sessions.get(request.get("id"))
-        if not session:
-            return {"error": f"there is no session {request.get('id')}: see --status"}
-        session.close("kicked by an admin", self.hub.settings.kicked_notice)
-        return {"done": f"{session} is being closed"}
+        """{"do": "kick", "who": ..., "reason": ...}: disconnect them."""
+        who, reason = str(request["who"]), printable(request.get("reason") or "")
+        sessions = [session for session in self._found(who)
+                    if session.state is not State.CLOSING]
+        if not sessions:
+            return {"error": f"there is no {printable(who)}: see --status"}
+        settings = self.hub.settings
+        more = filled(settings.kick_reason_notice, reason=reason) if reason else ""
+        notice = "\n".join(filter(None, (settings.kicked_notice, more)))
+        why = f"kicked by an admin{f' ({reason})' if reason else ''}"
+        for session in sessions:
+            self.hub.safely(session.close, why, notice)
+        return {"done": f"closed: {', '.join(map(str, sessions))}"}
+
+    def _deny(self, request):
+        """{"do": "deny", "address": ..., "seconds": ... or None}: nobody comes in from there any
+        more; 0: again."""
+        denials, seconds = self.hub.door.denials, request.get("seconds")
+        network = _network(str(request["address"]))
+        if seconds == 0:
+            if not denials.lift(network):
+                return {"error": f"{network} is not denied by --deny: see --status"}
+            log.info("deny: %s may come in again", network)
+            return {"done": f"{network} may come in again"}
+        closed = denials.add(network, seconds)
+        span = f"for {ago(seconds)}" if seconds else "until HAS stops"
+        log.info("deny: nobody comes in from %s %s", network, span)
+        return {"done": f"nobody comes in from {network} {span}; closed: {users(closed)}"}
 
     def log_status(self):
         """USR1: the status to the log."""
@@ -9587,6 +9659,7 @@ class Reload:
         except OSError as error:
             self._fail(f"HUP: cannot listen on {error.filename}: {error.strerror}; the old "
                        "listeners stay, the other settings are taken over")
+        hub.door.denials.enforce()
         hub.heartbeat.mailbox.post(hub.heartbeat.on_settings, settings)
 
     @staticmethod
@@ -10446,7 +10519,8 @@ class Survival(Survivor):
     def _rooms(self):
         """Whose SURVIVES are packed together: no name stands in two of them."""
         hub = self.hub
-        return (self, hub.record, hub.health, hub.links, hub.logins, hub.hook, hub.control)
+        return (self, hub.record, hub.health, hub.links, hub.logins, hub.hook, hub.control,
+                hub.door.denials)
 
     def pack(self, name, going=False):
         """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
@@ -10953,7 +11027,10 @@ orders to the HAS that runs; they wait for the outcome and print it:
   --stop                 say goodbye and stop, as TERM and INT do
   --notice TEXT          write TEXT to every user; --to WHO: to one character
   --maintenance TEXT     show TEXT with OFFLINE until the world is back; off: no
-  --kick ID              disconnect a session of --status
+  --kick WHO             close a number of --status, a character, or an address;
+                         --reason TEXT: and say why
+  --deny ADDRESS         or network: let nobody in from there; --for 30m, 1h, 2d;
+                         --for 0: they may come in again
 options:
   --config FILE          instead of has.conf beside has.py: one for each HAS
   --version, --help
@@ -10962,15 +11039,27 @@ exit status:
   0  done; --status: the world is up
   1  --status: it is silent or down; --probe: it lacks something; HAS could not
      start, or failed; --reload: done in part; --upgrade: HAS goes on as it is
-  2  wrong settings or arguments; there is no such user
+  2  wrong settings or arguments; there is no such WHO or ADDRESS
   3  HAS is not running
 """
-GOES_WITH = {"probe": ("check",), "json": ("status",), "to": ("notice",)}
+GOES_WITH = {"probe": ("check",), "json": ("status",), "to": ("notice",), "reason": ("kick",),
+             "for": ("deny",)}
 
 
 def typed_text(argument):
     """A text of the command line: UTF-8 also where the locale knows no more than ASCII."""
     return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8", "replace")
+
+
+def seconds_of(text):
+    """The seconds of a span of time such as 90, 30m, 1h or 2d; ValueError."""
+    match = re.fullmatch(r"(\d{1,7})([smhd]?)", text)
+    if not match:
+        raise ValueError
+    return int(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+
+
+seconds_of.__name__ = "span of time (write 30m, 1h or 2d)"     # argparse shows it in its error
 
 
 def new_parser():
@@ -10980,11 +11069,11 @@ def new_parser():
     order = parser.add_mutually_exclusive_group()
     for name in ("check", "status", "reload", "upgrade", "stop"):
         order.add_argument("--" + name, action="store_true")
-    order.add_argument("--notice")
-    order.add_argument("--maintenance")
-    order.add_argument("--kick", type=int)
-    for name in ("config", "to"):
+    for name in ("notice", "maintenance", "kick", "deny"):
+        order.add_argument("--" + name)
+    for name in ("config", "to", "reason"):
         parser.add_argument("--" + name)
+    parser.add_argument("--for", type=seconds_of)
     for name in ("probe", "json"):
         parser.add_argument("--" + name, action="store_true")
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
@@ -11006,7 +11095,7 @@ def parse_arguments(arguments):
         if getattr(options, name) not in (None, False) and not any(
                 getattr(options, order) not in (None, False) for order in orders):
             parser.error(f"--{name} goes with --{' or --'.join(orders)}")
-    for name in ("notice", "maintenance", "to"):
+    for name in ("notice", "maintenance", "to", "kick", "reason", "deny"):
         text = getattr(options, name)
         if text is not None and not text.strip():
             parser.error(f"--{name}: say something")
@@ -11167,7 +11256,11 @@ def request_of(options):
     for name in ("notice", "maintenance"):
         if getattr(options, name) is not None:
             return {"do": name, "text": getattr(options, name), "to": options.to}
-    return None if options.kick is None else {"do": "kick", "id": options.kick}
+    if options.kick is not None:
+        return {"do": "kick", "who": options.kick, "reason": options.reason}
+    if options.deny is not None:
+        return {"do": "deny", "address": options.deny, "seconds": getattr(options, "for")}
+    return None
 
 
 class NotRunning(Exception):

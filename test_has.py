@@ -189,6 +189,8 @@ RARE_NOTICES = {
     "full_notice": "# NOTICE # Too many users are connected now. Please try again later.",
     "full_host_notice": "# NOTICE # Too many connections from your address.",
     "kicked_notice": "# NOTICE # You were disconnected by an administrator.",
+    "kick_reason_notice": "# NOTICE # Reason: {reason}",
+    "denied_notice": "# NOTICE # This world takes no connections from your address.",
     "goodbye_notice": "# NOTICE # The front end of this world is going down. Goodbye.",
     "output_lost_notice": "<output lost: {lines} lines>",
     "are_you_there_notice": "[Yes]",
@@ -1974,7 +1976,8 @@ PLAIN_SETTINGS = dict(
     hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
     log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
-    admins="", control_socket="", on_event="", still_offline_every=300)
+    admins="", control_socket="", on_event="", still_offline_every=300,
+    deny="")
 
 
 @functools.lru_cache(None)
@@ -4706,7 +4709,7 @@ class Reattach(ReattachCase):
         status, = rig.hub.control.status()["sessions"]
         self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
         self.assertIn("AWAY", "\n".join(has.status_lines(rig.hub.control.status())))
-        rig.hub.control.command({"do": "kick", "id": client.session.number}, None)
+        rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
     def test_a_login_typed_for_a_refused_link(self):
@@ -8097,6 +8100,88 @@ class Orders(RigCase):
                 told = [line for line in alice.lines() if "Still waiting" in line]
                 self.assertAlmostEqual(len(told), times, delta=1)
 
+    def test_kick_by_number_character_or_address(self):
+        for who, gone in (("1", ["Alice"]), ("bob", ["Bob", "bob"]), ("2001:DB8:0::7", ["Carol"]),
+                          ("203.0.113.9", ["Alice", "Bob", "bob"]), ("4", ["Carol"])):
+            with self.subTest(who=who):
+                rig = self.rig(kick_reason_notice="# Why: {reason}")
+                names = ["Alice", "Bob", "bob", "Carol"]
+                peers = [rig.player(name, host="2001:db8::7" if name == "Carol" else "203.0.113.9")[0]
+                         for name in names]
+                said = self.order(rig, "kick", who=who, reason="Too \x1bloud")
+                self.assertIn(f" {gone[0]}@", said)
+                notices = ["# NOTICE # You were disconnected by an administrator.",
+                           "# Why: Too ?loud"]
+                self.assertEqual([name for name, peer in zip(names, peers)
+                                  if peer.lines()[-2:] == notices], gone)
+                self.assertEqual(sum(state_of(peer) == "PLAYING" for peer in peers), 4 - len(gone))
+                self.assertEqual(self.order(rig, "kick", who=who, reason=None),
+                                 f"there is no {who}: see --status")
+
+    def test_kick_of_one_who_is_away(self):
+        rig = self.rig(reattach=300)
+        client, link = rig.player(tcp=True)
+        client.sock.close()
+        rig.settle(lambda: rig.hub.places)
+        self.assertIn("closed: session 1 Alice@", self.order(rig, "kick", who="alice"))
+        self.assertEqual((len(rig.hub.sessions), len(rig.hub.places)), (0, 0))
+        link.read()
+        self.assertTrue(link.ended)
+
+    DENIED = "# NOTICE # This world takes no connections from your address."
+
+    def test_deny_by_the_settings(self):
+        rig = self.rig()
+        (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob", host="2001:db8::7")
+        denied = settings_of(tuple(sorted({"deny": "203.0.113.0/24, 2001:db8:5::/64"}.items())))
+        rig.hub.reload._load = lambda: (denied, [])
+        rig.hub.reload.run()
+        rig.settle()
+        self.assertEqual((alice.lines(), alice.ended), ([self.DENIED], True))
+        self.assertEqual(state_of(bob), "PLAYING")
+        for host, let_in in (("203.0.113.77", False), ("::ffff:203.0.113.77", False),
+                             ("2001:db8:5::9", False), ("2001:db8:6::9", True),
+                             ("203.0.114.1", True)):
+            with self.subTest(host=host):
+                client = rig.client(has.unmapped(host))
+                self.assertEqual(client.session is not None, let_in)
+                if not let_in:
+                    self.assertEqual((client.lines(), client.ended), ([self.DENIED], True))
+
+    def test_deny_for_a_while_over_an_upgrade_and_no_more(self):
+        rig = self.rig()
+        alice, _ = rig.player()
+        self.assertEqual(self.order(rig, "deny", address="203.0.113.9", seconds=3600),
+                         "nobody comes in from 203.0.113.9/32 for 1h 0m; closed: 1 user")
+        self.assertEqual(alice.lines(), [self.DENIED])
+        self.assertEqual(self.order(rig, "deny", address="::ffff:198.51.100.0/120"),
+                         "nobody comes in from 198.51.100.0/24 until HAS stops; closed: 0 users")
+        rig.upgrade()
+        self.assertRegex("\n".join(has.status_lines(rig.hub.control.status())),
+                         r"denied: 203.0.113.9/32 for 59m \d+s, 198.51.100.0/24 until HAS stops")
+        for host in ("203.0.113.9", "198.51.100.200"):
+            self.assertEqual(rig.client(host).lines(), [self.DENIED])
+        with mock.patch("time.time", return_value=time.time() + 3601):
+            self.assertEqual(rig.client("198.51.100.200").lines(), [self.DENIED])
+            self.assertIsNotNone(rig.client().session)
+        self.assertEqual(self.order(rig, "deny", address="198.51.100.0/24", seconds=0),
+                         "198.51.100.0/24 may come in again")
+        self.assertIsNotNone(rig.client("198.51.100.200").session)
+        self.assertIn("is not denied", self.order(rig, "deny", address="::1", seconds=0))
+        self.assertRaises(ValueError, self.order, rig, "deny", address="10.0.0.1/8")
+
+    def test_a_denied_user_of_a_front_and_of_tls(self):
+        """His address is known only behind the PROXY header, or the handshake."""
+        rig = self.rig(proxy_from="127.0.0.1", deny="203.0.113.5")
+        rig.hub.door.listen()
+        port = rig.hub.door.listeners[0].sock.getsockname()[1]
+        for host, said in (("203.0.113.5", self.DENIED + "\r\n"), ("203.0.113.6", "")):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(f"PROXY TCP4 {host} 10.0.0.1 1 2\r\nhello\r\n".encode())
+                rig.settle(lambda: rig.hub.door.refused or rig.hub.sessions)
+                sock.settimeout(5)
+                self.assertEqual(sock.recv(len(said)).decode(), said)
+
     def test_a_notice_to_one(self):
         rig = self.rig()
         (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob", host="2001:db8::7")
@@ -8366,7 +8451,7 @@ class WordsOfTheSite(RigCase):
         client.send("connect Alice secret\r\n" * 4)
         rig.settle()
         self.assertEqual(client.lines(), ["Espera 3 segons"])
-        rig.hub.control.command({"do": "kick", "id": client.session.number}, None)
+        rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         rig.settle()
         self.assertEqual(client.lines(), ["Fora"])
 
@@ -12058,7 +12143,10 @@ class TestProgram(Case):
                                 (("--notice", " "), "say something"),
                                 (("--maintenance", ""), "say something"),
                                 (("--to", "Alice", "--status"), "--to goes with --notice"),
-                                (("--kick", "x"), "invalid int value")):
+                                (("--deny", "10.0.0.1", "--for", "1y"), "invalid span of time"),
+                                (("--for", "1h", "--kick", "x"), "--for goes with --deny"),
+                                (("--reason", "x", "--stop"), "--reason goes with --kick"),
+                                (("--kick", "x", "--stop"), "not allowed with argument")):
             done = run_main(*arguments)
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stderr)
@@ -12130,9 +12218,19 @@ class TestProgram(Case):
         self.assertEqual(has.ask("--notice", "Only you", "--to", "Carol").returncode, 2)
         self.assertEqual(has.ask("--maintenance", "Back at six").returncode, 0)
         number = next(s["id"] for s in status["sessions"] if s["name"] == "Bob")
-        self.assertEqual(has.ask("--kick", str(number)).returncode, 0)
-        bob.expect_end()
-        self.assertEqual(has.ask("--kick", "999").returncode, 2)
+        done = has.ask("--kick", str(number), "--reason", "No spam, please")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"administrator.\r\n# NOTICE # Reason: No spam, please\r\n", bob.expect_end())
+        for who in ("999", "Carol"):
+            self.assertEqual(has.ask("--kick", who).returncode, 2)
+        done = has.ask("--deny", "10.0.0.0/8", "--for", "1h")
+        self.assertEqual((done.returncode, done.stdout), (
+            0, "nobody comes in from 10.0.0.0/8 for 1h 0m; closed: 0 users\n"))
+        self.assertEqual(has.ask("--deny", "10.0.0.0/8", "--for", "0").returncode, 0)
+        done = has.ask("--deny", "10.0.0.0/8", "--for", "0")
+        self.assertEqual((done.returncode, done.stderr), (
+            2, "has.py: 10.0.0.0/8 is not denied by --deny: see --status\n"))
+        self.assertEqual(has.ask("--deny", "10.0.0.1/8").returncode, 2)
         with socket.socket(socket.AF_UNIX) as garbage:
             garbage.connect(has.conf[:-5] + ".sock")
             garbage.sendall(b"[1]\n")
@@ -13213,7 +13311,7 @@ class Has:
                          "remotehostname_cmd": "auto", "mush_type": "auto", "resume_rate": "auto",
                          "max_clients": 0, "failover_after": 60, "failback_after": 0,
                          "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
-                         "output_limit": 1048576, "on_event": "",
+                         "output_limit": 1048576, "on_event": "", "deny": "",
                          "offline_notice": OFFLINE, "online_notice": ONLINE,
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
