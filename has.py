@@ -11029,8 +11029,8 @@ orders to the HAS that runs; they wait for the outcome and print it:
   --maintenance TEXT     show TEXT with OFFLINE until the world is back; off: no
   --kick WHO             close a number of --status, a character, or an address;
                          --reason TEXT: and say why
-  --deny ADDRESS         or network: let nobody in from there; --for 30m, 1h, 2d;
-                         --for 0: they may come in again
+  --deny ADDRESS         or network: let nobody in from there; --for 30m, 1h, 2d
+                         (0: they may come in again)
 options:
   --config FILE          instead of has.conf beside has.py: one for each HAS
   --version, --help

@@ -5014,7 +5014,7 @@ class LivingClients(ReattachCase):
                 rig.down()
                 self.dead.clear()
             elif what == "kicked":
-                rig.hub.control.command({"do": "kick", "id": again.session.number}, None)
+                rig.hub.control.command({"do": "kick", "who": again.session.number}, None)
             rig.pass_time(*[0.1] * 5)
             self.assertEqual(self.keepalive(client), (60, 15), what)
             self.assertFalse(client.session.place.away_at)
