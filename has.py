@@ -4784,8 +4784,10 @@ class Return(Part):
     def _give_up(self):
         """His coming back kills the world (see Suspects): he may log in by himself, if he can."""
         notice = self.hub.settings.suspect_notice
+        why = "the world died each time he came back"
+        self.hub.history.refused(self.session.number, why)
         if not self.character.trials:
-            self.session.close("the world died each time he came back", notice)
+            self.session.close(why, notice)
             return
         self.character.forget()
         self.greeting = notice
@@ -4892,6 +4894,7 @@ class Return(Part):
         """The user is in the game again."""
         session, screen = self.session, self.session.screen
         first, lost_change = self.character.came_back(login)
+        self.hub.history.returned(session.number)
         session.place.login_took()
         session.opening.failures, self.greeting, session.hold.told = 0, None, False
         screen.write(self.hub.settings.online_notice)
@@ -4935,6 +4938,7 @@ class Return(Part):
                     self.session, printable(tried.name) if tried else "this user",
                     ", and the login is kept for the world's next life" if again else " again")
         character.forget(tried if again else None)
+        self.hub.history.refused(self.session.number, "the world refused the login")
         self.greeting = self.hub.settings.relogin_failed_notice
 
 
@@ -5807,16 +5811,16 @@ class Session(Survivor):
         away = int(self.hub.now - place.gone_at) if place.away_at else None
         return {"id": self.number, "name": printable(login.name) if login else "",
                 "host": self.host, "state": "AWAY" if place.away_at else self.state.name,
-                "age": int(time.time()) - self.since,
-                "tls": self.tls, "idle": int(self.hub.now - inbox.typed_at), "away": away,
-                "bytes_in": inbox.bytes_in, "bytes_out": self.screen.bytes_out,
-                "size": self.telnet.size}
+                "age": int(time.time()) - self.since, "tls": self.tls, "away": away,
+                "idle": int(self.hub.now - inbox.typed_at), "size": self.telnet.size,
+                "bytes_in": inbox.bytes_in, "bytes_out": self.screen.bytes_out}
 
     def close(self, why, notice=""):
         """Close the client after what is held for it was sent, within FLUSH_SECONDS."""
         if self.state is State.CLOSING:
             return
         log.info("%s: %s: closing", self, why)
+        self.hub.history.gone(self.number, why)
         if notice:
             self.screen.write(notice)
         self.screen.end_batch()
@@ -7823,12 +7827,13 @@ class Record(Survivor):
     """How the world has been, for admins. Times are of the wall clock: they outlive us."""
 
     SURVIVES = ("started", "health_since", "last_outage", "outages", "outage_seconds", "round_trip",
-                "takeovers", "fell_back")
+                "takeovers", "fell_back", "bytes_in", "bytes_out")
 
     def __init__(self):
         self.started = self.health_since = self.last_outage = time.time()
         self.outages, self.outage_seconds = 0, 0.0
         self.round_trip = None                  # seconds, of the last answered probe
+        self.bytes_in = self.bytes_out = 0      # of sessions that have ended
         self.takeovers = 0                      # processes that have taken over since the start
         self.fell_back = False                  # the last one by the program of before: see resume
         self.wish = None                        # what the settings ask for in vain: "address: why"
@@ -7842,6 +7847,11 @@ class Record(Survivor):
             self.outages, self.last_outage = self.outages + 1, now
         self.health_since = now - ago
 
+    def reborn(self, seconds):
+        """It was down for so long, and is back before that was seen."""
+        self.outages, self.last_outage = self.outages + 1, time.time()
+        self.outage_seconds += seconds
+
     def taken_over(self, fell_back):
         """A new process goes on with this; of the program of before, if another has failed."""
         self.takeovers, self.fell_back = self.takeovers + 1, fell_back
@@ -7850,6 +7860,65 @@ class Record(Survivor):
         """Seconds of all outages; before the first world was found it was none."""
         lasting = condition is Condition.DOWN and self.outages
         return self.outage_seconds + (time.time() - self.health_since if lasting else 0)
+
+
+class History(Survivor):
+    """The last outages, and what became of the users who were in the game, for admins. Pure, but
+    for the wall clock."""
+
+    SURVIVES = "past_outages", "missing", "returns", "failures"
+    MOST, MOST_NAMES = 50, 50
+
+    def __init__(self):
+        # oldest first: {"at": when it began, "seconds": how long it lasted (None: it does still),
+        # "why": text, "users": how many, "back": how many of them are, "back_after": seconds from
+        # its end to the last of these, "absent": [[name, why], ...] of others}
+        self.past_outages = []
+        self.missing = {}                       # session number -> name: of the last one, not back
+        self.returns = self.failures = 0        # logins repeated since the start; refused ones
+
+    def lost(self, at, why, names):
+        """Users have lost the world: {session number: name}."""
+        for number in list(self.missing):
+            self.gone(number, "the world went down again")
+        self.past_outages = self.past_outages[1 - self.MOST:] + [{
+            "at": at, "seconds": None, "why": why, "users": len(names), "back": 0, "back_after": 0,
+            "absent": []}]
+        self.missing = names
+
+    @property
+    def is_open(self):
+        """Whether the last outage lasts still."""
+        return bool(self.past_outages) and self.past_outages[-1]["seconds"] is None
+
+    def found(self):
+        """The world is there again."""
+        if self.is_open:
+            self.past_outages[-1]["seconds"] = time.time() - self.past_outages[-1]["at"]
+
+    def returned(self, number):
+        """That session is in the game again."""
+        self.returns += 1
+        if self.missing.pop(number, None) is not None:
+            outage = self.past_outages[-1]
+            outage["back"] += 1
+            outage["back_after"] = time.time() - outage["at"] - (outage["seconds"] or 0)
+
+    def refused(self, number, why):
+        """It is not: its login did not take."""
+        self.failures += 1
+        self.gone(number, why)
+
+    def gone(self, number, why):
+        """Nothing more is to be expected of that session."""
+        name = self.missing.pop(number, None)
+        absent = self.past_outages[-1]["absent"] if name is not None else []
+        if name is not None and len(absent) < self.MOST_NAMES:
+            absent.append([name, why])
+
+    def told(self):
+        """For admins, as plain values."""
+        return {"outages": self.past_outages, "waiting": list(self.missing.values())}
 
 
 # ======================================================================
@@ -7874,7 +7943,8 @@ ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have th
 FOR_SESSIONS = {
     "now", "clock", "later", "selector", "patience", "backlogs",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
-    "offline_notice", "control.with_maintenance",
+    "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
+    "history.gone",
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
@@ -7884,6 +7954,7 @@ FOR_SESSIONS = {
     "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
 OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
+    "inbox.bytes_in", "screen.bytes_out",
     "linked", "wants_link", "who", "character", "way_back.settled",
     "announce", "refresh", "status", "notify", "close", "end",
     "place", "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
@@ -9466,8 +9537,13 @@ class Control(Survivor):
         world, record, condition = hub.world, hub.record, hub.health.condition
         addresses, address, now = hub.settings.mush_address, hub.address, time.time()
         blind = world and world.blind and condition is Condition.UP
+        sessions = [session.status() for session in hub.sessions.values()]
         return {"version": VERSION, "pid": os.getpid(), "age": int(now - record.started),
-                "takeovers": record.takeovers, "fell_back": record.fell_back,
+                "started": record.started, "takeovers": record.takeovers,
+                "fell_back": record.fell_back, "round_trip": record.round_trip,
+                "returns": {"done": hub.history.returns, "failed": hub.history.failures},
+                "bytes": {"in": record.bytes_in + sum(it["bytes_in"] for it in sessions),
+                          "out": record.bytes_out + sum(it["bytes_out"] for it in sessions)},
                 "world": {"address": str(address), "family": world.dialect.name if world else None,
                           "health": "blind" if blind else condition.value,
                           "since": int(now - record.health_since),
@@ -9478,7 +9554,7 @@ class Control(Survivor):
                             "seconds": int(record.lost_seconds(condition)),
                             "last": int(now - record.last_outage) if record.outages else None},
                 "maintenance": self.maintenance, "denied": hub.door.denials.in_force(),
-                "sessions": [session.status() for session in hub.sessions.values()]}
+                "sessions": sessions}
 
     def _heartbeat_status(self):
         hub = self.hub
@@ -9494,7 +9570,8 @@ class Control(Survivor):
     def command(self, request, answer):
         """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if
         answer() will be called with that: {"done": text}, or {"error": text, "status": of exit}."""
-        does = {"status": lambda _: self.status(), "reload": self._reload,
+        does = {"status": lambda _: self.status(), "history": lambda _: self.hub.history.told(),
+                "reload": self._reload,
                 "upgrade": lambda _: self.upgrade(answer), "stop": lambda _: self._stop(answer),
                 "notice": self._notice, "maintenance": self._maintenance,
                 "kick": self._kick, "deny": self._deny}
@@ -9683,7 +9760,7 @@ class Hub(Loop):
         self.settings = settings
         self.sessions = {}                      # number -> Session, oldest first
         self.health = Health(settings, self._is_linked)
-        self.record = Record()
+        self.record, self.history = Record(), History()
         self.door, self.logins, self.links = Door(self), LoginQueue(self), Links(self)
         self.control, self.reload = Control(self), Reload(self, load)
         self.places, self.hook = Places(self), Hook(self)
@@ -9746,6 +9823,9 @@ class Hub(Loop):
     def forget(self, session):
         """A session has ended."""
         if self.sessions.pop(session.number, None):
+            self.history.gone(session.number, "the client left")
+            self.record.bytes_in += session.inbox.bytes_in
+            self.record.bytes_out += session.screen.bytes_out
             if not self.places.remove(session):
                 self.door.left(session)
             self.logins.forget(session)
@@ -9845,8 +9925,12 @@ class Hub(Loop):
 
     def _do_down(self, reason, died):
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
-        planned = self.control.maintenance and f"; maintenance: {self.control.maintenance}"
-        self.hook.lost("down", time.time() - self.record.health_since, reason + planned)
+        since = self.record.health_since
+        if self.control.maintenance:
+            reason += f"; maintenance: {self.control.maintenance}"
+        self.hook.lost("down", time.time() - since, reason)
+        if self.world:                          # else none was found yet
+            self.history.lost(since, reason, self._in_the_game())
         self._post("on_down")
         self.links.died(died)
         self.each("on_world_down", self.offline_notice)
@@ -9868,12 +9952,23 @@ class Hub(Loop):
         log.warning("the world moves from %s to %s: %s taken along", old.address,
                     self.world.address, users(len(self.sessions)))
         self.hook.moved(old.address)
+        if not self.history.is_open:
+            self.history.lost(time.time(), f"moved to {self.world.address}", self._in_the_game())
         self.links.clear()
         self.each("on_world_down", self.settings.moved_notice)
+
+    def _in_the_game(self):
+        """Who has something to lose: {session number: name}."""
+        return {session.number: session.status()["name"] for session in self.sessions.values()
+                if session.character.login and not session.character.is_guest
+                and session.state is not State.CLOSING}
 
     def _do_reborn(self, died):
         log.warning("the world has been started anew: its users are brought back")
         self.hook.lost("down", self.now - died, "it was started anew")
+        self.record.reborn(self.now - died)
+        self.history.lost(time.time() - (self.now - died), "it was started anew",
+                          self._in_the_game())
         self.links.died(died)
         for session in list(self.sessions.values()):
             if session.link and session.life != self.world.life or session.state is State.ASKING:
@@ -9882,6 +9977,7 @@ class Hub(Loop):
     def _do_up(self, is_new_life):
         if is_new_life:
             self.control.is_back()
+            self.history.found()
             self.hook.back(f"{self.world.dialect.name}, {self._start_time()}")
         self.links.found(is_new_life)
         self.each("connect_again")
@@ -10520,7 +10616,7 @@ class Survival(Survivor):
         """Whose SURVIVES are packed together: no name stands in two of them."""
         hub = self.hub
         return (self, hub.record, hub.health, hub.links, hub.logins, hub.hook, hub.control,
-                hub.door.denials)
+                hub.door.denials, hub.history)
 
     def pack(self, name, going=False):
         """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
@@ -11021,7 +11117,8 @@ HELP = """usage: has.py [ORDER] [OPTIONS]      without an order: run
 
   --check [--probe]      say what is wrong with the settings; try the world, too
 orders to the HAS that runs; they wait for the outcome and print it:
-  --status [--json]      how it is
+  --status               how it is; --json, --prometheus: for programs
+  --history [--json]     the last 50 outages, and who was not back after them
   --reload               read the settings again, as signal HUP does
   --upgrade              go on as the has.py now on disk, as USR2 does
   --stop                 say goodbye and stop, as TERM and INT do
@@ -11029,8 +11126,7 @@ orders to the HAS that runs; they wait for the outcome and print it:
   --maintenance TEXT     show TEXT with OFFLINE until the world is back; off: no
   --kick WHO             close a number of --status, a character, or an address;
                          --reason TEXT: and say why
-  --deny ADDRESS         or network: let nobody in from there; --for 30m, 1h, 2d
-                         (0: they may come in again)
+  --deny ADDRESS         or network: nobody comes in; --for 30m, 1h, 2d; 0: lift
 options:
   --config FILE          instead of has.conf beside has.py: one for each HAS
   --version, --help
@@ -11042,8 +11138,8 @@ exit status:
   2  wrong settings or arguments; there is no such WHO or ADDRESS
   3  HAS is not running
 """
-GOES_WITH = {"probe": ("check",), "json": ("status",), "to": ("notice",), "reason": ("kick",),
-             "for": ("deny",)}
+GOES_WITH = {"probe": ("check",), "json": ("status", "history"), "prometheus": ("status",),
+             "to": ("notice",), "reason": ("kick",), "for": ("deny",)}
 
 
 def typed_text(argument):
@@ -11067,14 +11163,14 @@ def new_parser():
     parser = argparse.ArgumentParser(prog="has.py", usage="has.py [ORDER] [OPTIONS], see --help")
     parser.format_help = lambda: HELP
     order = parser.add_mutually_exclusive_group()
-    for name in ("check", "status", "reload", "upgrade", "stop"):
+    for name in ("check", "status", "history", "reload", "upgrade", "stop"):
         order.add_argument("--" + name, action="store_true")
     for name in ("notice", "maintenance", "kick", "deny"):
         order.add_argument("--" + name)
     for name in ("config", "to", "reason"):
         parser.add_argument("--" + name)
     parser.add_argument("--for", type=seconds_of)
-    for name in ("probe", "json"):
+    for name in ("probe", "json", "prometheus"):
         parser.add_argument("--" + name, action="store_true")
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
     parser.add_argument("--script")             # from here on for Upgrade alone
@@ -11250,7 +11346,7 @@ def user_name(number):
 
 def request_of(options):
     """What the command line asks of the running HAS (Control.command), or None."""
-    for name in ("status", "reload", "upgrade", "stop"):
+    for name in ("status", "history", "reload", "upgrade", "stop"):
         if getattr(options, name):
             return {"do": name}
     for name in ("notice", "maintenance"):
@@ -11310,14 +11406,64 @@ def ask_running(options, path, request):
     return answer.get("status", 2) if "error" in answer else 0
 
 
+def history_lines(history):
+    """The history (History.told) as lines of text for people."""
+    columns = "{:<19}  {:<9} {:>5} {:>5}  {:<7} {}"
+    lines = [columns.format("when", "lasted", "users", "back", "within", "why")]
+    for outage in history["outages"]:
+        lasted = "until now" if outage["seconds"] is None else ago(outage["seconds"])
+        lines.append(columns.format(
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outage["at"])), lasted,
+            outage["users"], outage["back"], ago(outage["back_after"]) if outage["back"] else "-",
+            outage["why"]))
+        absent = [f"{name} ({why})" for name, why in outage["absent"]]
+        if absent:
+            lines.append(f"    not back: {', '.join(absent)}")
+    if history["waiting"]:
+        lines.append(f"    still waiting: {', '.join(history['waiting'])}")
+    return lines if history["outages"] else ["no outage since HAS was started"]
+
+
+def prometheus_lines(status):
+    """The status (Control.status) in the text format of Prometheus, version 0.0.4."""
+    states, world = [state.name for state in State] + ["AWAY"], status["world"]
+    by_state = collections.Counter(session["state"] for session in status["sessions"])
+    label = re.sub(r"[\\\"]", lambda it: "\\" + it.group(), world["addresses"][0])
+    lines = []
+    for name, kind, meaning, values in (
+            ("world_up", "gauge", "1: users can play", {"": world["health"] in ("up", "blind")}),
+            ("users", "gauge", "users by state of their session",
+             {f',state="{state}"': by_state[state] for state in states}),
+            ("outages_total", "counter", "outages of the world", {"": status["outages"]["count"]}),
+            ("down_seconds_total", "counter", "seconds of all outages",
+             {"": status["outages"]["seconds"]}),
+            ("returns_total", "counter", "users logged in again by HAS",
+             {"": status["returns"]["done"]}),
+            ("return_failures_total", "counter", "... whose login was refused then",
+             {"": status["returns"]["failed"]}),
+            ("round_trip_seconds", "gauge", "time in which the world answered last",
+             {"": status["round_trip"]}),
+            ("bytes_total", "counter", "bytes from users (in) and to them (out)",
+             {f',direction="{way}"': status["bytes"][way] for way in ("in", "out")}),
+            ("start_time_seconds", "gauge", "when HAS was started", {"": status["started"]})):
+        lines += [f"# HELP has_{name} {meaning}", f"# TYPE has_{name} {kind}"]
+        lines += [f'has_{name}{{world="{label}"{more}}} {float(value):.15g}'
+                  for more, value in values.items() if value is not None]
+    return lines
+
+
 def print_answer(answer, request, options):
     """What came of a request, or of a part of it, for people; or as JSON."""
     if "error" in answer:
         print(f"has.py: {answer['error']}", file=sys.stderr)
-    elif request["do"] != "status":
+    elif "done" in answer:
         print(answer["done"])
+    elif options.json:
+        print(json.dumps(answer, indent=1))
     else:
-        print(json.dumps(answer, indent=1) if options.json else "\n".join(status_lines(answer)))
+        lines = (history_lines if request["do"] == "history" else
+                 prometheus_lines if options.prometheus else status_lines)
+        print("\n".join(lines(answer)))
 
 
 def ask_for_upgrade(options, path):

@@ -8199,6 +8199,126 @@ class Orders(RigCase):
                                   if peer.lines()[-1:] == ["Cake"]}, reached)
 
 
+class Outages(RigCase):
+    """What is remembered of them, for --history and Prometheus."""
+
+    @staticmethod
+    def history(rig):
+        """What --history --json tells."""
+        return json.loads(json.dumps(rig.hub.control.command({"do": "history"}, None)))
+
+    def test_who_was_in_who_is_back_and_who_is_not_and_why(self):
+        rig = self.rig()
+        names = ["Alice", "Bob", "Carol", "Dave", "Eve"]
+        peers = {name: rig.player(name)[0] for name in names}
+        rig.client()                            # at the login screen: has nothing to lose
+        for _ in range(5):
+            rig.game.peers.pop()
+        rig.game.accept()
+        with mock.patch("time.time", return_value=time.time() + 100) as now:
+            rig.down()
+            now.return_value += 30
+            peers["Carol"].send("QUIT\r\n")
+            rig.settle()
+            peers["Dave"].sock.close()
+            rig.settle()
+            self.assertEqual(self.history(rig)["waiting"], ["Alice", "Bob", "Eve"])
+            rig.upgrade()                       # it survives, and who is awaited, too
+            rig.found("life 2")
+            now.return_value += 2
+            links = {}
+            for _ in range(4):
+                link = rig.game.accept()
+                rig.settle()
+                asked = link.read()
+                name = re.search(rb"connect (\w+)", asked)
+                links[name and name.group(1).decode()] = link
+                link.send(b"" if not name else b"Welcome\r\n%s\r\n" % re.search(
+                    rb"OUTPUTPREFIX (=\w+=)", asked).group(1) if b"Bob" not in asked else
+                    b"Either that player does not exist, or has a different password.\r\n")
+                if b"INFO" in asked:
+                    link.send("### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n")
+                if b"Alice" in asked or b"Bob" in asked:
+                    rig.settle()
+            told = self.history(rig)
+            outage, = told["outages"]
+            self.assertEqual(told["waiting"], [])
+            self.assertEqual((outage["seconds"], outage["users"], outage["back"], outage["why"]),
+                             (30, 5, 2, "no answer"))
+            self.assertEqual(outage["back_after"], 2)
+            self.assertEqual(sorted(outage["absent"]), [
+                ["Bob", "the world refused the login"], ["Carol", "quit while the world is down"],
+                ["Dave", "the client left"]])
+            lines = has.history_lines(told)
+            self.assertEqual(len(lines), 3)
+            self.assertRegex(lines[1], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  30s +5 +2  2s +no answer")
+            self.assertIn("Carol (quit while the world is down)", lines[2])
+            self.assertEqual((rig.hub.history.returns, rig.hub.history.failures), (2, 1))
+
+    def test_again_before_all_were_back(self):
+        rig = self.rig()
+        rig.player("Alice")
+        rig.down()
+        self.assertEqual(has.history_lines(self.history(rig))[1:][-1], "    still waiting: Alice")
+        self.assertRegex(has.history_lines(self.history(rig))[1], "until now +1 +0  - +no answer")
+        rig.found("life 2")
+        rig.down()
+        first, second = self.history(rig)["outages"]
+        self.assertEqual(first["absent"], [["Alice", "the world went down again"]])
+        self.assertEqual((second["users"], second["absent"]), (1, []))
+
+    def test_what_is_an_outage(self):
+        rig = self.rig(up=False)
+        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        self.assertEqual(has.history_lines(self.history(rig)), ["no outage since HAS was started"])
+        rig.found("life 1")
+        self.assertEqual(self.history(rig)["outages"], [])
+        rig.player("Alice")
+        rig.found("life 2")                     # it was back before it was seen to be down
+        rig.let_in(rig.game.accept())
+        rig.found("life 3", rig.other, AWAY)
+        rig.let_in(rig.other.accept())
+        rig.post(rig.hub.on_silent)             # no outage: nobody has lost anything
+        rig.post(rig.hub.on_answering)
+        self.assertEqual([(it["why"], it["users"], it["back"], it["seconds"] is None)
+                          for it in self.history(rig)["outages"]],
+                         [("it was started anew", 1, 1, False), (f"moved to {AWAY}", 1, 1, False)])
+        self.assertEqual(rig.hub.control.status()["outages"]["count"], 1)
+
+    def test_only_so_many_are_kept(self):
+        history = has.History()
+        for number in range(60):
+            history.lost(number, "x", {it: f"u{it}" for it in range(60)})
+            history.found()
+        self.assertEqual([it["at"] for it in history.past_outages], list(range(10, 60)))
+        self.assertEqual(len(history.past_outages[0]["absent"]), 50)
+        self.assertEqual((history.past_outages[0]["users"], len(history.missing)), (60, 60))
+
+    def test_prometheus(self):
+        rig = self.rig(mush_address="unix:/a\"b\\c")
+        (alice, link), (bob, _) = rig.player("Alice"), rig.player("Bob")
+        before = rig.hub.control.status()["bytes"]
+        bob.sock.close()
+        rig.settle()
+        rig.pass_time(11)
+        self.assertEqual(len(rig.hub.sessions), 1)
+        rig.upgrade()
+        status = rig.hub.control.status()
+        self.assertEqual(status["bytes"], before)           # a counter never goes back
+        rig.post(rig.hub.on_answers, [], rig.life, 0.0025)
+        text = "\n".join(has.prometheus_lines(rig.hub.control.status())) + "\n"
+        sample = r'has_(\w+)\{world="unix:/a\\"b\\\\c"(?:,\w+="\w+")?\} [0-9.e+-]+\n'
+        help_ = r"# HELP has_(\w+) .+\n# TYPE has_\1 (?:gauge|counter)\n"
+        self.assertRegex(text, rf"\A(?:{help_}(?:{sample})+)+\Z")
+        for line in ('has_world_up{W} 1', 'has_users{W,state="PLAYING"} 1',
+                     'has_users{W,state="AWAY"} 0', 'has_round_trip_seconds{W} 0.0025',
+                     'has_outages_total{W} 0', 'has_returns_total{W} 0',
+                     f'has_bytes_total{{W,direction="in"}} {before["in"]}'):
+            self.assertIn(line.replace("{W", '{world="unix:/a\\"b\\\\c"') + "\n", text)
+        rig.down()
+        self.assertIn("} 0\n", "\n".join(has.prometheus_lines(rig.hub.control.status())[:3]) + "\n")
+
+
 class OnEvent(RigCase):
     """on_event: somebody is told who does not look, and no program can disturb anybody."""
 
@@ -12138,7 +12258,8 @@ class TestProgram(Case):
 
     def test_wrong_arguments_end_it_with_status_2(self):
         for arguments, text in ((("--probe",), "--probe goes with --check"),
-                                (("--json",), "--json goes with --status"),
+                                (("--json",), "--json goes with --status or --history"),
+                                (("--prometheus", "--history"), "--prometheus goes with --status"),
                                 (("--config", "/nonexistent/has.conf"), "there is no such file"),
                                 (("--notice", " "), "say something"),
                                 (("--maintenance", ""), "say something"),
@@ -12238,6 +12359,12 @@ class TestProgram(Case):
         world.kill()
         alice.expect(re.escape(OFFLINE + "\r\n# NOTICE # Back at six\r\n"))
         self.assertEqual(has.ask("--status").returncode, 1)
+        done = has.ask("--status", "--prometheus")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(f'has_world_up{{world="{world.address}"}} 0\n', done.stdout)
+        done = has.ask("--history")
+        self.assertRegex(done.stdout, r"until now +1 +0  - .*\n    still waiting: Alice\n\Z")
+        self.assertEqual(json.loads(has.ask("--history", "--json").stdout)["waiting"], ["Alice"])
         has.signal(signal.SIGUSR1)
         has.wait_log(rb"outages: 1")
         # a second HAS on the same has.conf
