@@ -134,7 +134,7 @@ DENY = ""                         # addresses and networks that are let in no mo
 OUTPUT_LIMIT = 1048576            # bytes held for a client that does not read
 REATTACH = 0                      # seconds a user's place is kept when his line drops; 0: never
 REATTACH_LIMIT = 131072           # bytes of what he missed that are kept for him
-REATTACH_NOTICE = "# NOTICE # Welcome back: your place was kept for"
+REATTACH_NOTICE = "# NOTICE # Welcome back: your place was kept for {time}."
 ADMINS = ""                       # characters that may type #? for the list of sessions; commas
 ON_EVENT = ""                     # command run when the world goes down, comes up ...; no shell
 CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
@@ -151,6 +151,12 @@ LOGIN_BRAKE_NOTICE = ("# NOTICE # Too many logins were tried from your address: 
                       "yours goes on in {seconds} s.")
 TOO_LONG_NOTICE = "# NOTICE # That line is too long."
 UNREADABLE_NOTICE = "# NOTICE # This world cannot read that line."
+REATTACH_FROM_NOTICE = "# NOTICE # Your line was lost at {old}; you are back from {new}."
+REATTACH_DOUBTFUL_NOTICE = "# NOTICE # Perhaps you saw these:"
+REATTACH_MISSED_NOTICE = "# NOTICE # You missed {lines} line(s):"
+REATTACH_LOST_NOTICE = "# NOTICE # Of what you missed the first {lines} line(s) are lost."
+REATTACH_END_NOTICE = "# NOTICE # That is all. You are back."
+REATTACH_ELSEWHERE_NOTICE = "# NOTICE # Your session goes on at {address}."
 FULL_NOTICE = "# NOTICE # Too many users are connected now. Please try again later."
 FULL_HOST_NOTICE = "# NOTICE # Too many connections from your address."
 KICKED_NOTICE = "# NOTICE # You were disconnected by an administrator."
@@ -321,15 +327,16 @@ def _program(text):
     return words
 
 
-def _notice(known=None):
-    """A reader of texts for users, in which {known} is filled in, nothing else: see filled()."""
+def _notice(*known):
+    """A reader of texts for users, in which these are filled in, nothing else: see filled()."""
     def parse(text):
         if re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f\ud800-\udfff]", text):
             raise ValueError("holds control characters")
         for word in _PLACEHOLDER.findall(text):
-            if word != known:
-                raise ValueError(f"there is no {{{word}}} in this notice: "
-                                 f"{f'{{{known}}}' if known else 'nothing'} is filled in")
+            if word not in known:
+                filled_in = " and ".join(f"{{{it}}}" for it in known)
+                raise ValueError(f"there is no {{{word}}} in this notice: {filled_in or 'nothing'} "
+                                 f"{'are' if len(known) > 1 else 'is'} filled in")
         return text
     return parse
 
@@ -370,12 +377,14 @@ SETTINGS = {
     "reattach": _seconds, "reattach_limit": _number(4096, 1 << 24),
     "log_file": _path, "log_level": _choice("debug", "info", "warning", "error"),
     **{f"{name}_notice": _notice() for name in (
-        "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "reattach",
-        "guest", "login_kept", "hold_over", "too_long", "unreadable", "full", "full_host",
-        "kicked", "denied", "goodbye", "are_you_there")},
-    "unsent_more_notice": _notice("lines"), "still_offline_notice": _notice("time"),
-    "maintenance_notice": _notice("text"), "kick_reason_notice": _notice("reason"),
-    "login_brake_notice": _notice("seconds"), "output_lost_notice": _notice("lines"),
+        "offline", "online", "moved", "silent", "unsent", "relogin_failed", "suspect", "guest",
+        "login_kept", "hold_over", "too_long", "unreadable", "reattach_doubtful", "reattach_end",
+        "full", "full_host", "kicked", "denied", "goodbye", "are_you_there")},
+    **{f"{name}_notice": _notice(*words) for name, *words in (
+        ("reattach", "time"), ("reattach_from", "old", "new"), ("reattach_missed", "lines"),
+        ("reattach_lost", "lines"), ("reattach_elsewhere", "address"), ("unsent_more", "lines"),
+        ("still_offline", "time"), ("maintenance", "text"), ("login_brake", "seconds"),
+        ("kick_reason", "reason"), ("output_lost", "lines"))},
     "list_heading_notice": _headings,
 }
 CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
@@ -5516,7 +5525,7 @@ class Place(Part):
         if self.session.client is client:
             log.info("%s: its client does not answer any more", self.session)
             self.keep("it does not answer any more", doubtful=True,
-                      farewell=f"# NOTICE # Your session goes on at {host}.")
+                      farewell=filled(self.hub.settings.reattach_elsewhere_notice, address=host))
 
     def look_anew(self):
         """Begin to look whether his time is over: now, for a HUP may have brought another."""
@@ -5637,24 +5646,25 @@ class Place(Part):
         screen.spelling = Spelling(True, screen.spelling.marked_up)
         text, doubtful = (in_other_character_set(bytes(it), codec, ours)
                           for it in (absent.out, absent.doubtful))
-        notice = f"{self.hub.settings.reattach_notice} {away}"
+        settings, lines = self.hub.settings, count_lines(text)
+        notices = [filled(settings.reattach_notice, time=away)]
         if self.session.host != self.away_host:
-            notice += f" (line lost at {self.away_host}, back from {self.session.host})"
-        start = f"{notice}. "
+            notices.append(filled(settings.reattach_from_notice, old=self.away_host,
+                                  new=self.session.host))
         if doubtful:
-            screen.write(f"{notice}.\n# NOTICE # Perhaps you saw these:")
+            screen.write("\n".join([*notices, settings.reattach_doubtful_notice]))
             screen.send(doubtful)
-            start = "# NOTICE # "
+            notices = []
+        if absent.lost:
+            notices.append(filled(settings.reattach_lost_notice, lines=absent.lost))
         if text:
-            lost = f" (and {absent.lost} more that are lost)" if absent.lost else ""
-            lines = count_lines(text)
-            screen.write(f"{start}You missed {lines} line{'' if lines == 1 else 's'}{lost}:")
+            notices.append(filled(settings.reattach_missed_notice, lines=lines))
+        screen.write("\n".join(filter(None, notices)))
+        if text:
             screen.send(text)
             screen.tail = text[-200:].rpartition(b"\n")[2]
         if text or doubtful:
-            screen.write("# NOTICE # That is all. You are back.")
-        else:
-            screen.write(f"{notice}.")
+            screen.write(settings.reattach_end_notice)
 
     def go_on(self):
         """In a new process: what the old one had begun."""

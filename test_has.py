@@ -186,6 +186,13 @@ RARE_NOTICES = {
     "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on in {seconds} s.",
     "too_long_notice": "# NOTICE # That line is too long.",
     "unreadable_notice": "# NOTICE # This world cannot read that line.",
+    "reattach_notice": "# NOTICE # Welcome back: your place was kept for {time}.",
+    "reattach_from_notice": "# NOTICE # Your line was lost at {old}; you are back from {new}.",
+    "reattach_doubtful_notice": "# NOTICE # Perhaps you saw these:",
+    "reattach_missed_notice": "# NOTICE # You missed {lines} line(s):",
+    "reattach_lost_notice": "# NOTICE # Of what you missed the first {lines} line(s) are lost.",
+    "reattach_end_notice": "# NOTICE # That is all. You are back.",
+    "reattach_elsewhere_notice": "# NOTICE # Your session goes on at {address}.",
     "full_notice": "# NOTICE # Too many users are connected now. Please try again later.",
     "full_host_notice": "# NOTICE # Too many connections from your address.",
     "kicked_notice": "# NOTICE # You were disconnected by an administrator.",
@@ -500,6 +507,8 @@ class TestSettings(SettingsCase):
         for key, text, trouble in (
                 ("login_brake_notice", "In {minutes} m", "there is no {minutes} in this notice: {seconds} is filled in"),
                 ("still_offline_notice", "{Time}", "there is no {Time} in this notice: {time} is filled in"),
+                ("reattach_from_notice", "{host}",
+                 "there is no {host} in this notice: {old} and {new} are filled in"),
                 ("offline_notice", "for {time}", "there is no {time} in this notice: nothing is filled in"),
                 ("list_heading_notice", "a b", "must be ten words, one for each column"),
                 ("goodbye_notice", "a\tb", "holds control characters")):
@@ -4438,7 +4447,7 @@ class Reattach(ReattachCase):
                 self.assertEqual(len(rig.hub.sessions), 1)
                 text = again.lines()
                 self.assertRegex(text[0], r"# NOTICE # Welcome back: your place was kept for 3m 12s\.")
-                self.assertRegex(text[-3], r"You missed 1 line:\Z")
+                self.assertRegex(text[-3], r"You missed 1 line\(s\):\Z")
                 self.assertEqual("# NOTICE # Perhaps you saw these:" in text, name == "RST")
                 self.assertEqual(text[-2:], ['Bob says, "you there?"', "# NOTICE # That is all. You are back."])
                 self.assertEqual((own.read(), own.ended), (b"", True))
@@ -4695,8 +4704,9 @@ class Reattach(ReattachCase):
         again, own = self.comes_back(rig)
         text = again.read().decode()
         shown = re.findall(r"(?m)^line (\d+)\r$", text)
-        told = re.search(r"You missed (\d+) lines \(and (\d+) more that are lost\):", text)
-        self.assertEqual(int(told.group(1)), len(shown))
+        told = re.search(r"the first (\d+) line\(s\) are lost\.\r\n"
+                         r"# NOTICE # You missed (\d+) line\(s\):", text)
+        self.assertEqual(int(told.group(2)), len(shown))
         self.assertEqual(int(told.group(1)) + int(told.group(2)), 1000)
         self.assertEqual(shown, [f"{number:03}" for number in range(1000)][-len(shown):])
 
@@ -4854,7 +4864,7 @@ class WhosePlace(ReattachCase):
         client, link = self.away(rig, host="203.0.113.1")
         with self.assertLogs(has.log, "INFO") as logged:
             again, own = self.comes_back(rig, host="203.0.113.2")
-        self.assertIn("(line lost at 203.0.113.1, back from 203.0.113.2)", again.read().decode())
+        self.assertIn("Your line was lost at 203.0.113.1; you are back from 203.0.113.2.", again.read().decode())
         self.assertTrue(any("Alice@203.0.113.1: is back from 203.0.113.2 after" in line for line in logged.output))
         self.assertEqual(rig.hub.control.status()["sessions"][0]["host"], "203.0.113.2")
 
@@ -5152,7 +5162,7 @@ class PlaceInEveryState(ReattachCase):
         while b"You are back" not in text and time.monotonic() < deadline:
             text += again.read()
             rig.settle()
-        told, = re.findall(rb"You missed (\d+) lines:", text)
+        told, = re.findall(rb"You missed (\d+) line\(s\):", text)
         self.assertLessEqual(sent + 2000 - 1300, int(told))     # 4096 bytes and more were in the sockets
         self.assertLessEqual(int(told), sent + 2000)
 
@@ -8574,6 +8584,32 @@ class WordsOfTheSite(RigCase):
         rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         rig.settle()
         self.assertEqual(client.lines(), ["Fora"])
+
+    def test_a_place_that_was_kept(self):
+        words = {name: f"{name} {text}".strip() for name, text in (
+            ("", "{time}"), ("from", "{old} {new}"), ("doubtful", ""), ("missed", "{lines}"),
+            ("lost", "{lines}"), ("end", ""))}
+        rig = self.rig(reattach=300, reattach_limit=4096, **{
+            f"reattach_{name}_notice".replace("__", "_"): text for name, text in words.items()})
+        client, link = rig.player(tcp=True, host="203.0.113.1")
+        client.sock.close()
+        rig.settle()
+        link.send(b"".join(b"line %03d\r\n" % number for number in range(500)))
+        rig.settle()
+        again = rig.client(tcp=True, host="203.0.113.2")
+        again.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.pass_time(*SETTLED)
+        lines = [line for line in again.lines() if not line.startswith("line ")]
+        self.assertRegex("|".join(lines[-5:]), r"\A\d+s\|from 203\.0\.113\.1 203\.0\.113\.2\|"
+                         r"lost \d+\|missed \d+\|end\Z")
+
+    def test_no_text_for_users_is_outside_the_settings(self):
+        tree, lines = ast.parse(pathlib.Path(HAS).read_text()), pathlib.Path(HAS).read_text()
+        end = lines[:lines.index(has.END_MARK + " ----")].count("\n")
+        self.assertEqual([f"line {node.lineno}: {node.value}" for node in ast.walk(tree)
+                          if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                          and "NOTICE #" in node.value and node.lineno > end], [])
 
     def test_an_empty_text_says_nothing(self):
         rig, client, _ = self.waiting()
