@@ -186,7 +186,6 @@ RARE_NOTICES = {
     "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on in {seconds} s.",
     "too_long_notice": "# NOTICE # That line is too long.",
     "unreadable_notice": "# NOTICE # This world cannot read that line.",
-    "reattach_notice": "# NOTICE # Welcome back: your place was kept for {time}.",
     "reattach_from_notice": "# NOTICE # Your line was lost at {old}; you are back from {new}.",
     "reattach_doubtful_notice": "# NOTICE # Perhaps you saw these:",
     "reattach_missed_notice": "# NOTICE # You missed {lines} line(s):",
@@ -1986,7 +1985,7 @@ PLAIN_SETTINGS = dict(
     resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
     log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
     admins="", control_socket="", on_event="", still_offline_every=300,
-    deny="")
+    deny="", reattach_notice="# NOTICE # Welcome back: your place was kept for {time}.")
 
 
 @functools.lru_cache(None)
@@ -8594,7 +8593,7 @@ class WordsOfTheSite(RigCase):
         client, link = rig.player(tcp=True, host="203.0.113.1")
         client.sock.close()
         rig.settle()
-        link.send(b"".join(b"line %03d\r\n" % number for number in range(500)))
+        link.send(b"".join(b"line %04d\r\n" % number for number in range(2000)))
         rig.settle()
         again = rig.client(tcp=True, host="203.0.113.2")
         again.send("connect Alice pw\r\n")
