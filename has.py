@@ -4167,11 +4167,25 @@ class Inbox(Part):
         if self.first.is_raw:
             self._pass_raw(data)
         elif self.backlog or self.slow_until > self.hub.now:
-            self.backlog += data
+            self.backlog += self._without_answers(data) if self.session.place.claim else data
             if len(self.backlog) > KEEP_BYTES:
                 self.client.pause()
         else:
             self._read_in_turn(data)
+
+    def _without_answers(self, data):
+        """A login waits for a place; what his client says of options is not to wait with it."""
+        session, rest = self.session, []
+        if self.from_client is None:
+            self.from_client = Scanner(strict=True)
+        for is_command, piece in self.from_client.feed(data):
+            if is_command and len(piece) > 2:
+                answer = session.telnet.on_client_command(piece)
+                if answer and session.link:
+                    session.link.send(answer)
+            else:
+                rest.append(piece)
+        return b"".join(rest)
 
     def _read_in_turn(self, data):
         """Read what this turn of the hub still has time for; the rest in later turns, with those
@@ -4249,34 +4263,19 @@ class Inbox(Part):
         self.typed.clear()
         self.from_client, self.slow_until = None, 0
 
-    @property
-    def is_worth_keeping(self):
-        """Whether nothing forbids to keep his place: he has not quit, nor left half a line with a
-        world that cannot forget it."""
-        half = self.typed.sent and not self.session.dialect.erasers
-        return not (half or self.first.is_http or self.has_quit()
-                    or _QUIT_LAST.search(self.kept + self.backlog))
-
     def take_rest(self):
         """What he has typed that was not read yet."""
+        self.end_claim()
         rest = self.behind + self.kept + self.backlog
         self.kept = self.backlog = self.behind = b""
         return rest
 
-    def take_kept_login(self):
-        """(login, its bytes), if the first line that was kept is one, or None: it is kept no
-        more, nor what stands before it."""
-        dialect, commands, text = self.session.dialect, [], b""
-        for is_command, piece in split_commands(self.kept):
-            (commands.append(piece) if is_command else None)
-            text += b"" if is_command else piece
-        text = text.lstrip()
-        end = dialect.line_end.search(text)
-        login = end and dialect.read_login(text[:end.start()].rstrip(b"\r"))
-        if not login:
-            return None
-        self.kept = b"".join(commands) + text[end.end():]
-        return login, text[:end.end()]
+    def end_claim(self):
+        """Nothing that he sends waits for a place any more."""
+        self.slow_until = 0
+        if self.from_client and self.from_client.held:          # it came behind all that waits
+            self.backlog += self.from_client.held
+            self.from_client = Scanner(strict=True)
 
     def finish(self):
         """He sends no more: what he typed last is still carried out and answered."""
@@ -4678,7 +4677,7 @@ class Lines(Part):
         braked, self.braked = self.braked, None
         if not braked:
             return
-        inbox.slow_until = 0
+        inbox.end_claim()
         if session.state is State.LOGIN:
             session.link.send(take(*braked))
         elif session.state in AWAY:
@@ -5495,10 +5494,10 @@ class Place(Part):
         """His client has gone, `reason` is "" for a plain end: keep his place; False if there is
         none. `doubtful`: its kernel may have acknowledged what no program has read."""
         session, hub, client = self.session, self.hub, self.session.client
-        if not (self._is_one and session.inbox.is_worth_keeping):
+        if not self._is_one:
             return False
-        session.inbox.read_last()
-        if not (self._is_one and session.inbox.is_worth_keeping):
+        session.inbox.read_last()               # in which there may be QUIT or LOGOUT
+        if not self._is_one:
             return False
         limit = hub.settings.reattach_limit
         absent = Absent.of(client, limit, hub.places.grew, doubtful or bool(reason))
@@ -5506,19 +5505,24 @@ class Place(Part):
         client.send(session.screen.spell(farewell) if farewell else b"")
         client.drop()
         self.away_at, self.gone_at, self.away_host = time.time(), hub.now, session.host
-        log.info("%s: the line dropped%s; his place is kept for %d s", session,
-                 f" ({reason})" if reason else "", hub.settings.reattach)
+        hub.door.visits.of(session, "lost the line, and their places are kept", "the line dropped"
+                           f"{f' ({reason})' if reason else ''}; his place is kept for "
+                           f"{hub.settings.reattach:g} s")
         hub.places.add(session)
         self.look_anew()
         return True
 
     @property
     def _is_one(self):
-        """Whether he is in the game, or on his way back, and may come back to it."""
-        session, login = self.session, self.session.character.login
+        """Whether he is in the game, or on his way back, has not quit, and may come back to it;
+        nor has he left half a line with a world that cannot forget it."""
+        session, inbox, login = self.session, self.session.inbox, self.session.character.login
         return bool(self.hub.settings.reattach and login and not login.is_guest
                     and not self.away_at and not self.outdated
-                    and session.state in PLACES and session.dialect.logs_in)
+                    and session.state in PLACES and session.dialect.logs_in
+                    and not (inbox.typed.sent and not session.dialect.erasers)
+                    and not inbox.first.is_http and not inbox.has_quit()
+                    and not _QUIT_LAST.search(inbox.kept + inbox.backlog))
 
     def lose(self, client, host):
         """This client of his does not answer, and he has come back from `host`."""
@@ -5584,12 +5588,26 @@ class Place(Part):
         if self.claim or not self.hub.settings.reattach or not kept or kept == self.looked:
             self.left = bool(self.claim) and session.state is State.ASKING
             return bool(self.claim)
-        found = inbox.take_kept_login()
+        found = self._kept_login()
         if found and session.lines.claim_kept(*found):
             self.left = session.state is State.ASKING
             return True
         inbox.kept = self.looked = kept
         return False
+
+    def _kept_login(self):
+        """(login, its bytes), if the first line that was kept is one, or None: it is kept no
+        more, nor what stands before it."""
+        inbox, dialect, commands, text = self.session.inbox, self.session.dialect, b"", b""
+        for is_command, piece in split_commands(inbox.kept):
+            commands, text = ((commands + piece, text) if is_command else
+                              (commands, (text + piece).lstrip()))
+        end = dialect.line_end.search(text)
+        login = end and dialect.read_login(text[:end.start()].rstrip(b"\r"))
+        if not login:
+            return None
+        inbox.kept = commands + text[end.end():]
+        return login, text[:end.end()]
 
     def on_unclaimed(self):
         """It opens none: the end of the link is an end."""
@@ -5631,8 +5649,10 @@ class Place(Part):
         session.screen.tail = newcomer.screen.tail
         session.screen.in_one_piece(lambda _: self._show_missed(absent, ago(away), codec), b"")
         self.returns += (hub.now,)
-        log.info("%s: is back from %s after %s, %d lines replayed (was session %d)", name,
-                 session.host, ago(away), count_lines(absent.out), newcomer.number)
+        lines = count_lines(absent.out)
+        hub.door.visits.note(session.host, "are back in their places", f"{name}: is back from "
+                             f"{session.host} after {ago(away)}, {lines} line{'s' * (lines != 1)} "
+                             f"replayed (was session {newcomer.number})", free=60)
         absent.drop()
         hub.logins.took(session)
         session.refresh()

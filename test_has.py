@@ -5309,6 +5309,183 @@ class AnotherClient(RigCase):
             rig.settle()
             self.assertIn(wanted + b"\r\n", again.read(), (first, second))
 
+    def test_iac_in_what_was_missed(self):
+        """A byte 255 is doubled on the wire, and a character of its own in Latin-1."""
+        for first, second, wanted in ((b"ISO-8859-1", b"UTF-8", "\xff!".encode()),
+                                      (b"UTF-8", b"ISO-8859-1", b"\xff\xff!")):
+            rig = self.rig(reattach=300)
+            client, link = self.client(rig, **dict(self.FULL, charset=first))
+            client.send("connect Alice pw\r\n")
+            rig.settle()
+            rig.let_in(link)
+            client.sock.close()
+            rig.settle()
+            link.send("\xff!".encode(first.decode()).replace(b"\xff", b"\xff\xff") + b"\r\n")
+            rig.settle()
+            again, _ = self.client(rig, **dict(self.FULL, charset=second))
+            again.send("connect Alice pw\r\n")
+            rig.settle()
+            self.assertIn(b"\r\n" + wanted + b"\r\n", again.read())
+
+    def away(self, rig, **kind):
+        """Somebody with such a client, whose line has dropped: the world's end of his link."""
+        client, link = self.client(rig, **kind)
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.let_in(link)
+        client.sock.close()
+        rig.settle()
+        link.read()
+        return client, link
+
+    def test_one_that_was_asked_nothing(self):
+        """The world had no time to, or is of few words: a client that speaks is asked by HAS, and its yes is
+        for nobody; for one that does not, all stays as it was."""
+        rig = self.rig(reattach=300)
+        client, link = self.away(rig, **self.FULL)
+        again = rig.client()
+        own = rig.game.accept()
+        own.send(b"Welcome\r\n")
+        again.send("connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        self.assertIn(b"Welcome back", again.read())
+        self.assertEqual(link.read(), b"")
+        again.sock.close()
+        rig.settle()
+        third = rig.client()
+        own = rig.game.accept()
+        own.send(offer((WILL, 25)))
+        rig.settle()
+        third.send(command(DO, 25) + b"connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        asked = third.read()
+        for piece in (command(DO, NAWS), command(DO, TTYPE), command(WILL, GMCP)):
+            self.assertEqual(asked.count(piece), 1, piece)
+        self.assertEqual(link.read(), b"")
+        third.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WILL, TTYPE) + command(DONT, GMCP))
+        rig.settle()
+        self.assertEqual(link.read(), sub(NAWS, b"\0\x47\0\x17") + command(DONT, GMCP))
+        self.assertEqual(third.read(), sub(TTYPE, b"\1"))
+        third.send(sub(TTYPE, b"\0XTERM"))
+        rig.settle()
+        self.assertEqual(link.read(), sub(TTYPE, b"\0XTERM"))
+
+    def test_one_that_logs_in_before_the_world_has_asked_it(self):
+        rig = self.rig(reattach=300)
+        client, link = self.away(rig, **self.FULL)
+        again = rig.client()
+        again.send("connect Alice pw\r\n")
+        own = rig.game.accept()
+        rig.settle()
+        own.send(offer((DO, NAWS), (DO, TTYPE)))
+        rig.pass_time(0.1)
+        again.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WONT, TTYPE))
+        rig.settle()
+        self.assertTrue(client.session.place.away_at)
+        rig.pass_time(0.11)
+        self.assertFalse(client.session.place.away_at)
+        self.assertEqual(link.read(), sub(TTYPE, b"\0UNKNOWN") + sub(NAWS, b"\0\x47\0\x17"))
+
+    def test_an_option_that_the_link_never_had(self):
+        rig, link, again = self.joined({}, self.FULL)
+        sent = link.read()
+        for piece in (command(WILL, NAWS) + sub(NAWS, struct.pack(">HH", 120, 50)),
+                      command(WILL, TTYPE) + sub(TTYPE, b"\0MUDLET"),
+                      command(DO, GMCP) + sub(GMCP, b"Core.Hello one"),
+                      command(WILL, CHARSET) + sub(CHARSET, b"\x02UTF-8")):
+            self.assertEqual(sent.count(piece), 1, piece)
+        link.send(command(DONT, TTYPE) + command(WILL, GMCP))    # a no is for the client; the world had asked
+        rig.settle()
+        self.assertIn(command(DONT, TTYPE), again.read())
+
+    def test_while_the_world_is_away(self):
+        """What the new client has settled elsewhere is brought to the next link."""
+        rig = self.rig(reattach=300)
+        client, link = self.away(rig, **self.FULL)
+        again, own = self.client(rig, **dict(self.FULL, size=(71, 23)))
+        rig.down()
+        again.send("connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        self.assertFalse(client.session.place.away_at)
+        rig.found("life 2")
+        self.assertIn(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17"), rig.game.accept().read())
+
+    def test_the_next_upgrade_knows_what_the_link_has_had(self):
+        rig, link, again = self.joined(self.FULL, None)
+        again.sock.close()
+        rig.settle()
+        rig.upgrade()
+        third, _ = self.client(rig, **self.FULL)
+        link.read()
+        third.send("connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        sent = link.read()
+        self.assertIn(sub(NAWS, struct.pack(">HH", 120, 50)), sent)
+        for verb in (WILL, DO):
+            for option in (NAWS, TTYPE, CHARSET):
+                self.assertNotIn(command(verb, option), sent)
+
+    def test_settings_typed_at_the_login_screen(self):
+        """The link gets what the new client has set there, and a prefix that it has not is cleared."""
+        rig = self.rig(reattach=300)
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("OUTPUTPREFIX <\r\nOUTPUTSUFFIX >\r\nSCREENWIDTH 120\r\nconnect Alice pw\r\n")
+        rig.settle()
+        mark = re.findall(rb"OUTPUTPREFIX (=\w+=)\r\n", link.read())[0]
+        link.send(b"Welcome\r\n" + mark + b"\r\n")
+        rig.settle()
+        client.sock.close()
+        rig.settle()
+        again = rig.client()
+        own = rig.game.accept()
+        again.send("OUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\nconnect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        self.assertEqual(link.read(), b"OUTPUTPREFIX\r\nOUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\n")
+        self.assertEqual(client.session.lines.settings, {b"OUTPUTSUFFIX": b"]", b"SCREENWIDTH": b"120", b"SCREENHEIGHT": b"20"})
+
+    def test_pueblo(self):
+        """Who reads tags cannot go on as one who does not, nor the other way round."""
+        for first, second in itertools.product((True, False), repeat=2):
+            rig = self.rig(reattach=300)
+            client = rig.client()
+            link = rig.game.accept()
+            client.send("PUEBLOCLIENT 2.50\r\n" * first + "connect Alice pw\r\n")
+            rig.settle()
+            rig.let_in(link)
+            client.sock.close()
+            rig.settle()
+            again = rig.client()
+            own = rig.game.accept()
+            again.send("PUEBLOCLIENT 2.50\r\n" * second + "connect Alice pw\r\n")
+            rig.pass_time(*SETTLED)
+            self.assertEqual(bool(client.session.place.away_at), first != second)
+            self.assertEqual(b"connect Alice pw" in own.read(), first != second)
+
+    def test_a_websocket_has_no_place_and_joins_none(self):
+        rig = self.rig("pennmush", reattach=300)
+        client, link = rig.client(), rig.game.accept()
+        client.send("GET /wsclient HTTP/1.1\r\nUpgrade: websocket\r\n\r\n")
+        rig.settle()
+        client.session.character.login = has.Credentials(b"connect", b"Alice", b"pw")
+        client.session.state = has.State.PLAYING
+        self.assertFalse(client.session.place.keep(""))
+        client.session.character.login = None
+        link.send("HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        rig.settle()
+        alice, link = rig.client(), rig.game.accept()
+        alice.send("connect Alice pw\r\n")
+        rig.settle()
+        mark = re.search(rb"OUTPUTPREFIX (=\w+=)a\r\n", link.read()).group(1)
+        link.send(b"Welcome\r\n" + mark + b"a\r\n \r\n" + mark + b"z\r\n")
+        rig.settle()
+        self.assertEqual(state_of(alice), "PLAYING")
+        alice.sock.close()
+        rig.settle()
+        client.send(b"\x81\x10connect Alice pw\r\nconnect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        self.assertTrue(alice.session.place.away_at)
+
     def test_no_chain_of_clients_says_what_kills_a_pennmush(self):
         """DO CHARSET behind ACCEPTED, whatever the clients agree to (REATTACH.md 13)."""
         kinds = [self.FULL, {}, {"charset": b"UTF-8"}, {"size": (80, 24)}, dict(self.FULL, charset=b"US-ASCII")]
