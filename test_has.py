@@ -13187,6 +13187,280 @@ class TestUpgradeOfPython(TestUpgrade):
 # Where one is installed (apt-get install tinymux).
 # ======================================================================
 
+class TestReattach(Case):
+    """A user's own line drops, in front of every family."""
+
+    FAMILIES = "tinymux", "pennmush", "tinymush", "rhostmush", "teenymush"
+
+    def playing(self, family="tinymux", **settings):
+        """(the world, HAS, Alice, Bob), both in the game."""
+        world = self.world(family)
+        world.quota = None
+        served = Has(self, mush_address=world.address, reattach=60, **settings).wait_up()
+        alice = self.client(served, "connect Alice alicepw", world, "Alice")
+        return world, served, alice, self.client(served, "connect Bob bobpw", world, "Bob")
+
+    def drop(self, served, client, notify=False):
+        after = len(served.log)
+        if notify:
+            with contextlib.suppress(OSError, ValueError):
+                client.sock.settimeout(0.1)
+                client.sock.unwrap()
+        client.close()
+        served.wait_log(rb"the line dropped.*his place is kept", after=after)     # RST, if something was unread
+
+    def back(self, served, line="connect Alice alicepw"):
+        client = self.client(served)
+        client.send(line + "\r\n").expect("Welcome back: your place was kept for ")
+        return client
+
+    def test_nobody_sees_it(self):
+        for family in self.FAMILIES:
+            with self.subTest(family):
+                world, served, alice, bob = self.playing(family)
+                logins = len(world.logins)
+                for number in range(2):
+                    self.drop(served, alice)
+                    bob.send(f"say while away {number}\r\n").expect(f"while away {number}")
+                    alice = self.back(served)
+                    alice.barrier()
+                    self.assertEqual(alice.seen.count(f"while away {number}".encode()), 1)
+                self.assertEqual(len(world.logins), logins)
+                self.assertNotRegex(bob.text.decode(), "connected")
+                alice.send("QUIT\r\n").expect_end()
+                world.wait(lambda w: not w.online("Alice"), what="Alice has left")
+
+    def test_who_knows_the_old_password_gets_in_nowhere(self):
+        """It was changed in the game: in this session, by a wizard elsewhere, on a link of its own."""
+        for family in self.FAMILIES:
+            for elsewhere in (False, True):
+                with self.subTest(family, elsewhere=elsewhere):
+                    world, served, alice, bob = self.playing(family)
+                    if elsewhere:
+                        self.drop(served, alice)
+                        world.players["Alice"] = "changed"
+                        if not has.DIALECTS[family].check_function:     # then nobody can tell until he logs in
+                            owner = self.client(served, "connect Alice changed", world, "Alice")
+                            served.wait_log(rb"its character logged in with another password")
+                    else:
+                        alice.send("@password alicepw=changed\r\n")
+                        served.wait_log(rb"changed the password")
+                        alice.barrier()
+                        self.drop(served, alice)
+                    thief = self.client(served)
+                    thief.send("connect Alice alicepw\r\n")
+                    thief.expect(has.DIALECTS[family].refused_text)
+                    self.assertNotIn(b"Welcome back", thief.seen)
+                    if not elsewhere:
+                        self.back(served, "connect Alice changed").barrier()
+
+    def test_a_name_without_its_password_teaches_nothing(self):
+        """Whether its place is kept, it plays, or is not there: the same text."""
+        for family in self.FAMILIES:
+            with self.subTest(family):
+                world, served, alice, bob = self.playing(family)
+                self.drop(served, alice)
+                said = {}
+                for name in ("Alice", "Bob", "Carol"):
+                    stranger = self.client(served)
+                    stranger.send(f"connect {name} guess\r\n")
+                    stranger.expect(has.DIALECTS[family].refused_text)
+                    said[name] = stranger.seen
+                self.assertEqual(len(set(said.values())), 1, said)
+                self.assertIn(b"connect", b"\n".join(str(line).encode() for line in world.lines))
+
+    def test_an_upgrade_with_somebody_away(self):
+        """USR2: the rehearsal takes his place over as well, and so does what follows."""
+        world, served, alice, bob = self.playing()
+        self.drop(served, alice)
+        bob.send("say before\r\n").expect("before")
+        after = len(served.log)
+        served.signal(signal.SIGUSR2)
+        served.wait_log(rb"goes on where", 20, after)
+        bob.send("say behind\r\n").expect("behind")
+        alice = self.back(served)
+        self.assertRegex(alice.expect("That is all. You are back."), rb'(?s)"before".*"behind"')
+        alice.barrier()
+
+    def test_a_crash_with_somebody_away(self):
+        world, served, alice, bob = self.playing()
+        self.drop(served, alice)
+        world.kill()
+        bob.expect(re.escape(OFFLINE))
+        world.start()
+        bob.expect(re.escape(ONLINE))
+        world.wait(lambda w: w.online("Alice"), what="HAS has brought Alice back, too")
+        alice = self.back(served)
+        self.assertRegex(alice.expect("That is all. You are back.").decode(),
+                         f"(?s){re.escape(OFFLINE)}.*{re.escape(ONLINE)}")
+        alice.barrier()
+
+    def test_tls(self):
+        """With close_notify and without, and another kind of client behind it."""
+        folder = tempfile.mkdtemp(prefix="has-tls-")
+        self.addCleanup(shutil.rmtree, folder)
+        cert, key = certificate(folder)
+        tls_port = free_port()
+        world, served, alice, bob = self.playing(
+            local_port=free_port(), local_port_ssl=tls_port, ssl_cert=cert, ssl_key=key)
+        for how in ("TLS", "notify", "plain"):
+            self.drop(served, alice, notify=how == "notify")
+            alice = Client(served.port) if how == "plain" else TLSClient(tls_port)
+            self.addCleanup(alice.close)
+            alice.send("connect Alice alicepw\r\n").expect("your place was kept")
+            alice.barrier()
+        self.assertNotRegex(bob.text.decode(), "connected")
+
+
+class Router:
+    """Two network namespaces in a row: whoever connects from the far one, his line can be cut without a word to
+    either side. Needs root, and `ip`."""
+
+    _HAND_OVER = ("import socket, sys, array\n"
+                  "sock, out = socket.socket(), socket.socket(fileno=int(sys.argv[1]))\n"
+                  "sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, int(sys.argv[4]))\n"
+                  "sock.connect((sys.argv[2], int(sys.argv[3])))\n"
+                  "out.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [sock.fileno()]))])\n")
+
+    @staticmethod
+    def missing():
+        """Why there can be none here, or ""."""
+        if sys.platform != "linux" or os.getuid():
+            return "needs Linux and root"
+        if not shutil.which("ip"):
+            return "needs the program ip (iproute2)"
+        name = f"has-try-{os.getpid()}"
+        tried = subprocess.run(["ip", "netns", "add", name], stderr=subprocess.PIPE)
+        if tried.returncode:
+            return f"no network namespaces: {tried.stderr.decode().strip()}"
+        subprocess.run(["ip", "netns", "del", name])
+        return ""
+
+    def __init__(self, case):
+        number = random.SystemRandom().randrange(1, 250)
+        net, tag = f"10.219.{number}", f"has{os.getpid() % 100000}"
+        self.near, self.far, self.here = tag + "r", tag + "c", net + ".1"
+        case.addCleanup(self._remove, tag)
+        for line in (f"ip netns add {self.near}", f"ip netns add {self.far}",
+                     f"ip link add {tag}h type veth peer name r0 netns {self.near}",
+                     f"ip addr add {net}.1/30 dev {tag}h", f"ip link set {tag}h up",
+                     f"ip -n {self.near} addr add {net}.2/30 dev r0", f"ip -n {self.near} link set r0 up",
+                     f"ip -n {self.near} link add r1 type veth peer name c0 netns {self.far}",
+                     f"ip -n {self.near} addr add {net}.5/30 dev r1", f"ip -n {self.near} link set r1 up",
+                     f"ip -n {self.far} addr add {net}.6/30 dev c0", f"ip -n {self.far} link set c0 up",
+                     f"ip -n {self.far} route add default via {net}.5", f"ip route add {net}.4/30 via {net}.2"):
+            subprocess.run(line.split(), check=True)
+        self.pass_on(True)
+
+    def _remove(self, tag):
+        for name in (self.near, self.far):
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+        subprocess.run(["ip", "link", "del", tag + "h"], stderr=subprocess.DEVNULL)
+
+    def pass_on(self, yes):
+        """Let packets through, or none."""
+        subprocess.run(["ip", "netns", "exec", self.near, "sysctl", "-qw", f"net.ipv4.ip_forward={int(yes)}"], check=True)
+
+    def client(self, case, port, receive_buffer=65536):
+        """A Client in the far namespace."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            subprocess.run(["ip", "netns", "exec", self.far, sys.executable, "-c", self._HAND_OVER, str(theirs.fileno()),
+                            self.here, str(port), str(receive_buffer)], pass_fds=[theirs.fileno()], check=True)
+            _, passed, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        client = Client.__new__(Client)
+        client.sock = socket.socket(fileno=struct.unpack("i", passed[0][2][:4])[0])
+        client.text = client.seen = b""
+        case.addCleanup(client.close)
+        return client
+
+
+class TestCutLine(Case):
+    """A line that is cut without a word: between client and HAS are two network namespaces."""
+
+    @classmethod
+    def setUpClass(cls):
+        reason = Router.missing()
+        if reason:
+            raise unittest.SkipTest(reason)
+
+    def setUp(self):
+        self.router = Router(self)
+        self.mush = self.world()
+        self.mush.quota = None
+        self.has = Has(self, mush_address=self.mush.address, reattach=60, local_address=self.router.here,
+                       reattach_limit=1 << 20).wait_up()
+        self.bob = self.far("Bob")
+
+    def far(self, name, **how):
+        """Somebody in the game who comes from the far namespace."""
+        client = self.router.client(self, self.has.port, **how)
+        client.send(f"connect {name} {name.lower()}pw\r\n")
+        self.mush.wait(lambda w: w.online(name), what=f"{name} is in")
+        client.barrier()
+        client.text = b""
+        return client
+
+    def back(self):
+        """Alice, by another line; and how long it took her."""
+        client, began = Client(self.has.port, self.router.here), time.monotonic()
+        self.addCleanup(client.close)
+        client.send("connect Alice alicepw\r\n").expect("Welcome back|Limbo", 10)
+        return client, time.monotonic() - began
+
+    def test_an_idle_client_vanishes(self):
+        alice = self.far("Alice")
+        self.router.pass_on(False)
+        select.select([], [], [], 0.1)          # what it has just acknowledged is no sign of life
+        again, seconds = self.back()
+        again.expect(": your place was kept for ")
+        self.assertLess(seconds, 4)
+        self.assertGreater(seconds, 2)
+        again.barrier()
+        self.router.pass_on(True)
+        self.assertEqual(re.findall(rb"[^\r\n]*connected", self.bob.barrier()), [b"Alice has connected"])      # once
+        self.assertEqual(len(self.mush.logins), 3)              # heartbeat, Bob, Alice
+
+    def test_a_living_one_keeps_its_place(self):
+        """Idle, and in the middle of much text."""
+        alice = self.far("Alice")
+        for busy in (False, True):
+            if busy:
+                self.mush.emit("Alice", b"x" * 60000 + b"\r\n")
+            again, seconds = self.back()
+            self.assertLess(seconds, 1)
+            again.barrier()
+            alice.barrier()
+        self.assertEqual(len(self.mush.online("Alice")), 3)
+
+    def test_a_flood_is_cut_in_the_middle(self):
+        """What the old client's kernel got, and what is shown to the new one: everything, once."""
+        alice = self.far("Alice", receive_buffer=4096)
+        for number in range(0, 6000, 50):
+            self.mush.emit("Alice", b"".join(b"line %05d ----------------\r\n" % n for n in range(number, number + 50)))
+            if number == 1000:
+                alice.expect("line 00300")
+        self.bob.barrier()
+        self.has_rest(alice)
+        self.router.pass_on(False)
+        self.mush.emit("Alice", b"line 06000\r\n")
+        again, _ = self.back()
+        shown = again.expect("That is all. You are back.")
+        self.router.pass_on(True)
+        alice.seen += alice.sock.recv(1 << 22, socket.MSG_DONTWAIT)
+        seen = alice.seen[:alice.seen.rfind(b"\n") + 1]
+        numbers = [int(number) for number in re.findall(rb"(?m)^line (\d+)", seen + shown.partition(b"You missed")[2])]
+        self.assertEqual(numbers, list(range(6001)))
+
+    def has_rest(self, alice):
+        """Nothing more comes to a client that does not read."""
+        before, count = -1, 0
+        while before != count:
+            before = count
+            select.select([], [], [], 0.3)
+            count = len(alice.sock.recv(1 << 22, socket.MSG_PEEK))
+
+
 class TestRealTinyMUX(Scenarios, unittest.TestCase):
     """The same, in front of the real server."""
 
@@ -13669,7 +13943,7 @@ class Has:
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         case.addCleanup(self.end)
-        self.port = int(self.wait_log(rb"listening on 127\.0\.0\.1:(\d+)").group(1))
+        self.port = int(self.wait_log(rb"listening on [0-9.]+:(\d+)").group(1))
 
     def configure(self, **settings):
         """Write has.conf anew."""
