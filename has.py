@@ -34,6 +34,9 @@ The parts, in reading order; each uses only the parts above it:
     10. Survival      what a new process takes over: upgrade, rescue
     11. Command line  arguments, log, signals, exit status
 
+Two processes, where the system can (Keeper): one does all, the other only holds what must outlive
+it, and starts the next.
+
 Two threads: the main thread runs the hub, owns every session and never
 blocks; the heartbeat thread owns the one blocking connection and every DNS
 look-up. They share nothing but two mailboxes, one each way. (While users are
@@ -64,6 +67,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os
 import pathlib
 import re
@@ -138,6 +142,7 @@ REATTACH_NOTICE = "# NOTICE # Welcome back: your place was kept for {time}."
 ADMINS = ""                       # characters that may type #? for the list of sessions; commas
 ON_EVENT = ""                     # command run when the world goes down, comes up ...; no shell
 CONTROL_SOCKET = ""               # unix socket for --status; empty: has.sock beside has.conf
+KEEPER = "auto"                   # a process that outlives a kill of HAS: auto or no
 LOG_FILE = ""                     # file for the log; empty: standard error
 LOG_LEVEL = "info"                # debug, info, warning or error
 # What users read more seldom; has.conf says when. {words} in braces are filled in.
@@ -366,7 +371,7 @@ SETTINGS = {
     "local_address": _local_address, "local_port": _number(0, 65535),
     "local_port_ssl": _number(0, 65535), "ssl_cert": _file, "ssl_key": _file,
     "proxy_from": _networks, "deny": _networks, "admins": _names, "control_socket": _path,
-    "on_event": _program,
+    "on_event": _program, "keeper": _choice("auto", "no"),
     "hb_user": _name, "hb_pass": _word, "beat": _interval, "retry": _interval,
     "hb_timeout": _interval, "dead_after": _interval,
     "failover_after": _seconds, "failback_after": _seconds,
@@ -2448,6 +2453,11 @@ class Survivor:
     """
 
     SURVIVES, __slots__ = (), ()
+    PASSING = ()                   # of these: changes so often that it is written down with others
+
+    def changes(self):
+        """What is equal to the next changes() only if survivors() are, but for what is PASSING."""
+        return snapshot(_changes_of(type(self))(self))
 
     def survivors(self):
         """What a new process takes over, for JSON: {name: value}; what is nothing is left out."""
@@ -2458,6 +2468,28 @@ class Survivor:
         """Take over what survivors() of another process gave, and perhaps more than that."""
         for name in set(self.SURVIVES) & set(values):
             setattr(self, name, unpack(values[name]))
+
+
+FIXED = {type(None), bool, int, float, str, bytes}    # nothing changes in these
+
+
+def snapshot(value):
+    """Something that is equal to the next snapshot of `value` only if that has not changed."""
+    kind = type(value)
+    if kind in FIXED or isinstance(value, Dialect):
+        return value
+    if kind is dict:
+        return tuple(value.items())
+    if kind in CONTAINERS.values():
+        return tuple([snapshot(item) for item in value])
+    return tuple([snapshot(getattr(value, name)) for name in _packed_blank(kind)])
+
+
+@functools.lru_cache(None)
+def _changes_of(kind):
+    """What takes out of a Survivor of this class all whose change is worth a record."""
+    names = [name for name in kind.SURVIVES if name not in kind.PASSING]
+    return operator.attrgetter(*names)
 
 
 def survives(made):
@@ -2565,7 +2597,7 @@ def reset(sock):
 def hang_up(sock):
     """End a connection and close the socket, also if there are copies of it: the peer sees it."""
     try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass                                    # the peer was first
     sock.close()
@@ -2613,6 +2645,7 @@ class Stream:
     """
 
     committed = 0                  # bytes at the start of `out` that must stay as they are
+    missed = 0                     # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
                  "full", "sent_bytes", "trail", "_paused", "_finishing", "_broken", "_interest")
@@ -2799,11 +2832,11 @@ class Stream:
         self._update()
         close(self.sock)
 
-    def pack(self, name):
+    def pack(self, name, held=True):
         """What a new process needs to go on with this stream: `name` says under which name it will
-        find a socket."""
-        return {"fd": name(self.sock), "out": pack(bytes(self.out)), "ended": self.ended,
-                "finishing": self._finishing, "broken": self._broken}
+        find a socket. `held`: with what waits to be sent."""
+        return {"fd": name(self.sock), "out": pack(bytes(self.out) if held else b""),
+                "ended": self.ended, "finishing": self._finishing, "broken": self._broken}
 
     def take_up(self, packed):
         """Go on where the packed stream was."""
@@ -3279,7 +3312,9 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
     """The status (Control.status) as lines of text for people."""
     world, outages = status["world"], status["outages"]
     last = f", the last {ago(outages['last'])} ago" if outages["count"] else ""
-    lines = [f"pid {status['pid']}: HAS {status['version']}, up {ago(status['age'])}: the world "
+    pid, worker = status["pid"], status["worker"]
+    pids = f"pid {pid}" if pid == worker else f"pid {pid} (worker {worker})"
+    lines = [f"{pids}: HAS {status['version']}, up {ago(status['age'])}: the world "
              f"{world['address']} ({world['family'] or 'family unknown'}) is {world['health']} for "
              f"{ago(world['since'])}",
              f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, "
@@ -3517,6 +3552,7 @@ class Screen(Part):
     __slots__ = ("client", "careful", "bytes_out", "tail", "notices", "hidden",
                  "expected", "spelling", "stuck", "stuck_due", "watching", "batch")
     SURVIVES = ("bytes_out", "tail", "notices", "hidden", "expected", "spelling", "stuck_due")
+    PASSING = ("bytes_out", "tail", "stuck_due")
 
     def __init__(self, session, client):
         super().__init__(session)
@@ -4121,6 +4157,7 @@ class Inbox(Part):
                  "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until")
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
+    PASSING = ("typed_at", "bytes_in", "kept_due")
 
     def __init__(self, session, client):
         super().__init__(session)
@@ -4135,7 +4172,7 @@ class Inbox(Part):
         self.kept = b""            # sent while no link could take it
         self.kept_due = 0          # when the next line of that may go, if the world says nothing
         self.backlog = b""         # left for later turns
-        self.behind = b""          # what came behind a login that must wait, in the same read
+        self.behind = b""          # what comes behind that which is being read
         self.slow_until = 0        # nothing is read before: he tries many passwords
 
     @property
@@ -4240,6 +4277,7 @@ class Inbox(Part):
 
     def go_on(self):
         """In a new process: the timers of the old one."""
+        self.kept, self.behind = self.behind + self.kept, b""
         if self.backlog or len(self.kept) > KEEP_BYTES or self.slow_until > self.hub.now:
             self.client.pause()
             self.queue()
@@ -4380,9 +4418,11 @@ class Inbox(Part):
         kept = self.release()
         end = session.dialect.line_end.search(kept)
         stop = end.end() if end else len(kept)
+        self.behind = kept[stop:]
         self.read(kept[:stop])
-        if kept[stop:] and session.state in AT_LOGIN | LINKED:
-            self.keep(kept[stop:])
+        rest, self.behind = self.behind, b""
+        if rest and session.state in AT_LOGIN | LINKED:
+            self.keep(rest)
             self.kept_due = self.hub.now + NEXT_LINE_SECONDS
             session.later(NEXT_LINE_SECONDS, self.send_more)
 
@@ -4411,6 +4451,7 @@ class Inbox(Part):
         pieces = iter(self.from_client.feed(data) if self.from_client else [(False, data)])
         out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
         if out and session.link:
+            self.hub.keep(session)              # before: what was sent is not sent again
             session.link.send(out)
         session.refresh()
 
@@ -4679,7 +4720,9 @@ class Lines(Part):
             return
         inbox.end_claim()
         if session.state is State.LOGIN:
-            session.link.send(take(*braked))
+            login = take(*braked)
+            self.hub.keep(session)              # before: its mark must be known when it comes
+            session.link.send(login)
         elif session.state in AWAY:
             take_while_away(*braked)
         elif session.state is State.OPENING:
@@ -5050,6 +5093,7 @@ class Feed(Part):
 
     __slots__ = ("character", "screen", "proof", "spoke_at")
     SURVIVES = ("proof", "spoke_at")
+    PASSING = "spoke_at",
 
     def __init__(self, session):
         super().__init__(session)
@@ -5320,6 +5364,11 @@ class Absent:
         self.out = self.out[cut:]               # anew: one that is cut keeps its memory
         self._grew(-cut)
 
+    @property
+    def missed(self):
+        """Something that is another number when there is more."""
+        return self.lost, len(self.out)
+
     def finish(self):
         """There is nobody to say goodbye to."""
         self.ended = True
@@ -5337,7 +5386,7 @@ class Absent:
     def resume(self):
         """Nobody types."""
 
-    def pack(self, name):
+    def pack(self, name, held=True):
         """For another process: it has no descriptor."""
         return {"fd": None, "out": pack(bytes(self.out)), "lost": self.lost,
                 "doubtful": pack(self.doubtful)}
@@ -5509,6 +5558,7 @@ class Place(Part):
                            f"{f' ({reason})' if reason else ''}; his place is kept for "
                            f"{hub.settings.reattach:g} s")
         hub.places.add(session)
+        session.refresh()
         self.look_anew()
         return True
 
@@ -5771,9 +5821,12 @@ class Session(Survivor):
             log.debug("%s: %s -> %s", self, self.state.name, state.name)
         self.state = state
         self.refresh()
+        if state is State.PLAYING:
+            self.hub.keep(self)                 # at once: the world does not say it again
 
     def refresh(self):
-        """Compute the two flags of the fast path from everything they depend on."""
+        """Something has changed: compute the two flags of the fast path from all they depend on."""
+        self.hub.changed.add(self)
         state, screen, inbox = self.state, self.screen, self.inbox
         fast = (state is State.PLAYING and self.linked and inbox.is_fast
                 and not self.hold.silent and not self.dialect.capped)
@@ -5851,8 +5904,7 @@ class Session(Survivor):
             return
         log.info("%s: %s: closing", self, why)
         self.hub.history.gone(self.number, why)
-        if notice:
-            self.screen.write(notice)
+        self.screen.write(notice)
         self.screen.end_batch()
         self.drop_link()
         self.enter(State.CLOSING)
@@ -5872,9 +5924,7 @@ class Session(Survivor):
         """A client that speaks HTTP can neither be told nor brought back."""
         self.close("speaks HTTP, so it ends with its world")
 
-    def on_error(self):
-        """A fault of HAS itself in handling this session (it was logged): end only this session."""
-        self.end()
+    on_error = end                              # a fault of HAS in handling it (it was logged)
 
     # ---- streams
 
@@ -6072,17 +6122,36 @@ class Passage(Part):
                       session.lines, session.way_back, session.hold, session.feed,
                       session.opening, session.place)
 
-    def pack(self, name):
+    def pack(self, name, held=True):
         """The session as plain values. What is under way is begun anew in the other process;
-        `name` as for Stream.pack()."""
-        session = self.session
-        linked = session.linked and session.state is not State.RETURNING
-        state = State.WAITING if session.state in COMING_BACK else session.state
-        values = {}
+        `name` and `held` as for Stream.pack()."""
+        values, link = {}, self._link(held)
         for part in self.parts:
             values.update(part.survivors())
-        return {"state": state.name, "values": values, "client": session.client.pack(name),
-                "link": session.link.pack(name) if linked else None}
+        if not held:
+            values.pop("tail", None)            # who knows what he was sent since
+        return {"state": self._state(held).name, "values": values,
+                "client": self.session.client.pack(name, held),
+                "link": link and link.pack(name, held)}
+
+    def _link(self, held):
+        """The link, if there is one that another process can go on with; TLS cannot be left."""
+        session = self.session
+        usable = session.linked and session.state is not State.RETURNING and (
+            held or not isinstance(session.link, TLSStream))
+        return session.link if usable else None
+
+    def _state(self, held):
+        """In which state another process takes it up."""
+        state = self.session.state
+        is_left = state in LINKED and not self._link(held)
+        return State.WAITING if state in COMING_BACK or is_left else state
+
+    def changes(self):
+        """What is equal to the next changes() only if there is nothing new to be written down."""
+        client, link = self.session.client, self._link(False)
+        return (self._state(False), client, client.ended, client.missed, link, link and link.ended,
+                *[part.changes() for part in self.parts])
 
     def unpack(self, packed, take):
         """Take up what pack() gave, of this program or an older one; nothing is sent yet. `take`
@@ -6135,7 +6204,10 @@ class Passage(Part):
             hub.ask(session)
         elif session.state is State.LOGIN and not session.feed.spoke_at:
             hub.links.watch(session)
-        elif session.state in AWAY:
+        if session.state is State.LOGIN and session.character.unanswered:
+            # its answer may have been read by a process that has died
+            session.character.pending = session.character.unanswered[-1][0]
+        if session.state in AWAY:
             session.hold.look(session.hold.held_since)
         session.place.go_on()
         if session.wants_link:
@@ -6257,7 +6329,7 @@ class Context:
         """Close a socket that may be watched."""
         if sock.fileno() >= 0 and sock in [it.fileobj for it in self._selector.get_map().values()]:
             self._selector.unregister(sock)
-        sock.close()
+        hang_up(sock)
 
     def wait(self, until):
         """Serve the mailbox and read what comes, until something came or the time `until`."""
@@ -6663,12 +6735,15 @@ class Connection:
     _PARKED = ("life", "blind", "checks", "told", "rights", "telnet", "target", "shut", "word",
                "looks")
 
-    def park(self):
-        """What a new process needs to go on with this connection, whose socket is left open."""
+    def park(self, leave=True):
+        """What a new process needs to go on with this connection, whose socket is left open, and
+        to it; or a copy, of what is known now."""
         values = {name: getattr(self.world, name) for name in self._PARKED}
-        values.update(renew_at=self.renew_at, text=self.talk.text)
-        return {"fd": self.talk.sock.detach(), "address": str(self.address),
-                "dialect": self.dialect.name, "held": pack(self.talk.scanner.held),
+        values.update(renew_at=self.renew_at, text=self.talk.text if leave else b"")
+        sock = self.talk.sock
+        return {"fd": sock.detach() if leave else os.dup(sock.fileno()),
+                "address": str(self.address), "dialect": self.dialect.name,
+                "held": pack(self.talk.scanner.held if leave else b""),
                 "spare": self.quota.spare(),
                 "values": {name: pack(value) for name, value in values.items()}}
 
@@ -7429,17 +7504,22 @@ class Heartbeat:
             if connection:
                 connection.close()
             connection = self._parked_before = None
+            self._tell_parked(None)
             self._checks.forget()
 
-    def _park(self, connection):
-        """Leave the connection open for a new process; plain values."""
+    def _park(self, connection, leave=True):
+        """Leave the connection open for a new process, or a copy of it; plain values."""
         parked = {}
         for room in self._rooms:
             parked.update(room.survivors())
         if connection and connection.talk.ended is None and (
                 type(connection.talk.sock) is socket.socket):
-            parked["connection"] = connection.park()
+            parked["connection"] = connection.park(leave)
         return parked
+
+    def _tell_parked(self, connection):
+        """What a new process would need if this one died now."""
+        self._context.tell(self._context.hub.on_parked, self._park(connection, leave=False))
 
     def _unpark(self, parked):
         """Take up what _park() left; return its Connection, if it left one."""
@@ -7484,6 +7564,7 @@ class Heartbeat:
         if self._parked_before:                 # an older process found it: does it still answer?
             self._parked_before = None
             self._probes.probe(connection)
+        self._tell_parked(connection)
         context.tell(context.hub.on_world_found, connection.world)
         beat_at = context.clock() + context.settings.beat
         while True:
@@ -7974,7 +8055,7 @@ FOR_SESSIONS = {
     "now", "clock", "later", "selector", "patience", "backlogs",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
-    "history.gone",
+    "history.gone", "changed", "keep",          # to outlive this process
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
@@ -8023,6 +8104,7 @@ class Loop:
         self._timers, self._timer_numbers = [], itertools.count()
         self.patience = PATIENCE                # what may still be read with care in this turn
         self.backlogs = collections.deque()     # sessions with more to be read
+        self.changed = set()                    # sessions, or the hub: perhaps, in this turn
 
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
@@ -8047,6 +8129,12 @@ class Loop:
         while self.backlogs and self.patience > 0:
             session = self.backlogs.popleft()
             self.safely(session.inbox.take_turn)
+        if self.changed:
+            changed, self.changed = self.changed, set()
+            self.write_down(changed)
+
+    def write_down(self, changed):
+        """At the end of a turn, what has changed in it."""
 
     def ready(self, events):
         """Something was posted to the mailbox."""
@@ -8220,7 +8308,7 @@ class Listener:
         """Stop listening."""
         self.closed = True
         self._unregister()
-        self.sock.close()
+        hang_up(self.sock)
 
     def _unregister(self):
         try:
@@ -8479,7 +8567,7 @@ class Door:
         self.most_files = 1 << 30               # descriptors this process may have
         self.quiet = QuietLog(hub.later)
         self.visits = QuietLog(hub.later, 2000)     # ordinary users: nobody crowds them out
-        self.numbers = itertools.count(1)       # of sessions; never used again
+        self.next_number = 1                    # of sessions; never used again
         self._hosts = collections.Counter()     # address or /64 -> sessions
 
     # ---- listeners
@@ -8499,6 +8587,7 @@ class Door:
             if it not in kept and not it.closed:
                 it.close()
         self.listeners = kept + new
+        self.hub.changed.add(self.hub)
 
     def _wanted(self):
         settings = self.hub.settings
@@ -8580,9 +8669,10 @@ class Door:
             Refused(self.hub, stream, host, notice)
             return None
         try:
-            session = self.enter(next(self.numbers), stream, host, tls)
+            session = self.enter(self.next_number, stream, host, tls)
             self.hub.later(PROBE_SECONDS, session.announce)
             self.hub.links.greet(session)
+            self.hub.keep(session)              # at once: he is connected, as far as he knows
         except Exception:
             log.exception("a fault of HAS in letting a client in; it is closed")
             self.put_out(stream)
@@ -8592,6 +8682,7 @@ class Door:
     def enter(self, number, stream, host, tls):
         """A new session, or one of the process before."""
         session = self.hub.sessions[number] = Session(self.hub, number, stream, host, tls)
+        self.next_number = max(self.next_number, number + 1)
         self._hosts[host_group(host)] += 1
         return session
 
@@ -9513,8 +9604,9 @@ class ControlListener(Listener):
                             "it is tried on", self.path, error.strerror or error)
             return
         self._unregister()
-        self.sock.close()
+        hang_up(self.sock)
         self.sock, self.identity, self._trouble = sock, self._on_disk(), None
+        self.hub.changed.add(self.hub)
         sock.setblocking(False)
         self.hub.selector.register(sock, READ, self)
         log.warning("the control socket %s had gone: made anew", self.path)
@@ -9543,6 +9635,7 @@ class Control(Survivor):
         self.maintenance = ""                   # what who waits is told besides, until it is back
         self.listener = None                    # a ControlListener, where there is one
         self.upgrade = None                     # Upgrade.begin
+        self.pid = os.getpid                    # () -> the process that admins know
 
     def open(self, path):
         """Open the control socket. Where another HAS has it: OSError; else --status is off."""
@@ -9568,7 +9661,8 @@ class Control(Survivor):
         addresses, address, now = hub.settings.mush_address, hub.address, time.time()
         blind = world and world.blind and condition is Condition.UP
         sessions = [session.status() for session in hub.sessions.values()]
-        return {"version": VERSION, "pid": os.getpid(), "age": int(now - record.started),
+        return {"version": VERSION, "pid": self.pid(), "worker": os.getpid(),
+                "age": int(now - record.started),
                 "started": record.started, "takeovers": record.takeovers,
                 "fell_back": record.fell_back, "round_trip": record.round_trip,
                 "returns": {"done": hub.history.returns, "failed": hub.history.failures},
@@ -9760,6 +9854,7 @@ class Reload:
     def _take(self, settings):
         hub = self.hub
         hub.settings = hub.health.settings = settings
+        hub.changed.add(hub)
         hub.places.look()
         try:
             hub.door.listen()
@@ -9772,8 +9867,9 @@ class Reload:
     @staticmethod
     def _changes(old, settings):
         """More remarks: on what does not take effect at once."""
-        if old.control_socket != settings.control_socket:
-            yield "WARNING: HUP: control_socket takes effect at the next start only"
+        for key in "control_socket", "keeper":
+            if getattr(old, key) != getattr(settings, key):
+                yield f"WARNING: HUP: {key} takes effect at the next start only"
         if old.mush_address != settings.mush_address:
             new = ", ".join(map(str, settings.mush_address))
             yield f"HUP: mush_address is now {new}; users move when it is confirmed"
@@ -9795,6 +9891,7 @@ class Hub(Loop):
         self.control, self.reload = Control(self), Reload(self, load)
         self.places, self.hook = Places(self), Hook(self)
         self.heartbeat = None
+        self.scribe = None                      # who writes down what changes (Survival)
         self.stopping = False
 
     def run(self):
@@ -9807,7 +9904,17 @@ class Hub(Loop):
         for session in list(self.sessions.values()):
             self.safely(getattr(session, method), *arguments)
 
+    def write_down(self, changed):
+        """For the next process, if this one dies."""
+        if self.scribe:
+            self.scribe.write(changed)
+
     # ---- what sessions ask
+
+    def keep(self, session):
+        """This session must not wait for the end of the turn to be written down."""
+        if self.scribe:
+            self.scribe.write((session,))
 
     @property
     def is_up(self):
@@ -9852,6 +9959,7 @@ class Hub(Loop):
 
     def forget(self, session):
         """A session has ended."""
+        self.changed.add(session)
         if self.sessions.pop(session.number, None):
             self.history.gone(session.number, "the client left")
             self.record.bytes_in += session.inbox.bytes_in
@@ -9873,13 +9981,27 @@ class Hub(Loop):
 
     def heard(self, name, *arguments):
         """Something was heard of the world: do what Health makes of it."""
+        before = self._known()
         for effect, *values in getattr(self.health, name)(*arguments, self.now):
             getattr(self, "_do_" + effect)(*values)
+        if before != self._known():
+            self.changed.add(self)
+
+    def _known(self):
+        health = self.health
+        return health.condition, health.world, health.lost_at, health.silent_until
 
     def on_world_found(self, world):
         """The heartbeat confirmed a world: the one users are on, or another."""
         self.record.wish = None
         self.heard("found", world)
+
+    def on_parked(self, parked):
+        """What a new process would need of the heartbeat now, with a copy of its socket."""
+        if self.scribe:
+            self.scribe.park(parked)
+        elif "connection" in parked:
+            os.close(parked["connection"]["fd"])
 
     def on_wish(self, trouble):
         """What the settings ask for could not be had ("address: why"), or is tried anew (None)."""
@@ -10068,6 +10190,9 @@ class Board:
 
     LOG, SHELF, PROGRAM = range(3)              # bytes: which of two counts, of logs, shelves, ...
     TRIAL = 3                                   # 1: that program must still prove itself
+    SERVING, FAREWELL, STATUS = 4, 5, 6         # 1: all is in the vault; 1: it ends, with STATUS
+    WORKER, KEEPER, DEATHS, LAST = 16, 20, 24, 28       # words: two pids, deaths, the last's status
+    NUMBER = 32                                 # the next session's
     SIZE = 4096
 
     def __init__(self, fd):
@@ -10078,6 +10203,14 @@ class Board:
 
     def __setitem__(self, place, value):
         self._page[place] = value
+
+    def word(self, place):
+        """The word that stands there."""
+        return struct.unpack_from("<i", self._page, place)[0]
+
+    def put(self, place, value):
+        """Change a word."""
+        struct.pack_into("<i", self._page, place, value)
 
     def close(self):
         """Look at it no more."""
@@ -10216,9 +10349,9 @@ class Shelf:
             del self._socks[name]
             self._dead += 1
 
-    def tidy(self):
+    def tidy(self, at_once=False):
         """Let go of what was dropped, once that is worth it."""
-        if self._dead > len(self._socks) + 200:
+        if self._dead > (0 if at_once else len(self._socks) + 200):
             self._renew()
 
     def _send(self, pair, names):
@@ -10305,12 +10438,13 @@ class Shelf:
         return self._socks[name]
 
     def leave(self):
-        """Nobody will take() any more: what was not taken ends."""
+        """Nobody will take() any more: what was not taken ends, unless it is a second copy."""
         for name in self._left:
             sock = self._socks[name]
             self.drop(sock)
-            hang_up(sock)
+            sock.close()
         self._left = set()
+        self.tidy(at_once=True)
 
     def clear(self):
         """Nothing is in flight any more."""
@@ -10327,8 +10461,8 @@ class Vault:
     it; three pairs of sockets with all others in flight. Record 0 is the hub's.
     """
 
-    def __init__(self, fds):
-        self.fds = tuple(fds)
+    def __init__(self, fds, link=()):
+        self.fds, self.link = tuple(fds), tuple(link)           # link: between worker and keeper
         self.board = Board(fds[0])
         self.records, self._programs = Records(self.board, fds[1:3]), fds[3:5]
         self._ends = [socket.socket(fileno=fd) for fd in fds[5:]]
@@ -10355,6 +10489,11 @@ class Vault:
             raise
         return cls(fds)
 
+    def end(self, status):
+        """This process ends as it should: nobody need go on."""
+        self.board[Board.STATUS] = status
+        self.board[Board.FAREWELL] = 1
+
     def close(self):
         """Hold it no more."""
         self.board.close()
@@ -10364,17 +10503,20 @@ class Vault:
             os.close(fd)
 
     def _be_inherited(self, inherited):
-        for fd in self.fds:
+        for fd in self.fds + self.link:
             os.set_inheritable(fd, inherited)
 
     # ---- what is in it
 
     def store(self, state):
         """Put in what Survival.pack() gave."""
-        hub = {key: value for key, value in state.items() if key != "sessions"}
         records = {packed["values"]["number"]: packed for packed in state["sessions"]}
-        self.records.write({number: json.dumps(it).encode()
-                            for number, it in {0: hub, **records}.items()})
+        self.write({0: {**state, "sessions": None}, **records})
+
+    def write(self, values):
+        """Write records of plain values; what is None is gone."""
+        self.records.write({number: b"" if it is None else json.dumps(it).encode()
+                            for number, it in values.items()})
 
     def load(self):
         """What store() was given, by whomever; see take()."""
@@ -10382,7 +10524,9 @@ class Vault:
         if not self.shelf.read():
             log.error("some connections could not be taken over: more files are open than the "
                       "system allows: raise the limit (ulimit -n)")
-        return {**records.pop(0), "sessions": list(records.values())}
+        hub = records.pop(0)
+        newest = max(hub["next_number"], self.board.word(Board.NUMBER))
+        return {**hub, "next_number": newest, "sessions": list(records.values())}
 
     def clear(self):
         """Nothing is kept now, but the programs."""
@@ -10415,16 +10559,15 @@ class Vault:
         """Whether no other program could do better than the one that runs."""
         return not self.board[Board.TRIAL]
 
-    def go_back(self):
+    def go_back(self, arguments):
         """The new program has failed: execute the one before it; returns if there is none."""
         if self.fall_back():
             log.exception("the new program could not take over: the old one goes on")
-            self.execute(sys.argv[1:-2])
+            self.execute(arguments)
 
     def keep(self, source):
         """Nothing can fail any more: the Vault to go on with."""
         self.shelf.leave()
-        self.clear()
         return self
 
     def prove(self):
@@ -10441,7 +10584,8 @@ class Vault:
         """Replace this process by the program; OSError if that cannot be."""
         self._be_inherited(True)
         try:
-            os.execv(sys.executable, self.command(arguments))
+            link = ["--link", ",".join(map(str, self.link))] if self.link else []
+            os.execv(sys.executable, self.command(arguments) + link)
         finally:
             self._be_inherited(False)
 
@@ -10640,6 +10784,7 @@ class Survival(Survivor):
 
     def __init__(self, hub, vault=None):
         self.hub, self.vault = hub, vault
+        self.guard = None                       # a Guard, where there is a keeper
         self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
 
     def _rooms(self):
@@ -10651,6 +10796,10 @@ class Survival(Survivor):
     def pack(self, name, going=False):
         """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
         nothing here; when we are `going`, a session that cannot be packed ends, rather than all."""
+        return {**self.pack_hub(name), "sessions": list(self._pack_sessions(name, going))}
+
+    def pack_hub(self, name):
+        """The same, without the sessions."""
         hub, settings = self.hub, self.hub.settings
         listeners = [{"fd": name(it.sock), "tls": it.tls, "wanted": list(it.wanted)}
                      for it in hub.door.listeners]
@@ -10659,9 +10808,8 @@ class Survival(Survivor):
         values = {key: it for room in self._rooms() for key, it in room.survivors().items()}
         return {"format": 2, "version": VERSION, "settings": settings.texts,
                 "files": pack(settings.files), "conf": settings.conf,
-                "sessions": list(self._pack_sessions(name, going)),
                 "listeners": listeners, "control": control, "world": pack_world(hub.world),
-                "health": hub.health.condition.name, "next_number": next(hub.door.numbers),
+                "health": hub.health.condition.name, "next_number": hub.door.next_number,
                 "values": {**values, "_lost_at": self._lost_at()}}
 
     def _pack_sessions(self, name, going):
@@ -10691,7 +10839,7 @@ class Survival(Survivor):
             hub.health.lost_at = hub.now - (time.time() - values["_lost_at"])
         hub.health.condition = Condition[state["health"]]
         hub.health.world = state["world"] and unpack_world(state["world"], hub.settings)
-        hub.door.numbers = itertools.count(state["next_number"])
+        hub.door.next_number = state["next_number"]
         hub.door.listeners = [
             Listener(hub, take(it["fd"]), it["tls"], tuple(it["wanted"]))
             for it in state["listeners"]]
@@ -10783,6 +10931,119 @@ class Survival(Survivor):
                           "(wait status %d)", status)
 
 
+class Scribe:
+    """Writes into the vault, turn by turn, what has changed, so that a process that dies suddenly
+    costs nobody his session. What waits to be sent is not written down: it would be sent twice.
+
+    A client in TLS cannot be kept so, nor what the system allows no more.
+    """
+
+    LOOK_SECONDS = 10
+
+    def __init__(self, survival):
+        self._survival, self.hub, self._vault = survival, survival.hub, survival.vault
+        self._changes, self._socks = {}, {}     # number -> what was written of it, and put in
+        self._parked = None                     # of the heartbeat: plain values, and a socket
+        self._told = False
+
+    def begin(self, parked):
+        """Write down all there is, as what has `parked` is known to it."""
+        self.park(parked)
+        self.write([self.hub, *self.hub.sessions.values()])
+        self._vault.board[Board.SERVING] = 1
+        self.hub.later(self.LOOK_SECONDS, self._look)
+
+    def _look(self):
+        """Now and then: what passes, and what those missed who are away."""
+        self.hub.later(self.LOOK_SECONDS, self._look)
+        self.hub.changed.add(self.hub)
+        for session in self.hub.places.sessions.values():
+            self.hub.changed.add(session)
+
+    def park(self, parked):
+        """What a new process would need of the heartbeat now, with a socket of our own."""
+        old, self._parked = self._parked, dict(parked or {})
+        connection = self._parked.get("connection")
+        if connection:
+            sock = connection["fd"]
+            sock = socket.socket(fileno=sock) if isinstance(sock, int) else sock
+            self._parked["connection"] = {**connection, "fd": sock}
+        if old and "connection" in old:
+            old["connection"]["fd"].close()     # the heartbeat has ended it, or goes on with it
+        self.hub.changed.add(self.hub)
+
+    def write(self, changed):
+        """Write down what is new of these sessions, or of the hub."""
+        records = {}
+        for it in changed:
+            try:
+                if it is self.hub:
+                    records[0] = self._of_hub()
+                elif it.number in self.hub.sessions and not isinstance(it.client, TLSStream):
+                    self._note(it, records)
+                elif self._changes.pop(it.number, None):
+                    records[it.number] = None
+            except OSError as error:
+                self._complain(error)
+            except Exception:
+                log.exception("%s: a fault of HAS in writing it down; HAS goes on", it)
+        try:
+            if records:
+                self._vault.write(records)
+                self._let_go(records)
+        except OSError as error:
+            self._complain(error)
+
+    def _note(self, session, records):
+        passage = Passage(session)
+        changes = passage.changes()
+        if self._changes.get(session.number) != changes:
+            records[session.number] = passage.pack(self._vault.shelf.name, held=False)
+            self._changes[session.number] = changes
+            self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
+
+    def _of_hub(self):
+        name, parked = self._vault.shelf.name, self._parked
+        if parked and "connection" in parked:
+            connection = parked["connection"]
+            parked = {**parked, "connection": {**connection, "fd": name(connection["fd"])}}
+        return {**self._survival.pack_hub(name), "heartbeat": parked}
+
+    def _let_go(self, records):
+        """No record names these sockets any more."""
+        for number in records:
+            gone = [sock for sock in self._socks.pop(number, ()) if sock.fileno() < 0]
+            for sock in gone:
+                self._vault.shelf.drop(sock)
+            self._socks[number] = self._socks_of(number)
+            if not self._socks[number]:
+                del self._socks[number]
+            self._vault.shelf.tidy(at_once=gone and not number)     # a listener's port is free
+
+    def _socks_of(self, number):
+        """All sockets that a record may name."""
+        hub = self.hub
+        if number:
+            session = hub.sessions.get(number)
+            streams = (session.client, session.link) if session else ()
+            return [it.sock for it in streams if it and it.sock]
+        connection = (self._parked or {}).get("connection")
+        socks = [it.sock for it in [*hub.door.listeners, hub.control.listener] if it]
+        return socks + ([connection["fd"]] if connection else [])
+
+    def rewrite(self):
+        """Something else was written: all of it again."""
+        self._changes.clear()
+        self.write([self.hub, *self.hub.sessions.values()])
+
+    def _complain(self, error):
+        if not self._told:
+            self._told = True
+            log.error("not all users would outlive a sudden death of HAS: %s; all else goes on; if "
+                      "it is too many files open or in flight: raise the limit (ulimit -n)",
+                      error.strerror or error)
+
+
 def proof_of_rehearsal(nonce, sessions):
     """What a program says that took over so many sessions from a state that holds this nonce."""
     return f"HAS took over {sessions} sessions: {nonce}\n".encode()
@@ -10870,9 +11131,9 @@ class Upgrade:
     ARRIVAL_SECONDS, LOOK_SECONDS, RESCUES, RESCUE_SECONDS = 3, 0.05, 3, 600
     TRIAL_SECONDS = 60
 
-    def __init__(self, survival, script, config):
+    def __init__(self, survival, script, arguments):
         self.survival, self.hub, self.vault = survival, survival.hub, survival.vault
-        self.script, self.config = script, config
+        self.script, self._arguments = script, arguments
         self._program = None                    # the new one, from USR2 on
         self._told = []                         # callables: to be told if there is no upgrade
 
@@ -10897,10 +11158,7 @@ class Upgrade:
     def _rehearse(self):
         with open(self.script, "rb") as file:
             self._program = file.read()
-        Rehearsal(self.survival, self._program, self._arguments(), self._on_rehearsed)
-
-    def _arguments(self):
-        return ["--script", self.script, "--config", self.config]
+        Rehearsal(self.survival, self._program, self._arguments, self._on_rehearsed)
 
     def _on_rehearsed(self, trouble):
         if not trouble:
@@ -10944,7 +11202,6 @@ class Upgrade:
         except Exception as error:              # whatever it is: everybody is still here
             self._fail("the new program could not be started", error)
         finally:
-            self.vault.clear()
             self._program = None
             self._carry_on(parked)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -10957,7 +11214,7 @@ class Upgrade:
         if self._program is not None:
             self.vault.install(self._program)
         try:
-            self.vault.execute(self._arguments())
+            self.vault.execute(self._arguments)
         except Exception:
             self.vault.fall_back()
             raise
@@ -10973,6 +11230,10 @@ class Upgrade:
     def _carry_on(self, parked):
         """We are still here: make good what was stopped or parked for the new program."""
         hub = self.hub
+        if hub.scribe:
+            hub.scribe.rewrite()
+        else:
+            self.vault.clear()
         hub.heartbeat = Heartbeat(hub, hub.mailbox, hub.settings, parked)
         hub.heartbeat.start()
         self.survival.go_on(parked)
@@ -10991,6 +11252,164 @@ class Upgrade:
         self._program = None                    # one that was being rehearsed
         self.vault.fall_back()
         self.go()
+
+
+class Keeper:
+    """The process that outlives the worker, and starts the next one. It does nothing else: it holds
+    the vault, passes signals on, and ends as the worker does.
+
+    The worker holds one end of a pipe, whose end tells its death; the keeper one of another.
+    """
+
+    PASSED_ON = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM",
+                                                    "SIGINT") if hasattr(signal, name)]
+    SHORT_LIFE, FIRST_PAUSE, LONGEST_PAUSE, KILLED_PAUSE = 30, 0.1, 30, 1       # seconds
+    UNKNOWN = 256                               # no exit status is
+
+    def __init__(self, vault, arguments, worker=0, life=-1, guard=-1):
+        self._vault, self._board, self._arguments = vault, vault.board, arguments
+        self._worker, self._life, self._guard = worker, life, guard
+        self._since = time.monotonic()          # this worker's start
+        self._quick = 0                         # deaths one after another, each soon after a start
+        self._waiting, self._stops = [], False  # signals for the next worker; it is to stop
+
+    def fork(self):
+        """Fork a worker. There: its ends of the two pipes; here: None."""
+        (life, life_end), (guard_end, guard) = os.pipe(), os.pipe()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)      # until it can take them
+        pid = os.fork()
+        if not pid:
+            for fd in {life, guard, self._life, self._guard} - {-1}:
+                os.close(fd)
+            for number in self.PASSED_ON:
+                signal.signal(number, signal.SIG_DFL)
+            ignore_terminal()
+            os.setpgid(0, 0)                    # Ctrl-C and Ctrl-Z are the keeper's
+            return life_end, guard_end
+        for fd in {life_end, guard_end, self._life, self._guard} - {-1}:
+            os.close(fd)
+        self._life, self._guard, self._worker, self._since = life, guard, pid, time.monotonic()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return None
+
+    def run(self):
+        """Keep workers alive; return the exit status of the last one."""
+        self._board.put(Board.KEEPER, os.getpid())
+        for number in self.PASSED_ON:
+            signal.signal(number, self._pass_on)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        while True:
+            self._await_death()
+            status = self._reap()
+            if self._board[Board.FAREWELL]:
+                return self._board[Board.STATUS]
+            if not self._board[Board.SERVING]:
+                return status if status >= 0 else 128 - status  # it could not start
+            self._note(status)
+            self._start_next()
+
+    def _pass_on(self, number, _):
+        self._stops = self._stops or number in (signal.SIGTERM, signal.SIGINT)
+        try:
+            os.kill(self._worker, number)
+        except OSError:
+            self._waiting.append(number)        # it has died: for the next one
+
+    def _await_death(self):
+        while not select.select([self._life], [], [], None)[0]:
+            pass
+
+    def _reap(self):
+        """How it ended: its exit status, minus the signal, or UNKNOWN: it was another's child."""
+        worker, self._worker = self._worker, -1
+        try:
+            _, status = os.waitpid(worker, 0)
+        except ChildProcessError:
+            return self.UNKNOWN
+        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    def _note(self, status):
+        board = self._board
+        board.put(Board.DEATHS, board.word(Board.DEATHS) + 1)
+        board.put(Board.LAST, status)
+        self._vault.fall_back()
+        now = time.monotonic()
+        until = now + self._pause(now - self._since, status == -signal.SIGKILL)
+        while time.monotonic() < until and not self._stops:
+            time.sleep(0.05)
+
+    def _pause(self, lived, was_killed):
+        """Seconds until the next start: users wait, but what ends by itself soon does so again. A
+        kill comes from outside."""
+        if was_killed:
+            return max(0, self.KILLED_PAUSE - lived)
+        self._quick = self._quick + 1 if lived < self.SHORT_LIFE else 0
+        if self._quick < 2:
+            return 0
+        return min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(self._quick - 2, 10))
+
+    def _start_next(self):
+        link = self.fork()
+        if link:
+            self._vault.link = link
+            try:
+                self._vault.execute(self._arguments)
+            finally:
+                os._exit(127)
+        waiting, self._waiting = self._waiting, []
+        if self._stops and signal.SIGTERM not in waiting:
+            waiting.append(signal.SIGTERM)      # the one before died of it, or before it
+        for number in waiting:
+            self._pass_on(number, None)
+
+
+class Guard:
+    """In the worker: replaces the keeper when that has died."""
+
+    AGAIN_SECONDS = 2
+    closed = False
+
+    def __init__(self, hub, vault, arguments):
+        self.owner, self.hub, self._vault, self._arguments = self, hub, vault, arguments
+        self._next_at = 0.0
+        hub.selector.register(vault.link[1], READ, self)
+
+    def ready(self, events):
+        """The keeper has ended."""
+        with contextlib.suppress(ChildProcessError):        # it was ours, if it was not the first
+            os.waitpid(self._vault.board.word(Board.KEEPER), os.WNOHANG)
+        hub, vault = self.hub, self._vault
+        hub.selector.unregister(vault.link[1])
+        for fd in vault.link:
+            os.close(fd)
+        vault.link = ()
+        log.warning("the keeper of HAS has died, or was killed: it is replaced")
+        hub.later(max(0.0, self._next_at - hub.now), self._replace)
+
+    def _replace(self):
+        hub, vault = self.hub, self._vault
+        self._next_at = hub.now + self.AGAIN_SECONDS
+        (life, life_end), (guard_end, guard) = os.pipe(), os.pipe()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)      # until it can take them
+        try:
+            child = subprocess.Popen(
+                vault.command(self._arguments) + ["--keep", f"{os.getpid()},{life},{guard}"],
+                pass_fds=[*vault.fds, life, guard], stdin=subprocess.DEVNULL,
+                start_new_session=True)
+        except OSError as error:
+            log.error("the keeper cannot be started: %s; tried again in %d s", error,
+                      self.AGAIN_SECONDS)
+            hub.later(self.AGAIN_SECONDS, self._replace)
+            for fd in life_end, guard_end:
+                os.close(fd)
+        else:
+            vault.board.put(Board.KEEPER, child.pid)
+            vault.link = life_end, guard_end
+            hub.selector.register(guard_end, READ, self)
+            log.info("the keeper is pid %d now: send signals there", child.pid)
+        for fd in life, guard:
+            os.close(fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 # ======================================================================
@@ -11087,24 +11506,31 @@ def restart_log(settings):
         return handler
 
 
-def raise_limits(settings):
-    """Allow as many descriptors as the system does, and no core dump: it would hold passwords."""
+def set_limits():
+    """Allow as many descriptors as the system does, and no core dump: it would hold passwords.
+    Returns what could not be done, in words."""
     try:
-        import fcntl                            # neither is on every platform
-        import resource
+        import resource                         # not on every platform
     except ImportError:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for what, limit, trouble in (
+        return []
+    trouble, (_, hard) = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+    for what, limit, words in (
             (resource.RLIMIT_NOFILE, hard, "cannot raise the limit of open files: %s"),
             (resource.RLIMIT_CORE, core_limit(),
              "cannot switch core dumps off (%s): a crash would leave passwords in one")):
         try:
             resource.setrlimit(what, (limit, limit))
         except (ValueError, OSError) as error:
-            log.warning(trouble, error)
-    for remark in too_few_files(settings, hard):
+            trouble.append(words % error)
+    return trouble
+
+
+def raise_limits(settings):
+    """set_limits(), and say in the log what remains too low."""
+    for remark in set_limits() + too_few_files(settings, files_allowed(1)):
         log.warning("%s", remark)
+    if not fcntl:
+        return
     # Linux doubles the table of descriptors when it is full, and where there are threads that stops
     # all of us for 10 to 20 ms (expand_fdtable waits for RCU): once, now, for as many as may come.
     needed, allowed = files_needed(settings) or 20000, files_allowed()
@@ -11203,8 +11629,9 @@ def new_parser():
     for name in ("probe", "json", "prometheus"):
         parser.add_argument("--" + name, action="store_true")
     parser.add_argument("--version", action="version", version=f"HAS {VERSION}")
-    parser.add_argument("--script")             # from here on for Upgrade alone
-    parser.add_argument("--vault", type=lambda text: [int(fd) for fd in text.split(",")])
+    parser.add_argument("--script")             # from here on for HAS's own processes
+    for name in ("vault", "link", "keep"):      # descriptors; a pid and descriptors
+        parser.add_argument("--" + name, type=lambda text: [int(fd) for fd in text.split(",")])
     parser.add_argument("--resume", type=int)   # of before the vault
     parser.add_argument("--rehearse", action="store_true")
     return parser
@@ -11243,6 +11670,11 @@ def take_signals(hub, upgrade):
         signal.pthread_sigmask(signal.SIG_SETMASK, [])      # blocked over an exec: they come now
 
 
+def own_arguments(options):
+    """What a HAS that goes on is told of where its files are."""
+    return ["--script", options.script, "--config", options.config]
+
+
 def main(arguments=None):
     """Run HAS; return the exit status."""
     options = parse_arguments(arguments)
@@ -11251,6 +11683,11 @@ def main(arguments=None):
 
     def load():
         return load_settings(options.script, options.config)
+    if options.keep:
+        worker, *link = options.keep
+        for fd in link:
+            os.set_inheritable(fd, False)
+        return Keeper(Vault(options.vault), own_arguments(options), worker, *link).run()
     if options.goes_on:
         return resume(options, source, load)
     try:
@@ -11281,8 +11718,33 @@ def carry_out(options, load, source):
         trouble = start_trouble(settings)
         print("\n".join(trouble or ["has.py: the settings are right"]))
         return 2 if trouble else probe(settings) if options.probe else 0
-    control = settings.control_socket or default_control_path(options.config)
-    return start_has(settings, remarks, load, control, (options.script, options.config, source))
+    return keep_or_start(settings, options, source,
+                         lambda vault: start_has(settings, remarks, load, options, vault))
+
+
+def keep_or_start(settings, options, source, start):
+    """Start HAS, in a process of its own where it can be kept; return the exit status."""
+    set_limits()
+    if why_no_vault():
+        return start(None)
+    vault = Vault.make()
+    vault.install(source, trial=False)
+    if not why_no_keeper(settings):
+        keeper = Keeper(vault, own_arguments(options))
+        link = keeper.fork()
+        if not link:
+            return keeper.run()
+        vault.link = link
+    status = start(vault)
+    vault.end(status)
+    return status
+
+
+def why_no_keeper(settings):
+    """Why HAS does not outlive a kill; "" if it does."""
+    return ("keeper = no" if settings.keeper == "no" else why_no_vault() or
+            ("systemd sees to HAS, but FileDescriptorStoreMax is not in its unit"
+             if os.environ.get("NOTIFY_SOCKET") else ""))
 
 
 def start_trouble(settings):
@@ -11534,7 +11996,7 @@ def tell_systemd(text):
                 log.warning("cannot notify systemd: %s", error)
 
 
-def start_has(settings, remarks, load, control, program):
+def start_has(settings, remarks, load, options, vault):
     """Listen and serve; return the exit status."""
     hub = None
     ignore_terminal()
@@ -11542,12 +12004,13 @@ def start_has(settings, remarks, load, control, program):
         handler = start_log(settings)
         raise_limits(settings)
         hub = Hub(settings, load)
-        log.info("HAS %s, pid %d, Python %s, world %s", VERSION, os.getpid(),
+        survival = Survival(hub, vault)
+        take_pid(survival)
+        log.info("HAS %s, pid %d, Python %s, world %s", VERSION, hub.control.pid(),
                  sys.version.split()[0], ", ".join(map(str, settings.mush_address)))
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
-        hub.control.open(control)
+        hub.control.open(settings.control_socket or default_control_path(options.config))
         hub.door.listen()
-        vault = None if why_no_vault() else Vault.make()
     except OSError as error:
         if hub:
             hub.control.close()
@@ -11559,10 +12022,19 @@ def start_has(settings, remarks, load, control, program):
             print(f"has.py: {trouble}", file=sys.stderr)
         return 1
     log_remarks(remarks)
-    script, config, source = program
-    if vault:
-        vault.install(source, trial=False)
-    return serve(Survival(hub, vault), handler, (script, config))
+    if why_no_keeper(settings):
+        log.info("a kill -9 of HAS would end every session: %s", why_no_keeper(settings))
+    return serve(survival, handler, options)
+
+
+def take_pid(survival):
+    """Admins know the keeper, if there is one."""
+    if survival.vault and survival.vault.link:
+        board = survival.vault.board
+        board.put(Board.WORKER, os.getpid())
+        if not board.word(Board.KEEPER):
+            board.put(Board.KEEPER, os.getppid())
+        survival.hub.control.pid = lambda: board.word(Board.KEEPER)
 
 
 class Handed:
@@ -11582,7 +12054,7 @@ class Handed:
         self._fds.append(fd)
         return socket.socket(fileno=fd)
 
-    def go_back(self):
+    def go_back(self, _):
         """The new program has failed: execute the one before it, kept in one more memory file;
         returns if no other could do better."""
         kept = self._state.get("kept")          # none to rehearse
@@ -11612,7 +12084,9 @@ class Handed:
 
 def resume(options, source, load):
     """Go on where another process has left off (Upgrade); return the exit status."""
-    vault = Handed(options.resume) if options.vault is None else Vault(options.vault)
+    set_limits()                                # before: a socket in flight needs a descriptor
+    vault = (Handed(options.resume) if options.vault is None else
+             Vault(options.vault, options.link or ()))
     state, last = vault.load(), vault.is_last
     try:
         conf = state.get("conf", options.config if read_conf(options.config)[0] else "")
@@ -11625,24 +12099,46 @@ def resume(options, source, load):
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # no goodbye: the connections are another process's
-        parked = state["heartbeat"]
-        if parked and "connection" in parked:
-            left = parked["connection"]
-            left["fd"] = vault.take(left["fd"]).detach()
+        parked, ours = take_parked(state["heartbeat"], vault.take)
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings, parked)
     except Exception:
         if not options.rehearse:
-            vault.go_back()
+            vault.go_back(own_arguments(options))
         raise
-    survival.vault = vault.keep(source)
+    survival.vault = vault = vault.keep(source)
+    take_pid(survival)
 
     def go_on():
         raise_limits(settings)
         log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION,
-                 state["version"], os.getpid(), len(hub.sessions))
+                 state["version"], hub.control.pid(), len(hub.sessions))
+        tell_death(vault.board)
         warn_of_differences(settings, load)
         survival.go_on(parked)
-    return serve(survival, handler, (options.script, options.config), go_on)
+    status = serve(survival, handler, options, go_on, ours)
+    vault.end(status)
+    return status
+
+
+def take_parked(parked, take):
+    """What the heartbeat has left, for its successor, and once more with a socket for others."""
+    if not parked or "connection" not in parked:
+        return parked, parked
+    connection = parked["connection"]
+    sock = take(connection["fd"])
+    return ({**parked, "connection": {**connection, "fd": os.dup(sock.fileno())}},
+            {**parked, "connection": {**connection, "fd": sock}})
+
+
+def tell_death(board):
+    """Say in the log how the process before this one has died, if it did."""
+    deaths, status = board.word(Board.DEATHS), board.word(Board.LAST)
+    if deaths and status:
+        how = (f"was killed by {signal.Signals(-status).name}" if status < 0 else
+               "has died" if status == Keeper.UNKNOWN else f"ended with status {status}")
+        why = ": by hand, or the system had no memory left" if status == -signal.SIGKILL else ""
+        log.error("HAS %s%s; its users were kept (death %d since its start)", how, why, deaths)
+        board.put(Board.LAST, 0)
 
 
 def own_memory_file():
@@ -11668,12 +12164,11 @@ def warn_of_differences(settings, load):
                     "has.conf", ", ".join(differ))
 
 
-def serve(survival, handler, program, go_on=None):
+def serve(survival, handler, options, go_on=None, parked=None):
     """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
-    hub, upgrade = survival.hub, Upgrade(survival, *program)
+    hub, upgrade = survival.hub, Upgrade(survival, options.script, own_arguments(options))
     hub.reload.log, hub.control.upgrade = handler.reload, upgrade.begin
-    if survival.vault:
-        hub.later(Upgrade.TRIAL_SECONDS, survival.vault.prove)
+    watch_over(survival, own_arguments(options), parked)
     hub.door.most_files = files_allowed()
     hub.heartbeat.start()
     hub.places.look()
@@ -11689,12 +12184,29 @@ def serve(survival, handler, program, go_on=None):
     except Exception:
         log.exception("a fault in the main loop of HAS")
         upgrade.rescue()
+        if hub.scribe:
+            log.error("HAS ends by the fault above (report it), and its keeper starts it anew")
+            raise SystemExit(1) from None
         log.error("HAS stops: see the fault above, and report it")
         hub.control.close()
         return 1
     hub.heartbeat.join(1)
     log.info("stopped")
     return 0
+
+
+def watch_over(survival, arguments, parked):
+    """From now on all is written down for the next process, where one will be started."""
+    hub, vault = survival.hub, survival.vault
+    if not vault:
+        return
+    hub.later(Upgrade.TRIAL_SECONDS, vault.prove)
+    if vault.link:
+        hub.scribe = Scribe(survival)
+        hub.scribe.begin(parked)
+        survival.guard = Guard(hub, vault, arguments)
+    else:
+        vault.clear()
 
 
 def prepare_output():

@@ -11,7 +11,8 @@
     7. Heartbeat      TestTalk ... TestHeartbeatByHand without its thread, TestHeartbeat with it
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
     9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
-    10. Survival      TestRecords, TestShelf, TestVault, TakenOver..., TestUpgrade, TestUpgradeOfPython
+    10. Survival      TestRecords, TestShelf, TestVault, Died, TakenOver...,
+                      TestUpgrade..., TestKeeper
     11. Command line  TestPartsOfTheProgram, TestProgram, TestTLS
     the files         TestFiles: what README, has.conf and the shape of has.py promise
 
@@ -2111,6 +2112,40 @@ class Rig:
             peer.session = self.hub.sessions.get(peer.session.number, peer.session)
         self.settle()
 
+    def keep(self):
+        """From now on all is written down for another process, as where there is a keeper."""
+        self.vault = has.Vault.make()
+        self._watch_over(None)
+        return self
+
+    def _watch_over(self, parked):
+        self.survival = has.Survival(self.hub, self.vault)
+        self.hub.scribe = has.Scribe(self.survival)
+        self.hub.scribe.begin(parked)
+
+    def die(self):
+        """kill -9: another hub goes on from what was written down."""
+        for sock in [key.fileobj for key in self.hub.selector.get_map().values()]:
+            sock.close()                        # as the kernel does: no shutdown
+        for session in self.hub.sessions.values():
+            for stream in (session.client, session.link):
+                if stream and stream.sock:
+                    stream.sock.close()         # one that was not read just now
+        self.hub.mailbox.writer.close()
+        self.hub.selector.close()
+        before, self.vault = self.vault, has.Vault([os.dup(fd) for fd in self.vault.fds])
+        before.close()
+        self.hub = self._new_hub()
+        survival, state = has.Survival(self.hub), self.vault.load()
+        survival.unpack(state, self.vault.take, whole=False)
+        self.vault.keep(b"")
+        self._watch_over(state["heartbeat"])
+        survival.go_on({"connection": None})
+        for peer in self.peers:
+            number = peer.session.number
+            peer.session = self.hub.sessions.get(number, peer.session)
+        self.settle()
+
     def _counting_select(self, timeout):
         ready = self._select(timeout)
         self.events += len(ready)
@@ -2199,6 +2234,8 @@ class Rig:
         for listener in self.hub.door.listeners:
             listener.close()
         self.hub.selector.close()
+        if self.hub.scribe:
+            self.vault.close()
         for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other, self.full] + [
                 peer.sock for peer in self.peers]:
             thing.close()
@@ -6561,6 +6598,231 @@ class TakenOver(RigCase):
         self.assertEqual(link.read(), b"203.0.113.9^203.0.113.9\r\n")
         rig.pass_time(2.1)
         self.assertEqual(link.read(), b"\xff\xfb\x18")
+
+
+class Died(RigCase):
+    """kill -9 at any moment: the next process goes on from what was written down."""
+
+    def rig(self, *arguments, **settings):
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        return super().rig(*arguments, **settings).keep()
+
+    def talk(self, rig, client, link):
+        for here, there in ((client, link), (link, client)):
+            there.read()
+            here.send("hello\r\n")
+            rig.settle()
+            self.assertEqual(there.read(), b"hello\r\n")
+
+    def test_in_each_state(self):
+        after = {"BACKOFF": "RETURNING", "REOPENING": "REOPENING"}
+        for column in COLUMNS:
+            for deaths_ in (1, 3):
+                with self.subTest(column, deaths=deaths_):
+                    rig = self.rig()
+                    client, link = bring_to(rig, column)
+                    client.read()
+                    for _ in range(deaths_):
+                        rig.die()
+                    if column in ("WAITING", "OPENING", "REOPENING"):
+                        self.assertEqual(state_of(client), column)
+                        continue
+                    self.assertEqual(state_of(client), after.get(column, column))
+                    self.assertEqual(client.lines(), [])
+                    check_consistent(self, rig)
+                    if column in ("LOGIN", "PLAYING"):
+                        self.talk(rig, client, link)
+                    if column == "ASKING":
+                        self.assertEqual([it[0] for it in rig.beat.asks],
+                                         [client.session.number] * (deaths_ + 1))
+                        rig.answer(rig.beat.asks[-1:])
+                        self.assertEqual(state_of(client), "CLOSING")
+                    if column in ("BACKOFF", "RETURNING"):
+                        for _ in range(deaths_ - 1):
+                            rig.game.accept()
+                        rig.let_in(rig.game.accept())
+                        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
+                    if column == "CLOSING":
+                        rig.pass_time(has.FLUSH_SECONDS + 1)
+                        self.assertTrue(is_gone(client))
+
+    def test_closing_is_seen_at_once_though_there_are_copies(self):
+        rig = self.rig()
+        for how in ("quit", "world ends", "client ends"):
+            client, link = rig.player()
+            if how == "quit":
+                client.session.end()
+                rig.settle()
+            elif how == "world ends":
+                client.send("QUIT\r\n")
+                rig.settle()
+                link.sock.close()
+                rig.settle()
+            else:
+                client.sock.close()
+                rig.settle()
+                rig.pass_time(has.FLUSH_SECONDS + 1)
+            (link if how == "client ends" else client).read()
+            self.assertTrue((link if how == "client ends" else client).ended, how)
+
+    def test_what_ended_does_not_come_back(self):
+        rig = self.rig()
+        clients = [rig.player(f"U{number}")[0] for number in range(6)]
+        for client in clients[1:]:
+            client.session.end()
+        rig.settle()
+        rig.die()
+        self.assertEqual(list(rig.hub.sessions), [clients[0].session.number])
+        newcomer = rig.client()
+        self.assertGreater(newcomer.session.number, clients[-1].session.number)
+
+    def test_a_mark_that_comes_after_the_death_is_not_shown(self):
+        rig = self.rig()
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        asked = link.read()
+        rig.die()
+        link.send(b"Welcome\r\n" + re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1) + b"\r\n")
+        rig.settle()
+        self.assertEqual((state_of(client), client.read()), ("PLAYING", b"Welcome\r\n"))
+
+    def test_a_login_whose_answer_the_dead_has_read_is_tried_on_return(self):
+        rig = self.rig()
+        client = rig.client()
+        rig.game.accept()
+        client.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.die()
+        rig.pass_time(40)
+        rig.down()
+        rig.found("life 2")
+        rig.let_in(rig.game.accept())
+        self.assertEqual(state_of(client), "PLAYING")
+
+    def test_nothing_is_sent_twice_wherever_it_dies(self):
+        """A paste too long for one turn: what was read in the turn of the death is lost at most."""
+        lines, count = [f"line {number}" for number in range(130)], 0
+
+        def prepare():
+            rig = self.rig()
+            rig.alice, rig.link = rig.player()
+            return rig
+
+        def act(rig):
+            rig.alice.send("\r\n".join(lines) + "\r\n")
+            rig.settle()
+        for rig in deaths(has.Scribe, ["write"], prepare, act):
+            count += 1
+            rig.die()
+            got = rig.link.lines()
+            self.assertEqual(got, [line for line in lines if line in got])
+            if got:                             # else it died when it had just read them
+                self.assertLessEqual(len(lines) - len(got), has.PATIENCE)
+        self.assertGreater(count, 6)
+
+    def test_lines_typed_during_a_return_are_sent_once_wherever_it_dies(self):
+        count = 0
+
+        def prepare():
+            rig = self.rig()
+            rig.alice, rig.link = rig.returning()
+            rig.alice.send("one\r\ntwo\r\nthree\r\n")
+            rig.settle()
+            return rig
+
+        def act(rig):
+            rig.let_in(rig.link)
+            for _ in range(4):
+                rig.link.send("answer\r\n")
+                rig.settle()
+        for rig in deaths(has.Scribe, ["write"], prepare, act):
+            count += 1
+            got = rig.link.lines()
+            rig.die()
+            if state_of(rig.alice) == "RETURNING":
+                rig.link = rig.game.accept()
+                rig.let_in(rig.link)
+            rig.pass_time(1, 1, 1)
+            got = [line for line in got + rig.link.lines() if line in ("one", "two", "three")]
+            lines = [*dict.fromkeys(got)]
+            self.assertEqual(got, [line for line in ("one", "two", "three") if line in lines])
+            self.assertGreaterEqual(len(got), 2)
+        self.assertGreater(count, 6)
+
+    def test_a_place_of_one_who_is_away_is_kept(self):
+        rig = self.rig(reattach=300)
+        client, link = rig.player(tcp=True)
+        client.reset()
+        rig.settle()
+        link.send("missed\r\n")
+        rig.settle()
+        rig.pass_time(has.Scribe.LOOK_SECONDS + 1)
+        rig.die()
+        link.send("missed too\r\n")
+        rig.settle()
+        again = rig.client(tcp=True)
+        again.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.pass_time(1)
+        self.assertIn(b"missed\r\nmissed too\r\n", again.read())
+        link.read()
+        again.send("hello\r\n")
+        rig.settle()
+        self.assertEqual(link.read(), b"hello\r\n")
+
+    def test_listeners_and_world_are_known(self):
+        rig = self.rig(local_port=0)
+        rig.hub.door.listen()
+        rig.settle()
+        address = rig.hub.door.listeners[0].sock.getsockname()
+        rig.die()
+        self.assertEqual(rig.hub.door.listeners[0].sock.getsockname(), address)
+        self.assertEqual(rig.hub.world.life, "life 1")
+        for listener in rig.hub.door.listeners:
+            listener.close()
+        rig.hub.door.listeners = []
+        rig.hub.changed.add(rig.hub)
+        rig.settle()
+        with socket.create_server(address):     # free at once
+            pass
+
+    def test_what_is_full_or_faulty_stops_nobody(self):
+        rig = self.rig()
+        (alice, link), (bob, other) = rig.player("Alice"), rig.player("Bob")
+        for fault in (OSError(errno.ETOOMANYREFS, "too many"), ValueError("planted")):
+            with mock.patch.object(has.Shelf, "name", side_effect=fault), \
+                    self.assertLogs("has", "ERROR") as logged:
+                carol, link = rig.player("Carol")
+                self.talk(rig, carol, link)
+            self.assertTrue(logged.output)
+            carol.session.end()
+        rig.die()
+        self.assertEqual(len(rig.hub.sessions), 2)
+        self.talk(rig, bob, other)
+
+    def test_what_is_packed_is_what_is_watched(self):
+        """Nothing survives whose change is not seen, but for what is PASSING."""
+        rig = self.rig()
+        client, _ = rig.player()
+        for part in has.Passage(client.session).parts:
+            self.assertLessEqual(set(part.PASSING), set(part.SURVIVES))
+        session, seen = client.session, lambda: has.Passage(client.session).changes()
+        changes = [lambda: session.inbox.typed.lines(session.dialect, b"x").__next__(),
+                   lambda: session.screen.notices.append(("x", b"")),
+                   lambda: session.character.unanswered.append((session.character.login, 1, True)),
+                   lambda: session.character.trials.append(session.character.login),
+                   lambda: session.telnet._agree(),
+                   lambda: session.telnet.agreement.from_client(b"\xff\xfb\x1f"),
+                   lambda: setattr(session.hold, "silent", True),
+                   lambda: session.feed.proof.retire()]
+        for number, change in enumerate(changes):
+            before = seen()
+            with contextlib.suppress(StopIteration):
+                change()
+            self.assertNotEqual(before, seen(), number)
 
 
 class TakenOverWhateverTheDisk(RigCase):
@@ -13181,6 +13443,200 @@ class TestUpgradeOfPython(TestUpgrade):
             self.assertIn(os.path.dirname(os.path.dirname(os.readlink(self.link))), file.read())
 
 
+@again("test_plain_and_tls_users_notice_nothing", "test_a_fault_in_the_main_loop_is_survived",
+       "test_every_line_typed_during_upgrades_is_answered_once",
+       "test_a_file_that_fails_while_restoring", "test_what_runs_is_what_was_rehearsed")
+class TestUpgradeKept(TestUpgrade):
+    """The same where a keeper outlives HAS."""
+
+    def start(self, *arguments, **settings):
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        super().start(*arguments, keeper="auto", **settings)
+
+    def test_a_fault_in_the_main_loop_is_survived(self):
+        """As often as it comes."""
+        self.edit("    def log_status(self):\n",
+                  "    def log_status(self):\n        raise RuntimeError('planted')\n")
+        self.start(fresh=True)
+        self.has.faults = True
+        alice = self.player("Alice", "alicepw")
+        for _ in range(5):
+            after = len(self.has.log)
+            self.has.signal(signal.SIGUSR1)
+            self.has.wait_log(rb"goes on where", 10, after)
+            alice.barrier()
+        self.assertIn(b"its keeper starts it anew", self.has.log)
+
+    def test_a_file_that_crashes_in_its_first_minute(self):
+        """Not when it takes over: later, and in a way that nothing in it can see."""
+        self.start()
+        self.has.faults = True
+        alice = self.player("Alice", "alicepw")
+        self.edit('VERSION = "1.0"', 'VERSION = "1.0c"')
+        self.edit("    def log_status(self):\n", "    def log_status(self):\n        os.abort()\n")
+        self.upgrade(rb"HAS 1\.0c goes on where")
+        alice.barrier()
+        after = len(self.has.log)
+        self.has.signal(signal.SIGUSR1)
+        self.has.wait_log(rb"HAS 1\.0 goes on where 1\.0c left off", 10, after)
+        self.has.wait_log(rb"HAS was killed by SIGABRT; its users were kept", 10, after)
+        alice.barrier()
+        self.has.signal(signal.SIGUSR1)
+        self.has.wait_log(rb"INFO HAS 1\.0, pid", 10, after)
+
+
+class TestKeeper(Case):
+    """A keeper outlives HAS: kill -9 costs nobody his session."""
+
+    def setUp(self):
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        self.mush = self.world()
+        self.mush.quota = None
+
+    def start(self, **settings):
+        settings = {"beat": 0.3, **settings}
+        self.has = Has(self, mush_address=self.mush.address, keeper="auto", **settings).wait_up()
+        return self.has
+
+    def player(self, name, password):
+        client = self.client(self.has, f"connect {name} {password}", self.mush, name)
+        return client
+
+    def pids(self):
+        """The keeper's and the worker's, as --status says."""
+        status = json.loads(self.has.ask("--status", "--json").stdout)
+        return status["pid"], status["worker"]
+
+    def kill_worker(self, number=signal.SIGKILL):
+        """Returns the next one."""
+        _, worker = self.pids()
+        after = len(self.has.log)
+        os.kill(worker, number)
+        self.has.wait_log(rb"its users were kept[^$]*goes on where|goes on where[^$]*its users were",
+                          20, after)
+        return self.pids()[1]
+
+    def kill_keeper(self):
+        keeper, worker = self.pids()
+        after = len(self.has.log)
+        os.kill(keeper, signal.SIGKILL)
+        self.has.wait_log(rb"the keeper is pid \d+ now", 20, after)
+        again, same = self.pids()
+        self.assertNotEqual(again, keeper)
+        self.assertEqual(same, worker)
+        return again
+
+    def test_users_notice_nothing_in_any_state(self):
+        self.start()
+        alice, lurker = self.player("Alice", "alicepw"), self.client(self.has)
+        lurker.expect("Welcome")
+        alice.send("say half")
+        alice.send("-line\r\n").expect('You say, "half-line"')
+        self.assertEqual(self.pids()[0], self.has.process.pid)
+        workers = {self.pids()[1]} | {self.kill_worker() for _ in range(3)}
+        self.assertEqual(len(workers), 4)
+        self.assertEqual(self.pids()[0], self.has.process.pid)
+        alice.barrier()
+        lurker.send("connect Carol carolpw\r\n")
+        self.mush.wait(lambda w: w.online("Carol"), what="Carol is in")
+        lurker.barrier()
+        self.assertEqual(len(self.mush.logins), 3)      # heartbeat, Alice, Carol: once each
+        for client in (alice, lurker):
+            self.assertNotIn(b"NOTICE", client.seen)
+        self.mush.kill()
+        for client in (alice, lurker):
+            client.expect(re.escape(OFFLINE))
+        self.kill_worker()
+        alice.send("say x\r\n").expect(re.escape(UNSENT))
+        self.mush.start()
+        for client in (alice, lurker):
+            client.expect(re.escape(ONLINE))
+            client.barrier()
+        alice.send("QUIT\r\n").expect_end()
+
+    def test_keeper_and_worker_killed_in_turns(self):
+        self.start()
+        alice = self.player("Alice", "alicepw")
+        keeper = None
+        for _ in range(2):
+            keeper = self.kill_keeper()
+            alice.barrier()
+            self.kill_worker()
+            alice.barrier()
+        self.kill_keeper()
+        keeper = self.kill_keeper()
+        alice.barrier()
+        self.assertNotIn(b"NOTICE", alice.seen)
+        os.kill(keeper, signal.SIGTERM)         # the one that is known now
+        alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
+        alice.expect_end()
+        self.has.faults = True                  # the first keeper was killed
+        self.has._reader.join(10)
+        self.assertFalse(self.has._reader.is_alive())   # nobody holds its log any more
+
+    def test_deaths_leave_nothing_behind(self):
+        self.start(beat=10)
+        clients = [self.player("Alice", "alicepw"), self.player("Bob", "bobpw")]
+        sizes, keeper = [], self.has.process.pid
+        for _ in range(6):
+            worker = self.kill_worker()
+            for client in clients:
+                client.barrier()
+            files = [sorted(os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0]
+                            for fd in os.listdir(f"/proc/{pid}/fd")) for pid in (keeper, worker)]
+            sizes.append(files)
+        self.assertEqual(sizes[1], sizes[-1])
+        self.assertEqual(len(self.mush.logins), 3)
+
+    def test_signals_and_the_exit_status(self):
+        self.start()
+        alice = self.player("Alice", "alicepw")
+        self.has.signal(signal.SIGUSR1)
+        self.has.wait_log(rb"INFO HAS 1.*pid %d \(worker \d+\)" % self.has.process.pid)
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"HUP: settings read")
+        self.kill_worker()
+        self.has.signal(signal.SIGINT)
+        alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
+        self.assertEqual(self.has.process.wait(10), 0)
+
+    def test_what_cannot_start_ends_with_its_status(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            folder = tempfile.mkdtemp()
+            self.addCleanup(shutil.rmtree, folder)
+            conf = os.path.join(folder, "has.conf")
+            with open(conf, "w") as file:
+                file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\n"
+                           "local_port_ssl = 0\nlog_file =\nkeeper = auto\n")
+            done = run_failing("--config", conf)
+        self.assertEqual((done.returncode, os.listdir(folder)), (1, ["has.conf"]))
+        self.assertIn("Address already in use", done.stderr)
+
+    def test_who_stops_it_while_it_is_dead_is_heard(self):
+        self.start()
+        alice = self.player("Alice", "alicepw")
+        _, worker = self.pids()
+        os.kill(worker, signal.SIGKILL)
+        self.has.signal(signal.SIGTERM)
+        alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]), 20)
+        alice.expect_end()
+        self.assertEqual(self.has.process.wait(10), 0)
+
+    def test_passwords_are_in_memory_only(self):
+        self.start()
+        self.player("Alice", "alicepw")
+        keeper, worker = self.pids()
+        for pid in (keeper, self.kill_worker()):
+            for name in ("cmdline", "environ"):
+                self.assertNotIn(b"alicepw", pathlib.Path(f"/proc/{pid}/{name}").read_bytes())
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                path = os.readlink(f"/proc/{pid}/fd/{fd}")
+                self.assertFalse(path.startswith("/") and not path.startswith(("/dev/", "/memfd:"))
+                                 and os.path.exists(path) and self.has.folder in path, path)
+
+
 # ======================================================================
 # HAS in front of a real TinyMUX
 #
@@ -13924,7 +14380,7 @@ class Has:
                          "remotehostname_cmd": "auto", "mush_type": "auto", "resume_rate": "auto",
                          "max_clients": 0, "failover_after": 60, "failback_after": 0,
                          "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
-                         "output_limit": 1048576, "on_event": "", "deny": "",
+                         "output_limit": 1048576, "on_event": "", "deny": "", "keeper": "no",
                          "offline_notice": OFFLINE, "online_notice": ONLINE,
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
