@@ -376,10 +376,12 @@ class TestSettings(SettingsCase):
         self.assertEqual(has.read_constants(self.script), ({}, [marks.replace("S:", self.script + ":")]))
 
     def test_all_problems_are_reported_at_once(self):
+        lines = {key: line for line, key in enumerate(
+            [key for key in self.values if key != "hold"], 3)}
         self.assertEqual(self.wrong("nothing\nbeat = x\n", retry="y", hold=None, max_clients=-1), [
             "S: HOLD is missing from the constants: put it back", "C:1: 'nothing' is not `key = value`",
-            f"S:{list(self.values).index('retry') + 3}: retry = y: is not a number",
-            f"S:{list(self.values).index('max_clients') + 2}: max_clients = -1: is not between 0 and 1000000",
+            f"S:{lines['retry']}: retry = y: is not a number",
+            f"S:{lines['max_clients']}: max_clients = -1: is not between 0 and 1000000",
             "C:2: beat = x: is not a number"])
         only, = self.wrong("", extra="HOLD = 2 + f()", hold=None)               # not that HOLD is missing, too
         self.assertIn("only lines like NAME", only)
@@ -9378,6 +9380,15 @@ class TestFiles(unittest.TestCase):
         if edited and not os.environ.get("CI"):
             self.skipTest(f"constants were edited: {', '.join(edited)}")
         self.assertEqual(edited, [])
+
+    def test_has_conf_begins_with_what_everybody_needs(self):
+        first, rest = self.read("has.conf").split("# ====  That is all that most people need.")
+        keys = re.findall(r"(?m)^#(\w+) =", first)
+        self.assertEqual(len(keys), 12)
+        self.assertEqual(set(keys[:4]), {"mush_address", "hb_user", "hb_pass", "local_port"})
+        texts = rest.partition("# ---- what users are told")[2]
+        self.assertEqual([key for key in re.findall(r"(?m)^#(\w+) =", rest)
+                          if key.endswith("_notice") and f"#{key} =" not in texts], [])
 
     def test_has_conf_uncommented_is_right(self):
         with tempfile.TemporaryDirectory() as folder:
