@@ -1414,6 +1414,8 @@ class Dialect:
 
     # ---- typed lines
     login_words = NEVER            # group 1: connect-like verb, or group 2: create
+    # what follows: a name, in quotes in group 1, then the password
+    login_arguments = re.compile(rb'\s*(?:"([^"]+)"\s*|(\S+)\s+)(\S+)')
     quit_playing = quit_login = re.compile(rb"(?i)quit\s*\Z")
     logout = NEVER
     handover_words = ()            # words only HAS may say before a login
@@ -1495,7 +1497,7 @@ class Dialect:
         if not verb:
             return None
         rest = line[verb.end():]
-        words = re.match(rb'\s*(?:"([^"]+)"\s*|(\S+)\s+)(\S+)', rest)
+        words = self.login_arguments.match(rest)
         if words:
             name = b" ".join((words.group(1) or words.group(2)).split())
             return Credentials(verb.group(2) or verb.group(1), name, words.group(3),
@@ -1584,10 +1586,9 @@ class TeenyMUSH(Dialect):
     password_typed = re.compile(rb"(?i)(?:@%s\s+[^\s=]+|@newp\w*\s+me)\s*=\s*(\S+)\s*\Z"
                                 % abbreviated(b"password", 4))
     password_changed = re.compile(rb"Password changed\.|The password for .* has been updated\.")
-    password_kept = any_of(b"Invalid old password", b"usage: @password", b"Permission denied",
-                           b"Huh?")
+    password_kept = any_of(b"Invalid old password", b"usage: @password")
     name_changed = re.compile(rb"Set\.\Z")
-    name_kept = any_of(b"That name is already in use", b"Huh?", b"Permission denied")
+    name_kept = any_of(b"That name is already in use")
     check_function = b"password"
     blank = b"\\ "
     at_once = 1                    # listen backlog 1
@@ -1621,6 +1622,9 @@ class _InfoFamily(Dialect):
     """The four families that come from one tree: INFO, OUTPUTPREFIX, a command quota."""
 
     logs_in = guest_alone = settings_held = True
+    # any number of quotes and blanks before a name, of quotes behind it
+    login_arguments = re.compile(rb'\s*(?:"["\s]*([^"\s][^"]*)"+(?:\s+|(?!["\s]))|'
+                                 rb'([^"\s]\S*)\s+)(\S+)')
     serves_http = False
     dropped, erasers = bytes(range(32)).replace(b"\b", b""), b"\b\x7f"
     quota = 100
@@ -1637,11 +1641,11 @@ class _InfoFamily(Dialect):
     password_typed = re.compile(rb"(?i)@%s\s+(?=\S)[^=]+=\s*(\S+)\s*\Z"
                                 % abbreviated(b"password", 4))
     password_changed = any_of(b"Password changed.")
-    password_kept = any_of(b"Sorry.", b"Null passwords", b"Illegal character", b"Bad new password",
-                           b"Huh?", b"Permission denied")
+    # no texts that may be the answer to a line typed before
+    password_kept = any_of(b"Sorry.", b"Null passwords", b"Illegal character", b"Bad new password")
     name_changed = re.compile(rb"(?:Alias set\.\s+)?Name set\.")
     name_kept = any_of(b"That name is already in use", b"You can't use that name",
-                       b"You can't give", b"Huh?", b"Permission denied")
+                       b"You can't give")
 
 
 _SPELLED = dict(zip("АБВГДЕЗИЙКЛМНОПРСТУФЪЫЬЭ", "ABVGDEZIYKLMNOPRSTUF\"Y'E"))
@@ -1676,6 +1680,9 @@ class PennMUSH(_InfoFamily):
     strays_are_text = True
     login_words = re.compile(rb"(?i) *(?:(%s|c[dhv])|(%s))(?= )" % (
         abbreviated(b"connect", 1), abbreviated(b"create", 2)))
+    # one quote ends a name, if it stands right behind it: else it begins the password
+    login_arguments = re.compile(rb'\s*(?:"["\s]*([^"\s]+(?:\s+[^"\s]+)*)(?:"\s*|\s+(?="))|'
+                                 rb'([^"\s]\S*)\s+)(\S+)')
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
     strips_blanks = False
@@ -1695,8 +1702,7 @@ class PennMUSH(_InfoFamily):
                           b"The password is invalid (or missing).",
                           b"Guest connections not allowed.", b"Too many guests are connected")
     password_changed = any_of(b"You have changed your password.")
-    password_kept = any_of(b"The old password that you entered was incorrect", b"Bad new password",
-                           b"Huh?", b"Permission denied")
+    password_kept = any_of(b"The old password that you entered was incorrect", b"Bad new password")
     password_typed = re.compile(rb"(?i)@%s\s+(?=\S)[^=]+=\s*(\S+)\s*\Z"
                                 % abbreviated(b"password", 3))
     check_function = b"checkpass"
@@ -1723,8 +1729,9 @@ class PennMUSH(_InfoFamily):
     _controls = bytes(63 if n < 32 or n == 127 else n for n in range(256))
 
     def charset_after(self, sent, charset):
-        accepted = sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED))
-        return sent[4:-2].upper() if accepted else charset
+        # on the safe side: read so, a line is passed on in ASCII, which is read the same anyhow
+        utf8 = sent[1:3] == bytes((SB, CHARSET)) and b"UTF-8" in sent.upper()
+        return b"UTF-8" if utf8 else charset
 
     def check_call(self, pair):
         name, password = pair.name.lstrip(b"*"), pair.password
@@ -1748,6 +1755,13 @@ class _Tiny(_InfoFamily):
     end_text = re.compile(rb"### End INFO\r?\n")
     wraps_settings = True
     flag_question = b"[hasflag(me,wizard)]"
+    guest = re.compile(rb'(?i)\s*(?:"["\s]*)?guest')         # begins so, whatever is behind
+
+    def read_login(self, line):
+        verb = self.login_words.match(line)
+        if verb and verb.group(1) and self.guest.match(line, verb.end()):
+            return Credentials(verb.group(1), b"guest", b"")
+        return super().read_login(line)
 
 
 class TinyMUSH(_Tiny):
@@ -1798,8 +1812,10 @@ class TinyMUX(_Tiny):
     _dropped_high[b"ISO-8859-1"] = _dropped_high[b""]
     _codecs = {b"UTF-8": "utf-8", b"CP437": "cp437", b"ISO-8859-2": "iso8859-2",
                b"US-ASCII": "ascii"}            # the others: cp1252
-    _unicode_locale = re.compile(rb"(?:LANG|LC_ALL|LC_CTYPE)\x01[^\x00-\x03]*\.UTF-8"
-                                 rb"(?:[\x00-\x03]|\xff\xf0)")
+    _longest_sb = 62               # of a longer sub-negotiation it reads nothing
+    # a name goes on to its value, a value to the next name, whose mark goes with it
+    _variable = re.compile(rb"[\x00\x03]([^\x01]*)\x01([^\x00\x03]*)[\x00\x03]?")
+    _locales = {b"lang", b"lc_all", b"lc_ctype"}
 
     def characters(self, run, charset):
         return run.translate(None, self._dropped_high.get(charset, b""))
@@ -1815,12 +1831,27 @@ class TinyMUX(_Tiny):
         return stored.translate(bytes(lost.get(byte, byte) for byte in range(256)))
 
     def charset_after(self, sent, charset):
-        if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_REJECTED)):
+        content = unescape(sent[2:-2]) if sent[1] == SB else b""
+        if not 2 <= len(content) <= self._longest_sb:
+            return charset
+        option, kind, said = content[0], content[1], content[2:]
+        if option == CHARSET and kind == CHARSET_REJECTED:
             return b"US-ASCII"
-        if sent[:4] == bytes((IAC, SB, CHARSET, CHARSET_ACCEPTED)):
-            return sent[4:-2] if sent[4:-2] in (b"UTF-8", *self._dropped_high) else charset
-        unicode = sent[:3] == bytes((IAC, SB, NEW_ENVIRON)) and self._unicode_locale.search(sent)
-        return b"UTF-8" if unicode else charset
+        names = []
+        if option == CHARSET and kind == CHARSET_ACCEPTED:
+            names = [said]
+        elif option == CHARSET and kind == CHARSET_REQUEST and said:
+            names = said.split(said[:1])[1:-1]  # the last needs a separator behind it, too
+        elif option == NEW_ENVIRON and kind in (ENVIRON_IS, ENVIRON_INFO):
+            names = [b"UTF-8"] * any(map(self._means_utf8, self._variable.findall(said)))
+        return next((it for it in names if it == b"UTF-8" or it and it in self._dropped_high),
+                    charset)
+
+    def _means_utf8(self, variable):
+        name, value = (part.lower() for part in variable)
+        before, dot, behind = value.partition(b".")
+        is_locale = name.partition(b"\0")[0] in self._locales
+        return is_locale and (behind if dot else before) == b"utf-8"
 
 
 class RhostMUSH(_InfoFamily):
@@ -2072,6 +2103,7 @@ _INFO_BLOCK = re.compile(rb"### Begin INFO(?s:.*?)### End INFO\r?\n")
 _INFO_TWICE = re.compile(rb"\A((?s:.*?))%(i)s((?s:.*?))%(i)s" % {b"i": _INFO_BLOCK.pattern})
 
 MOST_TRIES = 64                    # logins of one link whose outcome may still come
+MOST_BEHIND = 16                   # lines typed behind them that mean something
 MOST_HELD = 1 << 20                # bytes of a return that are kept, the newest
 LONGEST_OUTCOME = 300              # bytes of an unfinished line that is read along, the newest
 MOST_BLOCK = 4096                  # bytes behind a mark that are looked at: the first
@@ -2094,9 +2126,9 @@ class Proof:
     the end marker is kept in `held`. There is one for each link: see proof_for().
     """
 
-    __slots__ = ("dialect", "returning", "telnet", "held", "login", "refused", "ended", "_tries")
+    __slots__ = ("dialect", "returning", "telnet", "held", "login", "refused", "ended", "_tries",
+                 "_count", "_number", "_behind", "is_first", "_was_in")
 
-    is_whole = True                # `login` is proven, not only likely
     asked = False                  # question() was due
     others = ()                    # Credentials typed behind `login`, which may be the right ones
 
@@ -2105,10 +2137,21 @@ class Proof:
         self.returning = returning # everything is held until the end marker
         self.telnet = telnet       # the server does not take telnet for text
         self.held = b""
-        self.login = None          # the Credentials that took: the first proof decides
+        self.login = None          # the Credentials that took
         self.refused = False       # the server said that a login was wrong
         self.ended = False         # the end marker was seen
         self._tries = tries        # the Credentials whose outcome may still come
+        self.is_first = True       # nobody was in the game on this link before `login`
+        self._was_in = False
+        self._count = 0            # of those tried; never used again on this link
+        self._number = 0           # of `login` among those
+        self._behind = []          # lines typed behind them: (how many came before it, line)
+
+    @property
+    def is_whole(self):
+        """Whether `login` is proven, not only likely: who was in the game may have read marks, or
+        typed them away, by @program."""
+        return self.is_first
 
     @property
     def live(self):
@@ -2127,12 +2170,32 @@ class Proof:
     def no_login(self, line):
         """A line was typed at the login screen that is no whole login."""
 
+    def type_behind(self, line):
+        """A line was typed that means something if it is read in the game: behind a login."""
+        if self._tries:
+            self._behind.append((self._count, line))
+        if len(self._behind) > MOST_BEHIND:     # nothing is learnt of what HAS cannot follow
+            self._disown()
+
+    def next_behind(self):
+        """The next line that was typed behind `login`, or None."""
+        while self._behind:
+            count, line = self._behind.pop(0)
+            if count > self._number:
+                return line
+        return None
+
+    def log_out(self):
+        """He is at the login screen again; another login may have been typed behind that."""
+        self.login = None
+
     def hear(self, text):
         """Take text of the world; return what the user may see of it, and a list of News."""
         before = (self.login, self.asked, self.ended)
         shown = self.feed(text)
         after = (self.login, self.asked, self.ended)
-        return shown, [news for news, was, now in zip(News, before, after) if now and not was]
+        return shown, [news for news, was, now in zip(News, before, after)
+                       if now and now is not was]
 
     def saw_command(self, piece):
         """Whether a telnet command of the world is the end marker."""
@@ -2179,12 +2242,11 @@ class Proof:
 class MarkProof(Proof):
     """Marks around each login line, set with OUTPUTPREFIX and the like, tell whether it took."""
 
-    __slots__ = ("_secret", "_count", "_tail", "_block")
+    __slots__ = ("_secret", "_tail", "_block")
 
     def __init__(self, dialect, returning=False, telnet=True):
         super().__init__(dialect, returning, telnet, {})        # the number in its marks -> login
         self._secret = b"=" + secrets.token_hex(4).encode()
-        self._count = 0
         self._tail = b""           # a held-back tail that could begin a mark
         self._block = None         # the text since a mark `a`, removed with it
 
@@ -2194,7 +2256,7 @@ class MarkProof(Proof):
         return self._block is not None or bool(self._tail) or super().live
 
     def _nonce(self, login):
-        number = b"%02x" % self._count          # never used again on this link
+        number = b"%02x" % self._count
         self._count += 1
         self._tries[number] = login
         for old in list(self._tries)[:-MOST_TRIES]:
@@ -2202,7 +2264,8 @@ class MarkProof(Proof):
         return self._secret + number + b"="
 
     def _fill(self, template, nonce, settings):
-        prefix, suffix = (settings.get(word, b"") for word in (b"OUTPUTPREFIX", b"OUTPUTSUFFIX"))
+        prefix, suffix = (unspelled(settings.get(word, b""))
+                          for word in (b"OUTPUTPREFIX", b"OUTPUTSUFFIX"))
         return template % {b"n": nonce, b"p": prefix and b" " + prefix,
                            b"s": suffix and b" " + suffix}
 
@@ -2270,11 +2333,15 @@ class MarkProof(Proof):
             self.end()
 
     def _is_in(self, number, before):
-        """The user is in the game, `before` the login line of that number or behind it."""
-        if before:
-            self._tries[number] = None          # whatever the line was, he is not in by it
-        elif self.login is None:
-            self.login = self._tries.get(number)
+        """The user is in the game, `before` the login line of that number or behind it. If another
+        had taken, he was out again in between."""
+        login, self._tries[number] = self._tries.get(number), None
+        if login and not before:                # else whatever the line was, he is not in by it
+            self.login, self._number, self.is_first = login, int(number, 16), not self._was_in
+        self._was_in = True
+
+    def _disown(self):
+        self._tries = dict.fromkeys(self._tries)
 
 
 class WordProof(Proof):
@@ -2296,13 +2363,14 @@ class WordProof(Proof):
     def wrap(self, login, line, settings, first=False):
         """The bytes to send for `line`, a login line."""
         self._tries.append(login)
+        self._count += 1
         return line
 
     def no_login(self, line):
         """A line that is no whole login may be answered like one: its outcome is nobody's."""
         match = self.dialect.login_words.match(line)
         if match and match.group(1) and len(line[match.end():].split()) == 1:
-            self._tries.append(None)
+            self.wrap(None, line, {})
 
     def question(self):
         """The bytes that ask for the end marker; none where telnet is not known."""
@@ -2322,11 +2390,15 @@ class WordProof(Proof):
             outcome = self._tries and self.dialect.outcome.match(line)
             if not outcome:
                 continue
-            login = self._tries.popleft()
+            number, login = self._count - len(self._tries), self._tries.popleft()
             if outcome.group(1) and self.login is None:
                 self.login, self.others = login, [it for it in self._tries if it]
+                self._number = number
                 self._tries.clear()
             self.asked = self.asked or self.returning
+
+    def _disown(self):
+        self._tries = collections.deque([None] * len(self._tries))
 
     def _end_of_held(self):
         if self.telnet or not self.asked:
@@ -4542,7 +4614,9 @@ class Lines(Part):
             session.dialect.logs_in or self.has_secret_word)
 
     def _pass_on(self, line, raw):
-        self._note(line)
+        self.note(line)
+        if self.session.state is State.LOGIN and self._is_for_the_game(line):
+            self.session.feed.proof.type_behind(line)
         self._note_iced(raw)
         return raw
 
@@ -4570,12 +4644,22 @@ class Lines(Part):
 
     # ---- what the world will read of somebody who is logged in, or about to be
 
-    def _note(self, line):
+    def _in_game(self, line):
+        """A line as commands of the game are compared with it."""
+        return line.lstrip(b" \t") if self.session.dialect.strips_blanks else line
+
+    def _is_for_the_game(self, line):
+        """Whether a line means something that HAS must know, if it is read in the game."""
+        dialect, line = self.session.dialect, self._in_game(line)
+        return any(rule.match(line) for rule in (
+            dialect.quit_playing, dialect.logout, dialect.password_typed, dialect.name_typed))
+
+    def note(self, line):
         """Remember what a line means that goes on to the world."""
         session, dialect = self.session, self.session.dialect
         playing = session.state is State.PLAYING
-        if playing and dialect.strips_blanks:
-            line = line.lstrip(b" \t")
+        if playing:
+            line = self._in_game(line)
         quits = (dialect.quit_playing if playing else dialect.quit_login).match(line)
         session.inbox.quit_at = self.hub.now if quits else 0
         setting = dialect.setting_words.match(line)
@@ -4614,13 +4698,16 @@ class Lines(Part):
             screen = self.session.screen
             screen.spelling = Spelling(screen.spelling.coloured, True)
 
+    @staticmethod
+    def _setting_line(word, value):
+        return word.split()[0] + (b" " + unspelled(value) if value else b"") + b"\r\n"
+
     def setting_lines(self, held):
         """The lines that repeat his settings: those whose answers can be held back, or the
         others, which do no harm."""
         is_held = self.session.dialect.settings_held
         return b"".join(
-            word.split()[0] + (b" " + value if value else b"") + b"\r\n"
-            for word, value in self.settings.items()
+            self._setting_line(word, value) for word, value in self.settings.items()
             if held == (is_held and not word.startswith(b"OUTPUT")))
 
     def setting_answers(self):
@@ -4782,9 +4869,8 @@ class Lines(Part):
                    if word != b"PUEBLOCLIENT" and value != before.get(word)}
         self.settings = {**kept, **theirs}
         if self.session.can_talk:
-            self.session.link.send(b"".join(
-                word.split()[0] + (b" " + value if value else b"") + b"\r\n"
-                for word, value in {**dict.fromkeys(dropped, b""), **changed}.items()))
+            self.session.link.send(b"".join(itertools.starmap(
+                self._setting_line, {**dict.fromkeys(dropped, b""), **changed}.items())))
 
     def _answer_unsent(self, line):
         if not self.unsent:
@@ -5156,7 +5242,7 @@ class Feed(Part):
         """Look for what proves a login, or its end; returns the rest."""
         session = self.session
         text, news = self.proof.hear(text)
-        if News.TOOK in news and session.state is State.LOGIN:
+        if News.TOOK in news and session.state in LINKED:
             session.handle(Event.TOOK)
         if News.ASK in news and session.link:
             session.link.send(self.proof.question())
@@ -5184,21 +5270,35 @@ class Feed(Part):
         """A typed login took."""
         session, proof = self.session, self.proof
         pairs = self.character.took(proof.login, proof.others, proof.is_whole)
-        self.hub.logins.took(session)
-        session.place.login_took()
+        if proof.is_first:
+            self.hub.logins.took(session)
+            session.place.login_took()
         session.enter(State.PLAYING)
         self.hub.door.visits.of(session, "logged in", free=300)
         if proof.is_whole:
-            session.later(MARK_SECONDS, proof.retire)
+            session.later(MARK_SECONDS, self._retire, proof.login)
         elif self.hub.world.checks:
             self.character.checked = pairs[0]
             self.hub.check(session, pairs)
+        self._read_behind()
+
+    def _read_behind(self):
+        """What he has typed behind the login before that was known to have taken."""
+        line = b""
+        while line is not None and self.session.state is State.PLAYING:
+            line = self.proof.next_behind()
+            if line is not None:
+                self.session.lines.note(line)
+
+    def _retire(self, login):
+        if self.proof.login is login:           # else marks of others may come
+            self.proof.retire()
 
     def on_logout(self):
         """The world has read his LOGOUT."""
         self.hub.door.visits.of(self.session, "logged out to the login screen", free=300)
         self.character.log_out()
-        self.proof = proof_for(self.session.dialect, False, self.hub.world.telnet)
+        self.proof.log_out()
         self.session.enter(State.LOGIN)
 
     def on_checked(self, verdicts):
@@ -6096,7 +6196,7 @@ class Session(Survivor):
         Event.RETRY: {
             "OPENING": _queue, "WAITING BACKOFF": lambda self: self.way_back.plan(),
             "LOGIN PLAYING ASKING REOPENING RETURNING CLOSING": _ignore},
-        Event.TOOK: {"LOGIN": lambda self: self.feed.on_login()},
+        Event.TOOK: {"LOGIN PLAYING": lambda self: self.feed.on_login()},
         Event.MARKED: {"RETURNING": lambda self: self.way_back.on_end_marker()},
         Event.OVERDUE: {
             "RETURNING": lambda self: self.way_back.on_overdue(),

@@ -935,6 +935,17 @@ class TestLogin(unittest.TestCase):
         (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
         (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
         (b'connect "Mary  Ann" pw', FAMILIES, (b"connect", b"Mary Ann", b"pw")),
+        (b'connect " Alice " alicepw', (Y, X, R), (b"connect", *A)), (b'connect " Alice " alicepw', (T,), (b"connect", *A)),
+        (b'connect " Alice " alicepw', (P,), (b"connect", b"Alice", b'"')),
+        (b'connect "" " Alice"alicepw', (P, Y, X, R), (b"connect", *A)),
+        (b'connect ""Alice"" alicepw', (T,), (b"connect", b'""Alice""', b"alicepw")), (b'connect " Guest7', (T,), (b"connect", b'"', b"Guest7")),
+        (b'connect ""Alice"" alicepw', (Y, X, R), (b"connect", *A)), (b'connect ""Alice"" alicepw', (P,), (b"connect", b"Alice", b'"')),
+        (b'connect "Alice""alicepw', (Y, X, R), (b"connect", *A)), (b'connect "Alice""alicepw', (P,), (b"connect", b"Alice", b'"alicepw')),
+        (b'connect "Alice" "alicepw', (P, Y, X, R), (b"connect", b"Alice", b'"alicepw')),
+        (b'connect "Alice" "alicepw', (T,), (b"connect", b"Alice", b'"alicepw')),
+        (b'connect "Alice alicepw', (T,), (b"connect", b'"Alice', b"alicepw")),      # else it is one name, without a password
+        (b'connect guestx y', (Y, X), (b"connect", b"guest", b"")), (b'connect guestx y', (T, P, R), (b"connect", b"guestx", b"y")),
+        (b'connect " Guest7', (Y, X), (b"connect", b"guest", b"")), (b"create guestx y", FAMILIES, (b"create", b"guestx", b"y")),
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
         (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES, (b"connect", b"Alice", b"p%r[x]{y}\\z;,$#\"=")),
@@ -1229,6 +1240,14 @@ class TestChange(unittest.TestCase):
                     self.assertIsNone(change.outcome(penn, b"Bob says, \"" + text + b"\r\n" + text[:cut]))
                     self.assertIs(change.outcome(penn, text[cut:]), expected)
 
+    def test_the_answer_to_an_earlier_line_is_none(self):
+        for family in FAMILIES:
+            done = {"teenymush": b"Password changed.", "pennmush": b"You have changed your password."}.get(family, b"Password changed.")
+            change = has.Change("password", b"new", 0)
+            earlier = b'Huh?  (Type "help" for help.)\r\nHuh? (Type "HELP" for help.)\r\nPermission denied.\r\n'
+            self.assertIsNone(change.outcome(DIALECTS[family], earlier), family)
+            self.assertIs(change.outcome(DIALECTS[family], earlier + done + b"\r\n"), True, family)
+
     def test_what_becomes_of_the_login(self):
         old = has.Credentials(b"cd", b"Alice", b"one")
         for change, name, password in ((has.Change("password", b"two", 0), b"Alice", b"two"),
@@ -1343,8 +1362,8 @@ class TestProof(unittest.TestCase):
     def test_of_two_logins_in_one_packet_the_one_that_took_is_told(self):
         other = has.Credentials(b"connect", b"Bob", b"bobpw")
         for family in FAMILIES:
-            for first, second, login in ((False, True, other), (True, True, GOOD),
-                                         (False, False, None)):
+            for first, second, login in ((False, True, other), (False, False, None),
+                                         (True, True, GOOD if family == "teenymush" else other)):     # logged out in between
                 shown = SHOWN[family][not first] + SHOWN[family][not second] + b"end"
                 for chunks in splits(answer(family, first, 0) + answer(family, second, 1) + b"end"):
                     proof = self.typed(family, GOOD, other)
@@ -7772,6 +7791,30 @@ def vectors():
         yield family, charset, packets, outcome, line
 
 
+# What the real TinyMUX (2.12.0.10) read by after these, sent by the client: sub-negotiations without IAC SB and IAC SE.
+UTF_8, LATIN_1, OTHERS = b"UTF-8", b"", (b"CP437", b"US-ASCII", b"ISO-8859-2")
+ENV = b"\x27\0"
+CHARSETS_OF_TINYMUX = [
+    *[([b"*\2" + name], name) for name in (UTF_8, *OTHERS)], ([b"*\2ISO-8859-1"], b"ISO-8859-1"),
+    *[([b"*\2CP437", b"*" + body], b"CP437") for body in (
+        b"\2utf-8", b"\2", b"\2UTF-8X", b"\2UTF8", b"\1", b"\1;", b"\1;;", b"\1;UTF-8", b"\1;utf-8;", b"\1;UTF-8X;", b"\1; UTF-8;", b"\1UUTF-8U",
+        b"\1" b"8UTF-8", b"\1[TTABLE]\1;UTF-8;", b"\5", b"\7UTF-8")],
+    *[([b"*\1" + body], UTF_8) for body in (b";UTF-8;", b" UTF-8 ", b";UTF-8;x", b";foo;bar;UTF-8;CP437;", b";;UTF-8;;", b"XUTF-8X",
+                                           b";ISO-8859-15;UTF-8;", b";\xff\xff;UTF-8;", b";" + b"x" * 52 + b";UTF-8;")],
+    ([b"*\1;CP437;UTF-8;"], b"CP437"), ([b"*\1;" + b"x" * 53 + b";UTF-8;"], LATIN_1), ([b"*\2UTF-8", b"*\3"], b"US-ASCII"),
+    ([b"*\2CP437", ENV + b"\0LANG\1en.UTF-8"], UTF_8), ([b"*\2UTF-8", ENV + b"\0LANG\1C"], UTF_8),
+    *[([ENV + body], UTF_8) for body in (
+        b"\0LANG\1en.UTF-8", b"\3lang\1utf-8", b"\0LC_ALL\1.UtF-8", b"\3LC_CTYPE\1x.utf-8\0X", b"\0LANG\0X\1UTF-8", b"X\0LANG\1UTF-8",
+        b"\1\0LANG\1UTF-8", b"\0LANG\1UTF-8\0LANG\1C", b"\0X\1a\0Y\1b\0LANG\1UTF-8", b"\0X\1a\0\0LANG\1UTF-8",
+        b"\0X\1a\0LC_ALL\1C\0LANG\1UTF-8", b"\0LANG\1en\xff\xff.UTF-8", b"\0LANG\1" + b"x" * 48 + b".UTF-8")],
+    ([b"\x27\2\0LANG\1UTF-8"], UTF_8),
+    *[([ENV + body], LATIN_1) for body in (
+        b"\0XLANG\1UTF-8", b"\0LANGX\1UTF-8", b"LANG\1UTF-8", b"\0LANG", b"\0LANG\1a.b.UTF-8", b"\0LANG\1UTF-8.x", b"\0LANG\1UTF-8\2", b"\0LANG\1\1UTF-8",
+        b"\0LANG\1UTF-8\1", b"\0\0LANG\1UTF-8", b"\0LANG\3Q\1UTF-8", b"\0Q\0LANG\1UTF-8", b"\0LA\2NG\1UTF-8", b"\0X\1a\0LANG\1UTF-8",
+        b"\0LANG\1C\0LC_ALL\1UTF-8", b"\0X\1a\0X\1b\0Z\1c\0LANG\1UTF-8", b"\0LANG\1" + b"x" * 49 + b".UTF-8")],
+    *[([b"\x27" + kind + b"\0LANG\1UTF-8"], LATIN_1) for kind in (b"\1", b"\5")]]
+
+
 class Reader:
     """A scripted world that only reads: what it makes of the packets of one connection."""
 
@@ -7925,6 +7968,22 @@ class TypedBytes(unittest.TestCase):
             again = Reader(family, charset).read(line.replace(b"\xff", b"\xff\xff") + b"\n")
             self.assertEqual(again, [decode(line)], (family, charset, text))
 
+    def test_which_character_set_a_tinymux_reads_by(self):
+        for bodies, expected in CHARSETS_OF_TINYMUX:
+            reader, world = has.LineReader(), Reader("tinymux")
+            for body in bodies:
+                reader.note_charset(DIALECTS["tinymux"], b"\xff\xfa" + body + b"\xff\xf0")
+                world.read(b"\xff\xfa" + body + b"\xff\xf0")
+            with self.subTest(bodies=bodies):
+                self.assertEqual(reader.charset, expected)
+                self.assertEqual((world.conn.charset or "").encode(), expected)
+
+    def test_a_pennmush_may_read_by_what_the_client_asks_for(self):
+        for body in (b"\2utf-8", b"\1;UTF-8", b"\1;ASCII;UTF-8;x"):
+            self.assertEqual(finished("pennmush", b"L\xd0\x9eGOUT\n", DIALECTS["pennmush"].charset_after(sub(CHARSET, body), b"")), b"LOGOUT")
+        self.assertEqual(DIALECTS["pennmush"].charset_after(sub(CHARSET, b"\3"), UTF_8), UTF_8)
+        self.assertEqual(DIALECTS["pennmush"].charset_after(sub(CHARSET, b"\1;ASCII"), b""), b"")
+
     def test_each_byte_inside_a_line(self):
         for family, charset in self.each_family():
             for byte in range(255):
@@ -7964,7 +8023,9 @@ class TypedThroughHAS(RigCase):
              b"\xc3\xa9", b"\xe2\x80\x9c", b"\xe2\x82", b"\xc0\xa0", b"\xcc\x81", b"\xc4\xb0", b"\xf0\x9f\x98\x80", b"\xf1", b" ",
              b"\xff\xf1", b"\xff\xf7", b"\xff\xf6", b"\xff\xff", b"\xff\xfd\x01", b"\xff\xfd", b"\xff", b"\xffX", b"\xff\n",
              b"\xff\xfa\x18\x00x\xff\xf0", b"\xff\xfa\x18q\nQUIT", *[
-                 sub(CHARSET, b"\x02" + name) for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")], b"\xff\xfaxy\xff\xf1", b"\xff\xf0", b"L", b"O", b"T", b"x"]
+                 sub(CHARSET, b"\x02" + name) for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")],
+             *[sub(CHARSET, b"\x01" + names) for names in (b";UTF-8", b";UTF-8;", b";CP437;UTF-8;")],
+             sub(39, b"\0\0LANG\1en.UTF-8"), sub(39, b"\0\0X\1a\0LANG\1en.UTF-8"), b"\xff\xfaxy\xff\xf1", b"\xff\xf0", b"L", b"O", b"T", b"x"]
 
     def check_fuzz(self, family, charset, state, seed):
         rng = random.Random(f"{family} {charset} {state} {seed}")
@@ -7973,7 +8034,7 @@ class TypedThroughHAS(RigCase):
         packets = list(chop(rng, data + b"\n"))
         front.type(*packets)
         heard, meant = front.heard(), front.meant()
-        if family == "pennmush" and state == "PLAYING" and front.reader.conn.charset:     # its spellings are not known
+        if family == "pennmush" and state == "PLAYING" and front.session.inbox.typed.charset:      # its spellings are not known
             heard, meant = ([it in ("QUIT", "LOGOUT") for it in lines] for lines in (heard, meant))
         self.assertEqual(heard, meant, (seed, family, charset, state, packets))
         self.assertFalse([it for it in heard if state == "LOGIN" and re.match(r"\s*(?i:proxy|@)", it) and front.rig.family
@@ -8056,6 +8117,83 @@ class BoundMarks(RigCase):
             self.assertEqual((session.state.name, session.character.proven), ("PLAYING", b"wizard"), family)
             session = self.answer(family, printed)
             self.assertEqual((session.state.name, session.character.proven, session.character.login), ("LOGIN", b"", None), family)
+
+    def behind(self, *lines, family="tinymux"):
+        """A user of a Rig who has typed these lines in one packet, which begin with a login."""
+        rig = self.rig(family, admins="Wizard")
+        client = rig.client()
+        link = rig.game.accept()
+        client.send("".join(line + "\r\n" for line in lines))
+        rig.settle()
+        numbers = re.findall(rb"OUTPUTPREFIX (=[0-9a-f]{10}=)\r", link.read())
+
+        def world(text, number=None):
+            link.send(text + (numbers[number] + b"\r\n" if number is not None else b""))
+            rig.settle()
+        return client, link, world
+
+    def test_what_is_typed_behind_a_login_is_read_in_the_game(self):
+        ALICE, BOB = (b"Alice", b"pw"), (b"Bob", b"bobpw")
+        for lines, answers, expected in (
+                (["logout"], [(b"", 0)], None), ([" LogOut now"], [(b"", 0)], None), (["look", "logout", "logout"], [(b"", 0)], None),
+                (["look"], [(b"", 0)], ALICE), (["@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], (b"Alice", b"new")),
+                (["@password pw=new"], [(b"", 0), (b"Sorry.\r\n",)], ALICE), (["@name me=Eve"], [(b"", 0), (b"Name set.\r\n",)], (b"Eve", b"pw")),
+                (["logout", "connect Bob bobpw"], [(b"", 0), (b"", 1)], BOB), (["logout", "connect Bob no"], [(b"", 0), (b"No.\r\n",)], None),
+                (["connect Bob bobpw", "logout"], [(b"", 0)], None), (["logout", "@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], None),
+                (["logout", "connect Bob bobpw", "@password bobpw=new"], [(b"", 0), (b"", 1), (b"Password changed.\r\n",)], (b"Bob", b"new")),
+                (["logout", "connect Bob bobpw", "logout"], [(b"", 0), (b"", 1)], None), (["logout"] * 17, [(b"", 0)], None),
+                (["@name x=y"] * 17 + ["logout"], [(b"", 0)], None)):
+            with self.subTest(lines=lines):
+                client, _, world = self.behind("connect Alice pw", *lines)
+                for answer in answers:
+                    world(*answer)
+                login = client.session.character.login
+                self.assertEqual((login and (login.name, login.password), state_of(client)), (expected, "PLAYING" if expected else "LOGIN"))
+                self.doCleanups()
+
+    def test_quit_behind_a_login_is_quit(self):
+        client, link, world = self.behind("connect Alice pw", "quit")
+        world(b"Bye\r\n", 0)
+        link.sock.close()
+        client.session.hub.turn(0.01)
+        self.assertIn(state_of(client), ("CLOSING", "gone"))
+
+    def test_both_marks_in_one_read(self):
+        client, _, world = self.behind("connect Alice pw", "logout", "connect Bob bobpw")
+        secret = client.session.feed.proof._secret
+        world(secret + b"00=\r\nwelcome\r\n" + secret + b"01=\r\n")
+        self.assertEqual((client.session.character.login.name, client.read().count(b"=")), (b"Bob", 0))
+
+    def test_who_was_in_the_game_proves_nothing_beyond_doubt_any_more(self):
+        """He stays in it in spite of LOGOUT, or reads the marks, by @program."""
+        client, link, world = self.behind("connect Alice pw")
+        session, brake = client.session, client.session.hub.logins.brake
+        world(b"", 0)
+        self.assertEqual(session.character.proven, b"alice")
+        client.send("LOGOUT\r\n")
+        session.hub.turn(0.01)
+        client.send("connect Wizard wrong\r\n")
+        while not link.read().endswith(b"OUTPUTPREFIX\r\n"):
+            session.hub.turn(0.01)
+        world(session.feed.proof._secret + b"01=\r\n")
+        self.assertEqual((state_of(client), session.character.login.name, session.character.proven), ("PLAYING", b"Wizard", b""))
+        self.assertEqual([name for _, name in brake.tries["203.0.113.9"]], [b"wizard"])
+        client.read()
+        client.send("#?\r\n")
+        session.hub.turn(0.01)
+        self.assertNotIn(b"heartbeat", client.read())
+
+    def test_settings_are_repeated_as_they_were_typed(self):
+        """The byte 255 is no telnet in them."""
+        rig = self.rig("tinymux")
+        client = rig.client()
+        link = rig.game.accept()
+        client.send(b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\nconnect Alice pw\r\n")
+        rig.settle()
+        self.assertTrue(link.read().endswith(b"\r\nconnect Alice pw\r\nOUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n"))
+        link.send(client.session.feed.proof._secret + b"00=\r\n")
+        rig.settle()
+        self.assertEqual(client.session.lines.setting_lines(False), b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n")
 
     def test_the_marks_never_repeat_on_a_link(self):
         proof = has.proof_for(DIALECTS["tinymux"])
@@ -16114,11 +16252,15 @@ class CMush(Mush):
 
     def credentials(self, text):
         if self.QUOTED_NAMES and text.startswith('"'):
-            name, _, rest = text[1:].partition('"')
-            name = " ".join(name.split())
+            name, rest = self.quoted(text.lstrip('" \t'))
         else:
             name, rest = first_word(text)
-        return name, first_word(rest)[0]
+        return " ".join(name.split()), first_word(rest)[0]
+
+    def quoted(self, text):
+        """(name, rest) behind the opening quotes; any number of quotes closes it."""
+        name, _, rest = text.partition('"')
+        return name, rest.lstrip('"')
 
     def failure(self, conn, name):
         conn.failures += 1
@@ -16258,6 +16400,11 @@ class PennMUSH(CMush):
     def __init__(self, *args, **quirks):
         self._unnamed = []          # accepted sockets whose addresses are being looked up
         super().__init__(*args, **quirks)
+
+    def quoted(self, text):
+        """One quote closes a name, right behind it: behind a blank it begins the password."""
+        name, quote, rest = text.partition('"')
+        return (name, quote + rest) if name.endswith(" ") else (name, rest)
 
     # -- connecting: the silent start, the unix socket's address line, telnet only where it is
     # looked for --
@@ -16763,10 +16910,17 @@ class TinyMUX(CMush):
 
     def subnegotiation(self, conn, body):
         before = conn.charset
+        if len(body) > 62:
+            return                                      # it looks at no longer ones
         super().subnegotiation(conn, body)
-        if body[:2] == bytes((CHARSET, 3)):
+        if body[:2] == bytes((CHARSET, 1)):
+            *names, _ = body[3:].split(body[2:3]) if len(body) > 2 else [b""]
+            conn.charset = next((it.decode("latin-1") for it in names if self._is_charset(it.decode("latin-1"))), before)
+        elif body[:2] == bytes((CHARSET, 3)):
             conn.charset = "US-ASCII"
-        if conn.charset != before and conn.charset not in self.LOST and conn.charset != "UTF-8":
+        elif body[:2] in (bytes((39, 0)), bytes((39, 2))):
+            conn.charset = "UTF-8" if self._locale_is_utf8(body[2:]) else before
+        if not self._is_charset(conn.charset):
             conn.charset = before
         conn.utf8 = conn.charset == "UTF-8"
         old, new = (self.CODECS.get(name, "cp1252") for name in (before, conn.charset))
@@ -16778,6 +16932,26 @@ class TinyMUX(CMush):
             conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
                 c.decode(old).encode(new, "replace") for c in conn.partial)]
         conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
+
+    def _is_charset(self, name):
+        return name == "UTF-8" or bool(name) and name in self.LOST
+
+    @staticmethod
+    def _locale_is_utf8(data):
+        """Whether a variable says so; the mark that ends a value begins no other variable."""
+        found, at = False, 0
+        while at < len(data):
+            at += 1
+            if data[at - 1] not in (0, 3):
+                continue
+            name, value_mark, rest = data[at:].partition(b"\1")
+            if not value_mark:
+                break
+            value = re.match(rb"[^\x00\x03]*", rest).group()
+            at = len(data) - len(rest) + len(value) + 1
+            locale = value.split(b".", 1)[-1].lower()
+            found = found or name.split(b"\0")[0].lower() in (b"lang", b"lc_all", b"lc_ctype") and locale == b"utf-8"
+        return found
 
     def telnet_command(self, conn, command):
         conn.write(b"\r\n[Yes]\r\n" if command == AYT else b"")
