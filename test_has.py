@@ -19,8 +19,8 @@
 What is pure comes first, then what runs in this process with a clock of our own (Rig), the
 heartbeat alone, HAS as a program in front of scripted worlds (TestTeeny ... TestRhost: the main job
 in each family; TestWorldHealth, TestCrashes, TestTelnet..., TestStreams, TestRelay, TestAddress),
-the program, and HAS in front of a real TinyMUX where one is installed. Clients, worlds, --bench, --demo
-and --soak stand under the last banner, Tools.
+the program, and HAS in front of a real TinyMUX where one is installed. Clients, worlds, --bench,
+--demo and --soak stand under the last banner, Tools.
 
 Nothing sleeps to wait for something: it waits for the thing, with a deadline.
 """
@@ -106,8 +106,11 @@ def naws(width, height):
 
 SEND_TTYPE = sub(TTYPE, b"\x01")
 TTYPES = [b"TINTIN++", b"XTERM-256COLOR", b"MTTS 269"]
-CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(GMCP, b'Core.Supports.Set ["Char 1"]')
-TOKEN = re.compile(rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
+CORE_HELLO, CORE_SUPPORTS = sub(GMCP, b'Core.Hello {"client":"t"}'), sub(
+    GMCP, b'Core.Supports.Set ["Char 1"]')
+TOKEN = re.compile(
+    rb"\xff\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|\xff[\xfb-\xfe].|"
+    rb"\xff[^\xfa-\xff]|\xff\xff|[^\xff]+", re.S)
 
 
 def tokens(data):
@@ -136,14 +139,18 @@ def secrets_seed():
     return seed
 
 
-PARTS = [b"\xff\xff", b"\xff\xf1", b"\xff\xf9", naws(255, 10), SEND_TTYPE, CORE_HELLO, sub(CHARSET, b"\x02UTF-8"), b"\xff\xfb\x56",
-         b"\xff\xfd\x1f", b"\xff\xfe\x01", b"caf\xc3\xa9", b"\x1b[31mred\x1b[0m", b"hello there", b"\xff", b"\xff\xfa", b"\xff\xf0", b"\0"]
+PARTS = [b"\xff\xff", b"\xff\xf1", b"\xff\xf9", naws(255, 10), SEND_TTYPE,
+         CORE_HELLO, sub(CHARSET, b"\x02UTF-8"), b"\xff\xfb\x56",
+         b"\xff\xfd\x1f", b"\xff\xfe\x01", b"caf\xc3\xa9", b"\x1b[31mred\x1b[0m",
+         b"hello there", b"\xff", b"\xff\xfa", b"\xff\xf0", b"\0"]
 
 
 def wild(rng):
-    """A random or mutated piece of a telnet stream, without line ends (those would be commands to the game)."""
+    """A random or mutated piece of a telnet stream, without line ends (those would be commands to
+    the game)."""
     if rng.random() < 0.2:
-        return bytes(rng.choice(b"\xff\xff\xfa\xf0\xfb\xfd\x1f\x18UVWab\0\x80") for _ in range(rng.randrange(12)))
+        return bytes(rng.choice(b"\xff\xff\xfa\xf0\xfb\xfd\x1f\x18UVWab\0\x80")
+                     for _ in range(rng.randrange(12)))
     data = bytearray(b"".join(rng.choices(PARTS, k=rng.randrange(1, 5))).replace(b"\n", b"\x0b"))
     if data and rng.random() < 0.4:
         data[rng.randrange(len(data))] = rng.choice(b"\xff\xfa\xf0\xfdUq\x01")
@@ -184,7 +191,8 @@ RARE_NOTICES = {
     "still_offline_notice": "# NOTICE # This world has been OFFLINE for {time}. Still waiting.",
     "maintenance_notice": "# NOTICE # {text}",
     "hold_over_notice": "# NOTICE # The world is still offline. Please come back later.",
-    "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on in {seconds} s.",
+    "login_brake_notice": "# NOTICE # Too many logins were tried from your address: yours goes on "
+                          "in {seconds} s.",
     "too_long_notice": "# NOTICE # That line is too long.",
     "unreadable_notice": "# NOTICE # This world cannot read that line.",
     "reattach_from_notice": "# NOTICE # Your line was lost at {old}; you are back from {new}.",
@@ -210,7 +218,8 @@ def told_of(cut, spelling=has.PLAIN_SPELLING):
 
 
 SCRIPT_VALUES = {
-    "mush_address": "mush.example:4096", "local_port": 4201, "hb_pass": "s3cr3t", "beat": 10, "local_address": "",
+    "mush_address": "mush.example:4096", "local_port": 4201, "hb_pass": "s3cr3t",
+    "beat": 10, "local_address": "",
     "offline_notice": "# off"}
 
 
@@ -220,17 +229,20 @@ class SettingsCase(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        self.script, self.conf = (os.path.join(folder.name, name) for name in ("has.py", "has.conf"))
+        self.script, self.conf = (os.path.join(folder.name, name)
+                                  for name in ("has.py", "has.conf"))
         with open(os.path.join(HERE, "has.py"), encoding="utf-8") as file:
             shipped, self.problems = has.read_constants(file.name)
         self.values = {key: text for key, (text, _) in shipped.items()}
         self.values.update(SCRIPT_VALUES)
 
     def load(self, conf=None, extra="", encoding="utf-8", **changed):
-        """Load constants (changed; None: left out) with `conf` over them; `extra` goes into the block."""
+        """Load constants (changed; None: left out) with `conf` over them; `extra` goes into the
+        block."""
         values = {**self.values, **changed}
         lines = [f"{key.upper()} = {value!r}" for key, value in values.items() if value is not None]
-        block = "\n".join(["import os", has.BEGIN_MARK + " ----", *lines, extra, has.END_MARK + " ----", "1 / 0", ""])
+        block = "\n".join(["import os", has.BEGIN_MARK + " ----", *lines,
+                           extra, has.END_MARK + " ----", "1 / 0", ""])
         with open(self.script, "w", encoding=encoding) as file:
             file.write(block)
         if conf is not None:
@@ -242,45 +254,59 @@ class SettingsCase(unittest.TestCase):
         """The problems of a load, with S and C for the names of the two files."""
         with self.assertRaises(has.SettingsError) as caught:
             self.load(conf, **more)
-        return [line.replace(self.script, "S").replace(self.conf, "C") for line in caught.exception.problems]
+        return [line.replace(self.script, "S").replace(self.conf, "C")
+                for line in caught.exception.problems]
 
 
 class TestSettings(SettingsCase):
     def test_every_key_has_a_constant_and_the_other_way_round(self):
         self.assertEqual(self.problems, [])
-        self.assertEqual(set(has.read_constants(os.path.join(HERE, "has.py"))[0]), set(has.SETTINGS))
+        self.assertEqual(set(has.read_constants(os.path.join(HERE, "has.py"))[0]),
+                         set(has.SETTINGS))
 
     def test_hosts_that_no_resolver_could_take_are_refused(self):
-        for host in ("mush..example.org", ".example.org", "a" * 64 + ".org", "a" * 64, ".".join(["a" * 60] * 5), "..", ".",
-                     "300.1.1.1", "1.2.3", "1.2.3.4.5", "[1.2.3.4]", "[::zz]", "[:::1]", "[::1.2.3.4.5]"):
+        for host in ("mush..example.org", ".example.org", "a" * 64 + ".org",
+                     "a" * 64, ".".join(["a" * 60] * 5), "..", ".",
+                     "300.1.1.1", "1.2.3", "1.2.3.4.5", "[1.2.3.4]", "[::zz]",
+                     "[:::1]", "[::1.2.3.4.5]"):
             with self.subTest(host):
                 problem, = self.wrong(f"mush_address = {host}:4096")
                 self.assertRegex(problem, "is no host name|is no IPv[46] address|is not host:port")
-        for host in ("mush.example.org", "mush.example.org.", "a" * 63, "my_mush", "4mush", "[::1]", "[::ffff:1.2.3.4]"):
+        for host in ("mush.example.org", "mush.example.org.", "a" * 63,
+                     "my_mush", "4mush", "[::1]", "[::ffff:1.2.3.4]"):
             self.load(f"mush_address = {host}:4096")
 
     def test_settings_that_an_older_program_took(self):
         constants, _ = has.read_constants(has.__file__)
         texts = {key: text for key, (text, _) in constants.items()}
-        for address, left in (("mush..example:1, mush.example:2", ["mush.example:2"]), ("300.1.1.1:5", [texts["mush_address"]])):
+        for address, left in (("mush..example:1, mush.example:2", ["mush.example:2"]),
+                              ("300.1.1.1:5", [texts["mush_address"]])):
             settings = has.settings_of({**texts, "mush_address": address}, {}, "")
             self.assertEqual([str(it) for it in settings.mush_address], left)
         heartbeat = has.Heartbeat(None, None, settings_of(()))
-        heartbeat._unpark({"current": "a..b:1", "wanted": "", "login_after": 0.0, "down_since": None,
+        heartbeat._unpark({"current": "a..b:1", "wanted": "", "login_after": 0.0,
+                           "down_since": None,
                            "known": [["a..b:1", "tinymux"], ["mush.example:2", "tinymux"]]})
-        self.assertEqual((heartbeat._course.current, [str(it) for it in heartbeat._entrance._known]), (None, ["mush.example:2"]))
+        self.assertEqual((heartbeat._course.current,
+                          [str(it) for it in heartbeat._entrance._known]),
+                         (None, ["mush.example:2"]))
 
     def test_a_comment_behind_a_value_is_warned_of(self):
-        for key, value in (("log_file", "has.log # logs"), ("admins", "Alice # me"), ("hb_user", "beat ; the bot"),
+        for key, value in (("log_file", "has.log # logs"), ("admins", "Alice # me"),
+                           ("hb_user", "beat ; the bot"),
                            ("mush_ssl_ca", "/dev/null # none")):
             if key == "mush_ssl_ca":
-                self.assertIn("a comment needs a line of its own", self.wrong(f"{key} = {value}")[0])
+                self.assertIn("a comment needs a line of its own",
+                              self.wrong(f"{key} = {value}")[0])
                 continue
             _, remarks = self.load(f"{key} = {value}\n")
-            self.assertIn(f"WARNING: {self.conf}:1: {value[value.index(' ') + 1:]!r} counts as a part of {key}: a comment "
+            self.assertIn(f"WARNING: {self.conf}:1: {value[value.index(' ') + 1:]!r} counts as a "
+                          f"part of {key}: a comment "
                           "needs a line of its own", remarks)
-        for conf in ("offline_notice = # NOTICE # down # really", "log_file = has#1.log", "# beat = 1 # x"):
-            self.assertFalse([remark for remark in self.load(conf)[1] if "counts as a part" in remark])
+        for conf in ("offline_notice = # NOTICE # down # really", "log_file = has#1.log",
+                     "# beat = 1 # x"):
+            self.assertFalse([remark for remark in self.load(conf)[1]
+                              if "counts as a part" in remark])
         self.assertEqual(self.wrong("beat = 10 # seconds"), [
             "C:1: beat = 10 # seconds: is not a number; a comment needs a line of its own"])
 
@@ -291,10 +317,12 @@ class TestSettings(SettingsCase):
 
     def test_who_else_may_write_is_warned_of(self):
         def warned(path):
-            return [remark for remark in self.load("beat = 1")[1] if "others may write" in remark and path in remark]
+            return [remark for remark in self.load("beat = 1")[1] if "others may write"
+                    in remark and path in remark]
         self.load("beat = 1")
         folder = os.path.dirname(self.script)
-        for path, mode, kept in ((self.script, 0o664, 0o644), (self.conf, 0o646, 0o600), (folder, 0o777, 0o700)):
+        for path, mode, kept in ((self.script, 0o664, 0o644), (self.conf, 0o646, 0o600),
+                                 (folder, 0o777, 0o700)):
             with self.subTest(path):
                 self.assertEqual(warned(path), [])
                 os.chmod(path, mode)
@@ -304,7 +332,8 @@ class TestSettings(SettingsCase):
         self.assertEqual(warned(folder), [])
 
     def test_bad_lines_of_has_conf_have_exact_messages(self):
-        number, bad_address = "is not a number", "is not host:port, [v6]:port or unix:/path with a port from 1 to 65535"
+        number = "is not a number"
+        bad_address = "is not host:port, [v6]:port or unix:/path with a port from 1 to 65535"
         for line, message in (
                 ("beat = ten", "C:1: beat = ten: " + number),
                 ("beat = nan", "C:1: beat = nan: is not between 0.05 and 1000000"),
@@ -317,35 +346,48 @@ class TestSettings(SettingsCase):
                 ("= 1", "C:1: : no such setting"),
                 ("beat 10", "C:1: 'beat 10' is not `key = value`"),
                 (" beat = 1", "C:1: this indented line continues nothing: start keys in column 1"),
-                ("beat = 1\n\n# x\nbeat = 2", "C:4: beat is set a second time (first at C:1): delete one"),
-                ("mush_type = mud", "C:1: mush_type = mud: is not one of auto, " + ", ".join(has.FAMILIES)),
-                ("log_level = loud", "C:1: log_level = loud: is not one of debug, info, warning, error"),
+                ("beat = 1\n\n# x\nbeat = 2",
+                 "C:4: beat is set a second time (first at C:1): delete one"),
+                ("mush_type = mud", "C:1: mush_type = mud: is not one of auto, "
+                 + ", ".join(has.FAMILIES)),
+                ("log_level = loud", "C:1: log_level = loud: is not one of debug, info, warning, "
+                                     "error"),
                 ("mush_address =", "C:1: mush_address = : names no address: write host:port"),
-                ("mush_address = a:1, a:1", "C:1: mush_address = a:1, a:1: names the same address twice"),
+                ("mush_address = a:1, a:1", "C:1: mush_address = a:1, a:1: names the same address "
+                                            "twice"),
                 ("mush_address = a", "C:1: mush_address = a: 'a' " + bad_address),
                 ("mush_address = a:0", "C:1: mush_address = a:0: 'a:0' " + bad_address),
                 ("mush_address = a:70000", "C:1: mush_address = a:70000: 'a:70000' " + bad_address),
-                ("mush_address = ::1:4096", "C:1: mush_address = ::1:4096: '::1:4096' " + bad_address),
-                ("mush_address = unix:x", "C:1: mush_address = unix:x: a unix socket needs a full path: "
+                ("mush_address = ::1:4096", "C:1: mush_address = ::1:4096: '::1:4096' "
+                 + bad_address),
+                ("mush_address = unix:x", "C:1: mush_address = unix:x: a unix socket needs a full "
+                                          "path: "
                                           "unix:/path/to/netmush.sock"),
-                (f"mush_address = unix:/{'x' * 200}", f"C:1: mush_address = unix:/{'x' * 200}: the path of a unix socket may "
+                (f"mush_address = unix:/{'x' * 200}",
+                 f"C:1: mush_address = unix:/{'x' * 200}: the path of a unix socket may "
                  f"have {has.LONGEST_UNIX_PATH} bytes, and no NUL"),
                 ("add_epoch_time = maybe", "C:1: add_epoch_time = maybe: is neither yes nor no"),
-                ("remotehostname_cmd = a b", "C:1: remotehostname_cmd = a b: must be one word without blanks"),
+                ("remotehostname_cmd = a b", "C:1: remotehostname_cmd = a b: must be one word "
+                                             "without blanks"),
                 ("hb_user = a\"b", "C:1: hb_user = a\"b: must be a character's name"),
                 ("hb_pass = two words", "C:1: hb_pass = (hidden): must be one word without blanks"),
                 ("offline_notice = a\tb", "C:1: offline_notice = a\tb: holds control characters"),
-                ("local_address = here", "C:1: local_address = here: 'here' does not appear to be an IPv4 or IPv6 address"),
-                ("proxy_from = 1.2.3", "C:1: proxy_from = 1.2.3: '1.2.3' does not appear to be an IPv4 or IPv6 network"),
+                ("local_address = here", "C:1: local_address = here: 'here' does not appear to be "
+                                         "an IPv4 or IPv6 address"),
+                ("proxy_from = 1.2.3", "C:1: proxy_from = 1.2.3: '1.2.3' does not appear to be an "
+                                       "IPv4 or IPv6 network"),
                 ("resume_rate = fast", "C:1: resume_rate = fast: " + number + ", nor auto"),
-                ("resume_rate = -1", "C:1: resume_rate = -1: is not between 0 and 100000, nor auto"),
+                ("resume_rate = -1",
+                 "C:1: resume_rate = -1: is not between 0 and 100000, nor auto"),
                 ("mush_address = unix:/x\nmush_ssl = yes",
-                 "C:2: mush_ssl = yes: there is no TLS over the unix: address in mush_address: mend one of the two"),
+                 "C:2: mush_ssl = yes: there is no TLS over the unix: address in mush_address: "
+                 "mend one of the two"),
                 ("local_port_ssl = 4300", "C:1: local_port_ssl needs ssl_cert")):
             with self.subTest(line):
                 self.assertEqual(self.wrong(line), [message])
         self.assertEqual(self.wrong("local_port = 4000\nlocal_port_ssl = 4000"), [
-            "C:1: local_port = 4000: local_port_ssl is the same port", "C:2: local_port_ssl needs ssl_cert"])
+            "C:1: local_port = 4000: local_port_ssl is the same port",
+            "C:2: local_port_ssl needs ssl_cert"])
 
     def test_bad_lines_of_the_constants_have_exact_messages(self):
         literal = 'only lines like NAME = "text" or NAME = 123 may stand here'
@@ -354,13 +396,17 @@ class TestSettings(SettingsCase):
         for line, message in (
                 ("SPEED = 1", "speed: no such setting; " + newer), ("x = 1", literal),
                 ("BEATT = 1", "beatt: no such setting; did you mean beat?; " + newer),
-                ("BEAT = 11", f"BEAT is set a second time (first at S:{list(self.values).index('beat') + 3}): delete one"),
-                ("A = B = 1", literal), ("A: int = 1", literal), ("print(1)", literal), ("A = [1]", literal),
+                ("BEAT = 11", f"BEAT is set a second time (first at "
+                              f"S:{list(self.values).index('beat') + 3}): delete one"),
+                ("A = B = 1", literal), ("A: int = 1", literal), ("print(1)", literal),
+                ("A = [1]", literal),
                 ("A = f'{1}'", literal), ("A = None", literal), ("BEAT += 1", literal)):
             with self.subTest(line):
                 self.assertEqual(self.wrong(extra=line), [f"{at}: {message}"])
-        self.assertRegex(self.wrong(extra="BEAT = 'x")[0], rf"\A{at}: this is no Python constant: \w")
-        self.assertEqual(self.wrong(beat=None), ["S: BEAT is missing from the constants: put it back"])
+        self.assertRegex(self.wrong(extra="BEAT = 'x")[0],
+                         rf"\A{at}: this is no Python constant: \w")
+        self.assertEqual(self.wrong(beat=None),
+                         ["S: BEAT is missing from the constants: put it back"])
 
     def test_nothing_in_the_constants_is_executed(self):
         proof = self.script + ".ran"
@@ -368,12 +414,14 @@ class TestSettings(SettingsCase):
         self.assertFalse(os.path.exists(proof))
 
     def test_missing_or_doubled_marker_lines(self):
-        marks = f"S: the lines {has.BEGIN_MARK!r} and {has.END_MARK!r} must stand there once each: put them back"
+        marks = (f"S: the lines {has.BEGIN_MARK!r} and {has.END_MARK!r} must stand there once "
+                 "each: put them back")
         for extra in (has.BEGIN_MARK, has.END_MARK):
             self.assertEqual(self.wrong(extra=extra), [marks])
         with open(self.script, "w") as file:
             file.write("MUSH_ADDRESS = 'a:1'\n")
-        self.assertEqual(has.read_constants(self.script), ({}, [marks.replace("S:", self.script + ":")]))
+        self.assertEqual(has.read_constants(self.script),
+                         ({}, [marks.replace("S:", self.script + ":")]))
 
     def test_all_problems_are_reported_at_once(self):
         lines = {key: line for line, key in enumerate(
@@ -383,27 +431,32 @@ class TestSettings(SettingsCase):
             f"S:{lines['retry']}: retry = y: is not a number",
             f"S:{lines['max_clients']}: max_clients = -1: is not between 0 and 1000000",
             "C:2: beat = x: is not a number"])
-        only, = self.wrong("", extra="HOLD = 2 + f()", hold=None)               # not that HOLD is missing, too
+        # not that HOLD is missing, too
+        only, = self.wrong("", extra="HOLD = 2 + f()", hold=None)
         self.assertIn("only lines like NAME", only)
 
     def test_an_indented_line_continues_a_value_also_one_that_begins_with_a_hash(self):
-        settings, _ = self.load("# comment\noffline_notice = # one\n  # two\n\n# comment\n\tthree = 3\nbeat = 5\r\n")
+        settings, _ = self.load("# comment\noffline_notice = # one\n  # two\n\n# comment\n\tthree "
+                                "= 3\nbeat = 5\r\n")
         self.assertEqual((settings.offline_notice, settings.beat), ("# one\n# two\nthree = 3", 5))
 
     def test_has_conf_wins_and_is_remarked_and_may_be_missing(self):
         settings, remarks = self.load()
         self.assertEqual((settings.beat, remarks), (10, [
             f"{self.conf} sets nothing, or is not there: the constants in {self.script} count",
-            f"WARNING: {self.script} holds hb_pass and others may read it: chmod 600 {self.script}"]))
+            f"WARNING: {self.script} holds hb_pass and others may read it: "
+            f"chmod 600 {self.script}"]))
         settings, remarks = self.load("beat = 3\nmush_type = PennMUSH")
         self.assertEqual((settings.beat, settings.mush_type), (3, "pennmush"))
         self.assertEqual(remarks[0], f"{self.conf} overrides the constants BEAT, MUSH_TYPE")
 
     def test_quotes_in_has_conf_are_remarked(self):
-        settings, remarks = self.load("hb_pass = \"secret\"\nhb_user = O'Neill\noffline_notice = 'down' or 'up'\nadmins = 'a'")
+        settings, remarks = self.load("hb_pass = \"secret\"\nhb_user = O'Neill\noffline_notice = "
+                                      "'down' or 'up'\nadmins = 'a'")
         self.assertEqual(settings.hb_pass, '"secret"')
         self.assertEqual([line for line in remarks if "quotes" in line], [
-            f"WARNING: {self.conf}:{line}: the quotes around {key} count as a part of it: take them away"
+            f"WARNING: {self.conf}:{line}: the quotes around {key} count as a part of it: take "
+            f"them away"
             for line, key in ((1, "hb_pass"), (3, "offline_notice"), (4, "admins"))])
 
     def test_words_with_a_meaning_in_any_case(self):
@@ -417,11 +470,13 @@ class TestSettings(SettingsCase):
 
     def test_a_path_counts_from_the_file_that_names_it(self):
         settings, _ = self.load("log_file = logs/has.log\ncontrol_socket = /run/has.sock")
-        self.assertEqual(settings.log_file, os.path.join(os.path.dirname(self.conf), "logs/has.log"))
+        self.assertEqual(settings.log_file,
+                         os.path.join(os.path.dirname(self.conf), "logs/has.log"))
         self.assertEqual(settings.control_socket, "/run/has.sock")
 
     def test_the_control_socket_is_found_whatever_else_is_wrong(self):
-        for text, path in (("beet = 5\n", self.conf[:-5] + ".sock"), ("nonsense\ncontrol_socket = x.sock\n",
+        for text, path in (("beet = 5\n", self.conf[:-5] + ".sock"),
+                           ("nonsense\ncontrol_socket = x.sock\n",
                            os.path.join(os.path.dirname(self.conf), "x.sock"))):
             with open(self.conf, "w") as file:
                 file.write(text)
@@ -431,29 +486,36 @@ class TestSettings(SettingsCase):
         settings, _ = self.load()
         self.assertEqual(settings.hb_pass, "s3cr3t")
         self.assertNotIn("s3cr3t", f"{settings!r} {settings}")
-        for line in ("hb_pass = s3cr3t s3cr3t", "hb_pas = s3cr3t", "hb_pass = s3cr3t\nhb_pass = s3cr3t",
+        for line in ("hb_pass = s3cr3t s3cr3t", "hb_pas = s3cr3t",
+                     "hb_pass = s3cr3t\nhb_pass = s3cr3t",
                      "hb_pass = s3cr3t\n s3cr3t", "hb_pass s3cr3t", "hb_pass: s3cr3t"):
             with self.subTest(line):
                 self.assertNotIn("s3cr3t", "\n".join(self.wrong(line)))
 
     def test_a_file_that_is_not_utf8_is_a_problem_not_a_crash(self):
-        for where in ({"offline_notice": "caf\xe9"}, {"conf": "offline_notice = caf\xe9"}, {"extra": "#\0"}):
+        for where in ({"offline_notice": "caf\xe9"}, {"conf": "offline_notice = caf\xe9"},
+                      {"extra": "#\0"}):
             with self.subTest(list(where)), self.assertRaises(has.SettingsError):
                 self.load(encoding="latin-1", **where)
 
     def test_the_own_listener_as_the_world_is_refused(self):
         for local, world, refused in (
-                ("", "127.0.0.1:4201", True), ("", "localhost:4201", True), ("", "127.0.0.1:4202", False),
-                ("", "192.0.2.1:4201", False), ("", "mush.example:4201", False), ("", "unix:/tmp/4201", False),
+                ("", "127.0.0.1:4201", True), ("", "localhost:4201", True),
+                ("", "127.0.0.1:4202", False),
+                ("", "192.0.2.1:4201", False), ("", "mush.example:4201", False),
+                ("", "unix:/tmp/4201", False),
                 ("", "a:1, 127.0.0.1:4201", True), ("127.0.0.1", "127.0.0.1:4201", True),
                 ("127.0.0.1", "localhost:4201", True), ("127.0.0.1", "127.0.0.2:4201", False),
-                ("192.0.2.1", "127.0.0.1:4201", False), ("::1", "[::1]:4201", True), ("::1", "127.0.0.1:4201", False),
+                ("192.0.2.1", "127.0.0.1:4201", False), ("::1", "[::1]:4201", True),
+                ("::1", "127.0.0.1:4201", False),
                 ("0.0.0.0", "127.0.0.1:4201", True)):
             with self.subTest(local=local, world=world):
                 conf = f"mush_address = {world}\nlocal_address = {local}"
                 if refused:
                     own = world.split(", ")[-1]
-                    self.assertEqual(self.wrong(conf), [f"C:1: mush_address = {own}: that is HAS itself (local_port, local_port_ssl): "
+                    self.assertEqual(self.wrong(conf),
+                                     [f"C:1: mush_address = {own}: that is HAS itself (local_port, "
+                                      f"local_port_ssl): "
                                                         "give the port of the MUSH"])
                 else:
                     self.load(conf)
@@ -461,17 +523,23 @@ class TestSettings(SettingsCase):
     def test_the_own_listener_by_another_name(self):
         hosts = self.conf + ".hosts"
         with open(hosts, "w") as file:
-            file.write("127.0.0.1 localhost\n127.0.1.1  Mybox.example mybox # elsewhere\n192.0.2.7 far\n# 127.0.0.1 off\nx\n")
-        patches = mock.patch.object(has, "HOSTS_FILE", hosts), mock.patch("socket.gethostname", lambda: "Thisbox.example")
+            file.write("127.0.0.1 localhost\n127.0.1.1  Mybox.example mybox # elsewhere\n192.0.2.7 "
+                       "far\n# 127.0.0.1 off\nx\n")
+        patches = mock.patch.object(has, "HOSTS_FILE", hosts), mock.patch("socket.gethostname",
+                                                                          lambda: "Thisbox.example")
         for patch in patches:
             patch.start()
             self.addCleanup(patch.stop)
         for local, host, refused in (
-                ("", "mybox", True), ("", "MYBOX.example.", True), ("", "elsewhere", False), ("", "far", False), ("", "off", False),
-                ("127.0.0.1", "mybox", False), ("127.0.1.1", "mybox", True), ("192.0.2.7", "far", True),
-                ("", "thisbox", True), ("", "thisbox.example", True), ("127.0.0.1", "thisbox", False),
+                ("", "mybox", True), ("", "MYBOX.example.", True), ("", "elsewhere", False),
+                ("", "far", False), ("", "off", False),
+                ("127.0.0.1", "mybox", False), ("127.0.1.1", "mybox", True),
+                ("192.0.2.7", "far", True),
+                ("", "thisbox", True), ("", "thisbox.example", True),
+                ("127.0.0.1", "thisbox", False),
                 ("", "any.localhost", True), ("127.0.0.1", "any.localhost", True),
-                ("", "0.0.0.0", True), ("127.0.0.1", "0.0.0.0", True), ("192.0.2.1", "0.0.0.0", False), ("::1", "[::]", True),
+                ("", "0.0.0.0", True), ("127.0.0.1", "0.0.0.0", True),
+                ("192.0.2.1", "0.0.0.0", False), ("::1", "[::]", True),
                 ("127.0.0.1", "[::ffff:0:0]", True), ("127.0.0.1", "[::ffff:127.0.0.1]", True)):
             with self.subTest(local=local, host=host):
                 conf = f"mush_address = {host}:4201\nlocal_address = {local}"
@@ -503,31 +571,39 @@ class TestSettings(SettingsCase):
     def test_the_texts_of_today_are_the_defaults(self):
         shipped = TestFiles().shipped()
         self.assertEqual({key: shipped[key] for key in RARE_NOTICES}, RARE_NOTICES)
-        self.assertEqual(set(has.SETTINGS) - set(RARE_NOTICES), {key for key in shipped if key not in RARE_NOTICES})
+        self.assertEqual(set(has.SETTINGS) - set(RARE_NOTICES),
+                         {key for key in shipped if key not in RARE_NOTICES})
 
     def test_what_stands_in_braces_in_a_notice_must_exist(self):
         for key, text, trouble in (
-                ("login_brake_notice", "In {minutes} m", "there is no {minutes} in this notice: {seconds} is filled in"),
-                ("still_offline_notice", "{Time}", "there is no {Time} in this notice: {time} is filled in"),
+                ("login_brake_notice", "In {minutes} m",
+                 "there is no {minutes} in this notice: {seconds} is filled in"),
+                ("still_offline_notice", "{Time}",
+                 "there is no {Time} in this notice: {time} is filled in"),
                 ("reattach_from_notice", "{host}",
                  "there is no {host} in this notice: {old} and {new} are filled in"),
-                ("offline_notice", "for {time}", "there is no {time} in this notice: nothing is filled in"),
+                ("offline_notice", "for {time}",
+                 "there is no {time} in this notice: nothing is filled in"),
                 ("list_heading_notice", "a b", "must be ten words, one for each column"),
                 ("goodbye_notice", "a\tb", "holds control characters")):
             self.assertEqual(self.wrong(f"{key} = {text}"), [f"C:1: {key} = {text}: {trouble}"])
-        settings, _ = self.load("offline_notice = {} {\nlogin_brake_notice = {seconds} { {seconds}\nfull_notice =")
+        settings, _ = self.load("offline_notice = {} {\nlogin_brake_notice = {seconds} { "
+                                "{seconds}\nfull_notice =")
         self.assertEqual((settings.offline_notice, settings.full_notice), ("{} {", ""))
-        self.assertEqual(has.filled(settings.login_brake_notice, seconds="{time}"), "{time} { {time}")
+        self.assertEqual(has.filled(settings.login_brake_notice, seconds="{time}"),
+                         "{time} { {time}")
 
     def test_an_encrypted_ssl_key_is_an_error_and_no_question(self):
         folder = os.path.dirname(self.conf)
         cert, key = certificate(folder)
-        subprocess.run(["openssl", "ec", "-aes128", "-passout", "pass:secret", "-in", key, "-out", key + ".aes"], check=True,
+        subprocess.run(["openssl", "ec", "-aes128", "-passout", "pass:secret",
+                        "-in", key, "-out", key + ".aes"], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         tls = f"local_port_ssl = 4242\nssl_cert = {cert}\nssl_key = {key}"
         self.load(tls)
         self.assertEqual(self.wrong(tls + ".aes"), [
-            f"C:3: ssl_key {key}.aes: is encrypted, and HAS must start without being asked: decrypt it"])
+            f"C:3: ssl_key {key}.aes: is encrypted, and HAS must start without being asked: "
+            f"decrypt it"])
 
 
 # ---- 2. Telnet
@@ -554,10 +630,14 @@ class TestScanner(unittest.TestCase):
           for verb in (WILL, WONT, DO, DONT)],
         (b"\xff\xfb\xff\xff\xfd\n", [(1, b"\xff\xfb\xff"), (1, b"\xff\xfd\n")], b""),
         *[(b"x\xff%cy" % verb, [(0, b"x"), (1, b"\xff%c" % verb), (0, b"y")], b"")
-          for verb in (0xef, SE, 0xf1, 0xf6, 0xf9, 0)],                                 # EOR SE NOP AYT GA unknown
-        (b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0.", [(1, b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0"), (0, b".")], b""),
-        (b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0", [(1, b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0")], b""),
-        (b"\xff\xfa\xff\xf0\xff\xfa\x18\x01\xff\xf0", [(1, b"\xff\xfa\xff\xf0"), (1, b"\xff\xfa\x18\x01\xff\xf0")], b""),
+          # EOR SE NOP AYT GA unknown
+          for verb in (0xef, SE, 0xf1, 0xf6, 0xf9, 0)],
+        (b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0.",
+         [(1, b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0"), (0, b".")], b""),
+        (b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0",
+         [(1, b"\xff\xfa\x1f\xff\xff\xf0\xff\xff\xff\xf0")], b""),
+        (b"\xff\xfa\xff\xf0\xff\xfa\x18\x01\xff\xf0",
+         [(1, b"\xff\xfa\xff\xf0"), (1, b"\xff\xfa\x18\x01\xff\xf0")], b""),
         (b"a\xff", [(0, b"a")], b"\xff"),
         (b"a\xff\xfd", [(0, b"a")], b"\xff\xfd"),
         (b"a\xff\xff\xff", [(0, b"a\xff\xff")], b"\xff"),
@@ -568,7 +648,8 @@ class TestScanner(unittest.TestCase):
         for data, expected, held in self.CASES:
             for chunks in splits(data):
                 with self.subTest(data=data, chunks=chunks):
-                    self.assertEqual(scan(chunks), ([(bool(c), piece) for c, piece in expected], held))
+                    self.assertEqual(scan(chunks),
+                                     ([(bool(c), piece) for c, piece in expected], held))
 
     def test_random_streams_come_out_as_they_went_in(self):
         fresh = random.SystemRandom().randrange(1 << 32)
@@ -576,21 +657,24 @@ class TestScanner(unittest.TestCase):
         for seed in (4201, fresh):
             rng = random.Random(seed)
             for _ in range(10000):
-                data = bytes(rng.choice(b"\xff\xff\xff\xfa\xf0\xfb\xfd\xf9\x18\x00a\n") for _ in range(rng.randrange(40)))
+                data = bytes(rng.choice(b"\xff\xff\xff\xfa\xf0\xfb\xfd\xf9\x18\x00a\n")
+                             for _ in range(rng.randrange(40)))
                 cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(5)))
                 chunks = [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
                 found, held = scan(chunks)
                 self.assertEqual(b"".join(piece for _, piece in found) + held, data, f"seed {seed}")
                 self.assertEqual((found, held), scan([data]), f"seed {seed}: {chunks}")
                 for is_command, piece in found:
-                    self.assertTrue(is_command or b"\xff" not in has.unescape(piece).replace(b"\xff", b"")
+                    self.assertTrue(is_command or b"\xff"
+                                    not in has.unescape(piece).replace(b"\xff", b"")
                                     and piece.count(b"\xff") % 2 == 0, (seed, data))
 
     def test_a_long_subnegotiation_is_passed_on_and_not_held(self):
         data = b"a\xff\xfa\xc9" + b"x\xff\xff\xf0" * 50000 + b"\xff\xf0b"
         for size in (1, 999, 65535):
             scanner, most, out = has.Scanner(), 0, []
-            cuts = range(0, len(data), size) if size > 1 else (0, *range(has.LONGEST_SB - 500, has.LONGEST_SB + 500))
+            cuts = range(0, len(data), size) if size > 1 else (
+                0, *range(has.LONGEST_SB - 500, has.LONGEST_SB + 500))
             for begin, end in zip(cuts, (*cuts[1:], len(data))):
                 out += scanner.feed(data[begin:end])
                 most = max(most, len(scanner.held))
@@ -609,15 +693,18 @@ class TestScanner(unittest.TestCase):
             self.assertEqual(has.Replay(agreement).answer(piece), (b"", piece))
 
     def test_a_subnegotiation_fed_byte_by_byte_is_searched_only_once(self):
-        scanner, started = has.Scanner(), time.process_time()       # searched anew for each byte it takes minutes
+        # searched anew for each byte it takes minutes
+        scanner, started = has.Scanner(), time.process_time()
         for value in b"\xff\xfa\xc9" + b"\xff\xff" * 32000 + b"\xff":
             self.assertEqual(scanner.feed(bytes((value,))), [])
             self.assertLess(time.process_time() - started, 20)
         self.assertEqual([len(piece) for _, piece in scanner.feed(b"\xf0")], [64005])
 
     def test_unfinished_ends_what_an_escape_left_open(self):
-        for tail, end in ((b"", b""), (b"text", b""), (b"\x1b[0m", b""), (b"\x1b", b"[0m"), (b"a\x1b[", b"m"),
-                          (b"\x1b[1;3", b"m"), (b"\x1b[0 ", b"m"), (b"\x1b]0;tit\x07", b""), (b"\x1b]0;t\x1b\\", b""),
+        for tail, end in ((b"", b""), (b"text", b""), (b"\x1b[0m", b""),
+                          (b"\x1b", b"[0m"), (b"a\x1b[", b"m"),
+                          (b"\x1b[1;3", b"m"), (b"\x1b[0 ", b"m"), (b"\x1b]0;tit\x07", b""),
+                          (b"\x1b]0;t\x1b\\", b""),
                           (b"\x1bM", b""), (b"\x1b[31mred", b"")):
             self.assertEqual(has.unfinished(tail), end, tail)
         self.assertIn(has.unfinished(b"\x1b]0;tit"), (b"\x07", b"\x1b\\"))
@@ -636,7 +723,8 @@ class TestScanner(unittest.TestCase):
             out = has.shorten(out + line * 300, 8192, told_of)
             found = re.findall(rb"<output lost: (\d+) lines>\r\n", out)
             self.assertEqual(len(found), 1)
-            self.assertEqual(before + 300 - (1 if lost else 0) + lost, int(found[0]) + out.count(b"\n") - 1)
+            self.assertEqual(before + 300 - (1 if lost else 0) + lost,
+                             int(found[0]) + out.count(b"\n") - 1)
             lost = int(found[0])
             self.assertTrue(out.startswith(b"begun line\r\n"))
             self.assertEqual(out.count(command(WILL, ECHO)), 1)
@@ -648,11 +736,13 @@ NAWS_SB, CHARSET_SB = b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0", b"\xff\xfa\x2a\x02UT
 TYPES = [b"\xff\xfa\x18\x00" + name + b"\xff\xf0" for name in (b"MUDLET", b"XTERM", b"MTTS 9")]
 SEND = b"\xff\xfa\x18\x01\xff\xf0"
 HELLO, SUPPORTS, LOGIN = (b"\xff\xfa\xc9" + text + b"\xff\xf0" for text in (
-    b'Core.Hello {"client":"M"}', b'Core.Supports.Set ["Char 1"]', b'Char.Login {"password":"s3cr3t"}'))
+    b'Core.Hello {"client":"M"}', b'Core.Supports.Set ["Char 1"]',
+    b'Char.Login {"password":"s3cr3t"}'))
 
 
 def agreed(world=(), client=(), subs=()):
-    """An Agreement after these (verb, option) commands of both sides and the client's sub-negotiations."""
+    """An Agreement after these (verb, option) commands of both sides and the client's
+    sub-negotiations."""
     agreement = has.Agreement()
     for verb, option in world:
         agreement.from_world(command(verb, option))
@@ -666,21 +756,27 @@ def agreed(world=(), client=(), subs=()):
 class TestReplay(unittest.TestCase):
     def test_what_is_remembered_is_bounded(self):
         agreement = has.Agreement()
-        for option, body in ((NAWS, b"x" * 2000), (TTYPE, b"\0" + b"x" * 2000), (CHARSET, b"\x02" + b"x" * 2000),
+        for option, body in ((NAWS, b"x" * 2000), (TTYPE, b"\0" + b"x" * 2000),
+                             (CHARSET, b"\x02" + b"x" * 2000),
                              (GMCP, b"Core.Hello " + b"x" * 2000)):
             agreement.from_client(b"\xff\xfa" + bytes((option,)) + body + b"\xff\xf0")
-        self.assertEqual((agreement.naws, agreement.ttypes, agreement.charset, agreement.gmcp), (None, [], None, []))
+        self.assertEqual((agreement.naws, agreement.ttypes, agreement.charset, agreement.gmcp),
+                         (None, [], None, []))
 
     def full(self):
-        return agreed([(DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, CHARSET), (WILL, GMCP), (WILL, ECHO), (WILL, 3)],
-                      [(WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, CHARSET), (DO, GMCP), (DO, ECHO), (DO, 3)],
+        return agreed([(DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, CHARSET),
+                       (WILL, GMCP), (WILL, ECHO), (WILL, 3)],
+                      [(WILL, NAWS), (WILL, TTYPE), (WILL, CHARSET), (DO, CHARSET),
+                       (DO, GMCP), (DO, ECHO), (DO, 3)],
                       [NAWS_SB, *TYPES, CHARSET_SB, HELLO, SUPPORTS, LOGIN])
 
     def test_opening_says_size_terminal_and_character_set(self):
-        self.assertEqual(has.Replay(self.full()).opening(), command(WILL, TTYPE) + command(WILL, NAWS) + NAWS_SB
+        self.assertEqual(has.Replay(self.full()).opening(), command(WILL, TTYPE)
+                         + command(WILL, NAWS) + NAWS_SB
                          + command(WILL, CHARSET) + command(DO, CHARSET) + CHARSET_SB)
         self.assertEqual(has.Replay(agreed([(DO, NAWS)], [(WONT, NAWS)])).opening(), b"")
-        self.assertEqual(has.Replay(agreed([], [(WILL, NAWS)], [NAWS_SB])).opening(), b"")     # never agreed
+        # never agreed
+        self.assertEqual(has.Replay(agreed([], [(WILL, NAWS)], [NAWS_SB])).opening(), b"")
 
     def test_answers_to_what_was_said_unasked_go_no_further(self):
         replay = has.Replay(self.full())
@@ -690,15 +786,18 @@ class TestReplay(unittest.TestCase):
 
     def test_offers_are_answered_from_memory(self):
         replay = has.Replay(self.full())
-        for offer, answer in ((command(DO, NAWS), command(WILL, NAWS) + NAWS_SB), (command(DO, TTYPE), command(WILL, TTYPE)),
+        for offer, answer in ((command(DO, NAWS), command(WILL, NAWS) + NAWS_SB),
+                              (command(DO, TTYPE), command(WILL, TTYPE)),
                               (command(WILL, ECHO), command(DO, ECHO)),
-                              (command(WILL, GMCP), command(DO, GMCP) + HELLO + SUPPORTS),     # never Char.Login
+                              # never Char.Login
+                              (command(WILL, GMCP), command(DO, GMCP) + HELLO + SUPPORTS),
                               (b"\xff\xfa\x2a\x01;UTF-8\xff\xf0", CHARSET_SB)):
             self.assertEqual(replay.answer(offer), (answer, b""))
 
     def test_a_second_question_for_the_character_set_is_the_clients_own(self):
         replay, question = has.Replay(self.full()), b"\xff\xfa\x2a\x01;UTF-8\xff\xf0"
-        self.assertEqual([replay.answer(question) for _ in range(2)], [(CHARSET_SB, b""), (b"", question)])
+        self.assertEqual([replay.answer(question) for _ in range(2)],
+                         [(CHARSET_SB, b""), (b"", question)])
         asked_before = agreed()
         asked_before.from_world(question)                           # and the client never answered
         self.assertEqual(has.Replay(asked_before).answer(question), (b"", b""))
@@ -706,12 +805,14 @@ class TestReplay(unittest.TestCase):
 
     def test_terminal_types_come_in_order_and_the_last_again(self):
         replay = has.Replay(self.full())
-        self.assertEqual([replay.answer(SEND) for _ in range(5)], [(t, b"") for t in TYPES + TYPES[-1:] * 2])
+        self.assertEqual([replay.answer(SEND) for _ in range(5)],
+                         [(t, b"") for t in TYPES + TYPES[-1:] * 2])
         self.assertEqual(has.Replay(agreed()).answer(SEND), (b"", SEND))
 
     def test_the_last_size_counts_and_gmcp_hello_is_kept_once(self):
         bigger = NAWS_SB.replace(b"P", b"Q")
-        add, remove = (b"\xff\xfa\xc9Core.Supports.%s []\xff\xf0" % verb for verb in (b"Add", b"Remove"))
+        add, remove = (b"\xff\xfa\xc9Core.Supports.%s []\xff\xf0" % verb
+                       for verb in (b"Add", b"Remove"))
         agreement = agreed(subs=[NAWS_SB, bigger, HELLO, SUPPORTS, add, HELLO, remove])
         self.assertEqual((agreement.naws, agreement.gmcp), (bigger, [SUPPORTS, add, HELLO, remove]))
         for _ in range(50):
@@ -720,7 +821,8 @@ class TestReplay(unittest.TestCase):
 
     def test_an_offer_that_the_client_has_not_seen_is_passed_on(self):
         replay = has.Replay(self.full())
-        for piece in (command(WILL, 70), command(DO, 39), b"\xff\xf9", b"\xff\xf1", b"\xff\xfa\x46\x01x\xff\xf0"):
+        for piece in (command(WILL, 70), command(DO, 39), b"\xff\xf9",
+                      b"\xff\xf1", b"\xff\xfa\x46\x01x\xff\xf0"):
             self.assertEqual(replay.answer(piece), (b"", piece))
 
     def test_an_offer_refused_before_is_refused_again(self):
@@ -735,13 +837,15 @@ class TestReplay(unittest.TestCase):
         agreement = agreed([(WILL, ECHO)], [(DO, ECHO)])          # a password prompt, and its end
         agreement.from_world(command(WONT, ECHO))
         agreement.from_client(command(DONT, ECHO))
-        self.assertEqual(has.Replay(agreement).answer(command(WILL, ECHO)), (b"", command(WILL, ECHO)))
+        self.assertEqual(has.Replay(agreement).answer(command(WILL, ECHO)),
+                         (b"", command(WILL, ECHO)))
         replay = has.Replay(agreed([(WILL, ECHO)], [(DO, ECHO)]))
         replay.leftovers()
         self.assertEqual(replay.answer(command(WILL, ECHO)), (b"", command(WILL, ECHO)))
 
     def test_what_was_answered_is_swallowed_when_offered_again(self):
-        """But for offers long after: the world was started anew in place, and the client may answer for itself."""
+        """But for offers long after: the world was started anew in place, and the client may answer
+        for itself."""
         for opening in (True, False):
             replay = has.Replay(self.full())
             opening and replay.opening()
@@ -753,7 +857,8 @@ class TestReplay(unittest.TestCase):
             self.assertEqual(replay.answer(command(DO, NAWS)), (b"", command(DO, NAWS)))
 
     def test_what_the_client_must_set_up_anew_is_offered_to_it_as_new(self):
-        """HAS does not hold what was said behind the yes: MSDP, ATCP, MXP, whatever comes; a size that never came."""
+        """HAS does not hold what was said behind the yes: MSDP, ATCP, MXP, whatever comes; a size
+        that never came."""
         for option in (69, 200, 91, 93, 222):
             for on, mine, off in ((WILL, DO, WONT), (DO, WILL, DONT)):
                 with self.subTest(option=option, on=on):
@@ -761,13 +866,15 @@ class TestReplay(unittest.TestCase):
                     replay = has.Replay(agreement)
                     self.assertEqual(replay.answer(command(on, option)),
                                      (b"", command(off, option) + command(on, option)))
-                    self.assertFalse(agreement.from_client(command({WONT: DONT, DONT: WONT}[off], option)))
+                    self.assertFalse(
+                        agreement.from_client(command({WONT: DONT, DONT: WONT}[off], option)))
                     self.assertTrue(agreement.from_client(command(mine, option)))
                     self.assertEqual(replay.leftovers(), b"")
         self.assertEqual(has.Replay(agreed([(DO, NAWS)], [(WILL, NAWS)])).answer(command(DO, NAWS)),
                          (b"", command(DONT, NAWS) + command(DO, NAWS)))
         for option in (0, 1, 3, 5, 25, 70):             # on or off is all there is to these
-            self.assertEqual(has.Replay(agreed([(WILL, option)], [(DO, option)])).answer(command(WILL, option)),
+            self.assertEqual(
+                has.Replay(agreed([(WILL, option)], [(DO, option)])).answer(command(WILL, option)),
                              (command(DO, option), b""))
 
     def test_a_rejected_charset_and_a_request_of_the_clients_are_said_again(self):
@@ -780,19 +887,23 @@ class TestReplay(unittest.TestCase):
         self.assertTrue(replay.opening().endswith(request))
         accepted = b"\xff\xfa\x2a\x02UTF-8\xff\xf0"
         self.assertEqual(replay.answer(accepted), (b"", b""))
-        self.assertEqual(replay.answer(accepted), (b"", accepted))      # to a request the client made itself
+        # to a request the client made itself
+        self.assertEqual(replay.answer(accepted), (b"", accepted))
         self.assertEqual(replay.answer(request), (b"", request))        # the world asks, too
 
     def test_gmcp_that_sets_something_up_is_kept(self):
         def gmcp(text):
             return b"\xff\xfa\xc9" + text + b"\xff\xf0"
-        said = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
-                b"Char.Login {secret}", b"Char.Skills.Get 1", b"Core.Ping", b"Char.Skills.Get 2", b"IRE.Rift.Request"]
+        said = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]",
+                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
+                b"Char.Login {secret}", b"Char.Skills.Get 1", b"Core.Ping",
+                b"Char.Skills.Get 2", b"IRE.Rift.Request"]
         agreement = agreed(subs=map(gmcp, said[:-1]))
         self.assertFalse(agreement.partly)
         agreement.from_client(gmcp(said[-1]))
         self.assertTrue(agreement.partly)
-        kept = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]", b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
+        kept = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]",
+                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
                 b"Char.Skills.Get 2"]
         self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
 
@@ -803,20 +914,23 @@ class TestReplay(unittest.TestCase):
         self.assertEqual(has.Replay(asked).opening(), b"")
 
     def test_environment_variables_are_given_again(self):
-        first, latest, more = (b"\xff\xfa\x27" + text + b"\xff\xf0" for text in (b"\0\0LANG\1C", b"\0\0LANG\1de.UTF-8", b"\2\0A\1B"))
+        first, latest, more = (b"\xff\xfa\x27" + text + b"\xff\xf0"
+                               for text in (b"\0\0LANG\1C", b"\0\0LANG\1de.UTF-8", b"\2\0A\1B"))
         send = b"\xff\xfa\x27\x01\x00\x03\xff\xf0"
         known = agreed([(DO, 39)], [(WILL, 39)], [first, latest, more])
         replay = has.Replay(known)
         self.assertEqual(replay.opening(), command(WILL, 39) + latest + more)
         self.assertEqual(replay.answer(command(DO, 39)), (b"", b""))
-        self.assertEqual([replay.answer(send) for _ in range(2)], [(latest + more, b""), (b"", send)])
+        self.assertEqual([replay.answer(send) for _ in range(2)],
+                         [(latest + more, b""), (b"", send)])
         replay = has.Replay(agreed([(DO, 39)], [(WILL, 39)]))
         self.assertEqual((replay.opening(), replay.answer(send)), (b"", (b"", send)))
         self.assertEqual(replay.answer(command(DO, 39)), (b"", command(DONT, 39) + command(DO, 39)))
 
     def test_gmcp_of_which_has_holds_a_part_only_is_set_up_anew_by_the_client(self):
         offer = command(WILL, GMCP)
-        for sub in (b"\xff\xfa\xc9External.Discord.Hello\xff\xf0", b"\xff\xfa\xc9Core.Supports.Set [" + b"1" * 2000 + b"]\xff\xf0"):
+        for sub in (b"\xff\xfa\xc9External.Discord.Hello\xff\xf0",
+                    b"\xff\xfa\xc9Core.Supports.Set [" + b"1" * 2000 + b"]\xff\xf0"):
             agreement = agreed([(WILL, GMCP)], [(DO, GMCP)], [HELLO, SUPPORTS, LOGIN, sub])
             replay = has.Replay(agreement)
             self.assertEqual(replay.answer(offer), (b"", command(WONT, GMCP) + offer))
@@ -825,20 +939,25 @@ class TestReplay(unittest.TestCase):
             agreement.from_world(offer)
             agreement.from_client(HELLO)
             self.assertEqual(has.Replay(agreement).answer(offer), (command(DO, GMCP) + HELLO, b""))
-        agreement = agreed([(WILL, GMCP)], [(DO, GMCP)], [b"\xff\xfa\xc9Comm.%d x\xff\xf0" % n for n in range(17)])
+        agreement = agreed([(WILL, GMCP)], [(DO, GMCP)],
+                           [b"\xff\xfa\xc9Comm.%d x\xff\xf0" % n for n in range(17)])
         self.assertEqual(has.Replay(agreement).answer(offer), (b"", command(WONT, GMCP) + offer))
 
     def test_the_character_set_that_was_agreed(self):
-        for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
-                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"), (b"\xe9", "ascii"), (b"hex", "ascii"),
-                            (b"utf-16", "ascii"), (b"ISO-8859-99", "ascii"), (b"undefined", "ascii"), (b"", "ascii")):
+        for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"),
+                            (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
+                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"),
+                            (b"\xe9", "ascii"), (b"hex", "ascii"),
+                            (b"utf-16", "ascii"), (b"ISO-8859-99", "ascii"),
+                            (b"undefined", "ascii"), (b"", "ascii")):
             accepted = b"\xff\xfa\x2a\x02" + name + b"\xff\xf0"
             self.assertEqual(agreed(subs=[accepted]).codec, codec)
             asked = agreed(subs=[b"\xff\xfa\x2a\x01;" + name + b"\xff\xf0"])
             self.assertIsNone(asked.codec)
             asked.from_world(accepted)              # to the client's own request
             self.assertEqual(asked.codec, codec)
-        self.assertIsNone(agreed(subs=[b"\xff\xfa\x2a\x02UTF-8\xff\xf0", b"\xff\xfa\x2a\x03\xff\xf0"]).codec)
+        self.assertIsNone(
+            agreed(subs=[b"\xff\xfa\x2a\x02UTF-8\xff\xf0", b"\xff\xfa\x2a\x03\xff\xf0"]).codec)
         self.assertIsNone(agreed().codec)
 
     def test_a_refusal_reaches_only_a_client_that_believed_otherwise(self):
@@ -848,7 +967,8 @@ class TestReplay(unittest.TestCase):
         self.assertEqual(replay.answer(command(WONT, 70)), (b"", b""))
 
     def test_leftovers_are_switched_off_echo_first_and_their_answers_swallowed_once(self):
-        agreement = agreed([(WILL, 3), (DO, NAWS), (WILL, ECHO)], [(DO, 3), (WILL, NAWS), (DO, ECHO)])
+        agreement = agreed([(WILL, 3), (DO, NAWS), (WILL, ECHO)],
+                           [(DO, 3), (WILL, NAWS), (DO, ECHO)])
         replay = has.Replay(agreement)
         replay.answer(command(WILL, 3))
         self.assertEqual(replay.leftovers(), command(WONT, ECHO) + command(DONT, NAWS))
@@ -862,22 +982,28 @@ class TestReplay(unittest.TestCase):
 class TestSpelling(unittest.TestCase):
     def test_character_sets(self):
         for text, codec, spelled in (
-                ("zur\u00fcck", None, b"zur\xc3\xbcck"), ("\u201cIt\u2019s back\u201d \u2014 soon\u2026", None, b'"It\'s back" -- soon...'),
-                ("zur\u00fcck", "utf-8", b"zur\xc3\xbcck"), ("zur\u00fcck", "iso8859-1", b"zur\xfcck"),
+                ("zur\u00fcck", None, b"zur\xc3\xbcck"),
+                ("\u201cIt\u2019s back\u201d \u2014 soon\u2026", None, b'"It\'s back" -- soon...'),
+                ("zur\u00fcck", "utf-8", b"zur\xc3\xbcck"),
+                ("zur\u00fcck", "iso8859-1", b"zur\xfcck"),
                 ("zur\u00fcck", "ascii", b"zuruck"), ("zur\u00fcck", "cp437", b"zur\x81ck"),
-                ("\u201cna\u00efve\u201d\u2026", "iso8859-1", b'"na\xefve"...'), ("\u043c\u0438\u0440 1", "iso8859-1", b"??? 1"),
-                ("\u043c\u0438\u0440", None, "\u043c\u0438\u0440".encode()), ("\ud800", None, b"?"), ("\ud800x", "utf-8", b"?x")):
+                ("\u201cna\u00efve\u201d\u2026", "iso8859-1", b'"na\xefve"...'),
+                ("\u043c\u0438\u0440 1", "iso8859-1", b"??? 1"),
+                ("\u043c\u0438\u0440", None, "\u043c\u0438\u0440".encode()),
+                ("\ud800", None, b"?"), ("\ud800x", "utf-8", b"?x")):
             self.assertEqual(has.Spelling().spell(text, codec), spelled)
 
     def test_byte_255_is_doubled_lines_end_as_telnet_wants_and_typed_bytes_stay(self):
         spelling = has.Spelling()
-        self.assertEqual(spelling.spell("\u00ffa\nb", "iso8859-1", b" \xff\xe9"), b"\xff\xffa\r\nb \xff\xff\xe9")
+        self.assertEqual(spelling.spell("\u00ffa\nb", "iso8859-1", b" \xff\xe9"),
+                         b"\xff\xffa\r\nb \xff\xff\xe9")
 
     def test_markup(self):
         spelling = has.Spelling()
         spelling.marked_up = True
         self.assertEqual(spelling.spell("a<b>&", None, b"<i>"), b"a&lt;b&gt;&amp;&lt;i&gt;")
-        for tail, end in ((b"", b""), (b"text", b""), (b"<b>x", b""), (b"<a href=", b">"), (b'<a href="x', b'">'), (b'<a b="c"', b">")):
+        for tail, end in ((b"", b""), (b"text", b""), (b"<b>x", b""),
+                          (b"<a href=", b">"), (b'<a href="x', b'">'), (b'<a b="c"', b">")):
             self.assertEqual(spelling.end(tail), end, tail)
         self.assertEqual(told_of(b"a\n<b>\n", spelling), b"&lt;output lost: 2 lines&gt;\r\n")
         self.assertEqual(told_of(b"a\n" + told_of(b"b\n" * 5, spelling), spelling),
@@ -885,22 +1011,27 @@ class TestSpelling(unittest.TestCase):
 
     def test_colour(self):
         spelling = has.Spelling()
-        self.assertEqual((spelling.end(b"text"), told_of(b"\n", spelling)), (b"", b"<output lost: 1 lines>\r\n"))
+        self.assertEqual((spelling.end(b"text"), told_of(b"\n", spelling)),
+                         (b"", b"<output lost: 1 lines>\r\n"))
         spelling.coloured = True
-        self.assertEqual((spelling.end(b"\x1b[3"), told_of(b"\n", spelling)), (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
+        self.assertEqual((spelling.end(b"\x1b[3"), told_of(b"\n", spelling)),
+                         (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
 
 
     def test_lines_lost_in_words_of_the_site(self):
         spelling, words = has.Spelling(), "{lines} l\u00ednies\nperdudes"
         once = spelling.lost(b"a\n" * 3, words, "iso8859-1")
         self.assertEqual(once, b"3 l\xednies\r\nperdudes\r\n")
-        self.assertEqual(spelling.lost(b"a\n" + once, words, "iso8859-1"), b"4 l\xednies\r\nperdudes\r\n")
-        self.assertEqual((spelling.lost(b"a\n", ""), spelling.lost(b"a\n", "lost")), (b"", b"lost\r\n"))
+        self.assertEqual(spelling.lost(b"a\n" + once, words, "iso8859-1"),
+                         b"4 l\xednies\r\nperdudes\r\n")
+        self.assertEqual((spelling.lost(b"a\n", ""), spelling.lost(b"a\n", "lost")),
+                         (b"", b"lost\r\n"))
 
 
 # ---- 3. Dialects, 4. Logins
 
-GOOD, BAD = has.Credentials(b"connect", b"Alice", b"alicepw"), has.Credentials(b"connect", b"Alice", b"wrong")
+GOOD, BAD = has.Credentials(b"connect", b"Alice",
+                            b"alicepw"), has.Credentials(b"connect", b"Alice", b"wrong")
 
 
 def finished(family, text, charset=b""):
@@ -911,7 +1042,8 @@ def finished(family, text, charset=b""):
 
 
 def read(family, line):
-    """(verb, name, password) of a typed line (the first, where it holds a line end of the family), or None."""
+    """(verb, name, password) of a typed line (the first, where it holds a line end of the family),
+    or None."""
     login = DIALECTS[family].read_login(finished(family, line + b"\n"))
     return login and (login.verb, login.name, login.password)
 
@@ -919,21 +1051,30 @@ def read(family, line):
 class TestLogin(unittest.TestCase):
     T, P, Y, X, R = FAMILIES
     A = (b"Alice", b"alicepw")
-    CASES = (  # typed line, families that take it as a login, (verb, name, password); the others do not
-        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)), (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
-        (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)), (b"con Alice alicepw", (T,), (b"connect", *A)),
+    # typed line, families that take it as a login, (verb, name, password); the others do not
+    CASES = (
+        (b"connect Alice alicepw", FAMILIES, (b"connect", *A)),
+             (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
+        (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)),
+             (b"con Alice alicepw", (T,), (b"connect", *A)),
         (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"create", *A)),
-        (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)), (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
-        (b"co Alice alicepw", (T,), (b"connect", *A)), (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
+        (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)),
+             (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
+        (b"co Alice alicepw", (T,), (b"connect", *A)),
+             (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
         (b"Connect Alice alicepw", (T,), (b"connect", *A)),
-        (b"cox Alice alicepw", (Y, X), (b"cox", *A)), (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
-        (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)), (b"ch Alice alicepw", (P, R), (b"ch", *A)),
+        (b"cox Alice alicepw", (Y, X), (b"cox", *A)),
+             (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
+        (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)),
+             (b"ch Alice alicepw", (P, R), (b"ch", *A)),
         (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
-        (b"create Alice alicepw", FAMILIES, (b"create", *A)), (b"cr Alice alicepw", (P, Y, X, R), (b"cr", *A)),
+        (b"create Alice alicepw", FAMILIES, (b"create", *A)),
+             (b"cr Alice alicepw", (P, Y, X, R), (b"cr", *A)),
         (b"cr Alice alicepw", (T,), (b"create", *A)),
         (b"  connect   Alice   alicepw  ", FAMILIES, (b"connect", *A)),
         (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
-        (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)), (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
+        (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)),
+             (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
         (b'connect "Mary  Ann" pw', FAMILIES, (b"connect", b"Mary Ann", b"pw")),
         (b'connect " Alice " alicepw', (Y, X, R), (b"connect", *A)), (b'connect " Alice " alicepw', (T,), (b"connect", *A)),
         (b'connect " Alice " alicepw', (P,), (b"connect", b"Alice", b'"')),
@@ -948,13 +1089,17 @@ class TestLogin(unittest.TestCase):
         (b'connect " Guest7', (Y, X), (b"connect", b"guest", b"")), (b"create guestx y", FAMILIES, (b"create", b"guestx", b"y")),
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
-        (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES, (b"connect", b"Alice", b"p%r[x]{y}\\z;,$#\"=")),
+        (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES,
+         (b"connect", b"Alice", b"p%r[x]{y}\\z;,$#\"=")),
         (b"connect Alicf\be alicepw\r\n", (P, X, R), (b"connect", *A)),
-        (b"connect Alicf\be alicepw\r\n", (Y,), (b"connect", b"Alicfe", b"alicepw")),      # BS is dropped there
-        (b"connect Alicf\be alicepw\r\n", (T,), (b"connect", b"Alicf\be", b"alicepw")),      # it stays in the text
+        # BS is dropped there
+        (b"connect Alicf\be alicepw\r\n", (Y,), (b"connect", b"Alicfe", b"alicepw")),
+        # it stays in the text
+        (b"connect Alicf\be alicepw\r\n", (T,), (b"connect", b"Alicf\be", b"alicepw")),
         (b"connect guest\r\n", (P, Y, X, R), (b"connect", b"guest", b"")),
         (b"co  Guest ", (P, Y, X, R), (b"co", b"guest", b"")),
-        (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (P, X, R), (b"connect", b"Carol", b"\xe6\x97\xa5\xe6\x9c\xac")),
+        (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (P, X, R),
+         (b"connect", b"Carol", b"\xe6\x97\xa5\xe6\x9c\xac")),
         (b"connect Alice alicepx\x7fw\r\n", (Y, X, R), (b"connect", *A)),
         (b"connect Alice alicepx\x7fw\r\n", (T,), (b"connect", b"Alice", b"alicepx\x7fw")),
         (b"connect Alice alicepx\x7fw\r\n", (P,), (b"connect", b"Alice", b"alicepx?w")),
@@ -962,28 +1107,34 @@ class TestLogin(unittest.TestCase):
         (b"connect Alice alice\0pw\r\n", (T,), (b"connect", b"Alice", b"alice\0pw")),
         (b"connect Alice alice\0pw\r\n", (P,), (b"connect", b"Alice", b"alice")),
         (b"connect Alice alice\rpw\r\n", (T, X, R), (b"connect", *A)),
-        (b"connect Alice alice\rpw\r\n", (P, Y), (b"connect", b"Alice", b"alice")),             # a CR ends the line
+        # a CR ends the line
+        (b"connect Alice alice\rpw\r\n", (P, Y), (b"connect", b"Alice", b"alice")),
         (b"connect Alice caf\xc3\xa9", (T, P, X, R), (b"connect", b"Alice", b"caf\xc3\xa9")),
         (b"connect Alice caf\xc3\xa9", (Y,), (b"connect", b"Alice", b"caf")))
 
     def test_login_lines_as_each_family_reads_them(self):
-        expected_nowhere = {(line, family): None for line, _, _ in self.CASES for family in FAMILIES}
-        expected = {(line, family): login for line, families, login in self.CASES for family in families}
+        expected_nowhere = {(line, family): None for line, _,
+                            _ in self.CASES for family in FAMILIES}
+        expected = {(line, family): login for line, families,
+                    login in self.CASES for family in families}
         for (line, family), login in {**expected_nowhere, **expected}.items():
             with self.subTest(family=family, line=line):
                 self.assertEqual(read(family, line), login)
 
     def test_lines_that_are_no_logins(self):
         for family in (*FAMILIES, "plain"):
-            for line in (b"", b"connect", b"connect Alice", b"connect  ", b"WHO", b"QUIT", b"say connect A b", b"guest a b",
+            for line in (b"", b"connect", b"connect Alice", b"connect  ",
+                         b"WHO", b"QUIT", b"say connect A b", b"guest a b",
                          b"help", b"xconnect Alice alicepw", b"connect=Alice alicepw"):
                 with self.subTest(family=family, line=line):
                     self.assertIsNone(read(family, line))
         self.assertIsNone(read("plain", b"connect Alice alicepw"))
 
     def test_bytes_inside_a_line_as_each_family_reads_them(self):
-        self.assertEqual(read("teenymush", b"connect Alice alicepw\r\0\n"), (b"connect", b"Alice", b"alicepw\0"))
-        self.assertEqual(read("teenymush", b"connect Alicf\be alicepw\n"), (b"connect", b"Alicf\be", b"alicepw"))
+        self.assertEqual(read("teenymush", b"connect Alice alicepw\r\0\n"),
+                         (b"connect", b"Alice", b"alicepw\0"))
+        self.assertEqual(read("teenymush", b"connect Alicf\be alicepw\n"),
+                         (b"connect", b"Alicf\be", b"alicepw"))
         self.assertEqual(read("tinymux", b'connect "Alice"alicepw'), (b"connect", *self.A))
         for line in (b"connect\tAlice alicepw", b"con\xffnect Alice alicepw"):
             self.assertIsNone(read("teenymush", line), line)
@@ -993,11 +1144,13 @@ class TestLogin(unittest.TestCase):
         self.assertNotEqual(read("pennmush", b"connect Alice alicepw\tx"), (b"connect", *self.A))
 
     def test_line_ends(self):
-        for family, parts in (("teenymush", 2), ("tinymux", 2), ("rhostmush", 2), ("pennmush", 4), ("tinymush", 4)):
+        for family, parts in (("teenymush", 2), ("tinymux", 2), ("rhostmush", 2),
+                              ("pennmush", 4), ("tinymush", 4)):
             self.assertEqual(len(DIALECTS[family].line_end.split(b"a\rb\r\nc\r")), parts, family)
 
     def test_rubbing_out(self):
-        for typed, left in ((b"ab\bc", b"ac"), (b"\b\bab", b"ab"), (b"abc\b\b\b\bd", b"d"), (b"ab\x7f\bc", b"c"),
+        for typed, left in ((b"ab\bc", b"ac"), (b"\b\bab", b"ab"), (b"abc\b\b\b\bd", b"d"),
+                            (b"ab\x7f\bc", b"c"),
                             (b"a\bb\bc\b", b""), (b"no", b"no")):
             self.assertEqual(has.rub_out(typed), left)
         self.assertEqual(has.rub_out(b"ab\bc\x7f", b"\b"), b"ac\x7f")
@@ -1008,7 +1161,8 @@ class TestLogin(unittest.TestCase):
                 (b"QUIT", FAMILIES, FAMILIES, ()), (b"quit", T | Y | X | R, T | R, ()),
                 (b"Quit", T | Y | X, T, ()), (b"QUIT now", T | Y | X | R, T | Y | X | R, ()),
                 (b"qui", (), T, ()), (b"quitx", (), (), ()), (b"say QUIT", (), (), ()),
-                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R), (b"Logout", (), (), Y | X),
+                (b"LOGOUT", (), Y | X | R, P | Y | X | R), (b"logout", (), R, Y | X | R),
+                (b"Logout", (), (), Y | X),
                 (b"LOGOUT now", (), Y | X | R, Y | X | R)):
             for family in FAMILIES:
                 dialect = DIALECTS[family]
@@ -1019,35 +1173,47 @@ class TestLogin(unittest.TestCase):
 
     def test_handover_words_are_seen_through_every_disguise(self):
         teeny, rhost = b"@remotehostname", b"PROXY"
-        for line in (teeny + b" h=1", b"  @RemoteHostname h", b"@remote h", b"@re h", b"@remo\0tehostname h",
-                     b"@remo\rtehostname h", b"@remotx\behostname h", b"@remote\xff\xc3hostname h", teeny + b"=h",
+        for line in (teeny + b" h=1", b"  @RemoteHostname h", b"@remote h",
+                     b"@re h", b"@remo\0tehostname h",
+                     b"@remo\rtehostname h", b"@remotx\behostname h",
+                     b"@remote\xff\xc3hostname h", teeny + b"=h",
                      b"\t@remotehostname h", b"@remo\x01tehostname h"):
             self.assertTrue(DIALECTS["teenymush"].is_handover(line, "auto"), line)
             self.assertTrue(DIALECTS["teenymush"].is_handover(line, "none"), line)
-        for line in (rhost + b" TCP4 1.2.3.4 127.0.0.1 1 2", b"  proxy x", b"PR\0OXY x", b"PROXZ\x7fY x", b"PROXZ\bY x",
+        for line in (rhost + b" TCP4 1.2.3.4 127.0.0.1 1 2", b"  proxy x",
+                     b"PR\0OXY x", b"PROXZ\x7fY x", b"PROXZ\bY x",
                      b"PRO\tXY x", b"PRO\xc3\xa9XY x", b"PRO\rXY x"):
             cleaned = finished("rhostmush", line + b"\n")
             self.assertTrue(DIALECTS["rhostmush"].is_handover(cleaned, "none"), line)
         for family in FAMILIES:
-            self.assertTrue(DIALECTS[family].is_handover(b"SecretWord 1.2.3.4", "secretword"), family)
-            for line in (b"connect Alice alicepw", b"WHO", b"", b"QUIT", b"say @remotehostname x", b"secret x"):
+            self.assertTrue(DIALECTS[family].is_handover(b"SecretWord 1.2.3.4", "secretword"),
+                            family)
+            for line in (b"connect Alice alicepw", b"WHO", b"", b"QUIT",
+                         b"say @remotehostname x", b"secret x"):
                 self.assertFalse(DIALECTS[family].is_handover(line, "secretword"), (family, line))
 
     def test_address_lines(self):
         for family, arguments, line in (
-                ("teenymush", ("203.0.113.9", 17, "auto", None), b"@remotehostname 203.0.113.9=17\r\n"),
+                ("teenymush", ("203.0.113.9", 17, "auto", None),
+                 b"@remotehostname 203.0.113.9=17\r\n"),
                 ("teenymush", ("203.0.113.9", 0, "@rh", None), b"@rh 203.0.113.9\r\n"),
-                ("pennmush", ("203.0.113.9", 17, "auto", "/net.sock"), b"203.0.113.9^203.0.113.9\r\n"),
-                ("pennmush", ("203.0.113.9", 17, "auto", None), b""), ("tinymush", ("1.2.3.4", 1, "auto", None), b""),
-                ("tinymux", ("1.2.3.4", 1, "auto", None), b""), ("plain", ("1.2.3.4", 1, "auto", None), b""),
-                ("rhostmush", ("203.0.113.9", 17, "auto", None), b"PROXY TCP4 203.0.113.9 127.0.0.1 1 2\r\n"),
-                ("rhostmush", ("2001:db8::6", 17, "auto", None), b"PROXY TCP6 2001:db8::6 ::1 1 2\r\n"),
+                ("pennmush", ("203.0.113.9", 17, "auto", "/net.sock"),
+                 b"203.0.113.9^203.0.113.9\r\n"),
+                ("pennmush", ("203.0.113.9", 17, "auto", None), b""),
+                ("tinymush", ("1.2.3.4", 1, "auto", None), b""),
+                ("tinymux", ("1.2.3.4", 1, "auto", None), b""),
+                ("plain", ("1.2.3.4", 1, "auto", None), b""),
+                ("rhostmush", ("203.0.113.9", 17, "auto", None),
+                 b"PROXY TCP4 203.0.113.9 127.0.0.1 1 2\r\n"),
+                ("rhostmush", ("2001:db8::6", 17, "auto", None),
+                 b"PROXY TCP6 2001:db8::6 ::1 1 2\r\n"),
                 ("rhostmush", ("203.0.113.9", 17, "sesame", None), b"sesame 203.0.113.9\r\n")):
             self.assertEqual(DIALECTS[family].address_line(*arguments), line)
 
 
     def test_a_login_at_a_world_never_seen_is_kept_whatever_its_family_will_be(self):
-        for line in (b"connect Alice pw", b"co Alice pw", b"c Alice pw", b"CD Alice pw", b"ch Alice pw", b"cv Alice pw",
+        for line in (b"connect Alice pw", b"co Alice pw", b"c Alice pw",
+                     b"CD Alice pw", b"ch Alice pw", b"cv Alice pw",
                      b"create Alice pw", b" c Alice pw"):
             login = has.UNKNOWN.read_login(line)
             self.assertEqual((login.name, login.password), (b"Alice", b"pw"), line)
@@ -1056,7 +1222,8 @@ class TestLogin(unittest.TestCase):
 
 
 class TestHostileLines(unittest.TestCase):
-    """No line a user can type may hold up the main thread (one chunk is 64 KiB; the limit is generous)."""
+    """No line a user can type may hold up the main thread (one chunk is 64 KiB; the limit is
+    generous)."""
 
     def quick(self, call, *arguments):
         started = time.process_time()
@@ -1074,17 +1241,20 @@ class TestHostileLines(unittest.TestCase):
             self.quick(DIALECTS[family].password_typed.match, b"@password " + b" " * 40000 + b"x")
 
     def test_a_setting_of_blanks_is_read_quickly(self):
-        self.quick(DIALECTS["pennmush"].setting_words.match, b"OUTPUTPREFIX a" + b" " * 16000 + b"b")
+        self.quick(DIALECTS["pennmush"].setting_words.match, b"OUTPUTPREFIX a"
+                   + b" " * 16000 + b"b")
 
     def test_login_and_address_lines_are_read_quickly(self):
         for family in FAMILIES:
-            for line in (b" " * 16000 + b"c", b"connect " + b" " * 16000, b'connect "' + b"a" * 16000, b"@" + b" " * 16000):
+            for line in (b" " * 16000 + b"c", b"connect " + b" " * 16000,
+                         b'connect "' + b"a" * 16000, b"@" + b" " * 16000):
                 self.quick(DIALECTS[family].read_login, line)
                 self.quick(DIALECTS[family].is_handover, line, "auto")
 
 
 def evaluate(code):
-    """A softcode evaluator that knows escapes only; anything special that is not escaped is an injection."""
+    """A softcode evaluator that knows escapes only; anything special that is not escaped is an
+    injection."""
     out, at = b"", 0
     while at < len(code):
         if code[at:at + 1] == b"\\" and at + 1 < len(code):
@@ -1104,26 +1274,32 @@ class TestChecks(unittest.TestCase):
     def test_every_byte_and_every_dangerous_pair_comes_out_literally(self):
         nasty = [bytes((n,)) for n in b"%\\[]{}(),;$#\"^<>'`~!&=|*@ \tbtrq0x"]
         for text in [chr(n).encode() for n in range(256)] + [bytes((n,)) for n in range(256)] + [
-                a + b for a in nasty for b in nasty] + [b"x),shutdown(", b"[name(me)]", b"a\\", b"50%off", b""]:
+                a + b for a in nasty for b in nasty] + [b"x),shutdown(",
+                                                        b"[name(me)]", b"a\\", b"50%off", b""]:
             escaped = has.escape_softcode(text)
             if escaped is None:
-                self.assertRegex(text, rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")       # control bytes, no UTF-8
+                # control bytes, no UTF-8
+                self.assertRegex(text, rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
             else:
                 self.assertEqual(evaluate(escaped), text)
                 self.assertRegex(escaped, rb"\A" + self.ARGUMENT + rb"\Z")
 
     def test_what_cannot_be_passed_is_refused(self):
-        for text in [bytes((n,)) for n in range(32) if n != 9] + [b"\x7f", b"a\n", b"\xff", "\u65e5".encode(), b"a\0b"]:
+        for text in [bytes((n,)) for n in range(32) if n != 9] + [b"\x7f", b"a\n", b"\xff",
+                                                                  "\u65e5".encode(), b"a\0b"]:
             self.assertIsNone(has.escape_softcode(text), text)
-            self.assertIsNone(DIALECTS["rhostmush"].check([GOOD, has.Credentials(b"connect", b"A", text)], b"=N="))
+            self.assertIsNone(DIALECTS["rhostmush"].check(
+                [GOOD, has.Credentials(b"connect", b"A", text)], b"=N="))
         self.assertEqual(has.escape_softcode("caf\xe9".encode()), "caf\xe9".encode())
 
     def test_a_check_asks_with_two_literal_arguments(self):
         for family, function in (("teenymush", b"password"), ("rhostmush", b"checkpass")):
-            for name, password in ((b"Mary Ann", b"x),shutdown("), (b"*Al[i]", b"a\\"), (b"#5", b"%#,%0")):
+            for name, password in ((b"Mary Ann", b"x),shutdown("), (b"*Al[i]", b"a\\"),
+                                   (b"#5", b"%#,%0")):
                 line = DIALECTS[family].check([has.Credentials(b"co", name, password)] * 2, b"=N=")
                 calls = re.fullmatch(rb"think =N= (.+) =N=\r\n", line, re.S).group(1)
-                call = rb"\[" + function + rb"\((\*?)" + self.ARGUMENT + b"," + self.ARGUMENT + rb"\)\]"
+                call = (rb"\[" + function + rb"\((\*?)" + self.ARGUMENT + b"," + self.ARGUMENT
+                        + rb"\)\]")
                 star, who, what = re.fullmatch(call, calls[:len(calls) // 2]).groups()
                 self.assertEqual(calls[len(calls) // 2:len(calls) // 2 + 1], b":")
                 self.assertEqual((evaluate(who), evaluate(what)), (name.lstrip(b"*"), password))
@@ -1134,15 +1310,20 @@ class TestChecks(unittest.TestCase):
     def test_pennmush_is_asked_in_base64_only(self):
         penn = DIALECTS["pennmush"]
         self.assertEqual(penn.check([GOOD], b"=N="),
-                         b"think =N= [checkpass(*[decode64(QWxpY2U=)],decode64(YWxpY2Vwdw==))] =N=\r\n")
-        self.assertEqual(penn.check_call(has.Credentials(b"c", b"#5", b"a")), b"[checkpass(#5,decode64(YQ==))]")
+                         b"think =N= [checkpass(*[decode64(QWxpY2U=)],decode64(YWxpY2Vwdw==))] "
+                         b"=N=\r\n")
+        self.assertEqual(penn.check_call(has.Credentials(b"c", b"#5", b"a")),
+                         b"[checkpass(#5,decode64(YQ==))]")
         for n in range(33, 127):
             call = penn.check_call(has.Credentials(b"c", b"#1]%c" % n, b"p%c" % n))
-            self.assertRegex(call, rb"\A\[checkpass\(\*\[decode64\([A-Za-z0-9+/=]+\)\],decode64\([A-Za-z0-9+/=]+\)\)\]\Z")
+            self.assertRegex(call,
+                             rb"\A\[checkpass\(\*\[decode64\([A-Za-z0-9+/=]+\)\],"
+                             rb"decode64\([A-Za-z0-9+/=]+\)\)\]\Z")
         self.assertIsNone(penn.check_call(has.Credentials(b"c", b"Alice", "caf\xe9".encode())))
 
     def test_verdicts(self):
-        self.assertEqual(has.Dialect.verdicts(b"1:0:#-1 NO MATCH:#-1 NO SUCH OBJECT:#-1 PERMISSION DENIED:"
+        self.assertEqual(has.Dialect.verdicts(b"1:0:#-1 NO MATCH:#-1 NO SUCH OBJECT:#-1 PERMISSION "
+                                              b"DENIED:"
                                               b"#-1 FUNCTION (CHECKPASS) NOT FOUND:"),
                          [True, False, False, False, None, None, False])
 
@@ -1160,42 +1341,55 @@ class TestChecks(unittest.TestCase):
         self.assertEqual(has.Credentials(b"co", b"*Alice", b"x").character, b"alice")
 
     def test_worlds_are_recognised(self):
-        info = b"### Begin INFO 1\r\nName: AnonyMUSH\r\nUptime: Sat Nov 21 23:20:59 2026\r\nVersion: %s\r\n### End INFO\r\n"
+        info = (b"### Begin INFO 1\r\nName: AnonyMUSH\r\nUptime: Sat Nov 21 23:20:59 2026\r\n"
+                b"Version: %s\r\n### End INFO\r\n")
         for banner, version, name in (
                 (b"\xff\xfd\"", b"PennMUSH 1.8.8p0", "pennmush"), (b"", b"4.0.0.817-0", "tinymush"),
-                (b"\xff\xfb\x19Welcome", b"MUX 2.12.0.10", "tinymux"), (b"", b"RhostMUSH 5.8.4", "rhostmush"),
+                (b"\xff\xfb\x19Welcome", b"MUX 2.12.0.10", "tinymux"),
+                (b"", b"RhostMUSH 5.8.4", "rhostmush"),
                 (b"\xff\xfb\x03\xff\xfd\x1f\xff\xfd\x18\xff\xfbFMy game", None, "teenymush"),
-                (b"Welcome to TeenyMUSH\r\n", None, "teenymush"), (b"Welcome to MyMUD", None, None), (b"", b"Zork", None),
+                (b"Welcome to TeenyMUSH\r\n", None, "teenymush"), (b"Welcome to MyMUD", None, None),
+                (b"", b"Zork", None),
                 (b"We came here from TeenyMUSH.", b"PennMUSH 1.8.8p0", "pennmush")):
             found = has.recognise(banner, info % version if version else b"")
             self.assertEqual(found and found.name, name, (banner, version))
-        self.assertEqual(has.recognise(b"", b"NAME\x02X\x01UPTIME\x021795309455\x01CODEBASE\x02TeenyMUSH 0.91").name, "teenymush")
+        status = b"NAME\x02X\x01UPTIME\x021795309455\x01CODEBASE\x02TeenyMUSH 0.91"
+        self.assertEqual(has.recognise(b"", status).name, "teenymush")
 
     def test_start_ids(self):
         answer = has.PennMUSH.start_answer
-        self.assertEqual(answer.search(b"### Begin\r\nUptime: Sat 1\r\nSize: 7\r\n### End INFO\r\n").group(1), b"Sat 1")
+        self.assertEqual(answer.search(
+            b"### Begin\r\nUptime: Sat 1\r\nSize: 7\r\n### End INFO\r\n").group(1), b"Sat 1")
         self.assertIsNone(answer.search(b"Uptime: Sat 1\r\nSize: 7\r\n"))
-        self.assertEqual(has.TeenyMUSH.start_answer.search(b"\x01UPTIME\x021795309455\x01").group(1), b"1795309455")
+        self.assertEqual(has.TeenyMUSH.start_answer.search(b"\x01UPTIME\x021795309455\x01").group(
+            1), b"1795309455")
 
 
 class TestChanges(unittest.TestCase):
     def test_changes_of_password_as_typed(self):
         everywhere, info, penn = FAMILIES, FAMILIES[1:], ("pennmush",)
         for line, families, new in (
-                (b"@password old=new", everywhere, b"new"), (b"@PASSWORD old= new ", everywhere, b"new"),
-                (b"@pass old=new", everywhere, b"new"), (b"@pas old=new", penn, b"new"), (b"@password a=b=c", info, b"b=c"),
-                (b"@newpassword me=new", ("teenymush",), b"new"), (b"@newpassword Bob=new", (), None),
-                (b"@password old=", (), None), (b"@password old", (), None), (b"say @password old=new", (), None)):
+                (b"@password old=new", everywhere, b"new"),
+                (b"@PASSWORD old= new ", everywhere, b"new"),
+                (b"@pass old=new", everywhere, b"new"), (b"@pas old=new", penn, b"new"),
+                (b"@password a=b=c", info, b"b=c"),
+                (b"@newpassword me=new", ("teenymush",), b"new"),
+                (b"@newpassword Bob=new", (), None),
+                (b"@password old=", (), None), (b"@password old", (), None),
+                (b"say @password old=new", (), None)):
             for family in everywhere:
-                if line == b"@password a=b=c" and family == "teenymush" or line.startswith(b"@pas ") and family not in penn:
+                if line == b"@password a=b=c" and family == "teenymush" or line.startswith(
+                    b"@pas ") and family not in penn:
                     continue                    # not recorded
                 found = DIALECTS[family].password_typed.match(line)
                 with self.subTest(family=family, line=line):
                     self.assertEqual(found and found.group(1), new if family in families else None)
 
     def test_changes_of_name_as_typed(self):
-        for line, who, new in ((b"@name me=New", b"me", b"New"), (b"@name *Old = New Name ", b"Old", b"New Name"),
-                               (b'@NAME Old="Bob"', b"Old", b"Bob"), (b"@name me=Rob;x", b"me", b"Rob")):
+        for line, who, new in ((b"@name me=New", b"me", b"New"),
+                               (b"@name *Old = New Name ", b"Old", b"New Name"),
+                               (b'@NAME Old="Bob"', b"Old", b"Bob"),
+                               (b"@name me=Rob;x", b"me", b"Rob")):
             self.assertEqual(has.PennMUSH.name_typed.match(line).groups(), (who, new))
         self.assertIsNone(has.PennMUSH.name_typed.match(b"@name me"))
 
@@ -1203,27 +1397,34 @@ class TestChanges(unittest.TestCase):
         P, info = ("pennmush",), ("tinymush", "tinymux", "rhostmush")
         for text, families, done, kept in (
                 (b"Password changed.", ("teenymush", *info), "password_changed", "password_kept"),
-                (b"The password for Alice has been updated.", ("teenymush",), "password_changed", "password_kept"),
+                (b"The password for Alice has been updated.", ("teenymush",
+                 ), "password_changed", "password_kept"),
                 (b"You have changed your password.", P, "password_changed", "password_kept"),
-                (b"Name set.", P + info, "name_changed", "name_kept"), (b"Set.", ("teenymush",), "name_changed", "name_kept"),
+                (b"Name set.", P + info, "name_changed", "name_kept"),
+                (b"Set.", ("teenymush",), "name_changed", "name_kept"),
                 (b"Sorry.", info, "password_kept", "password_changed"),
                 (b"Null passwords are not allowed.", info[:2], "password_kept", "password_changed"),
                 (b"Bad new password.", P + info[2:], "password_kept", "password_changed"),
-                (b"The old password that you entered was incorrect.", P, "password_kept", "password_changed"),
+                (b"The old password that you entered was incorrect.",
+                 P, "password_kept", "password_changed"),
                 (b"Invalid old password.", ("teenymush",), "password_kept", "password_changed"),
-                (b"usage: @password <old_password> = <new_password>", ("teenymush",), "password_kept", "password_changed"),
+                (b"usage: @password <old_password> = <new_password>",
+                 ("teenymush",), "password_kept", "password_changed"),
                 (b"That name is already in use", FAMILIES, "name_kept", "name_changed"),
                 (b"You can't give a player that name or alias.", P, "name_kept", "name_changed"),
                 (b"Alice says, \"Name set.\"", (), "name_changed", "name_kept")):
             for family in families or FAMILIES:
                 with self.subTest(family=family, text=text):
-                    self.assertEqual(bool(getattr(DIALECTS[family], done).match(text)), bool(families))
+                    self.assertEqual(bool(getattr(DIALECTS[family], done).match(text)),
+                                     bool(families))
                     self.assertFalse(getattr(DIALECTS[family], kept).match(text))
 
     def test_settings_of_a_connection(self):
-        for line, groups in ((b"OUTPUTPREFIX =x y=", (b"OUTPUTPREFIX", b"=x y=")), (b"OUTPUTSUFFIX", (b"OUTPUTSUFFIX", None)),
-                             (b"SCREENWIDTH 100 ", (b"SCREENWIDTH", b"100")), (b"SOCKSET COLORSTYLE=xterm256",
-                                                                               (b"SOCKSET", b"COLORSTYLE=xterm256"))):
+        for line, groups in ((b"OUTPUTPREFIX =x y=", (b"OUTPUTPREFIX", b"=x y=")),
+                             (b"OUTPUTSUFFIX", (b"OUTPUTSUFFIX", None)),
+                             (b"SCREENWIDTH 100 ", (b"SCREENWIDTH", b"100")),
+                             (b"SOCKSET COLORSTYLE=xterm256",
+                              (b"SOCKSET", b"COLORSTYLE=xterm256"))):
             self.assertEqual(has.PennMUSH.setting_words.match(line).groups(), groups)
         self.assertIsNone(has.PennMUSH.setting_words.match(b"outputprefix x"))
         self.assertIsNone(has.TeenyMUSH.setting_words.match(b"OUTPUTPREFIX x"))
@@ -1232,12 +1433,16 @@ class TestChanges(unittest.TestCase):
 class TestChange(unittest.TestCase):
     def test_the_answer_is_a_whole_line_however_it_comes(self):
         penn = DIALECTS["pennmush"]
-        for kind, answers in (("password", ((b"You have changed your password.\r\n", True), (b"Bad new password.\r\n", False))),
-                              ("name", ((b"Name set.\r\n", True), (b"You can't give a player that name or alias.\r\n", False)))):
+        for kind, answers in (("password", ((b"You have changed your password.\r\n", True),
+                                            (b"Bad new password.\r\n", False))),
+                              ("name",
+                               ((b"Name set.\r\n", True),
+                                (b"You can't give a player that name or alias.\r\n", False)))):
             for text, expected in answers:
                 for cut in range(len(text)):
                     change = has.Change(kind, b"new", 0)
-                    self.assertIsNone(change.outcome(penn, b"Bob says, \"" + text + b"\r\n" + text[:cut]))
+                    self.assertIsNone(change.outcome(penn, b"Bob says, \""
+                                                     + text + b"\r\n" + text[:cut]))
                     self.assertIs(change.outcome(penn, text[cut:]), expected)
 
     def test_the_answer_to_an_earlier_line_is_none(self):
@@ -1264,14 +1469,17 @@ class TestNoise(unittest.TestCase):
         noise.expect(b"alice", 5)
         noise.expect(b"bob b", 7)
         text = (b"Alice has connected.\r\nCarol has connected.\r\nBob B has reconnected.\n"
-                b"He says Alice has connected.\r\nALICE has partially disconnected.\r\nAlice has left.\r\n")
-        self.assertEqual(noise.removed(text), b"Carol has connected.\r\nHe says Alice has connected.\r\nAlice has left.\r\n")
+                b"He says Alice has connected.\r\nALICE has partially disconnected.\r\nAlice has "
+                b"left.\r\n")
+        self.assertEqual(noise.removed(text), b"Carol has connected.\r\nHe says Alice has "
+                                              b"connected.\r\nAlice has left.\r\n")
 
     def test_beginnings_of_such_lines(self):
         noise = has.Noise()
         self.assertFalse(noise.may_begin(b"Al"))
         noise.expect(b"alice", 5)
-        for tail, possible in ((b"", False), (b"A", True), (b"Alice", True), (b"alice has conn", True), (b"Alicia", False),
+        for tail, possible in ((b"", False), (b"A", True), (b"Alice", True),
+                               (b"alice has conn", True), (b"Alicia", False),
                                (b"Carol has conn", False), (b"Alice has " + b"x" * 80, False)):
             self.assertEqual(noise.may_begin(tail), possible, tail)
 
@@ -1286,14 +1494,17 @@ class TestNoise(unittest.TestCase):
 
 
 NO = b"Either that player does not exist, or has a different password.\r\n"
-TABLE = b"Characters Input----\r\nPlayer Name  On For Idle Port Pend  Lost     Total\r\nAlice  0  1 2\r\n"
+TABLE = (b"Characters Input----\r\nPlayer Name  On For Idle Port Pend  Lost     Total\r\n"
+             b"Alice  0  1 2\r\n")
 INFO = b"### Begin INFO 1\r\nUptime: x\r\n### End INFO\r\n"
 SHOWN = {                          # what a user sees of a login: (right, wrong)
-    "teenymush": (b"[ MOTD ]\n\nLast connect was from h on Sat\n\nMAIL: none\n", NO.replace(b"\r", b"")),
+    "teenymush": (b"[ MOTD ]\n\nLast connect was from h on Sat\n\nMAIL: none\n",
+                  NO.replace(b"\r", b"")),
     "pennmush": (b"Last connect was from h\r\nLimbo\r\n", b"That is not the correct password.\r\n"),
     **{family: (b"MOTD\r\nLimbo\r\n", NO) for family in ("tinymush", "tinymux", "rhostmush")}}
 MARKS = {                          # and what comes behind it of the marks: (right, wrong)
-    "teenymush": (b"", b""), "pennmush": (b"Na\r\nNz\r\n", b""), "tinymush": (b"N\r\n", b""), "tinymux": (b"N\r\n", b""),
+    "teenymush": (b"", b""), "pennmush": (b"Na\r\nNz\r\n", b""), "tinymush": (b"N\r\n", b""),
+         "tinymux": (b"N\r\n", b""),
     "rhostmush": (b"Na\r\n" + TABLE + b"Nz\r\n", b"Na\r\nNz\r\n")}
 END = {"pennmush": b"Ne\r\n", "tinymush": INFO, "tinymux": INFO, "rhostmush": b"", "teenymush": b""}
 
@@ -1566,7 +1777,9 @@ class TestMailbox(unittest.TestCase):
             self.box.reader.recv(1)
 
     def test_other_threads_may_post_and_each_keeps_its_order(self):
-        threads = [threading.Thread(target=lambda name=name: [self.box.post(self.ran.append, (name, n)) for n in range(500)])
+        threads = [
+            threading.Thread(target=lambda name=name: [self.box.post(self.ran.append, (name, n))
+                                                       for n in range(500)])
                    for name in "abc"]
         for thread in threads:
             thread.start()
@@ -1580,7 +1793,8 @@ class TestMailbox(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "no SIGUSR1 here")
     def test_a_signal_handler_may_post(self):
-        old = signal.signal(signal.SIGUSR1, lambda number, frame: self.box.post(self.ran.append, number))
+        old = signal.signal(signal.SIGUSR1, lambda number,
+                            frame: self.box.post(self.ran.append, number))
         self.addCleanup(signal.signal, signal.SIGUSR1, old)
         os.kill(os.getpid(), signal.SIGUSR1)
         self.wait()
@@ -1731,7 +1945,8 @@ class TestStream(unittest.TestCase):
         while ("end", "") not in self.said:
             self.assertTrue(self.turn())
         self.assertEqual((self.said, self.got), ([("end", "")], b"last words"))
-        self.assertEqual(self.turn(0), 0)                           # an end is told once and does not spin
+        # an end is told once and does not spin
+        self.assertEqual(self.turn(0), 0)
 
     def test_a_send_that_fails_later_frees_what_was_held(self):
         stream, other = self.pair()
@@ -1762,7 +1977,8 @@ class TestStream(unittest.TestCase):
         for _ in range(5):
             stream.send(b"x" * 100000)
         self.drain(stream, other)
-        self.assertEqual(self.selector.told, ["register", "modify", "modify"])      # WRITE wanted, and no more
+        # WRITE wanted, and no more
+        self.assertEqual(self.selector.told, ["register", "modify", "modify"])
         for _ in range(3):
             stream.pause()
         self.assertEqual((self.selector.told[3:], self.turn(0)), (["unregister"], 0))
@@ -1773,7 +1989,8 @@ class TestStream(unittest.TestCase):
         self.assertEqual((self.selector.told[3:], self.got), (["unregister", "register"], b"waits"))
 
     def test_a_drop_leaves_no_descriptor_registered(self):
-        for prepare in (lambda s: None, lambda s: s.send(b"x" * 500000), lambda s: s.pause(), lambda s: s.finish()):
+        for prepare in (lambda s: None, lambda s: s.send(b"x" * 500000),
+                        lambda s: s.pause(), lambda s: s.finish()):
             stream, _ = self.pair()
             prepare(stream)
             stream.drop()
@@ -1791,7 +2008,8 @@ class TestStream(unittest.TestCase):
         return listener
 
     def connect(self, listener):
-        stream = has.Stream.connect(self.selector, (socket.AF_INET, listener.getsockname()), self, self.on_data)
+        stream = has.Stream.connect(self.selector, (socket.AF_INET, listener.getsockname()),
+                                    self, self.on_data)
         self.addCleanup(stream.drop)
         return stream
 
@@ -1819,7 +2037,8 @@ class TestStream(unittest.TestCase):
             other = listener.accept()[0]
             self.addCleanup(other.close)
             other.settimeout(1)
-            self.assertEqual(b"".join(iter(lambda: other.recv(99), b"")), b"")      # what is said later goes nowhere
+            # what is said later goes nowhere
+            self.assertEqual(b"".join(iter(lambda: other.recv(99), b"")), b"")
             stream.drop()
 
     def test_a_refused_connect_ends_and_leaves_nothing_behind(self):
@@ -1839,7 +2058,8 @@ class TestStream(unittest.TestCase):
         if self.said == [("end", "Connection refused")]:
             self.skipTest("this kernel does not connect a port to itself")
         self.assertEqual(self.said, [("end", "connected to itself: nothing listens there")])
-        self.assertEqual((stream.closed, sock.fileno(), dict(self.selector.get_map())), (True, -1, {}))
+        self.assertEqual((stream.closed, sock.fileno(), dict(self.selector.get_map())),
+                         (True, -1, {}))
         with socket.socket() as world:
             world.bind(address)                                     # free at once
             world.listen()
@@ -1850,22 +2070,28 @@ class TestProxyHeader(unittest.TestCase):
     """HAProxy's protocol, versions 1 and 2: whole, in pieces, broken."""
 
     @staticmethod
-    def version_2(command=0x21, family=0x11, addresses=bytes((198, 51, 100, 1, 127, 0, 0, 1, 1, 2, 3, 4)), more=b""):
+    def version_2(command=0x21, family=0x11,
+                  addresses=bytes((198, 51, 100, 1, 127, 0, 0, 1, 1, 2, 3, 4)), more=b""):
         body = addresses + more
         return has.PROXY_2 + bytes((command, family)) + struct.pack(">H", len(body)) + body
 
     def headers(self):
-        six = ipaddress.ip_address("2001:db8::7").packed + ipaddress.ip_address("::1").packed + b"\1\2\3\4"
-        mapped = ipaddress.ip_address("::ffff:198.51.100.1").packed + ipaddress.ip_address("::1").packed + b"\1\2\3\4"
+        six = ipaddress.ip_address("2001:db8::7").packed + ipaddress.ip_address(
+            "::1").packed + b"\1\2\3\4"
+        mapped = ipaddress.ip_address("::ffff:198.51.100.1").packed + ipaddress.ip_address(
+            "::1").packed + b"\1\2\3\4"
         return ((b"PROXY TCP4 198.51.100.1 127.0.0.1 1 2\r\n", "198.51.100.1"),
                 (b"PROXY TCP6 2001:DB8:0::7 ::1 1 2\r\n", "2001:db8::7"),
                 (b"PROXY TCP6 ::ffff:198.51.100.1 ::1 1 2\r\n", "198.51.100.1"),
                 (b"PROXY TCP6 ::ffff:c633:6401 ::1 1 2\r\n", "198.51.100.1"),
-                (b"PROXY UNKNOWN\r\n", None), (b"PROXY UNKNOWN ffff::1 ffff::2 65535 65535\r\n", None),
-                (self.version_2(), "198.51.100.1"), (self.version_2(family=0x21, addresses=six), "2001:db8::7"),
+                (b"PROXY UNKNOWN\r\n", None),
+                (b"PROXY UNKNOWN ffff::1 ffff::2 65535 65535\r\n", None),
+                (self.version_2(), "198.51.100.1"),
+                (self.version_2(family=0x21, addresses=six), "2001:db8::7"),
                 (self.version_2(family=0x21, addresses=mapped), "198.51.100.1"),
                 (self.version_2(more=b"\x04\0\3abc\x20\0\1x"), "198.51.100.1"),         # TLVs
-                (self.version_2(command=0x20), None), (self.version_2(0x20, 0, b""), None),     # LOCAL
+                # LOCAL
+                (self.version_2(command=0x20), None), (self.version_2(0x20, 0, b""), None),
                 (self.version_2(family=0, addresses=b""), None),
                 (self.version_2(family=0x31, addresses=b"/x".ljust(216, b"\0")), None))
 
@@ -1881,16 +2107,21 @@ class TestProxyHeader(unittest.TestCase):
             self.assertEqual(has.read_proxy_header(head), (0, None))
 
     def test_broken(self):
-        for head in (b"PROXY TCP4 nobody x 1 2\r\n", b"PROXY TCP4 1.2.3 127.0.0.1 1 2\r\n", b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n",
-                     b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\n", b"PROXY " + b"x" * 200, self.version_2(command=0x11),
-                     self.version_2(command=0x22), self.version_2(family=0x41), self.version_2(family=0x13),
+        for head in (b"PROXY TCP4 nobody x 1 2\r\n", b"PROXY TCP4 1.2.3 127.0.0.1 1 2\r\n",
+                     b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n",
+                     b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\n", b"PROXY " + b"x" * 200,
+                     self.version_2(command=0x11),
+                     self.version_2(command=0x22), self.version_2(family=0x41),
+                     self.version_2(family=0x13),
                      self.version_2(addresses=b"\1\2\3\4")):
             with self.assertRaises(ValueError, msg=head):
                 has.read_proxy_header(head)
 
     def test_addresses_are_values(self):
-        for text, value in (("::ffff:198.51.100.1", "198.51.100.1"), ("::FFFF:c633:6401", "198.51.100.1"),
-                            ("2001:DB8:0:0::7", "2001:db8::7"), ("fe80::1%eth0", "fe80::1"), ("127.0.0.1", "127.0.0.1")):
+        for text, value in (("::ffff:198.51.100.1", "198.51.100.1"),
+                            ("::FFFF:c633:6401", "198.51.100.1"),
+                            ("2001:DB8:0:0::7", "2001:db8::7"), ("fe80::1%eth0", "fe80::1"),
+                            ("127.0.0.1", "127.0.0.1")):
             self.assertEqual(has.unmapped(text), value)
 
 
@@ -1901,7 +2132,8 @@ class TestPump(unittest.TestCase):
         self.clock = Clock()
         pairs = [socket.socketpair() for _ in range(4)]
         self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
-        self.ends = [[pairs[n][1], pairs[n + 1][1]] for n in (0, 2)]        # (the client, the program) of each
+        # (the client, the program) of each
+        self.ends = [[pairs[n][1], pairs[n + 1][1]] for n in (0, 2)]
         selector = selectors.DefaultSelector()
         self.addCleanup(selector.close)
         streams = [has.Stream(selector, pairs[n][0], None, None) for n in (0, 2)]
@@ -1956,7 +2188,8 @@ class TestPump(unittest.TestCase):
 # ======================================================================
 # Parts 6 and 8: sessions and the hub
 #
-# The state table, every order of events, timers and limits: a Hub turned by hand with a clock of ours.
+# The state table, every order of events, timers and limits: a Hub turned by hand with a clock of
+# ours.
 # ======================================================================
 
 # ---- helpers: all that knows the inside of has.py is here
@@ -1999,13 +2232,19 @@ class Beat:
         pass
 
 
-NOTICES = {name + "_notice": "# " + name.upper() for name in ("offline", "online", "moved", "silent", "unsent")}
+NOTICES = {name + "_notice": "# " + name.upper()
+           for name in ("offline", "online", "moved", "silent", "unsent")}
 PLAIN_SETTINGS = dict(
-    NOTICES, **RARE_NOTICES, relogin_failed_notice="# REFUSED", suspect_notice="# SUSPECT", mush_address="127.0.0.1:4001", mush_type="auto",
-    local_address="127.0.0.1", local_port=0, proxy_from="", hb_user="heartbeat", hb_pass="heartbeat", beat=10, retry=1,
-    hb_timeout=10, dead_after=60, failover_after=60, failback_after=0, remotehostname_cmd="auto", add_epoch_time="yes",
-    resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0, output_limit=1048576, log_file="",
-    log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="", local_port_ssl=0, ssl_cert="", ssl_key="",
+    NOTICES, **RARE_NOTICES, relogin_failed_notice="# REFUSED", suspect_notice="# SUSPECT",
+    mush_address="127.0.0.1:4001", mush_type="auto",
+    local_address="127.0.0.1", local_port=0, proxy_from="", hb_user="heartbeat",
+    hb_pass="heartbeat", beat=10, retry=1,
+    hb_timeout=10, dead_after=60, failover_after=60, failback_after=0,
+    remotehostname_cmd="auto", add_epoch_time="yes",
+    resume_rate="auto", login_hold=0, hold=0, max_clients=0, max_per_host=0,
+    output_limit=1048576, log_file="",
+    log_level="info", mush_ssl="no", mush_ssl_verify="yes", mush_ssl_ca="",
+    local_port_ssl=0, ssl_cert="", ssl_key="",
     admins="", control_socket="", on_event="", still_offline_every=300,
     deny="", reattach_notice="# NOTICE # Welcome back: your place was kept for {time}.")
 
@@ -2016,7 +2255,8 @@ def settings_of(changes):
     with tempfile.TemporaryDirectory() as folder:
         conf = os.path.join(folder, "has.conf")
         with open(conf, "w") as file:
-            file.writelines(f"{key} = {value}\n" for key, value in dict(PLAIN_SETTINGS, **dict(changes)).items())
+            file.writelines(f"{key} = {value}\n" for key,
+                            value in dict(PLAIN_SETTINGS, **dict(changes)).items())
         return has.load_settings(has.__file__, conf)[0]
 
 
@@ -2047,7 +2287,8 @@ class Peer:
 
     def lines(self):
         """The same as a list of lines, without colour resets and empty lines."""
-        return [line for line in self.read().replace(b"\x1b[0m", b"").decode("latin-1").split("\r\n") if line]
+        return [line for line in self.read().replace(b"\x1b[0m",
+                                                     b"").decode("latin-1").split("\r\n") if line]
 
     def reset(self):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -2114,20 +2355,23 @@ class Rig:
         state = json.loads(json.dumps(has.Survival(old).pack(name)))
         if spoil:
             spoil(state)
-        socks = [it.sock for session in old.sessions.values() for it in (session.client, session.link)
+        socks = [it.sock for session in old.sessions.values()
+                 for it in (session.client, session.link)
                  if it and it.sock]
         for sock in socks + [it.sock for it in old.door.listeners]:
             (sock.detach if sock.fileno() in fds else sock.close)()
         for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
             sock.close()
         if anew:
-            self.settings = has.settings_of(state["settings"], has.unpack(state["files"]), state["conf"])
+            self.settings = has.settings_of(state["settings"], has.unpack(state["files"]),
+                                            state["conf"])
             has.restart_log(self.settings)
         self.hub = self._new_hub()
         survival = has.Survival(self.hub)
         survival.unpack(state, lambda fd: socket.socket(fileno=fd), whole)
         if anew:
-            has.warn_of_differences(self.settings, lambda: has.load_settings(has.__file__, state["conf"]))
+            has.warn_of_differences(self.settings,
+                                    lambda: has.load_settings(has.__file__, state["conf"]))
         survival.go_on({"connection": None})
         for peer in self.peers:
             peer.session = self.hub.sessions.get(peer.session.number, peer.session)
@@ -2196,7 +2440,8 @@ class Rig:
 
     def found(self, life, game=None, address=HOME, checks=False, shut=False):
         self.life = life
-        world = has.World(address, (game or self.game).target, self.family, life, shut, checks, shut=shut)
+        world = has.World(address, (game or self.game).target, self.family,
+                          life, shut, checks, shut=shut)
         self.post(self.hub.on_world_found, world)
 
     def down(self):
@@ -2236,7 +2481,9 @@ class Rig:
         """The world (a TinyMUX) takes the login on this link; `text` None: refuses it."""
         asked = link.read()
         mark = re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1) + b"\r\n" if text else b""
-        info = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n" if b"INFO\r\n" in asked else b""
+        info = b""
+        if b"INFO\r\n" in asked:
+            info = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n"
         words = text or "Either that player does not exist, or has a different password."
         link.send(words.encode() + b"\r\n" + mark + info)
         self.settle()
@@ -2257,7 +2504,8 @@ class Rig:
         self.hub.selector.close()
         if self.hub.scribe:
             self.vault.close()
-        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other, self.full] + [
+        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer,
+                      self.game, self.other, self.full] + [
                 peer.sock for peer in self.peers]:
             thing.close()
 
@@ -2280,7 +2528,8 @@ def check_consistent(case, rig):
     """The selector knows open descriptors of living sessions only, each under its right number."""
     streams = [s for x in rig.hub.sessions.values() for s in (x.client, x.link) if s]
     case.assertFalse([s for s in streams if s.closed], "a session keeps a closed stream")
-    known = [rig.hub.mailbox.reader] + [s.sock for s in streams] + [x.sock for x in rig.hub.door.listeners]
+    known = [rig.hub.mailbox.reader] + [s.sock
+                                        for s in streams] + [x.sock for x in rig.hub.door.listeners]
     for fd, key in rig.hub.selector.get_map().items():
         case.assertIn(key.fileobj, known)
         case.assertEqual(fd, key.fileobj.fileno())
@@ -2302,19 +2551,23 @@ class RigCase(unittest.TestCase):
 COLUMNS = tuple(state.name for state in has.State)
 SAME, OPEN_LINK, ONLY = "the same", "LOGIN PLAYING RETURNING", "-"
 REST = "OPENING ASKING WAITING BACKOFF REOPENING CLOSING"
-# event: {states: (new state, the link: SAME, none, new or shut, what the client is sent, what the world is sent)};
+# event: {states: (new state, the link: SAME, none, new or shut, what the client is sent, what the
+# world is sent)};
 # ONLY: it cannot happen there, for there is no open link
 TABLE = {
     "client text": {
         "OPENING ASKING RETURNING REOPENING CLOSING": (SAME, SAME, []),
-        "LOGIN PLAYING": (SAME, SAME, [], ["hello"]), "WAITING BACKOFF": (SAME, SAME, ["# UNSENT hello"])},
+        "LOGIN PLAYING": (SAME, SAME, [], ["hello"]),
+        "WAITING BACKOFF": (SAME, SAME, ["# UNSENT hello"])},
     "client EOF": {
         "LOGIN PLAYING": ("CLOSING", "shut", []),
         "OPENING ASKING WAITING BACKOFF RETURNING REOPENING CLOSING": ("gone", "none", [])},
     "client reset": {" ".join(COLUMNS): ("gone", "none", [])},
-    "world text": {"LOGIN PLAYING": (SAME, SAME, ["text"]), "RETURNING": (SAME, SAME, []), REST: ONLY},
+    "world text": {"LOGIN PLAYING": (SAME, SAME, ["text"]), "RETURNING": (SAME, SAME, []),
+                   REST: ONLY},
     "link closes": {
-        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("BACKOFF", "none", []), REST: ONLY},
+        "LOGIN PLAYING": ("ASKING", "none", ["last words"]), "RETURNING": ("BACKOFF", "none", []),
+        REST: ONLY},
     "ten seconds": {
         "LOGIN PLAYING ASKING WAITING": (SAME, SAME, []), "OPENING": (SAME, "none", ["# OFFLINE"]),
         "REOPENING": ("BACKOFF", "none", []), "BACKOFF": ("RETURNING", "new", []),
@@ -2326,22 +2579,30 @@ TABLE = {
         "ASKING": ("RETURNING", "new", ["# OFFLINE"]),
         "OPENING LOGIN PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, [])},
     "silent": {"PLAYING WAITING BACKOFF RETURNING REOPENING CLOSING": (SAME, SAME, []),
-               "OPENING LOGIN ASKING": (SAME, SAME, ["# SILENT"])},        # at LOGIN: nobody has greeted him yet
+               # at LOGIN: nobody has greeted him yet
+               "OPENING LOGIN ASKING": (SAME, SAME, ["# SILENT"])},
     "silent, two lines": {
-        "OPENING ASKING": (SAME, SAME, ["# SILENT"]), "LOGIN PLAYING": (SAME, SAME, ["# SILENT"], ["one", "two"]),
-        "WAITING BACKOFF": (SAME, SAME, ["# UNSENT one", "# UNSENT two"]), "RETURNING REOPENING CLOSING": (SAME, SAME, [])},
+        "OPENING ASKING": (SAME, SAME, ["# SILENT"]),
+        "LOGIN PLAYING": (SAME, SAME, ["# SILENT"], ["one", "two"]),
+        "WAITING BACKOFF": (SAME, SAME, ["# UNSENT one", "# UNSENT two"]),
+        "RETURNING REOPENING CLOSING": (SAME, SAME, [])},
     "world down": {
-        "OPENING LOGIN PLAYING ASKING": ("WAITING", "none", ["# OFFLINE"]), "WAITING CLOSING": (SAME, "none", []),
+        "OPENING LOGIN PLAYING ASKING": ("WAITING", "none", ["# OFFLINE"]),
+        "WAITING CLOSING": (SAME, "none", []),
         "BACKOFF RETURNING REOPENING": ("WAITING", "none", [])},
     "world up": {
         "OPENING LOGIN PLAYING ASKING RETURNING REOPENING CLOSING": (SAME, SAME, []),
         "WAITING BACKOFF": ("RETURNING", "new", [])},
     "world reborn": {
-        "OPENING LOGIN": ("LOGIN", "new", ["# OFFLINE", "# ONLINE"]), "PLAYING ASKING": ("RETURNING", "new", ["# OFFLINE"]),
-        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []), "CLOSING": (SAME, SAME, [])},
+        "OPENING LOGIN": ("LOGIN", "new", ["# OFFLINE", "# ONLINE"]),
+        "PLAYING ASKING": ("RETURNING", "new", ["# OFFLINE"]),
+        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []),
+        "CLOSING": (SAME, SAME, [])},
     "address moved": {
-        "OPENING LOGIN": ("LOGIN", "new", ["# MOVED", "# ONLINE"]), "PLAYING ASKING": ("RETURNING", "new", ["# MOVED"]),
-        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []), "CLOSING": (SAME, SAME, [])},
+        "OPENING LOGIN": ("LOGIN", "new", ["# MOVED", "# ONLINE"]),
+        "PLAYING ASKING": ("RETURNING", "new", ["# MOVED"]),
+        "WAITING BACKOFF RETURNING REOPENING": ("RETURNING", "new", []),
+        "CLOSING": (SAME, SAME, [])},
     "HUP": {" ".join(COLUMNS): (SAME, SAME, [])},
 }
 
@@ -2383,12 +2644,16 @@ def cause(rig, event, client, link):
         rig.settle()
         client.send("two\r\n")
     else:
-        {"client text": lambda: client.send("hello\r\n"), "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR),
+        {"client text": lambda: client.send("hello\r\n"),
+         "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR),
          "client reset": client.reset, "world text": lambda: link.send("text\r\n"),
-         "ten seconds": lambda: rig.clock.advance(10.1), "silent": lambda: rig.post(rig.hub.on_silent),
+         "ten seconds": lambda: rig.clock.advance(10.1),
+         "silent": lambda: rig.post(rig.hub.on_silent),
          "verdict: left": lambda: rig.answer([(number, serial)], client.session.life),
-         "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"), "world down": rig.down,
-         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"), "HUP": rig.hub.reload.run,
+         "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"),
+         "world down": rig.down,
+         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"),
+         "HUP": rig.hub.reload.run,
          "address moved": lambda: rig.found("life 9", rig.other, AWAY)}[event]()
 
 
@@ -2397,28 +2662,35 @@ class StateTable(unittest.TestCase):
         cells = {(event, column): cell for event, row in TABLE.items()
                  for columns, cell in row.items() for column in columns.split()}
         self.assertEqual(set(cells), set(itertools.product(TABLE, COLUMNS)), "a cell is missing")
-        self.check("client text", "LOGIN", cells["client text", "LOGIN"])        # imports and caches open their files
+        # imports and caches open their files
+        self.check("client text", "LOGIN", cells["client text", "LOGIN"])
         for (event, column), cell in cells.items():
-            with self.subTest(event=event, state=column), mock.patch.object(has.log, "error") as error:
+            with self.subTest(event=event,
+                              state=column), mock.patch.object(has.log, "error") as error:
                 before = open_descriptors()
                 self.check(event, column, cell)
                 self.assertEqual(open_descriptors(), before, "descriptors leaked")
                 error.assert_not_called()       # no event without a row (see has.Session.handle)
 
     def test_the_rows_of_the_table(self):
-        """What no session can be spared has a row in every state; an event without one is logged, and ends nothing."""
-        rows = {event: {state for state, known in has.Session.TABLE if known is event} for event in has.Event}
-        for event in (has.Event.DOWN, has.Event.RETRY, has.Event.OVERDUE, has.Event.CLIENT_ENDED, has.Event.CLIENT_LOST):
+        """What no session can be spared has a row in every state; an event without one is logged,
+        and ends nothing."""
+        rows = {event: {state for state, known in has.Session.TABLE if known is event}
+                for event in has.Event}
+        for event in (has.Event.DOWN, has.Event.RETRY, has.Event.OVERDUE,
+                      has.Event.CLIENT_ENDED, has.Event.CLIENT_LOST):
             self.assertEqual(rows[event], set(has.State), event)
         self.assertTrue(all(rows.values()), "an event that nobody takes")
-        closes = {name for names, cell in TABLE["link closes"].items() if cell is not ONLY for name in names.split()}
+        closes = {name for names, cell in TABLE["link closes"].items()
+                  if cell is not ONLY for name in names.split()}
         self.assertEqual({state.name for state in rows[has.Event.ENDED]}, closes | {"CLOSING"})
         rig = Rig()
         self.addCleanup(rig.close)
         client = rig.client()
         with self.assertLogs("has", "ERROR") as logged:
             client.session.handle(has.Event.LEFT)
-        self.assertIn("a fault of HAS: verdict: the user left while at the login screen: ignored", logged.output[0])
+        self.assertIn("a fault of HAS: verdict: the user left while at the login screen: ignored",
+                      logged.output[0])
         self.assertEqual(state_of(client), "LOGIN")
 
     def check(self, event, column, cell):
@@ -2439,7 +2711,8 @@ class StateTable(unittest.TestCase):
                 self.assertEqual(client.lines(), cell[2])
                 self.assertEqual(client.ended, wanted in ("gone", "CLOSING") and cell[1] != "shut")
             self.check_link(cell[1], client.session, old, link)
-            self.assertEqual(link.lines() if link and len(cell) > 3 else [], cell[3] if len(cell) > 3 else [])
+            self.assertEqual(link.lines() if link and len(cell) > 3 else [],
+                             cell[3] if len(cell) > 3 else [])
             check_consistent(self, rig)
         finally:
             rig.close()
@@ -2461,7 +2734,8 @@ class StateTable(unittest.TestCase):
 # ---- 2. every order
 
 class EveryOrder(unittest.TestCase):
-    """Rule 2, asked about each order in which things can be learnt; the oracle below is the rule in a few lines."""
+    """Rule 2, asked about each order in which things can be learnt; the oracle below is the rule in
+    a few lines."""
 
     def walk(self, rig, client, order, oracle, cause):
         """Cause each event in turn and compare with what the oracle says of the events so far."""
@@ -2470,9 +2744,11 @@ class EveryOrder(unittest.TestCase):
             cause(event)
             rig.settle()
             wanted = oracle(order[:count])
-            self.assertEqual("CLOSING" if state_of(client) == "gone" else state_of(client), wanted, order[:count])
+            self.assertEqual("CLOSING" if state_of(client) == "gone" else state_of(client),
+                             wanted, order[:count])
             if wanted == "PLAYING":
-                self.assertIs(client.session.link, old_link, "a user of a living world was disturbed")
+                self.assertIs(client.session.link, old_link,
+                              "a user of a living world was disturbed")
         return client.lines()
 
     def start(self, has_quit):
@@ -2483,7 +2759,8 @@ class EveryOrder(unittest.TestCase):
             rig.settle(lambda: b"QUIT" in link.read())
         return rig, client, link
 
-    # {the link closes, the heartbeat's connection closes, a probe is answered on it, the heartbeat is back, 3 s, HUP}
+    # {the link closes, the heartbeat's connection closes, a probe is answered on it, the heartbeat
+    # is back, 3 s, HUP}
 
     EVENTS = ("link", "heartbeat", "answer", "back", "3 s", "HUP")
 
@@ -2491,12 +2768,14 @@ class EveryOrder(unittest.TestCase):
     def verdict(order, life, refused, has_quit):
         """What must have become of the user after these events."""
         user, heartbeat, late = "PLAYING", "old", False
-        held = "CLOSING" if has_quit else "WAITING"             # the world is gone; one who typed QUIT is not kept
+        # the world is gone; one who typed QUIT is not kept
+        held = "CLOSING" if has_quit else "WAITING"
         for event in order:
             if event == "link" and user == "PLAYING":
                 user = "CLOSING" if has_quit else "ASKING"
             elif event == "answer" and user == "ASKING":
-                user = "CLOSING"                                # asked after the close, on a connection older than it
+                # asked after the close, on a connection older than it
+                user = "CLOSING"
             elif event == "heartbeat":
                 heartbeat = "away"
             elif event == "3 s" and heartbeat == "away":
@@ -2505,12 +2784,14 @@ class EveryOrder(unittest.TestCase):
                 heartbeat = life
                 if life == "new" and user in ("PLAYING", "ASKING"):
                     user = held                                 # the world he was in is no more
-            # refused for so long, or every link has ended, too: else nothing is known of the world (HAS's own trouble)
+            # refused for so long, or every link has ended, too: else nothing is known of the world
+            # (HAS's own trouble)
             down = late and (refused or user == "ASKING") or refused and user == "ASKING"
             if heartbeat == "away" and down and user in ("PLAYING", "ASKING"):
                 user = held
             if heartbeat in ("same", "new", "unknown"):
-                if user == "ASKING":                            # the next probe: only the same life proves anything
+                # the next probe: only the same life proves anything
+                if user == "ASKING":
                     user = "CLOSING" if heartbeat == "same" else "WAITING"
                 user = "RETURNING" if user == "WAITING" else user
         return user
@@ -2542,7 +2823,8 @@ class EveryOrder(unittest.TestCase):
             if is_back and rig.beat.asks:
                 rig.answer()
         try:
-            sent = self.walk(rig, client, order, lambda events: self.verdict(events, life, refused, has_quit), cause)
+            sent = self.walk(rig, client, order,
+                             lambda events: self.verdict(events, life, refused, has_quit), cause)
             self.assertLessEqual(sent.count("# OFFLINE"), 1)
             self.assertEqual("# OFFLINE" in sent, state_of(client) == "RETURNING")
             check_consistent(self, rig)
@@ -2553,7 +2835,8 @@ class EveryOrder(unittest.TestCase):
         count = 0
         for order in itertools.permutations(self.EVENTS):
             if not order.index("answer") < order.index("heartbeat") < order.index("back"):
-                continue                                        # cannot be: a closed connection answers nothing
+                # cannot be: a closed connection answers nothing
+                continue
             for case in itertools.product(("same", "new", "unknown"), (False, True), (False, True)):
                 count += 1
                 with self.subTest(order=order, life=case[0], refused=case[1], has_quit=case[2]):
@@ -2564,7 +2847,8 @@ class EveryOrder(unittest.TestCase):
 
     @staticmethod
     def can_be(order):
-        """Only a silent world can answer again or be given up; one given up is not silent any more."""
+        """Only a silent world can answer again or be given up; one given up is not silent any
+        more."""
         silent = down = False
         for event in order:
             if event in ("answers", "dead") and not silent or event == "silent" and down:
@@ -2604,7 +2888,8 @@ class EveryOrder(unittest.TestCase):
              "fail-over": lambda: rig.found("life 2", rig.other, AWAY)}[event]()
             rig.settle()
             asked.extend(rig.beat.asks)
-            if rig.hub.health.condition is has.Condition.UP:        # the heartbeat answers, old questions too
+            # the heartbeat answers, old questions too
+            if rig.hub.health.condition is has.Condition.UP:
                 rig.answer(list(asked))
         try:
             sent = self.walk(rig, client, order, lambda events: self.fate(events, has_quit), cause)
@@ -2615,7 +2900,8 @@ class EveryOrder(unittest.TestCase):
 
     def test_silence_death_and_fail_over(self):
         events = ("silent", "answers", "dead", "fail-over", "link")
-        orders = [order for size in range(1, 6) for order in itertools.permutations(events, size) if self.can_be(order)]
+        orders = [order for size in range(1, 6) for order in itertools.permutations(events, size)
+                  if self.can_be(order)]
         self.assertGreater(len(orders), 30)
         for order, has_quit in itertools.product(orders, (False, True)):
             with self.subTest(order=order, has_quit=has_quit):
@@ -2626,15 +2912,18 @@ class TestLoss(unittest.TestCase):
     def test_every_case(self):
         """(tries that failed, a link ended, another is open) -> seconds until it is down."""
         for tries, asking, linked, wanted in (
-                ((), False, True, None), ((), True, True, None), ((), False, False, None), ((), True, False, 0.3),
+                ((), False, True, None), ((), True, True, None), ((), False, False, None),
+                ((), True, False, 0.3),
                 ((False,), False, True, 3), ((False,), True, True, 0), ((False,), False, False, 0),
                 ((False,), True, False, 0), ((True,), False, True, 60), ((True,), True, True, 60),
-                ((True,), False, False, 0), ((True, False), False, True, 3), ((False, True), False, True, 60)):
+                ((True,), False, False, 0), ((True, False), False, True, 3),
+                ((False, True), False, True, 60)):
             with self.subTest(tries=tries, asking=asking, linked=linked):
                 loss = has.Loss(1000.0)
                 for accepted in tries:
                     loss.tried(accepted, 1000.0)
-                self.assertEqual(loss.wait(1000.0, asking, linked, 60), wanted and self.approximately(wanted))
+                self.assertEqual(loss.wait(1000.0, asking, linked, 60),
+                                 wanted and self.approximately(wanted))
                 if wanted:
                     self.assertEqual(loss.wait(1000.0 + wanted, asking, linked, 60), 0)
 
@@ -2785,7 +3074,8 @@ class TestHealth(unittest.TestCase):
     EVENTS = ("one ends", "two ends", "lost", "refused", "mute", "alive", "answer", "4 s", "silent")
 
     def test_nobody_asks_for_ever(self):
-        """The heartbeat is shut out while others play: who had left just before, or behind it, is kept at last."""
+        """The heartbeat is shut out while others play: who had left just before, or behind it, is
+        kept at last."""
         for before in (True, False):
             watch = Watch("one", "two")
             if before:
@@ -2796,7 +3086,8 @@ class TestHealth(unittest.TestCase):
             for _ in range(5):
                 watch.event("trouble", HOME, "hung up", True)
                 watch.pass_time(1)
-            self.assertEqual((watch.users["one"], watch.users["two"]), ("RETURNING", "PLAYING"), before)
+            self.assertEqual((watch.users["one"], watch.users["two"]),
+                             ("RETURNING", "PLAYING"), before)
 
     def test_what_holds_in_every_order(self):
         """Nobody leaves but by an answer of his own life; what proves nothing disturbs nobody; who
@@ -2891,7 +3182,8 @@ class TestHealth(unittest.TestCase):
         firsts = [it.elts[0] for it in ast.walk(tree) if isinstance(it, ast.Tuple) and it.elts]
         returned = {it.value for it in firsts if isinstance(it, ast.Constant)} - {
             *has.Health.SURVIVES, None}
-        listed = {name for line in re.findall(r"(?m)^    (\w.*?)  ", inspect.cleandoc(has.Health.__doc__))
+        listed = {name for line in re.findall(r"(?m)^    (\w.*?)  ",
+                                              inspect.cleandoc(has.Health.__doc__))
                   for name in re.findall(r"\b[a-z]+\b", line)}
         methods = {name[len("_do_"):] for name in vars(has.Hub) if name.startswith("_do_")}
         self.assertEqual(returned, methods)
@@ -2919,7 +3211,8 @@ class HeartbeatAlone(RigCase):
         self.assertEqual(state_of(client), "WAITING")
 
     def test_a_world_that_hangs_up_on_the_heartbeat_lives(self):
-        """Its site was locked, and it was booted: nobody on a living link is dropped, also when another leaves."""
+        """Its site was locked, and it was booted: nobody on a living link is dropped, also when
+        another leaves."""
         rig = self.rig()
         (alice, link), (bob, other) = rig.player("Alice"), rig.player("Bob")
         rig.post(rig.hub.on_heartbeat_lost, "booted", False)
@@ -2931,7 +3224,8 @@ class HeartbeatAlone(RigCase):
         self.assertEqual((state_of(alice), state_of(bob)), ("PLAYING", "ASKING"))
         rig.pass_time(3.1)
         self.assertEqual(state_of(alice), "PLAYING")
-        self.assertEqual((state_of(bob), bob.lines()), ("RETURNING", ["# OFFLINE"]))     # nobody can say why: he is kept
+        # nobody can say why: he is kept
+        self.assertEqual((state_of(bob), bob.lines()), ("RETURNING", ["# OFFLINE"]))
 
     def test_a_silent_world_is_given_up_also_by_a_hub_whose_heartbeat_is_lost(self):
         rig = self.rig()
@@ -2945,7 +3239,8 @@ class HeartbeatAlone(RigCase):
         self.assertEqual(state_of(client), "WAITING")
 
     def test_own_trouble_is_not_the_worlds_death(self):
-        """DNS fails, no descriptor is left, the certificate is not accepted: users on open links play on."""
+        """DNS fails, no descriptor is left, the certificate is not accepted: users on open links
+        play on."""
         rig = self.rig()
         client, link = rig.player()
         rig.post(rig.hub.on_heartbeat_lost, "booted", False)
@@ -2964,11 +3259,13 @@ class HeartbeatAlone(RigCase):
 
     def test_an_outage_counts_from_when_users_lost_the_world(self):
         for silent in (True, False):
-            with self.subTest(silent=silent), mock.patch.object(has.time, "time", lambda: 1e9 + rig.clock.now):
+            with self.subTest(silent=silent), mock.patch.object(has.time, "time",
+                                                                lambda: 1e9 + rig.clock.now):
                 rig = types.SimpleNamespace(clock=Clock())
                 rig = self.rig()
                 rig.player()
-                rig.post(*((rig.hub.on_silent,) if silent else (rig.hub.on_heartbeat_lost, "closed", False)))
+                rig.post(*((rig.hub.on_silent,) if silent
+                           else (rig.hub.on_heartbeat_lost, "closed", False)))
                 rig.pass_time(50)
                 if silent:
                     rig.down()
@@ -2977,10 +3274,12 @@ class HeartbeatAlone(RigCase):
                     rig.pass_time(3.1)
                 self.assertEqual(rig.hub.control.status()["world"]["since"], 60 if silent else 53)
                 rig.found("life 2")
-                self.assertEqual(rig.hub.control.status()["outages"]["seconds"], 60 if silent else 53)
+                self.assertEqual(rig.hub.control.status()["outages"]["seconds"],
+                                 60 if silent else 53)
 
     def test_its_loss_disturbs_nobody(self):
-        """Booted, and back within 3 s, whatever is known of the world's life; the same for a refused try."""
+        """Booted, and back within 3 s, whatever is known of the world's life; the same for a
+        refused try."""
         for life, refused in itertools.product(("life 1", "?2"), (False, True)):
             with self.subTest(life=life, refused=refused):
                 rig = self.rig()
@@ -2994,7 +3293,8 @@ class HeartbeatAlone(RigCase):
                 link.send("text\r\n")
                 client.send("hello\r\n")
                 rig.settle()
-                self.assertEqual((client.lines(), link.lines(), state_of(client)), (["text"], ["hello"], "PLAYING"))
+                self.assertEqual((client.lines(), link.lines(), state_of(client)),
+                                 (["text"], ["hello"], "PLAYING"))
 
     def test_booted_long_after_an_unknown_life_was_adopted(self):
         rig = self.rig()
@@ -3034,7 +3334,8 @@ class ManyEnd(RigCase):
     """Links of several characters that end within a second: no ordinary leaving (rule 2)."""
 
     def ended(self, names, gap=0.0, **how):
-        """(rig, clients) whose links the world has ended, `gap` seconds apart; nothing is answered yet."""
+        """(rig, clients) whose links the world has ended, `gap` seconds apart; nothing is answered
+        yet."""
         rig = self.rig()
         clients = [rig.player(name, **how) if name else self.newcomer(rig) for name in names]
         for _, link in clients:
@@ -3050,7 +3351,8 @@ class ManyEnd(RigCase):
         return [state_of(client) for client in clients]
 
     def test_one_answer_is_not_enough(self):
-        for names in (["Alice", "Bob"], ["Alice", "Bob", "Carol"], [None, None], ["guest", "guest"], ["Alice", None]):
+        for names in (["Alice", "Bob"], ["Alice", "Bob", "Carol"], [None, None],
+                      ["guest", "guest"], ["Alice", None]):
             with self.subTest(names=names):
                 rig, clients = self.ended(names)
                 rig.answer()
@@ -3062,8 +3364,10 @@ class ManyEnd(RigCase):
                 self.assertEqual(set(self.states(clients)), {"CLOSING"})
 
     def test_one_user_leaves_as_quickly_as_ever(self):
-        """However many links he has; and others who leave more than a second before or after are others."""
-        for names, gap in ((["Alice"], 0), (["Alice", "alice", "ALICE"], 0), ([None], 0), (["Alice", "Bob"], 1.01)):
+        """However many links he has; and others who leave more than a second before or after are
+        others."""
+        for names, gap in ((["Alice"], 0), (["Alice", "alice", "ALICE"], 0),
+                           ([None], 0), (["Alice", "Bob"], 1.01)):
             with self.subTest(names=names, gap=gap):
                 rig, clients = self.ended(names, gap)
                 rig.answer()
@@ -3089,7 +3393,8 @@ class ManyEnd(RigCase):
         self.assertEqual(self.states(clients), ["RETURNING", "RETURNING"])
 
     def test_two_heartbeat_connections_do_not_add_up(self):
-        """The first answer came over a connection that has ended since: two answers of the new one are needed."""
+        """The first answer came over a connection that has ended since: two answers of the new one
+        are needed."""
         rig, clients = self.ended(["Alice", "Bob"])
         rig.answer()
         rig.post(rig.hub.on_heartbeat_lost, "booted", False)
@@ -3222,7 +3527,8 @@ class Timers(RigCase):
     def test_login_hold_and_hold(self):
         # login typed before, during or not at all; seconds after which he is let go
         for typed, login_hold, hold, wanted in (
-                ("never", 300, 0, 300), ("before", 300, 0, None), ("during", 300, 0, None), ("never", 0, 0, None),
+                ("never", 300, 0, 300), ("before", 300, 0, None), ("during", 300, 0, None),
+                ("never", 0, 0, None),
                 ("before", 300, 900, 900), ("during", 300, 900, 900), ("before", 900, 300, 300)):
             with self.subTest(typed=typed, login_hold=login_hold, hold=hold):
                 rig = self.rig(login_hold=login_hold, hold=hold)
@@ -3232,7 +3538,8 @@ class Timers(RigCase):
                     client.send("connect Alice pw\r\n")
                     rig.settle()
                 client.read()
-                steps = [step for step in range(100, 1500, 100) if rig.pass_time(100) or state_of(client) == "CLOSING"]
+                steps = [step for step in range(100, 1500, 100) if rig.pass_time(100)
+                         or state_of(client) == "CLOSING"]
                 self.assertEqual(steps[:1], [wanted] if wanted else [])
                 said = [line for line in client.lines() if "OFFLINE for" not in line]
                 self.assertEqual(len(said), 1 if wanted else 0)
@@ -3261,7 +3568,8 @@ class Timers(RigCase):
         self.assertTrue(is_gone(client))
 
     def test_half_closed_client_gets_its_answers(self):
-        """What he typed last is carried out and all of the answer reaches him, though it does not fit at once."""
+        """What he typed last is carried out and all of the answer reaches him, though it does not
+        fit at once."""
         rig = self.rig()
         client, link = rig.player()
         client.send("WHO\r\n")
@@ -3288,7 +3596,8 @@ class Timers(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("RETURNING", []))
         link.read()
         rig.pass_time(0.2)
-        self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# ONLINE", "something strange"]))
+        self.assertEqual((state_of(client), client.lines()),
+                         ("LOGIN", ["# ONLINE", "something strange"]))
         self.assertEqual(link.lines(), ["hello"])
 
     def test_unsent_lines_ten_a_second_then_a_count(self):
@@ -3375,7 +3684,8 @@ class StuckClient(RigCase):
 
     def test_a_client_that_never_reads_is_bounded_over_returns(self):
         rig, client, link = self.start(output_limit=400000)
-        rig.pass_time(1)                                        # the crash comes before its 2 s are over
+        # the crash comes before its 2 s are over
+        rig.pass_time(1)
         for life in ("life 2", "life 3", "life 4"):
             rig.down()
             rig.found(life)
@@ -3398,7 +3708,8 @@ class StuckClient(RigCase):
         self.drain(rig, client)
         rig.pass_time(0.5)
         self.fill(rig, client, link)
-        rig.pass_time(0.6)                                      # 2.1 s after the first, 0.6 s after the second began
+        # 2.1 s after the first, 0.6 s after the second began
+        rig.pass_time(0.6)
         self.assertFalse(self.is_read(rig, client))
 
     def test_closed_after_10_minutes_without_reading(self):
@@ -3418,8 +3729,10 @@ class StuckClient(RigCase):
     def test_shorten(self):
         lines = [b"line %d\r\n" % n for n in range(1000)]
         telnet = b"\xff\xfb\x01"
-        cases = {"lines": b"".join(lines), "telnet among them": b"".join(lines[:50]) + telnet + b"".join(lines[50:]),
-                 "counted twice": b"".join(lines[:3]) + b"<output lost: 7 lines>\r\n" + b"".join(lines[3:])}
+        cases = {"lines": b"".join(lines), "telnet among them": b"".join(lines[:50])
+                 + telnet + b"".join(lines[50:]),
+                 "counted twice": b"".join(lines[:3]) + b"<output lost: 7 lines>\r\n"
+                 + b"".join(lines[3:])}
         for name, text in cases.items():
             with self.subTest(name):
                 out = bytes(has.shorten(bytearray(text), 2000, told_of))
@@ -3452,7 +3765,8 @@ class Waiting(RigCase):
         return rig, client
 
     def test_a_login_is_kept_never_echoed_and_tried(self):
-        for typed in ("connect Alice secret\r\n", 'connect "Alice" secret\r\n', "connect Alice secret\n", "cr Alice secret\r\n",
+        for typed in ("connect Alice secret\r\n", 'connect "Alice" secret\r\n',
+                      "connect Alice secret\n", "cr Alice secret\r\n",
                       "connect Alicex\b secret\r\n"):
             with self.subTest(typed):
                 rig, client = self.waiting()
@@ -3467,7 +3781,8 @@ class Waiting(RigCase):
                 self.assertRegex(rig.game.accept().read(), rb'"?Alice"? secret\r\n')
 
     def test_a_login_typed_before_the_world_was_ever_seen(self):
-        """HAS started while the world was down: clients that log in by themselves send it exactly once."""
+        """HAS started while the world was down: clients that log in by themselves send it exactly
+        once."""
         for family in ("auto", "tinymux"):
             with self.subTest(mush_type=family):
                 rig = self.rig(up=False, mush_type=family)
@@ -3504,10 +3819,13 @@ class Waiting(RigCase):
         self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
 
     def test_whatever_the_world_says_a_return_without_a_login_ends_at_the_login_screen(self):
-        """Guests are off, names taken, texts edited: the world's words are shown at the first try, on the same link."""
+        """Guests are off, names taken, texts edited: the world's words are shown at the first try,
+        on the same link."""
         for family, typed, words in (
-                ("tinymux", "connect guest", "Guest logins are disabled."), ("tinymux", "connect Alice pw", "Go away."),
-                ("tinymux", "create Alice pw", "Either there is already a player with that name, or that name is illegal."),
+                ("tinymux", "connect guest", "Guest logins are disabled."),
+                ("tinymux", "connect Alice pw", "Go away."),
+                ("tinymux", "create Alice pw",
+                 "Either there is already a player with that name, or that name is illegal."),
                 ("tinymush", "create Alice pw", "Online character creation is not allowed.")):
             for typed_at in ("before", "during"):
                 with self.subTest(typed, family=family, typed_at=typed_at):
@@ -3525,9 +3843,11 @@ class Waiting(RigCase):
                     link = rig.game.accept()
                     client.read()
                     self.assertIn(typed, link.lines())
-                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO 1\r\nUptime: x\r\n### End INFO\r\n")
+                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO 1\r\nUptime: x\r\n### "
+                                                      "End INFO\r\n")
                     rig.settle()
-                    self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# REFUSED", "Welcome", words]))
+                    self.assertEqual((state_of(client), client.lines()),
+                                     ("LOGIN", ["# REFUSED", "Welcome", words]))
                     client.send("WHO\r\n")
                     rig.settle()
                     self.assertEqual(link.lines(), ["WHO"])
@@ -3536,7 +3856,8 @@ class Waiting(RigCase):
                     self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
 
     def test_a_first_login_shows_what_the_world_says_to_it(self):
-        """Only returns are silent: who logs in for the first time has seen neither room nor news."""
+        """Only returns are silent: who logs in for the first time has seen neither room nor
+        news."""
         rig, client = self.waiting()
         client.send("connect Alice secret\r\n")
         rig.settle()
@@ -3544,7 +3865,8 @@ class Waiting(RigCase):
         link = rig.game.accept()
         client.read()
         rig.let_in(link, "The Hall\r\nA room.")
-        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE", "The Hall", "A room."]))
+        self.assertEqual((state_of(client), client.lines()),
+                         ("PLAYING", ["# ONLINE", "The Hall", "A room."]))
         rig.down()
         rig.found("life 3")
         client.read()
@@ -3552,7 +3874,8 @@ class Waiting(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
 
     def test_who_was_created_connects_the_next_time(self):
-        for family, typed, sent in (("tinymux", "cr Alice secret", "cr"), ("teenymush", "c Alice secret", "create")):
+        for family, typed, sent in (("tinymux", "cr Alice secret", "cr"),
+                                    ("teenymush", "c Alice secret", "create")):
             with self.subTest(family):
                 rig, client = self.waiting(self.rig(family))
                 client.send(typed + "\r\n")
@@ -3592,9 +3915,12 @@ class Waiting(RigCase):
     def test_telnet_is_answered(self):
         """telnet(1) shows nothing more until its TIMING-MARK is answered (Ctrl-C)."""
         rig, client = self.waiting()
-        for asked, answer in ((b"\xff\xf4\xff\xfd\x06", b"\xff\xfc\x06"), (b"\xff\xf6", b"\r\n[Yes]\r\n"),
-                              (b"\xff\xfd\x45", b"\xff\xfc\x45"), (b"\xff\xfb\x5b", b"\xff\xfe\x5b"),
-                              (b"\xff\xfe\x03", b""), (b"\xff\xfc\x1f", b""), (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
+        for asked, answer in ((b"\xff\xf4\xff\xfd\x06", b"\xff\xfc\x06"),
+                              (b"\xff\xf6", b"\r\n[Yes]\r\n"),
+                              (b"\xff\xfd\x45", b"\xff\xfc\x45"),
+                              (b"\xff\xfb\x5b", b"\xff\xfe\x5b"),
+                              (b"\xff\xfe\x03", b""), (b"\xff\xfc\x1f", b""),
+                              (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
             with self.subTest(asked):
                 client.send(asked)
                 rig.settle()
@@ -3617,12 +3943,15 @@ class Waiting(RigCase):
         rig.down()
         client.send(b"\xff\xfb\x1f\xff\xfa\x2a\x02UTF-8\xff\xf0")
         rig.settle()
-        rig.hub.mailbox.post(rig.hub.on_world_found, has.World(HOME, rig.game.target, rig.family, "life 2", False, False, telnet=False))
+        rig.hub.mailbox.post(rig.hub.on_world_found,
+                             has.World(HOME, rig.game.target, rig.family,
+                                       "life 2", False, False, telnet=False))
         rig.settle()
         self.assertNotIn(b"\xff", rig.game.accept().read())
 
     def test_only_changes_are_answered(self):
-        """What the client repeats is on already: RFC 1143 (two sides that answer each answer never end)."""
+        """What the client repeats is on already: RFC 1143 (two sides that answer each answer never
+        end)."""
         rig = self.rig()
         client, link = rig.player()
         link.send(b"\xff\xfd\x1f\xff\xfb\x01")
@@ -3635,8 +3964,10 @@ class Waiting(RigCase):
         rig.settle()
         rig.down()
         client.read()
-        for asked, answer in ((b"\xff\xfb\x1f", b""), (b"\xff\xfc\x1f", b"\xff\xfe\x1f"), (b"\xff\xfc\x1f", b""),
-                              (b"\xff\xfb\x2a", b""), (b"\xff\xfe\x01", b"")):      # the last answers HAS's own WONT ECHO
+        for asked, answer in ((b"\xff\xfb\x1f", b""), (b"\xff\xfc\x1f", b"\xff\xfe\x1f"),
+                              (b"\xff\xfc\x1f", b""),
+                              # the last answers HAS's own WONT ECHO
+                              (b"\xff\xfb\x2a", b""), (b"\xff\xfe\x01", b"")):
             client.send(asked)
             rig.settle()
             self.assertEqual(client.read(), answer, asked)
@@ -3667,7 +3998,8 @@ class Waiting(RigCase):
         self.assertEqual(link.read(), b"\xff\xf4\xff\xfd\x03")  # not answered twice
 
     def test_kept_timing_marks_in_every_split(self):
-        data = b"a\xff\xff\xfd\x06b\xff\xf4\xff\xfd\x06\xff\xfa\x1f\x06\xfd\x06\x06\xff\xf0\xff\xfd\x06"
+        data = (b"a\xff\xff\xfd\x06b\xff\xf4\xff\xfd\x06"
+                b"\xff\xfa\x1f\x06\xfd\x06\x06\xff\xf0\xff\xfd\x06")
         for at in range(len(data)):
             rig = self.rig()
             client, link = rig.player()
@@ -3678,7 +4010,9 @@ class Waiting(RigCase):
                 rig.settle()
             client.send(b"\xff\xf6")
             rig.settle()
-            self.assertEqual((client.read(), client.session.inbox.kept), (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n", data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
+            self.assertEqual((client.read(), client.session.inbox.kept),
+                             (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n",
+                              data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
 
     def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
         for state in ("ASKING", "RETURNING"):
@@ -3711,14 +4045,16 @@ class Waiting(RigCase):
             rig.pass_time(60)
         told = client.lines()
         self.assertEqual(len(told), 4)
-        self.assertRegex(told[0], r"\A# NOTICE # This world has been OFFLINE for \w+\. Still waiting\.\Z")
+        self.assertRegex(told[0], r"\A# NOTICE # This world has been OFFLINE for \w+\. Still "
+                                  r"waiting\.\Z")
         rig.found("life 2")
         rig.pass_time(1200)
         self.assertFalse([line for line in client.lines() if "OFFLINE" in line])
 
     def test_answers_to_one_who_does_not_read_are_bounded(self):
         rig, client = self.waiting()
-        for typed in ("connect Alice pw\r\n", "hello\r\n", "@remotehostname x\r\n", "x" * 100 + "\r\n"):
+        for typed in ("connect Alice pw\r\n", "hello\r\n", "@remotehostname x\r\n",
+                      "x" * 100 + "\r\n"):
             for _ in range(400):
                 try:
                     client.sock.send(typed.encode() * 1000)
@@ -3730,7 +4066,8 @@ class Waiting(RigCase):
 
     def test_lines(self):
         for typed, wanted in (("hello", "# UNSENT hello"), ("a\x1b[31mb", "# UNSENT a[31mb"),
-                              ("connect Alice", "# UNSENT connect Alice"), ("caf\u00e9", "# UNSENT caf\u00c3\u00a9")):
+                              ("connect Alice", "# UNSENT connect Alice"),
+                              ("caf\u00e9", "# UNSENT caf\u00c3\u00a9")):
             with self.subTest(typed):
                 rig, client = self.waiting()
                 client.send(typed + "\r\n")
@@ -3781,7 +4118,8 @@ class Waiting(RigCase):
 
     def test_spoof_word_is_not_kept(self):
         rig, client = self.waiting(self.rig("teenymush"))
-        client.send("@remotehostname 1.2.3.4\r\n@remo\x00te\xffhostname".encode("latin-1") + b"\r\n")
+        client.send("@remotehostname 1.2.3.4\r\n@remo\x00te\xffhostname".encode("latin-1")
+                    + b"\r\n")
         rig.settle()
         self.assertNotIn(b"1.2.3.4", client.read())
         rig.found("life 2")
@@ -3789,13 +4127,16 @@ class Waiting(RigCase):
 
 
 class Leaving(RigCase):
-    """Rule 2: his last complete line was QUIT, and the link ended within 10 s; else a verdict is asked for."""
+    """Rule 2: his last complete line was QUIT, and the link ended within 10 s; else a verdict is
+    asked for."""
 
     def test_table(self):
         for typed, seconds, wanted in (
-                (["QUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n"], 9.9, "CLOSING"), (["QUIT\r\n"], 10.1, "ASKING"),
+                (["QUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n"], 9.9, "CLOSING"),
+                (["QUIT\r\n"], 10.1, "ASKING"),
                 (["QUIT\r\nsay x\r\n"], 0, "ASKING"), (["QUIT\r\n", "say x\r\n"], 0, "ASKING"),
-                (["say x\r\nQUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n", "say"], 0, "CLOSING"), (["QUIT"], 0, "ASKING"),
+                (["say x\r\nQUIT\r\n"], 0, "CLOSING"), (["QUIT\r\n", "say"], 0, "CLOSING"),
+                (["QUIT"], 0, "ASKING"),
                 (["QUIT\r\n", "say x\r\n", "QUIT\r\n"], 9.9, "CLOSING")):
             with self.subTest(typed=typed, seconds=seconds):
                 rig = self.rig()
@@ -3819,7 +4160,8 @@ class Silence(RigCase):
         self.assertEqual(client.lines(), ["# SILENT"])
 
     def test_who_sees_nothing_is_told_at_once(self):
-        """A newcomer to a silent world, and one whose login screen had not come when it fell silent."""
+        """A newcomer to a silent world, and one whose login screen had not come when it fell
+        silent."""
         rig = self.rig()
         early, greeted = rig.client(), rig.client()
         for client in (early, greeted):
@@ -3829,7 +4171,8 @@ class Silence(RigCase):
         rig.post(rig.hub.on_silent)
         late = rig.client()
         rig.pass_time(1)
-        self.assertEqual([client.lines() for client in (early, greeted, late)], [["# SILENT"], ["Welcome"], ["# SILENT"]])
+        self.assertEqual([client.lines() for client in (early, greeted, late)],
+                         [["# SILENT"], ["Welcome"], ["# SILENT"]])
 
     def test_lines_typed_at_a_silent_world_come_back_unsent_when_it_is_given_up(self):
         rig = self.rig()
@@ -3951,7 +4294,8 @@ class Returning(RigCase):
         link.send("answer\r\n")
         rig.settle()
         before = link.lines()
-        rig.pass_time(0.02)                                     # the timer of the line before that answer
+        # the timer of the line before that answer
+        rig.pass_time(0.02)
         self.assertEqual((len(before), link.lines()), (1, []))
 
     def test_typing_on_does_not_stop_the_kept_lines(self):
@@ -3967,7 +4311,8 @@ class Returning(RigCase):
         self.assertEqual(sent + link.lines(), ["one", "two", "three", "four"])
 
     def test_last_words_are_shown_of_a_world_that_lives_on_only(self):
-        """One that dies in the middle of a return has sent banner, news and room: nobody's last words."""
+        """One that dies in the middle of a return has sent banner, news and room: nobody's last
+        words."""
         for lives_on, took in itertools.product((True, False), repeat=2):
             with self.subTest(lives_on=lives_on, took=took):
                 rig = self.rig()
@@ -3984,7 +4329,8 @@ class Returning(RigCase):
                     rig.down()
                     rig.found("life 3")
                 rig.game.accept()
-                self.assertEqual(client.lines(), ["The game is full."] if lives_on and not took else [])
+                self.assertEqual(client.lines(), ["The game is full."]
+                                 if lives_on and not took else [])
 
     def test_guests_and_new_characters_are_not_checked_first(self):
         """They have no password, or are not there yet: the heartbeat would find them wrong."""
@@ -4029,7 +4375,8 @@ class Returning(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("LOGIN", ["# ONLINE"]))
 
     def test_offline_is_said_once(self):
-        """Also to one at the login screen whose new link was not open yet when the world died again."""
+        """Also to one at the login screen whose new link was not open yet when the world died
+        again."""
         rig = self.rig()
         client = rig.client()
         rig.game.accept()
@@ -4050,7 +4397,8 @@ class Returning(RigCase):
             rig.down()
             rig.found(life)
             rig.let_in(rig.game.accept())
-            self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# OFFLINE", "# ONLINE"]))
+            self.assertEqual((state_of(client), client.lines()),
+                             ("PLAYING", ["# OFFLINE", "# ONLINE"]))
 
     def test_last_words_are_shown_once(self):
         rig = self.rig()
@@ -4064,7 +4412,8 @@ class Returning(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("RETURNING", ["The game is full."]))
 
     def test_a_session_waits_for_another_of_its_character_whose_pairs_are_being_checked(self):
-        """Else it would show the other's login text. Told at last that all its pairs are wrong, it keeps nobody waiting."""
+        """Else it would show the other's login text. Told at last that all its pairs are wrong, it
+        keeps nobody waiting."""
         for verdicts in ([True, False], [False, False]):
             rig = self.rig()
             rig.family = type("Choosy", (type(rig.family),), {"counts_failures": True})()
@@ -4088,7 +4437,8 @@ class Returning(RigCase):
             self.assertNotIn(b"login text", first.read())
 
     def test_nobody_waits_for_one_who_ends(self):
-        """TinyMUSH takes one at a time: a client that leaves in the middle of its return gives its turn away."""
+        """TinyMUSH takes one at a time: a client that leaves in the middle of its return gives its
+        turn away."""
         rig = self.rig()
         clients = [rig.player(name)[0] for name in ("Alice", "Bob", "Carol")]
         rig.down()
@@ -4107,8 +4457,9 @@ class TestSuspects(unittest.TestCase):
         has.Suspects.WINDOW = SUSPECT_SECONDS
 
     def lives(self, suspects, users, rng, rate, killer=None, after=0.0, most=80, start=0.0):
-        """A world that dies at random, `rate` times a second, and `after` seconds behind the killer's coming; HAS brings
-        all back as LinkQueue does. Returns (how often it died until somebody was barred, or None; who was)."""
+        """A world that dies at random, `rate` times a second, and `after` seconds behind the
+        killer's coming; HAS brings all back as LinkQueue does. Returns (how often it died until
+        somebody was barred, or None; who was)."""
         now = start
         for death in range(1, most + 1):
             suspects.found(now, set(users))
@@ -4145,22 +4496,27 @@ class TestSuspects(unittest.TestCase):
                     suspects.found(0.0, {b"alice"})
                     suspects.came(users[-1], 86400.0, typed=True)
                     suspects.died(86400.0 + after)
-                    deaths, barred = self.lives(suspects, users, random.Random(1), 0, users[-1], after, start=86402.0)
+                    deaths, barred = self.lives(suspects, users, random.Random(1),
+                                                0, users[-1], after, start=86402.0)
                     self.assertEqual(barred, {users[-1]})
                     # the more slowly it kills, the more like chance it looks
-                    self.assertLessEqual(1 + deaths, {0.3: 7, 1.0: 10}.get(after, 5) + 2 * (count > 4))
-                    self.assertEqual(self.lives(suspects, users, random.Random(1), 0, users[-1], after, start=87000.0)[0], None)
+                    self.assertLessEqual(1 + deaths, {0.3: 7, 1.0: 10}.get(after, 5)
+                                         + 2 * (count > 4))
+                    self.assertEqual(self.lives(suspects, users, random.Random(1),
+                                                0, users[-1], after, start=87000.0)[0], None)
 
     def test_no_innocent_is_barred_in_worlds_that_die_at_random(self):
         """From the first second on, or after a day of calm."""
         for seed in [*range(40), secrets.randbelow(1 << 30)]:
-            for mean, count, calm in itertools.product((1, 3, 8, 20, 60), (1, 4, 15), (0.0, 86400.0)):
+            for mean, count, calm in itertools.product((1, 3, 8, 20, 60),
+                                                       (1, 4, 15), (0.0, 86400.0)):
                 with self.subTest(seed=seed, mean=mean, users=count, calm=calm):
                     suspects, users = has.Suspects(), [b"user %d" % n for n in range(count)]
                     suspects.found(0.0, set(users))
                     suspects.came(users[-1], calm, typed=True)
                     suspects.died(calm + 0.1)
-                    barred = self.lives(suspects, users, random.Random(seed), 1 / mean, most=40, start=calm + 1)[1]
+                    barred = self.lives(suspects, users, random.Random(seed),
+                                        1 / mean, most=40, start=calm + 1)[1]
                     self.assertEqual(barred, set())
 
     def test_strangers_who_were_near_a_death_are_forgotten(self):
@@ -4171,7 +4527,8 @@ class TestSuspects(unittest.TestCase):
             suspects.came(number, 86400.0)
         suspects.came(b"mallory", 86400.0, typed=True)
         suspects.died(86400.1)
-        self.assertEqual(self.lives(suspects, users, random.Random(1), 0, b"mallory", 0.01, start=86401.0)[1], {b"mallory"})
+        self.assertEqual(self.lives(suspects, users, random.Random(1),
+                                    0, b"mallory", 0.01, start=86401.0)[1], {b"mallory"})
 
     def test_one_death_behind_returns_puts_nobody_off(self):
         suspects = has.Suspects()
@@ -4210,7 +4567,8 @@ class TestSuspects(unittest.TestCase):
         suspects.found(20.0, {b"alice"})
         for second in range(20, 80):
             suspects.came(b"bob", float(second), typed=True)
-            self.assertEqual(suspects.wait(b"alice", float(second)), 2.0 if second < 78 else 80.0 - second)
+            self.assertEqual(suspects.wait(b"alice", float(second)),
+                             2.0 if second < 78 else 80.0 - second)
         self.assertEqual(suspects.wait(b"alice", 80.0), 0)
 
 
@@ -4225,7 +4583,8 @@ class SuspectsComeLast(RigCase):
             return [state_of(client) for client in clients]
         rig.down()
         rig.found("life 2")
-        self.assertEqual(states(), ["RETURNING"] * 3)           # one death behind logins means nothing
+        # one death behind logins means nothing
+        self.assertEqual(states(), ["RETURNING"] * 3)
         for _ in clients:
             rig.let_in(rig.game.accept())
         rig.pass_time(600)
@@ -4273,7 +4632,8 @@ class SuspectsComeLast(RigCase):
         rig.down()
         rig.found("life 2")
         self.assertEqual([state_of(client) for client in (alice, bob)], ["LOGIN", "RETURNING"])
-        self.assertEqual((alice.lines(), alice.session.character.login), (["# OFFLINE", "# SUSPECT"], None))
+        self.assertEqual((alice.lines(), alice.session.character.login),
+                         (["# OFFLINE", "# SUSPECT"], None))
 
     def test_a_client_that_kills_it_from_the_login_screen_is_closed(self):
         rig = self.rig(suspicious=True)
@@ -4281,16 +4641,20 @@ class SuspectsComeLast(RigCase):
         rig.hub.links.suspects.barred.add(client.session.number)
         rig.down()
         rig.found("life 2")
-        self.assertEqual((state_of(client), client.lines()), ("CLOSING", ["# OFFLINE", "# SUSPECT"]))
+        self.assertEqual((state_of(client), client.lines()),
+                         ("CLOSING", ["# OFFLINE", "# SUSPECT"]))
 
 
 class Pace(RigCase):
     """How fast users are brought back: resume_rate, or as the family takes it."""
 
     def test_resume_rate(self):
-        """How many of 12 are on their way after each quarter of a second, while none of them is through."""
-        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]), ("auto", 1, [1, 1, 1, 1]), (0, 1, [12, 12, 12, 12]),
-                                      (4, 64, [1, 2, 3, 4]), (2, 64, [1, 1, 2, 2]), (4, 2, [1, 2, 2, 2])):
+        """How many of 12 are on their way after each quarter of a second, while none of them is
+        through."""
+        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]),
+                                      ("auto", 1, [1, 1, 1, 1]), (0, 1, [12, 12, 12, 12]),
+                                      (4, 64, [1, 2, 3, 4]), (2, 64, [1, 1, 2, 2]),
+                                      (4, 2, [1, 2, 2, 2])):
             with self.subTest(resume_rate=rate, at_once=at_once):
                 rig = self.rig(resume_rate=rate)
                 clients = [rig.pass_time(1) or rig.player(f"u{number}")[0] for number in range(12)]
@@ -4299,7 +4663,8 @@ class Pace(RigCase):
                 rig.family = type("Paced", (type(rig.family),), {"at_once": at_once})()
                 rig.found("life 2")
                 for count in wanted:            # the oldest first
-                    self.assertEqual([state_of(c) for c in clients], ["RETURNING"] * count + ["WAITING"] * (12 - count))
+                    self.assertEqual([state_of(c) for c in clients],
+                                     ["RETURNING"] * count + ["WAITING"] * (12 - count))
                     rig.pass_time(0.25)
 
 
@@ -4310,7 +4675,8 @@ class Pace(RigCase):
         rig.down()
         rig.family = type("Paced", (type(rig.family),), family)()
         rig.found("life 2")
-        return rig, lambda: "".join(state_of(client)[0] for client in clients)      # Waiting, Returning, Playing
+        # Waiting, Returning, Playing
+        return rig, lambda: "".join(state_of(client)[0] for client in clients)
 
     def knocks(self, rig):
         """How many connects to the world that nobody has accepted yet have been closed again."""
@@ -4328,7 +4694,8 @@ class Pace(RigCase):
                     clients = []
                     for name in ("Alice", "Bob"):
                         clients.append(rig.client())
-                        clients[-1].session.character.login = has.Credentials(b"connect", name.encode(), b"pw")
+                        clients[-1].session.character.login = has.Credentials(
+                            b"connect", name.encode(), b"pw")
                     rig.pass_time(0.1)
                     for _ in clients:
                         rig.game.accept().send("Welcome\r\n")
@@ -4352,7 +4719,8 @@ class Pace(RigCase):
                 self.assertEqual(self.knocks(rig), 0)
 
     def test_it_is_not_woken_for_ever_nor_while_silent_nor_in_other_families(self):
-        for family, silent, wanted in (("pennmush", False, len(has.WAKE_SECONDS)), ("pennmush", True, 0), ("tinymux", False, 0)):
+        for family, silent, wanted in (("pennmush", False, len(has.WAKE_SECONDS)),
+                                       ("pennmush", True, 0), ("tinymux", False, 0)):
             with self.subTest(family, silent=silent):
                 rig = self.rig(family)
                 rig.client()
@@ -4428,12 +4796,14 @@ class NewConnections(RigCase):
     """What the world and the kernel are told of them."""
 
     def test_the_time_of_the_connect_is_told_if_wanted(self):
-        for wanted, line in (("yes", r"@remotehostname 203\.0\.113\.9=\d{10}"), ("no", r"@remotehostname 203\.0\.113\.9")):
+        for wanted, line in (("yes", r"@remotehostname 203\.0\.113\.9=\d{10}"),
+                             ("no", r"@remotehostname 203\.0\.113\.9")):
             rig = self.rig("teenymush", add_epoch_time=wanted)
             rig.client()
             self.assertRegex(rig.game.accept().lines()[0], line + r"\Z")
 
-    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform names these options otherwise")
+    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"),
+                         "this platform names these options otherwise")
     def test_vanished_peers_are_noticed(self):
         rig = self.rig(dead_after=33)
         rig.hub.door.listen()
@@ -4444,10 +4814,12 @@ class NewConnections(RigCase):
             rig.settle(lambda: not session.link.connecting)
             for stream, wanted in ((session.client, (60, 15, 5)), (session.link, (15, 5, 3))):
                 self.assertTrue(stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-                self.assertEqual(tuple(stream.sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                self.assertEqual(tuple(stream.sock.getsockopt(socket.IPPROTO_TCP, option)
+                                       for option in (
                     socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)), wanted)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 43000)
+                self.assertEqual(session.link.sock.getsockopt(socket.IPPROTO_TCP,
+                                                              socket.TCP_USER_TIMEOUT), 43000)
 
 
 SETTLED = [0.1] * 4                # until a new client's negotiation is awaited no more
@@ -4485,7 +4857,8 @@ class Reattach(ReattachCase):
     """A user's own line drops: his place is kept, and he comes back into it."""
 
     def test_every_way_to_lose_a_line(self):
-        for name, lose in (("FIN", lambda client: client.sock.close()), ("RST", lambda client: client.reset()),
+        for name, lose in (("FIN", lambda client: client.sock.close()),
+                           ("RST", lambda client: client.reset()),
                            ("half", lambda client: client.sock.shutdown(socket.SHUT_WR))):
             with self.subTest(name):
                 rig = self.rig()
@@ -4503,10 +4876,12 @@ class Reattach(ReattachCase):
                 self.assertIn(session.number, rig.hub.sessions)
                 self.assertEqual(len(rig.hub.sessions), 1)
                 text = again.lines()
-                self.assertRegex(text[0], r"# NOTICE # Welcome back: your place was kept for 3m 12s\.")
+                self.assertRegex(text[0], r"# NOTICE # Welcome back: your place was kept for 3m "
+                                          r"12s\.")
                 self.assertRegex(text[-3], r"You missed 1 line\(s\):\Z")
                 self.assertEqual("# NOTICE # Perhaps you saw these:" in text, name == "RST")
-                self.assertEqual(text[-2:], ['Bob says, "you there?"', "# NOTICE # That is all. You are back."])
+                self.assertEqual(text[-2:], ['Bob says, "you there?"',
+                                             "# NOTICE # That is all. You are back."])
                 self.assertEqual((own.read(), own.ended), (b"", True))
                 again.send("say here\r\n")
                 link.send("hello\r\n")
@@ -4538,9 +4913,12 @@ class Reattach(ReattachCase):
         self.assertFalse(rig.hub.places)
 
     def test_what_opens_a_place(self):
-        for line, opens in (("con *aLiCe pw", True), ('connect "Alice" pw', True), ("co alice pw", True),
-                            ("connect Alice Pw", False), ("connect Alice wrong", False), ("cd Alice pw", False),
-                            ("connect Alicia pw", False), ("create Alice pw", False), ("connect Alice", False)):
+        for line, opens in (("con *aLiCe pw", True), ('connect "Alice" pw', True),
+                            ("co alice pw", True),
+                            ("connect Alice Pw", False), ("connect Alice wrong", False),
+                            ("cd Alice pw", False),
+                            ("connect Alicia pw", False), ("create Alice pw", False),
+                            ("connect Alice", False)):
             with self.subTest(line):
                 rig = self.rig()
                 client, link = rig.player()
@@ -4559,7 +4937,8 @@ class Reattach(ReattachCase):
         client, link = rig.player()
         client.sock.close()
         rig.settle()
-        for pieces in (["connect Alice pw\r\nsay at once\r\n"], ["conn", "ect Alice p", "w\r\nsay at", " once\r\n"]):
+        for pieces in (["connect Alice pw\r\nsay at once\r\n"],
+                       ["conn", "ect Alice p", "w\r\nsay at", " once\r\n"]):
             again = rig.client()
             own = rig.game.accept()
             for piece in pieces:
@@ -4576,7 +4955,8 @@ class Reattach(ReattachCase):
         client, link = rig.player()
         client.sock.close()
         rig.settle()
-        with mock.patch.object(has.time, "time", lambda: 5e9):  # the clock on the wall is only for showing
+        # the clock on the wall is only for showing
+        with mock.patch.object(has.time, "time", lambda: 5e9):
             rig.pass_time(*[10] * 5, 9)
         self.assertFalse(link.read() or link.ended)
         rig.hub.settings = settings_of((("reattach", 59),))     # a HUP
@@ -4697,7 +5077,8 @@ class Reattach(ReattachCase):
         for answers in (True, False):
             rig = self.rig()
             client, link = rig.player(tcp=True)
-            with mock.patch.object(has, "acknowledged_ago", lambda sock: 0 if answers else math.inf), \
+            with mock.patch.object(has, "acknowledged_ago", lambda sock: 0
+                                   if answers else math.inf), \
                     mock.patch.object(has, "can_tell_life", lambda sock: True):
                 again = rig.client(tcp=True)
                 own = rig.game.accept()
@@ -4731,7 +5112,8 @@ class Reattach(ReattachCase):
         self.assertEqual(state_of(other), "PLAYING")
         other.sock.close()
         rig.settle()
-        self.assertEqual(list(rig.hub.places.sessions), [other.session.number])     # the oldest went
+        # the oldest went
+        self.assertEqual(list(rig.hub.places.sessions), [other.session.number])
 
     def test_memory_of_all_places_is_bounded(self):
         rig = self.rig(reattach_limit=1 << 16)
@@ -4833,7 +5215,8 @@ class WhosePlace(ReattachCase):
         rig = self.rig()
         client, link = self.away(rig)
         for number in range(3):
-            guesser, own = self.comes_back(rig, f"connect Alice guess{number}\r\n", host="203.0.113.66")
+            guesser, own = self.comes_back(rig, f"connect Alice guess{number}\r\n",
+                                           host="203.0.113.66")
             self.assertIn(b"guess", own.read())
             self.lose(rig, guesser)
         guesser, own = self.comes_back(rig, host="203.0.113.66")
@@ -4857,7 +5240,8 @@ class WhosePlace(ReattachCase):
     def test_the_right_password_is_no_try(self):
         rig = self.rig()
         client, link = self.away(rig)
-        for _ in range(9):                                      # its client leaves sooner than it is served
+        # its client leaves sooner than it is served
+        for _ in range(9):
             again = rig.client()
             rig.game.accept()
             again.send("connect Alice pw\r\n")
@@ -4898,7 +5282,8 @@ class WhosePlace(ReattachCase):
         self.assertFalse(first.session.place.away_at)
 
     def test_an_evicted_thief_who_is_still_connected(self):
-        """His client lives when the owner logs in with another password; it may drop, or be dead."""
+        """His client lives when the owner logs in with another password; it may drop, or be
+        dead."""
         for drops in (True, False):
             rig = self.rig()
             thief, link = rig.player(tcp=True)
@@ -4921,8 +5306,10 @@ class WhosePlace(ReattachCase):
         client, link = self.away(rig, host="203.0.113.1")
         with self.assertLogs(has.log, "INFO") as logged:
             again, own = self.comes_back(rig, host="203.0.113.2")
-        self.assertIn("Your line was lost at 203.0.113.1; you are back from 203.0.113.2.", again.read().decode())
-        self.assertTrue(any("Alice@203.0.113.1: is back from 203.0.113.2 after" in line for line in logged.output))
+        self.assertIn("Your line was lost at 203.0.113.1; you are back from 203.0.113.2.",
+                      again.read().decode())
+        self.assertTrue(any("Alice@203.0.113.1: is back from 203.0.113.2 after"
+                            in line for line in logged.output))
         self.assertEqual(rig.hub.control.status()["sessions"][0]["host"], "203.0.113.2")
 
     def checked(self, rig, link, again):
@@ -4943,7 +5330,8 @@ class WhosePlace(ReattachCase):
         return rig, client, link
 
     def test_a_link_that_ends_while_the_password_is_checked(self):
-        """The game is full, or his site is forbidden: his place is open all the same; else he leaves."""
+        """The game is full, or his site is forbidden: his place is open all the same; else he
+        leaves."""
         for right in (True, False):
             rig, client, link = self.away_where_passwords_are_checked()
             again, own = self.comes_back(rig)
@@ -5008,7 +5396,8 @@ class LivingClients(ReattachCase):
 
     def setUp(self):
         self.dead = set()                                       # their clients do not acknowledge
-        for name, stand_in in (("acknowledged_ago", lambda sock: math.inf if sock in self.dead else 0),
+        for name, stand_in in (("acknowledged_ago", lambda sock: math.inf
+                                if sock in self.dead else 0),
                                ("can_tell_life", lambda sock: sock is not None)):
             patch = mock.patch.object(has, name, stand_in)
             patch.start()
@@ -5036,7 +5425,8 @@ class LivingClients(ReattachCase):
         self.assertIn(b"Welcome back", again.read())
         other.send("to the dead one\r\n")
         rig.settle()
-        self.assertEqual((again.lines(), living.read(), own.read()), (["to the dead one"], b"", b""))
+        self.assertEqual((again.lines(), living.read(), own.read()),
+                         (["to the dead one"], b"", b""))
 
     def test_what_he_is_told_at_the_end_is_not_shown_again(self):
         rig = self.rig()
@@ -5065,7 +5455,8 @@ class LivingClients(ReattachCase):
             self.assertEqual((state_of(client), is_gone(again)), ("WAITING", True))
             self.assertIn(b"Welcome back", again.read())
 
-    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"), "this platform does not tell its keepalive")
+    @unittest.skipUnless(hasattr(socket, "TCP_KEEPIDLE"),
+                         "this platform does not tell its keepalive")
     def test_the_keepalive_is_as_before_whatever_happens(self):
         for what in ("it lives", "he leaves", "the world dies", "kicked"):
             rig = self.rig()
@@ -5179,7 +5570,8 @@ class PlaceInEveryState(ReattachCase):
 
     def test_his_time_and_that_of_the_outage(self):
         """Whichever ends first ends him."""
-        for settings, seconds in (({"hold": 30, "reattach": 60}, 30), ({"hold": 60, "reattach": 30}, 30)):
+        for settings, seconds in (({"hold": 30, "reattach": 60}, 30),
+                                  ({"hold": 60, "reattach": 30}, 30)):
             rig = self.rig(**settings)
             client, link = self.away(rig)
             rig.down()
@@ -5220,7 +5612,8 @@ class PlaceInEveryState(ReattachCase):
             text += again.read()
             rig.settle()
         told, = re.findall(rb"You missed (\d+) line\(s\):", text)
-        self.assertLessEqual(sent + 2000 - 1300, int(told))     # 4096 bytes and more were in the sockets
+        # 4096 bytes and more were in the sockets
+        self.assertLessEqual(sent + 2000 - 1300, int(told))
         self.assertLessEqual(int(told), sent + 2000)
 
     def test_hup(self):
@@ -5261,7 +5654,8 @@ class PlaceInEveryState(ReattachCase):
 
 
 class AnotherClient(RigCase):
-    """Another client at a link that lives: what they agree on, and not one command more (REATTACH.md 9)."""
+    """Another client at a link that lives: what they agree on, and not one command more
+    (REATTACH.md 9)."""
 
     OFFERS = (WILL, 25), (DO, NAWS), (DO, TTYPE), (DO, CHARSET), (WILL, GMCP)
 
@@ -5273,7 +5667,8 @@ class AnotherClient(RigCase):
         rig.settle()
         says = []
         for verb, option in self.OFFERS:
-            wants = {NAWS: size, TTYPE: kind, CHARSET: charset, GMCP: gmcp}.get(option, True) and option not in refuses
+            wants = {NAWS: size, TTYPE: kind, CHARSET: charset,
+                     GMCP: gmcp}.get(option, True) and option not in refuses
             says.append(({WILL: DO, DO: WILL} if wants else {WILL: DONT, DO: WONT})[verb])
         client.send(b"".join(command(verb, option) for verb, (_, option) in zip(says, self.OFFERS)))
         if size:
@@ -5291,7 +5686,8 @@ class AnotherClient(RigCase):
         return client, link
 
     def joined(self, first, second):
-        """What the link gets when the second client takes the first one's place, and what the second one does."""
+        """What the link gets when the second client takes the first one's place, and what the
+        second one does."""
         rig = self.rig(reattach=300)
         client, link = self.client(rig, **first)
         client.send("connect Alice pw\r\n")
@@ -5317,13 +5713,16 @@ class AnotherClient(RigCase):
 
     def test_the_same_again(self):
         rig, link, again = self.joined(self.FULL, self.FULL)
-        self.assertEqual(link.read(), sub(TTYPE, b"\0MUDLET") + sub(NAWS, struct.pack(">HH", 120, 50))
+        self.assertEqual(link.read(), sub(TTYPE, b"\0MUDLET")
+                         + sub(NAWS, struct.pack(">HH", 120, 50))
                          + sub(GMCP, b"Core.Hello one"))
 
     def test_another_size_and_type(self):
-        rig, link, again = self.joined(self.FULL, dict(self.FULL, size=(71, 23), kind=b"XTERM", gmcp=None))
+        rig, link, again = self.joined(self.FULL,
+                                       dict(self.FULL, size=(71, 23), kind=b"XTERM", gmcp=None))
         sent = link.read()
-        self.assertEqual(sent, sub(TTYPE, b"\0XTERM") + sub(NAWS, b"\0\x47\0\x17") + command(DONT, GMCP))
+        self.assertEqual(sent, sub(TTYPE, b"\0XTERM") + sub(NAWS, b"\0\x47\0\x17")
+                         + command(DONT, GMCP))
         link.send(command(WONT, GMCP) + b"text\r\n")            # its answer is not for the client
         rig.settle()
         self.assertTrue(again.read().endswith(b"\r\ntext\r\n"))
@@ -5331,7 +5730,8 @@ class AnotherClient(RigCase):
     def test_one_that_speaks_no_telnet(self):
         rig, link, again = self.joined(self.FULL, None)
         sent = link.read()
-        for piece in (command(DONT, 25), command(DONT, GMCP), sub(TTYPE, b"\0UNKNOWN"), sub(NAWS, b"\0\x4e\0\x18"),
+        for piece in (command(DONT, 25), command(DONT, GMCP), sub(TTYPE, b"\0UNKNOWN"),
+                      sub(NAWS, b"\0\x4e\0\x18"),
                       sub(CHARSET, b"\x02ISO-8859-1")):
             self.assertEqual(sent.count(piece), 1, piece)
         self.assertNotIn(command(DO, CHARSET), sent)
@@ -5349,9 +5749,11 @@ class AnotherClient(RigCase):
         self.assertEqual(sent.count(command(DO, 25)), 1)
 
     def test_the_character_set_of_what_was_missed(self):
-        for first, second, wanted in ((b"UTF-8", b"ISO-8859-1", "caf\xe9 \"so\" -".encode("latin-1")),
+        for first, second, wanted in ((b"UTF-8", b"ISO-8859-1",
+                                       "caf\xe9 \"so\" -".encode("latin-1")),
                                       (b"ISO-8859-1", b"UTF-8", "caf\xe9".encode()),
-                                      (b"UTF-8", b"UTF-8", "caf\xe9 \u201cso\u201d \u2013".encode())):
+                                      (b"UTF-8", b"UTF-8",
+                                       "caf\xe9 \u201cso\u201d \u2013".encode())):
             rig = self.rig(reattach=300)
             client, link = self.client(rig, **dict(self.FULL, charset=first))
             client.send("connect Alice pw\r\n")
@@ -5397,7 +5799,8 @@ class AnotherClient(RigCase):
         return client, link
 
     def test_one_that_was_asked_nothing(self):
-        """The world had no time to, or is of few words: a client that speaks is asked by HAS, and its yes is
+        """The world had no time to, or is of few words: a client that speaks is asked by HAS, and
+        its yes is
         for nobody; for one that does not, all stays as it was."""
         rig = self.rig(reattach=300)
         client, link = self.away(rig, **self.FULL)
@@ -5420,7 +5823,8 @@ class AnotherClient(RigCase):
         for piece in (command(DO, NAWS), command(DO, TTYPE), command(WILL, GMCP)):
             self.assertEqual(asked.count(piece), 1, piece)
         self.assertEqual(link.read(), b"")
-        third.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WILL, TTYPE) + command(DONT, GMCP))
+        third.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WILL, TTYPE)
+                   + command(DONT, GMCP))
         rig.settle()
         self.assertEqual(link.read(), sub(NAWS, b"\0\x47\0\x17") + command(DONT, GMCP))
         self.assertEqual(third.read(), sub(TTYPE, b"\1"))
@@ -5452,7 +5856,8 @@ class AnotherClient(RigCase):
                       command(DO, GMCP) + sub(GMCP, b"Core.Hello one"),
                       command(WILL, CHARSET) + sub(CHARSET, b"\x02UTF-8")):
             self.assertEqual(sent.count(piece), 1, piece)
-        link.send(command(DONT, TTYPE) + command(WILL, GMCP))    # a no is for the client; the world had asked
+        # a no is for the client; the world had asked
+        link.send(command(DONT, TTYPE) + command(WILL, GMCP))
         rig.settle()
         self.assertIn(command(DONT, TTYPE), again.read())
 
@@ -5484,7 +5889,8 @@ class AnotherClient(RigCase):
                 self.assertNotIn(command(verb, option), sent)
 
     def test_settings_typed_at_the_login_screen(self):
-        """The link gets what the new client has set there, and a prefix that it has not is cleared."""
+        """The link gets what the new client has set there, and a prefix that it has not is
+        cleared."""
         rig = self.rig(reattach=300)
         client = rig.client()
         link = rig.game.accept()
@@ -5500,7 +5906,8 @@ class AnotherClient(RigCase):
         again.send("OUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\nconnect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertEqual(link.read(), b"OUTPUTPREFIX\r\nOUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\n")
-        self.assertEqual(client.session.lines.settings, {b"OUTPUTSUFFIX": b"]", b"SCREENWIDTH": b"120", b"SCREENHEIGHT": b"20"})
+        self.assertEqual(client.session.lines.settings,
+                         {b"OUTPUTSUFFIX": b"]", b"SCREENWIDTH": b"120", b"SCREENHEIGHT": b"20"})
 
     def test_pueblo(self):
         """Who reads tags cannot go on as one who does not, nor the other way round."""
@@ -5546,7 +5953,8 @@ class AnotherClient(RigCase):
 
     def test_no_chain_of_clients_says_what_kills_a_pennmush(self):
         """DO CHARSET behind ACCEPTED, whatever the clients agree to (REATTACH.md 13)."""
-        kinds = [self.FULL, {}, {"charset": b"UTF-8"}, {"size": (80, 24)}, dict(self.FULL, charset=b"US-ASCII")]
+        kinds = [self.FULL, {}, {"charset": b"UTF-8"}, {"size": (80, 24)},
+                 dict(self.FULL, charset=b"US-ASCII")]
         for first, second in itertools.product(kinds, kinds):
             rig, link, again = self.joined(first, second)
             sent = link.read()
@@ -5581,7 +5989,8 @@ class WhatWasOnTheWay(unittest.TestCase):
         trail = self.trail(overhead=22)
         for line in (b"one\r\n", b"two\r\n", b"three\r\n"):
             trail.add(line)
-        self.left = 7 + 22 + 1                                  # the last record, and a part of that before
+        # the last record, and a part of that before
+        self.left = 7 + 22 + 1
         self.assertEqual(trail.read()[1], b"two\r\nthree\r\n")
 
     def test_memory(self):
@@ -5590,7 +5999,8 @@ class WhatWasOnTheWay(unittest.TestCase):
             trail.add(b"line %d\r\n" % number)
             self.assertLess(trail._size, 8192)
         admitted, unseen, lost = trail.read()
-        self.assertEqual(admitted.split(b"\r\n"), [b"line %d" % n for n in range(99980, 100000)] + [b""])
+        self.assertEqual(admitted.split(b"\r\n"), [b"line %d" % n for n in range(99980, 100000)]
+                         + [b""])
         self.assertEqual((unseen, lost), (b"", 0))
         trail.rest()
         self.assertLess(trail._size, 400)
@@ -5639,7 +6049,8 @@ class WhatWasOnTheWay(unittest.TestCase):
         self.assertEqual(trail.read()[1], b"half a line\r\nmore\r\n")
 
     def test_a_flood_cut_in_the_middle(self):
-        """Real sockets: what the client has read and what it is shown again are everything, once."""
+        """Real sockets: what the client has read and what it is shown again are everything,
+        once."""
         for _ in range(8):
             ours, theirs = tcp_pair()
             stream = has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None)
@@ -5657,7 +6068,8 @@ class WhatWasOnTheWay(unittest.TestCase):
                 for _ in range(random.randrange(20)):
                     seen += ours.recv(1000)
             left, unread, until = -1, b"", time.monotonic() + 5
-            while len(seen + unread) + left + len(stream.out) != 12 * fed and time.monotonic() < until:
+            while len(seen
+                      + unread) + left + len(stream.out) != 12 * fed and time.monotonic() < until:
                 left = has.unacknowledged(theirs)               # it goes on while we look
                 with contextlib.suppress(BlockingIOError):
                     unread = ours.recv(1 << 22, socket.MSG_PEEK)
@@ -5680,11 +6092,13 @@ class WhatWasOnTheWayInTLS(unittest.TestCase):
         self.context.load_cert_chain(*certificate(folder.name))
 
     def connected(self, version):
-        """A TLSStream with a trail, and what reads at the other end: (stream, socket, TLS, its input)."""
+        """A TLSStream with a trail, and what reads at the other end: (stream, socket, TLS, its
+        input)."""
         ours, theirs = tcp_pair()
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stream = has.TLSStream(selectors.DefaultSelector(), theirs, mock.Mock(), mock.Mock(), self.context)
+        stream = has.TLSStream(selectors.DefaultSelector(), theirs, mock.Mock(),
+                               mock.Mock(), self.context)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.maximum_version = version
@@ -5735,8 +6149,10 @@ class WhatWasOnTheWayInTLS(unittest.TestCase):
                         stream.ready(has.WRITE)
                         seen += self.decrypted(tls)
                 unread, until = b"", time.monotonic() + 5
-                while acknowledged(stream) != began + read + len(unread) and time.monotonic() < until:
-                    select.select([], [], [], 0.01)             # it goes on, and is acknowledged late
+                while acknowledged(stream) != began + read + len(
+                    unread) and time.monotonic() < until:
+                    # it goes on, and is acknowledged late
+                    select.select([], [], [], 0.01)
                     with contextlib.suppress(BlockingIOError):
                         unread = ours.recv(1 << 22, socket.MSG_PEEK)
                 _, missed, lost = stream.trail.read(bool(stream.out))
@@ -5758,7 +6174,8 @@ class OnePiece(RigCase):
     """Many small pieces in one read cost others little: what they bring goes out in one send."""
 
     def sends(self, act):
-        with mock.patch.object(has.Stream, "send", autospec=True, side_effect=has.Stream.send) as send:
+        with mock.patch.object(has.Stream, "send", autospec=True,
+                               side_effect=has.Stream.send) as send:
             act()
         return [bytes(call.args[1]) for call in send.call_args_list if call.args[1]]
 
@@ -5851,8 +6268,10 @@ class ArrivalNoise(RigCase):
 
     def test_which_lines(self):
         rig, client, link = self.start()
-        for line, shown in ((b"BOB has reconnected.", 0), (b"Bob has disconnected.", 0), (b"Bobby has connected.", 1),
-                            (b"Bob has connected. Not!", 1), (b"Dora: Bob has connected.", 1), (b"Bob has", 1)):
+        for line, shown in ((b"BOB has reconnected.", 0), (b"Bob has disconnected.", 0),
+                            (b"Bobby has connected.", 1),
+                            (b"Bob has connected. Not!", 1), (b"Dora: Bob has connected.", 1),
+                            (b"Bob has", 1)):
             link.send(line + b"\r\n")
             rig.settle()
             self.assertEqual(client.read(), (line + b"\r\n") * shown)
@@ -5886,8 +6305,10 @@ class Notices(RigCase):
         return rig, client, link
 
     def test_never_inside_a_sequence(self):
-        for whole, cuts in ((b"a \x1b[31mred\x1b[0m b", range(1, 14)), ("caf\u00e9 \u2603".encode(), range(1, 9)),
-                            (b"\xff\xfa\x18\x01\xff\xf0go", range(1, 6)), (b"\xff\xfb\x01go", range(1, 3)),
+        for whole, cuts in ((b"a \x1b[31mred\x1b[0m b", range(1, 14)),
+                            ("caf\u00e9 \u2603".encode(), range(1, 9)),
+                            (b"\xff\xfa\x18\x01\xff\xf0go", range(1, 6)),
+                            (b"\xff\xfb\x01go", range(1, 3)),
                             (b"\x1b]0;title\x07go", range(1, 10))):
             for cut in cuts:
                 with self.subTest(whole=whole, cut=cut):
@@ -5903,7 +6324,8 @@ class Notices(RigCase):
 
     def test_waits_1_s_at_most(self):
         for prompt, wanted in ((b"prompt> ", b"prompt> \r\n# SILENT\r\n"), (b"", b"# SILENT\r\n"),
-                               (b"\x1b[3", b"\x1b[3m\x1b[0m\r\n# SILENT\r\n"), (b"x\r\n", b"x\r\n# SILENT\r\n"),
+                               (b"\x1b[3", b"\x1b[3m\x1b[0m\r\n# SILENT\r\n"),
+                               (b"x\r\n", b"x\r\n# SILENT\r\n"),
                                (b"\x1b[31mx\r\n", b"\x1b[31mx\r\n\x1b[0m# SILENT\r\n")):
             with self.subTest(prompt=prompt):
                 rig, client, _ = self.begin(prompt) if prompt else self.begin(b"\r\n")
@@ -5922,11 +6344,13 @@ class Notices(RigCase):
             for client in (plain, bright):
                 client.read()
             rig.down()
-            self.assertEqual((plain.read(), bright.read()), (b"# OFFLINE\r\n", b"\x1b[0m# OFFLINE\r\n"))
+            self.assertEqual((plain.read(), bright.read()),
+                             (b"# OFFLINE\r\n", b"\x1b[0m# OFFLINE\r\n"))
             rig.found(life)
             for link in (rig.game.accept(), rig.game.accept()):
                 rig.let_in(link, "\x1b[1mLimbo\x1b[0m")       # not shown
-            self.assertEqual((plain.read(), bright.read()), (b"# ONLINE\r\n", b"\x1b[0m# ONLINE\r\n"))
+            self.assertEqual((plain.read(), bright.read()),
+                             (b"# ONLINE\r\n", b"\x1b[0m# ONLINE\r\n"))
 
     def test_an_escape_on_the_quick_way(self):
         for text in (b"a\x1b[31mb\r\n", b"\x1b[31m"):
@@ -5945,8 +6369,10 @@ class Notices(RigCase):
                 self.assertEqual(client.read(), b"one\r\n" + text)
 
     def test_in_the_character_set_that_was_agreed(self):
-        for said, shown in ((b"", "zur\u00fcck".encode()), (b"\xff\xfa\x2a\x02ISO-8859-1\xff\xf0", b"zur\xfcck"),
-                            (b"\xff\xfa\x2a\x02US-ASCII\xff\xf0", b"zuruck"), (b"\xff\xfa\x2a\x02UTF-8\xff\xf0", "zur\u00fcck".encode())):
+        for said, shown in ((b"", "zur\u00fcck".encode()),
+                            (b"\xff\xfa\x2a\x02ISO-8859-1\xff\xf0", b"zur\xfcck"),
+                            (b"\xff\xfa\x2a\x02US-ASCII\xff\xf0", b"zuruck"),
+                            (b"\xff\xfa\x2a\x02UTF-8\xff\xf0", "zur\u00fcck".encode())):
             with self.subTest(said):
                 rig = self.rig(online_notice="zur\u00fcck")
                 client, _ = rig.player()
@@ -6067,7 +6493,8 @@ class Browsers(RigCase):
                 rig.settle()
             self.assertNotIn(pieces[-1], link.read())
         for pieces, raw in (([self.REQUEST], True), ([b"GET /wsclient HT", b"TP/1.1\r\n"], False),
-                            ([b"hello\r\n" + self.REQUEST], False), ([b"hello\r\n", self.REQUEST], False),
+                            ([b"hello\r\n" + self.REQUEST], False),
+                            ([b"hello\r\n", self.REQUEST], False),
                             ([b"GET me a drink\r\n"], False), ([b"get / HTTP/1.1\r\n"], False)):
             rig = self.rig("pennmush")
             client = rig.client()
@@ -6081,7 +6508,8 @@ class Browsers(RigCase):
         rig, client, link = self.browser()
         rig.settings.output_limit = 300000
         link.sock.setblocking(True)
-        sender = threading.Thread(target=lambda: self.assertRaises(OSError, link.sock.sendall, b"\xff" * 20000000), daemon=True)
+        sender = threading.Thread(target=lambda: self.assertRaises(OSError, link.sock.sendall,
+                                                                   b"\xff" * 20000000), daemon=True)
         sender.start()
         deadline = time.monotonic() + 10
         while not is_gone(client) and state_of(client) != "CLOSING":
@@ -6102,7 +6530,9 @@ class Browsers(RigCase):
             if request not in link.read():
                 request_line = client.read()
                 self.assertTrue(client.ended)
-                got.append(re.match(rb"HTTP/1.1 429 [^\n]*\nRetry-After: (\d+)\r\n(?s:.*)\r\n\r\n\Z", request_line).group(1))
+                got.append(
+                    re.match(rb"HTTP/1.1 429 [^\n]*\nRetry-After: (\d+)\r\n(?s:.*)\r\n\r\n\Z",
+                             request_line).group(1))
             else:
                 got.append(b"ok")
             client.sock.close()
@@ -6135,11 +6565,14 @@ class Browsers(RigCase):
 
     def test_what_may_turn_into_frames_counts_and_pages_do_not(self):
         page, many = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n", ["203.0.113.9"] * 5
-        for request, braked in ((page, False), (b"POST /a HTTP/1.0\n\nwords", False), (b"GET /wsclient HTTP/1.1\r\n", True),
-                                (b"GET /wsclient HTTP/1.1\r\nHost: x\r\n", True), (self.REQUEST.upper(), True),
+        for request, braked in ((page, False), (b"POST /a HTTP/1.0\n\nwords", False),
+                                (b"GET /wsclient HTTP/1.1\r\n", True),
+                                (b"GET /wsclient HTTP/1.1\r\nHost: x\r\n", True),
+                                (self.REQUEST.upper(), True),
                                 (page.replace(b"Host", b"Sec-WebSocket-Key"), True)):
             with self.subTest(request):
-                self.assertEqual(self.websockets(self.rig("pennmush"), *many, request=request), [b"ok"] * 3 + [b"3" if braked else b"ok"] * 2)
+                self.assertEqual(self.websockets(self.rig("pennmush"), *many, request=request),
+                                 [b"ok"] * 3 + [b"3" if braked else b"ok"] * 2)
 
     def test_this_machines_own_are_not_braked(self):
         self.assertEqual(self.websockets(self.rig("pennmush"), *["127.0.0.1"] * 9), [b"ok"] * 9)
@@ -6147,7 +6580,8 @@ class Browsers(RigCase):
     def test_it_goes_through_an_upgrade(self):
         rig, client, link = self.browser()
         rig.upgrade()
-        self.assertEqual((client.session.inbox.first.is_http, client.session.inbox.first.is_raw), (True, True))
+        self.assertEqual((client.session.inbox.first.is_http, client.session.inbox.first.is_raw),
+                         (True, True))
         for here, there in ((client, link), (link, client)):
             there.read()
             here.send(self.FRAMES)
@@ -6455,7 +6889,8 @@ class TestVault(VaultCase):
 
 
 class TakenOver(RigCase):
-    """What waits for a timer, or was asked, when the process is replaced, gets its timer and its answer again."""
+    """What waits for a timer, or was asked, when the process is replaced, gets its timer and its
+    answer again."""
 
     def test_lines_are_answered_as_unsent(self):
         rig = self.rig()
@@ -6663,7 +7098,8 @@ class Died(RigCase):
                         for _ in range(deaths_ - 1):
                             rig.game.accept()
                         rig.let_in(rig.game.accept())
-                        self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
+                        self.assertEqual((state_of(client), client.lines()),
+                                         ("PLAYING", ["# ONLINE"]))
                     if column == "CLOSING":
                         rig.pass_time(has.FLUSH_SECONDS + 1)
                         self.assertTrue(is_gone(client))
@@ -6706,7 +7142,8 @@ class Died(RigCase):
         rig.settle()
         asked = link.read()
         rig.die()
-        link.send(b"Welcome\r\n" + re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1) + b"\r\n")
+        link.send(b"Welcome\r\n" + re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1)
+                  + b"\r\n")
         rig.settle()
         self.assertEqual((state_of(client), client.read()), ("PLAYING", b"Welcome\r\n"))
 
@@ -6862,7 +7299,8 @@ class TakenOverWhateverTheDisk(RigCase):
     def secure_rig(self, **settings):
         """A HAS with a TLS listener and a log file; settings in a has.conf that stays."""
         conf = os.path.join(self.folder, "has.conf")
-        settings = {**PLAIN_SETTINGS, "local_port": free_port(), "local_port_ssl": free_port(), "ssl_cert": self.cert,
+        settings = {**PLAIN_SETTINGS, "local_port": free_port(), "local_port_ssl": free_port(),
+                    "ssl_cert": self.cert,
                     "ssl_key": self.key, "log_file": self.log, "log_level": "info", **settings}
         with open(conf, "w") as file:
             file.writelines(f"{key} = {value}\n" for key, value in settings.items())
@@ -6879,7 +7317,8 @@ class TakenOverWhateverTheDisk(RigCase):
         """What a new client is shown."""
         found = []
         address = "127.0.0.1", rig.settings.local_port_ssl
-        thread = threading.Thread(target=lambda: found.append(ssl.get_server_certificate(address)), daemon=True)
+        thread = threading.Thread(target=lambda: found.append(ssl.get_server_certificate(address)),
+                                  daemon=True)
         thread.start()
         rig.settle(lambda: not thread.is_alive())
         return found[0].split()
@@ -6916,8 +7355,10 @@ class TakenOverWhateverTheDisk(RigCase):
                 self.assertEqual(self.certificate_shown(rig), before)
                 told = open(self.log).read()
                 if how != "both":
-                    self.assertRegex(told, "WARNING .*those in force go on.*mend.*HUP.*ssl_(cert|key)")
-                    rig.hub.reload._load = lambda: has.load_settings(has.__file__, rig.settings.conf)
+                    self.assertRegex(told, "WARNING .*those in force go "
+                                           "on.*mend.*HUP.*ssl_(cert|key)")
+                    rig.hub.reload._load = lambda: has.load_settings(has.__file__,
+                                                                     rig.settings.conf)
                     rig.hub.reload.run()
                     self.assertEqual(self.certificate_shown(rig), before)
                     self.goes_on(rig, client, link)
@@ -6931,12 +7372,14 @@ class TakenOverWhateverTheDisk(RigCase):
         client, link = rig.player()
         shutil.rmtree(os.path.dirname(self.log))
         said, real = [], has.LogHandler.emit
-        with mock.patch.object(has.LogHandler, "emit", lambda it, record: said.append((it._path, record.getMessage()))):
+        with mock.patch.object(has.LogHandler, "emit", lambda it,
+                               record: said.append((it._path, record.getMessage()))):
             rig.upgrade(anew=True)
         self.goes_on(rig, client, link)
         (path, line), *_ = said
         self.assertEqual(path, "")
-        self.assertRegex(line, f"cannot open log_file {re.escape(self.log)}.*standard error.*make.*HUP")
+        self.assertRegex(line, f"cannot open log_file {re.escape(self.log)}.*standard "
+                               f"error.*make.*HUP")
         os.mkdir(os.path.dirname(self.log))
         has.log.handlers[0].reload(rig.settings)
         has.log.info("there again")
@@ -6951,7 +7394,8 @@ class TakenOverWhateverTheDisk(RigCase):
 
 
 class TakenOverInPart(RigCase):
-    """One session cannot be taken up, and no other program could do better: it ends, others live."""
+    """One session cannot be taken up, and no other program could do better: it ends, others
+    live."""
 
     @staticmethod
     def spoilers():
@@ -7103,7 +7547,8 @@ class Isolation(RigCase):
         for room in rooms:
             rig = self.rig()
             bad, good = rig.client(), rig.client()
-            part, = [it for it in [has.Passage(bad.session), *has.Passage(bad.session).parts] if type(it) is room]
+            part, = [it for it in [has.Passage(bad.session), *has.Passage(bad.session).parts]
+                     if type(it) is room]
             rig.hub.later(1, types.MethodType(faulty, part))
             with self.assertLogs("has", "ERROR") as logs:
                 rig.pass_time(1.1)
@@ -7148,7 +7593,8 @@ class NoSpinning(RigCase):
         self.assert_idle(rig)
 
     def test_input_blocked(self):
-        """The world does not read, the user types on; then a verdict is awaited and he still types."""
+        """The world does not read, the user types on; then a verdict is awaited and he still
+        types."""
         rig = self.rig()
         client, link = rig.player()
         try:
@@ -7221,7 +7667,8 @@ class FairTurns(RigCase):
 
 
 class OneCharacterTwice(RigCase):
-    """Two sessions of one character come back one by one; the first waits for the second (settled)."""
+    """Two sessions of one character come back one by one; the first waits for the second
+    (settled)."""
 
     INFO = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n"
 
@@ -7242,7 +7689,8 @@ class OneCharacterTwice(RigCase):
         rig.found("life 2")
         link = rig.game.accept()
         rig.let_in(link)
-        self.assertEqual((state_of(first), state_of(second), first.session.way_back.settled), ("RETURNING", "WAITING", True))
+        self.assertEqual((state_of(first), state_of(second), first.session.way_back.settled),
+                         ("RETURNING", "WAITING", True))
         first.read(), second.read(), link.read()
         return rig, first, link, second
 
@@ -7292,7 +7740,8 @@ class Guests(RigCase):
             rig.found("life 2")
         rig.pass_time(101)
         self.assertEqual((state_of(client), client.session.character.login), ("LOGIN", None))
-        self.assertEqual(client.lines()[-1], "# NOTICE # This world is ONLINE again. Guests have to log in again.")
+        self.assertEqual(client.lines()[-1], "# NOTICE # This world is ONLINE again. Guests have "
+                                             "to log in again.")
 
     def test_a_guest_keeps_his_hold_when_the_world_goes_before_his_turn(self):
         rig = self.rig(resume_rate=0.001, hold=0, login_hold=50)
@@ -7331,7 +7780,8 @@ class WhatWasTyped(RigCase):
         self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
 
     def test_a_refusal_in_other_words_or_in_two_pieces(self):
-        for words in (["Either there is already a pla", "yer with that name, or that name is illegal.\r\n"],
+        for words in (["Either there is already a pla",
+                       "yer with that name, or that name is illegal.\r\n"],
                       ["Guest logins are disabled.\r\n"], ["Pay your bill first.\r\n"]):
             with self.subTest(words):
                 rig = self.rig()
@@ -7347,7 +7797,8 @@ class WhatWasTyped(RigCase):
                     rig.settle()
                 rig.pass_time(1.1)
                 rig.down()
-                self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
+                self.assertEqual((state_of(client), client.session.character.pending),
+                                 ("WAITING", None))
 
     def test_a_late_login_screen_is_no_answer(self):
         rig = self.rig()
@@ -7362,7 +7813,8 @@ class WhatWasTyped(RigCase):
         self.assertEqual(client.session.character.pending.password, b"pw")
 
     def test_a_refusal_by_a_world_that_refuses_the_heartbeat_too_says_nothing(self):
-        """Its database may be broken: the login is tried again in its next life, and forgotten if that refuses it."""
+        """Its database may be broken: the login is tried again in its next life, and forgotten if
+        that refuses it."""
         rig = self.rig()
         client, _ = rig.player()
         rig.down()
@@ -7378,9 +7830,11 @@ class WhatWasTyped(RigCase):
         rig.found("life 3")
         link = rig.game.accept()
         self.assertIn("connect Alice pw", link.lines())
-        client.session.character.trials and link.send(nonce_of(rig, client) + b"\r\n### Begin INFO\r\n### End INFO\r\n")
+        client.session.character.trials and link.send(nonce_of(rig, client)
+                                                      + b"\r\n### Begin INFO\r\n### End INFO\r\n")
         rig.settle()
-        self.assertEqual((state_of(client), client.session.character.login.password), ("PLAYING", b"pw"))
+        self.assertEqual((state_of(client), client.session.character.login.password),
+                         ("PLAYING", b"pw"))
 
     def test_the_time_of_a_broken_worlds_login_screen_costs_nobody_his_login(self):
         rig = self.rig()
@@ -7417,7 +7871,8 @@ class WhatWasTyped(RigCase):
         rig.settle()
         rig.let_in(link, None)
         rig.down()
-        self.assertEqual((state_of(client), client.session.character.pending.password), ("WAITING", b"pw"))
+        self.assertEqual((state_of(client), client.session.character.pending.password),
+                         ("WAITING", b"pw"))
 
     def test_logout_behind_an_endless_line_is_seen(self):
         rig = self.rig()
@@ -7434,7 +7889,8 @@ class WhatWasTyped(RigCase):
         client.send("LOGOUT\r\n")
         rig.settle()
         session = client.session
-        self.assertEqual((session.character.login, session.character.trials, session.character.checked), (None, [], None))
+        self.assertEqual((session.character.login, session.character.trials,
+                          session.character.checked), (None, [], None))
 
     def test_a_client_that_half_closes_right_after_its_return_has_said_all(self):
         rig = self.rig()
@@ -7467,14 +7923,16 @@ class WhatWasTyped(RigCase):
         client = rig.client()
         rig.down()
         session = client.session
-        session.character.login, session.character.previous = (has.Credentials(b"connect", b"Alice", word) for word in (b"new", b"old"))
+        session.character.login, session.character.previous = (
+            has.Credentials(b"connect", b"Alice", word) for word in (b"new", b"old"))
         for _ in range(2):
             rig.found("life 1", checks=True)
         asked = list(rig.beat.checks)
         self.assertEqual(len(asked), 2)
         for number, serial, _ in asked:
             rig.post(rig.hub.on_checked, number, serial, [False, True])
-        self.assertEqual((session.character.trials, len(rig.beat.checks)), ([session.character.previous], 2))
+        self.assertEqual((session.character.trials, len(rig.beat.checks)),
+                         ([session.character.previous], 2))
 
     def test_telnet_of_a_client_that_does_not_read_reaches_the_world(self):
         rig = self.rig()
@@ -7496,7 +7954,8 @@ class TestLoginBrake(unittest.TestCase):
             now += waits[-1]
             brake.count("a", b"bob", now)
         self.assertEqual(waits, [0, 0, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30, 30])
-        self.assertEqual((brake.wait("b", now), brake.left("b", now), brake.left("a", now)), (0, 3, 0))
+        self.assertEqual((brake.wait("b", now), brake.left("b", now), brake.left("a", now)),
+                         (0, 3, 0))
         self.assertEqual(brake.wait("a", now + brake.MEMORY), 0)
 
     def test_a_success_forgives_the_tries_at_that_character_only(self):
@@ -7517,7 +7976,8 @@ class TestLoginBrake(unittest.TestCase):
         self.assertLess(max(map(len, brake.tries.values())), 21)
 
 
-# What five real servers made of typed lines (worlds/bytes.md 6): packets -> outcome, the line understood, where it is not
+# What five real servers made of typed lines (worlds/bytes.md 6): packets -> outcome, the line
+# understood, where it is not
 # what was typed; "[": what stands in an unfinished line.
 VECTORS = r"""
 ** tinymux
@@ -7608,7 +8068,8 @@ b"\x01QUIT\r\n"->BANNER  ``  b"QUIT\0x\r\n"->BANNER  ``  b"LOGOUT\r\n"->BANNER
 b"logout\r\n"->BANNER  ``  b"LOG\x01OUT\r\n"->BANNER
 b"CONNECT Alice alicepw\r\n"->IN 'CONNECT Alice alicepw'  ``  b"c Alice alicepw\r\n"->CREATE
 b"cox Alice alicepw\r\n"->BANNER  ``  b" xyz Alice alicepw\r\n"->BANNER
-b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'  ``  b'connect "Alice"alicepw\r\n'->FAIL
+b'connect "Alice" alicepw\r\n'->IN 'connect "Alice" alicepw'
+b'connect "Alice"alicepw\r\n'->FAIL
 b'connect Alice "alicepw"\r\n'->FAIL  ``  b"connect alice alicepw\r\n"->IN 'connect alice alicepw'
 b"connect Alice Alicepw\r\n"->FAIL
 b"x\rconnect Alice alicepw\r\n"->BANNER 'xconnect Alice alicepw'
@@ -7821,7 +8282,8 @@ class Reader:
     def __init__(self, family, charset=""):
         self.world = WORLDS[family]()
         self.conn = Connection(self.world, None, False)
-        self.conn.gone = self.conn.telnet_ok = self.conn.spoken = True         # gone: nothing is written
+        # gone: nothing is written
+        self.conn.gone = self.conn.telnet_ok = self.conn.spoken = True
         self.lines = []
         self._end_line, self.world.end_line = self.world.end_line, self._ended
         self.world.arrived = lambda *_: None
@@ -7937,12 +8399,15 @@ class TypedBytes(unittest.TestCase):
                 if "\x1b" not in line and family != "teenymush":
                     self.assertEqual(again[:1], [line])
                 if family == "rhostmush" and '"' in line:
-                    continue                    # quoted names are off by default there, and can be switched on
+                    # quoted names are off by default there, and can be switched on
+                    continue
                 login = DIALECTS[family].read_login(read_line)
-                self.assertEqual(bool(login) and (login.name.lower(), login.password) == (b"alice", b"alicepw")
+                self.assertEqual(bool(login)
+                                 and (login.name.lower(), login.password) == (b"alice", b"alicepw")
                                  and not login.creates, outcome == "IN")
                 if outcome in ("CLOSED", "BANNER"):
-                    self.assertEqual(bool(DIALECTS[family].quit_login.match(read_line)), outcome == "CLOSED")
+                    self.assertEqual(bool(DIALECTS[family].quit_login.match(read_line)),
+                                     outcome == "CLOSED")
 
     def each_family(self):
         for family in FAMILIES:
@@ -8014,14 +8479,19 @@ class TypedThroughHAS(RigCase):
                 front = Front(self, family, "LOGIN", charset)
                 front.type(*packets)
                 self.assertEqual(front.heard(), front.meant())
-                if b"\xff" not in b"".join(packets) and outcome in ("IN", "CLOSED") and family != "teenymush":
+                if b"\xff" not in b"".join(packets) and outcome in (
+                    "IN", "CLOSED") and family != "teenymush":
                     self.assertEqual(front.heard()[-1:], [line.replace("\x1b", "")])
                 self.doCleanups()
 
-    PARTS = [b"connect Alice pw", b"LOGOUT", b"QUIT", b"PROXY x y", b"PRO", b"XY a b", b"@remotehostname h", b"think a",
-             b"\r\n", b"\n", b"\r", b"\b", b"\x7f", b"\0", b"\t", b"\x1b", b"\x01", b"\x80", b"\x85", b"\xa0", b"\xc3",
-             b"\xc3\xa9", b"\xe2\x80\x9c", b"\xe2\x82", b"\xc0\xa0", b"\xcc\x81", b"\xc4\xb0", b"\xf0\x9f\x98\x80", b"\xf1", b" ",
-             b"\xff\xf1", b"\xff\xf7", b"\xff\xf6", b"\xff\xff", b"\xff\xfd\x01", b"\xff\xfd", b"\xff", b"\xffX", b"\xff\n",
+    PARTS = [b"connect Alice pw", b"LOGOUT", b"QUIT", b"PROXY x y", b"PRO",
+             b"XY a b", b"@remotehostname h", b"think a",
+             b"\r\n", b"\n", b"\r", b"\b", b"\x7f", b"\0", b"\t", b"\x1b",
+             b"\x01", b"\x80", b"\x85", b"\xa0", b"\xc3",
+             b"\xc3\xa9", b"\xe2\x80\x9c", b"\xe2\x82", b"\xc0\xa0", b"\xcc\x81",
+             b"\xc4\xb0", b"\xf0\x9f\x98\x80", b"\xf1", b" ",
+             b"\xff\xf1", b"\xff\xf7", b"\xff\xf6", b"\xff\xff", b"\xff\xfd\x01",
+             b"\xff\xfd", b"\xff", b"\xffX", b"\xff\n",
              b"\xff\xfa\x18\x00x\xff\xf0", b"\xff\xfa\x18q\nQUIT", *[
                  sub(CHARSET, b"\x02" + name) for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")],
              *[sub(CHARSET, b"\x01" + names) for names in (b";UTF-8", b";UTF-8;", b";CP437;UTF-8;")],
@@ -8037,8 +8507,11 @@ class TypedThroughHAS(RigCase):
         if family == "pennmush" and state == "PLAYING" and front.session.inbox.typed.charset:      # its spellings are not known
             heard, meant = ([it in ("QUIT", "LOGOUT") for it in lines] for lines in (heard, meant))
         self.assertEqual(heard, meant, (seed, family, charset, state, packets))
-        self.assertFalse([it for it in heard if state == "LOGIN" and re.match(r"\s*(?i:proxy|@)", it) and front.rig.family
-                          .handover_words and DIALECTS[family].is_handover(it.encode("latin-1", "replace"), "auto")])
+        self.assertFalse([it for it in heard if state == "LOGIN"
+                          and re.match(r"\s*(?i:proxy|@)", it) and front.rig.family
+                          .handover_words
+                          and DIALECTS[family].is_handover(it.encode("latin-1", "replace"),
+                                                           "auto")])
         self.doCleanups()
 
     def test_fuzz(self):
@@ -8050,9 +8523,12 @@ class TypedThroughHAS(RigCase):
                             self.check_fuzz(family, charset, state, seed)
 
     def test_a_second_hand_over_never_reaches_the_world(self):
-        for line in (b"PROQ\x01\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2", b"PROQ\x80\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2",
-                     b"PRO\xc3\xa9" + b"\x7f" * 8 + b"XY TCP4 1.2.3.4 1.1.1.1 1 2", b"PROXY\xc0\xa0x\xc0\xa01.2.3.4",
-                     b"PRO\xff\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2", b"PRO\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2",
+        for line in (b"PROQ\x01\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PROQ\x80\x7fXY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PRO\xc3\xa9" + b"\x7f" * 8 + b"XY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PROXY\xc0\xa0x\xc0\xa01.2.3.4",
+                     b"PRO\xff\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2",
+                     b"PRO\xffQXY TCP4 1.2.3.4 1.1.1.1 1 2",
                      b"PROXY TCP4 1.2.3.4 1.1.1.1 1 2" + b" " * 16500):
             front = Front(self, "rhostmush")
             front.type(b"LOGOUT " + b"x" * 16500 + b"\r\n" + line + b"\r\nWHO\r\n")
@@ -8071,14 +8547,17 @@ class TypedThroughHAS(RigCase):
             self.doCleanups()
 
     def test_a_logout_in_disguise_is_seen(self):
-        for family, lines in (("tinymux", (b"LOG\x01OUT", b"  logoux\bt", b"LOGOUT " + b"x" * 20000)),
-                              ("rhostmush", (b"LOG\x80OUT", b"LOGOUT\xc0\xa0x", b"LOGO\xff\xffxUT", b"LOGOUT " + b"x" * 20000)),
+        for family, lines in (
+            ("tinymux", (b"LOG\x01OUT", b"  logoux\bt", b"LOGOUT " + b"x" * 20000)),
+                              ("rhostmush", (b"LOG\x80OUT", b"LOGOUT\xc0\xa0x",
+                                             b"LOGO\xff\xffxUT", b"LOGOUT " + b"x" * 20000)),
                               ("pennmush", (b"LOGOUT\0", b"LOGOUTX\b", b"LOG\xffOUT")),
                               ("tinymush", (b"LOG\x80OUT\tx", b" logoutx\x7f"))):
             for line in lines:
                 front = Front(self, family, "PLAYING")
                 front.type(line + b"\n")
-                self.assertEqual((front.session.state.name, front.session.character.login), ("LOGIN", None), (family, line))
+                self.assertEqual((front.session.state.name, front.session.character.login),
+                                 ("LOGIN", None), (family, line))
                 self.doCleanups()
 
     def test_after_these_options_a_stream_is_no_telnet_to_be_read(self):
@@ -8086,10 +8565,12 @@ class TypedThroughHAS(RigCase):
             front = Front(self, "tinymux")
             front.client.send(offer((WILL, option), (DO, option)) + sub(option, b"\x01"))
             front.rig.settle()
-            self.assertEqual((front.client.read(), front.peer.read()), (offer((DONT, option), (WONT, option)), b""))
+            self.assertEqual((front.client.read(), front.peer.read()),
+                             (offer((DONT, option), (WONT, option)), b""))
             front.peer.send(offer((WILL, option), (DO, option)) + sub(option, b"\x01"))
             front.rig.settle()
-            self.assertEqual((front.client.read(), front.peer.read()), (b"", offer((DONT, option), (WONT, option))))
+            self.assertEqual((front.client.read(), front.peer.read()),
+                             (b"", offer((DONT, option), (WONT, option))))
             self.doCleanups()
 
 
@@ -8097,7 +8578,8 @@ class BoundMarks(RigCase):
     """A mark proves the line it was sent with, and nothing else."""
 
     def answer(self, family, marks):
-        """A Rig's session at the login screen that typed a login; the world sends these marks of it."""
+        """A Rig's session at the login screen that typed a login; the world sends these marks of
+        it."""
         rig = self.rig(family)
         client = rig.client()
         link = rig.game.accept()
@@ -8110,13 +8592,17 @@ class BoundMarks(RigCase):
 
     def test_a_user_who_was_in_already_did_not_log_in_by_this_line(self):
         table = b"Pend  Lost\r\n"
-        for family, silent, printed in (("tinymux", [b""], [b"f", b""]), ("tinymush", [b""], [b"f", b""]),
+        for family, silent, printed in (("tinymux", [b""], [b"f", b""]),
+                                        ("tinymush", [b""], [b"f", b""]),
                                         ("pennmush", [b"a", b"z"], [b"f", b"a", b"z"]),
-                                        ("rhostmush", [b"b", b"y", b"a", table, b"z"], [b"b", table, b"y", b"a", table, b"z"])):
+                                        ("rhostmush", [b"b", b"y", b"a", table, b"z"],
+                                         [b"b", table, b"y", b"a", table, b"z"])):
             session = self.answer(family, silent)
-            self.assertEqual((session.state.name, session.character.proven), ("PLAYING", b"wizard"), family)
+            self.assertEqual((session.state.name, session.character.proven),
+                             ("PLAYING", b"wizard"), family)
             session = self.answer(family, printed)
-            self.assertEqual((session.state.name, session.character.proven, session.character.login), ("LOGIN", b"", None), family)
+            self.assertEqual((session.state.name, session.character.proven,
+                              session.character.login), ("LOGIN", b"", None), family)
 
     def behind(self, *lines, family="tinymux"):
         """A user of a Rig who has typed these lines in one packet, which begin with a login."""
@@ -8215,7 +8701,9 @@ class BoundMarks(RigCase):
         session = client.session
         self.assertEqual(session.character.proven, b"")
         rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [False])
-        self.assertEqual((session.character.login, session.character.proven, session.character.trials, session.character.pending), (None, b"", [], None))
+        self.assertEqual((session.character.login, session.character.proven,
+                          session.character.trials, session.character.pending),
+                         (None, b"", [], None))
 
 
 class LoginBrake(RigCase):
@@ -8267,7 +8755,8 @@ class LoginBrake(RigCase):
         rig.let_in(own)
         client.send("connect bob x\r\n" * 3)
         rig.settle()
-        self.assertEqual(self.guesses(link), 1)                 # his own took none of the guesses away: one in 3 s
+        # his own took none of the guesses away: one in 3 s
+        self.assertEqual(self.guesses(link), 1)
         rig.pass_time(5.9)
         self.assertEqual(self.guesses(link), 0)
 
@@ -8346,7 +8835,8 @@ class LoginBrake(RigCase):
         rig = self.rig()
         rig.client(host="2001:db8:1:2::1").send("connect bob x\r\n" * 4)
         rig.settle()
-        self.assertEqual([rig.hub.logins.left(host) for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
+        self.assertEqual([rig.hub.logins.left(host)
+                          for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
 
 
 class Lobby(RigCase):
@@ -8367,7 +8857,8 @@ class Lobby(RigCase):
         rig = self.front(max_clients=100)
         silent = [self.arrive(rig, "192.0.2.1") for _ in range(130)]
         self.assertEqual(len(rig.hub.door.arrivals), 100)
-        self.assertEqual([peer.read() is not None and peer.ended for peer in silent], [True] * 30 + [False] * 100)
+        self.assertEqual([peer.read() is not None and peer.ended for peer in silent],
+                         [True] * 30 + [False] * 100)
         plain = rig.client()
         self.assertEqual(state_of(plain), "LOGIN")
         late = self.arrive(rig, "192.0.2.1")
@@ -8395,7 +8886,8 @@ class Lobby(RigCase):
         peer.send("PROXY TCP4 ")
         rig.pass_time(*[0.5] * 24)
         peer.read()
-        self.assertEqual((len(rig.hub.sessions), peer.ended, len(rig.hub.door.arrivals)), (1, True, 0))
+        self.assertEqual((len(rig.hub.sessions), peer.ended, len(rig.hub.door.arrivals)),
+                         (1, True, 0))
 
     def test_a_broken_header_is_not_served(self):
         rig = self.front()
@@ -8408,20 +8900,23 @@ class Lobby(RigCase):
     def test_a_proxy_line_of_somebody_who_is_no_front_is_warned_of_once(self):
         rig = self.rig()
         with self.assertLogs(has.log, "WARNING") as logged:
-            for head in (b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\r\n", TestProxyHeader.version_2(), b"PROXY UNKNOWN\r\n"):
+            for head in (b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\r\n", TestProxyHeader.version_2(),
+                         b"PROXY UNKNOWN\r\n"):
                 rig.client().send(head)
                 rig.settle()
         warned = [line for line in logged.output if "proxy_from" in line]
         self.assertEqual(len(warned), 1, logged.output)
 
     def test_who_is_refused_reads_why(self):
-        """Also if he has typed already: a close with unread bytes would be a reset, which takes the notice away."""
+        """Also if he has typed already: a close with unread bytes would be a reset, which takes the
+        notice away."""
         rig = self.rig(max_clients=1)
         rig.client(tcp=True)
         refused = rig.client(tcp=True)
         refused.send("connect Alice pw\r\n")
         rig.settle()
-        self.assertEqual(refused.lines(), ["# NOTICE # Too many users are connected now. Please try again later."])
+        self.assertEqual(refused.lines(),
+                         ["# NOTICE # Too many users are connected now. Please try again later."])
         self.assertTrue(refused.ended)
         refused.sock.close()
         rig.settle()
@@ -8476,7 +8971,8 @@ class StrangersInTheLog(RigCase):
                 rig.settle()
         said = self.log_of(rig, visits)
         self.assertEqual(len(said), 2 * 60 + 1)
-        self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the last "
+        self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the "
+                      "last "
                       "minute", said)
 
     def test_logins_that_are_refused(self):
@@ -8518,7 +9014,8 @@ class StrangersInTheLog(RigCase):
             for number in range(150):
                 rig.client(host=f"203.0.113.{number}").send("x")
             rig.settle()
-        self.assertEqual(len([line for line in self.log_of(rig, users) if "connected" in line]), 150)
+        self.assertEqual(len([line for line in self.log_of(rig, users) if "connected" in line]),
+                         150)
 
     def test_lines_that_would_hand_over_an_address(self):
         rig = self.rig("rhostmush")
@@ -8542,10 +9039,12 @@ class Listeners(RigCase):
             rig = self.rig(local_address="", local_port=port)
             rig.hub.door.listen()
             before = [listener.sock.getsockname() for listener in rig.hub.door.listeners]
-            rig.hub.settings = settings_of((("local_address", "127.0.0.1"), ("local_port", taken.getsockname()[1])))
+            rig.hub.settings = settings_of((("local_address", "127.0.0.1"),
+                                            ("local_port", taken.getsockname()[1])))
             with self.assertRaises(OSError):
                 rig.hub.door.listen()
-            self.assertEqual([listener.sock.getsockname() for listener in rig.hub.door.listeners], before)
+            self.assertEqual([listener.sock.getsockname() for listener in rig.hub.door.listeners],
+                             before)
             socket.create_connection(("127.0.0.1", port), 5).close()
 
     def test_a_tls_client_of_a_listener_that_should_be_gone_disturbs_nobody(self):
@@ -8594,7 +9093,8 @@ class Turns(RigCase):
     def test_a_few_links_a_turn(self):
         rig = self.rig(up=False)
         clients = [rig.client() for _ in range(20)]
-        rig.hub.mailbox.post(rig.hub.on_world_found, has.World(HOME, rig.game.target, rig.family, "life 1", False, False))
+        rig.hub.mailbox.post(rig.hub.on_world_found,
+                             has.World(HOME, rig.game.target, rig.family, "life 1", False, False))
         opened = []
         while len(opened) < 9 and (not opened or opened[-1] < 20):
             rig.hub.turn(0)
@@ -8694,7 +9194,8 @@ class Orders(RigCase):
             with self.subTest(who=who):
                 rig = self.rig(kick_reason_notice="# Why: {reason}")
                 names = ["Alice", "Bob", "bob", "Carol"]
-                peers = [rig.player(name, host="2001:db8::7" if name == "Carol" else "203.0.113.9")[0]
+                peers = [rig.player(name, host="2001:db8::7" if name == "Carol"
+                                    else "203.0.113.9")[0]
                          for name in names]
                 said = self.order(rig, "kick", who=who, reason="Too \x1bloud")
                 self.assertIn(f" {gone[0]}@", said)
@@ -8777,7 +9278,8 @@ class Orders(RigCase):
         peers = {"alice": alice, "bob": bob, "lurker": lurker}
         lurker.read()
         for to, reached, done in (
-                ("aLICE", {"alice"}, "told 1 user"), (str(bob.session.number), {"bob"}, "told 1 user"),
+                ("aLICE", {"alice"}, "told 1 user"),
+                (str(bob.session.number), {"bob"}, "told 1 user"),
                 ("2001:DB8::7", {"bob"}, "told 1 user"), (None, set(peers), "told 3 users"),
                 ("203.0.113.9", {"alice", "lurker"}, "told 2 users"),
                 ("Carol\x1b", set(), "nobody is here as Carol?: see --status")):
@@ -8839,7 +9341,8 @@ class Outages(RigCase):
                 ["Dave", "the client left"]])
             lines = has.history_lines(told)
             self.assertEqual(len(lines), 3)
-            self.assertRegex(lines[1], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  30s +5 +2  2s +no answer")
+            self.assertRegex(lines[1],
+                             r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  30s +5 +2  2s +no answer")
             self.assertIn("Carol (quit while the world is down)", lines[2])
             self.assertEqual((rig.hub.history.returns, rig.hub.history.failures), (2, 1))
 
@@ -9091,7 +9594,8 @@ class OnEvent(RigCase):
         for name in ("mail", "curl"):
             path = f"{self.folder}/{name}"
             with open(path, "w") as file:
-                file.write(f'#!/bin/sh\n{{ printf "%s|" "$@"; [ $0 = {self.folder}/curl ] || cat; }}'
+                file.write(f'#!/bin/sh\n{{ printf "%s|" "$@"; [ $0 = {self.folder}/curl ] || cat; '
+                           f'}}'
                            f" >{self.folder}/new; mv {self.folder}/new {self.folder}/told\n")
             os.chmod(path, 0o755)
         for line, target in blocks:
@@ -9124,9 +9628,12 @@ class OnEvent(RigCase):
 class WordsOfTheSite(RigCase):
     """Every text that users read can be the site's own."""
 
-    WORDS = dict(full_notice="Ple, \u00e9s nit", are_you_there_notice="S\u00ed <3", login_kept_notice="Desat",
-                 unsent_more_notice="i {lines} m\u00e9s", still_offline_notice="Fa {time}", kicked_notice="Fora",
-                 list_heading_notice="n nom lloc estat edat quiet entra surt tls mida", goodbye_notice="",
+    WORDS = dict(full_notice="Ple, \u00e9s nit", are_you_there_notice="S\u00ed <3",
+                 login_kept_notice="Desat",
+                 unsent_more_notice="i {lines} m\u00e9s", still_offline_notice="Fa {time}",
+                 kicked_notice="Fora",
+                 list_heading_notice="n nom lloc estat edat quiet entra surt tls mida",
+                 goodbye_notice="",
                  login_brake_notice="Espera {seconds} segons")
 
     def waiting(self, **settings):
@@ -9155,7 +9662,8 @@ class WordsOfTheSite(RigCase):
     def test_refused_slowed_down_and_sent_away(self):
         rig, client, _ = self.waiting(max_clients=1)
         second = rig.client()
-        self.assertEqual((second.lines(), second.ended), (["Ple, \u00c3\u00a9s nit"], True))    # UTF-8
+        # UTF-8
+        self.assertEqual((second.lines(), second.ended), (["Ple, \u00c3\u00a9s nit"], True))
         client.send("connect Alice secret\r\n" * 4)
         rig.settle()
         self.assertEqual(client.lines(), ["Espera 3 segons"])
@@ -9198,9 +9706,12 @@ class WordsOfTheSite(RigCase):
 
     def test_the_list_of_sessions(self):
         rig, client, _ = self.waiting()
-        heading, row = has.status_lines(rig.hub.control.status(), rig.hub.settings.list_heading_notice)[-2:]
-        self.assertEqual(heading, "    n nom              lloc                     estat      edat     quiet    entra    surt     tls mida")
-        self.assertEqual([row[heading.index(word):].split(" ")[0] for word in ("lloc", "tls")], ["203.0.113.9", "no"])
+        heading, row = has.status_lines(rig.hub.control.status(),
+                                        rig.hub.settings.list_heading_notice)[-2:]
+        self.assertEqual(heading, "    n nom              lloc                     estat      edat "
+                                  "    quiet    entra    surt     tls mida")
+        self.assertEqual([row[heading.index(word):].split(" ")[0] for word in ("lloc", "tls")],
+                         ["203.0.113.9", "no"])
 
 
 class Limits(RigCase):
@@ -9223,14 +9734,17 @@ class Limits(RigCase):
                 ("max_clients", {"max_clients": 2}, [v4, v6 % 1, v4], [1, 1, 0]),
                 ("max_per_host", {"max_per_host": 2}, [v4, v4, v4, "203.0.113.10"], [1, 1, 0, 1]),
                 ("one /64", {"max_per_host": 1}, [v6 % 1, v6 % 2, "2001:db8:1:3::1"], [1, 0, 1]),
-                ("mapped", {"max_per_host": 1}, [v4, "::ffff:" + v4, "::FFFF:203.0.113.10"], [1, 0, 1]),
+                ("mapped", {"max_per_host": 1}, [v4, "::ffff:" + v4, "::FFFF:203.0.113.10"],
+                 [1, 0, 1]),
                 ("scope", {"max_per_host": 1}, ["fe80::1%eth0", "fe80::2%eth0"], [1, 0]),
-                ("loopback", {"max_per_host": 1}, ["127.0.0.1", "127.0.0.1", "::1", "::1"], [1] * 4),
+                ("loopback", {"max_per_host": 1}, ["127.0.0.1", "127.0.0.1", "::1", "::1"],
+                 [1] * 4),
                 ("mapped loopback", {"max_per_host": 1}, ["::ffff:127.0.0.1"] * 3, [1] * 3),
                 ("proxies", {"max_per_host": 1, "proxy_from": "10.0.0.1, 2001:db8:1::/48"},
                  ["10.0.0.1"] * 3 + [v6 % 1] * 2, [1] * 5)):
             with self.subTest(name):
-                self.assertEqual(self.accepted(self.rig(**settings), hosts), [bool(n) for n in wanted])
+                self.assertEqual(self.accepted(self.rig(**settings), hosts),
+                                 [bool(n) for n in wanted])
 
     def test_a_place_is_free_again(self):
         rig = self.rig(max_clients=1, max_per_host=1)
@@ -9242,14 +9756,16 @@ class Limits(RigCase):
             rig.pass_time(10.1)
 
     def test_accept_failures_pause_the_listener_a_second(self):
-        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO, errno.EPERM):
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+                       errno.EPROTO, errno.EPERM):
             with self.subTest(errno.errorcode[number]):
                 rig = self.rig()
                 rig.hub.door.listen()
                 (listener,) = rig.hub.door.listeners
                 real, caller = listener.sock, socket.create_connection(listener.sock.getsockname())
                 self.addCleanup(caller.close)
-                failing = mock.Mock(wraps=real, accept=mock.Mock(side_effect=OSError(number, "planted")))
+                failing = mock.Mock(wraps=real,
+                                    accept=mock.Mock(side_effect=OSError(number, "planted")))
                 failing.fileno = real.fileno
                 rig.hub.selector.unregister(real)
                 listener.sock = failing
@@ -9283,7 +9799,8 @@ class TestScannerAtLength(unittest.TestCase):
             self.assertEqual(b"".join(p for _, p in pieces) + scanner.held, stream)
             if _ % 20 == 0:
                 found, rest = tokens(stream)
-                self.assertEqual([p for yes, p in pieces if yes], [t for t in found if is_command(t)], stream)
+                self.assertEqual([p for yes, p in pieces if yes],
+                                 [t for t in found if is_command(t)], stream)
                 self.assertEqual(scanner.held, rest)
 
 
@@ -9307,7 +9824,8 @@ class TestPartsOfTheProgram(unittest.TestCase):
             self.assertEqual(has.core_limit(), 0)
 
     def test_a_text_of_the_command_line_under_an_ascii_locale(self):
-        self.assertEqual(has.typed_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")), "caf\u00e9")
+        self.assertEqual(has.typed_text(b"caf\xc3\xa9".decode("ascii", "surrogateescape")),
+                         "caf\u00e9")
         self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
 
     def test_the_owner_of_a_socket_is_looked_at_before_it_is_believed(self):
@@ -9316,15 +9834,18 @@ class TestPartsOfTheProgram(unittest.TestCase):
             server.bind(path)
             server.listen(1)
             options = types.SimpleNamespace(script=path, config=path, json=False)
-            with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch("sys.stderr", io.StringIO()) as said:
+            with mock.patch.object(has, "owners_of", return_value={0, 12345}), mock.patch(
+                "sys.stderr", io.StringIO()) as said:
                 self.assertEqual(has.ask_running(options, path, {"do": "status"}), 3)
-            self.assertRegex(said.getvalue(), "belongs to user 12345, who may be anybody: not believed")
+            self.assertRegex(said.getvalue(),
+                             "belongs to user 12345, who may be anybody: not believed")
 
     def test_settings_that_a_new_file_brings_are_named_after_an_upgrade(self):
         ours, theirs = settings_of(()), settings_of((("admins", "Alice"), ("beat", 7)))
         with self.assertLogs(has.log, "WARNING") as logged:
             has.warn_of_differences(ours, lambda: (theirs, []))
-        self.assertRegex(logged.output[0], "settings on disk are not those in force: (admins, beat|beat, admins);")
+        self.assertRegex(logged.output[0], "settings on disk are not those in force: (admins, "
+                                           "beat|beat, admins);")
         with self.assertLogs(has.log, "WARNING") as logged:
             has.warn_of_differences(ours, mock.Mock(side_effect=has.SettingsError(["x:1: y"])))
         self.assertRegex(logged.output[0], "settings on disk cannot be used; .*: x:1: y")
@@ -9332,7 +9853,8 @@ class TestPartsOfTheProgram(unittest.TestCase):
     def test_usr2_without_memfd_is_refused(self):
         has.why_no_vault.cache_clear()
         self.addCleanup(has.why_no_vault.cache_clear)
-        with mock.patch.object(has, "MEMORY_FILES", False), self.assertLogs(has.log, "ERROR") as logged:
+        with mock.patch.object(has, "MEMORY_FILES",
+                               False), self.assertLogs(has.log, "ERROR") as logged:
             has.Upgrade(types.SimpleNamespace(hub=None, vault=None), "has.py", "has.conf").begin()
         self.assertIn("no memory files", logged.output[0])
 
@@ -9364,7 +9886,8 @@ class TestPartsOfTheProgram(unittest.TestCase):
                 handler.reload(settings_of((("log_file", "/nonexistent/has.log"),)))
             say("two")
             say("three")
-            self.assertRegex(read_text(path), r"\A.* one\n.* ERROR cannot open log_file /nonexistent/has\.log: .*\n"
+            self.assertRegex(read_text(path),
+                             r"\A.* one\n.* ERROR cannot open log_file /nonexistent/has\.log: .*\n"
                              r".* two\n.* three\n\Z")
 
     def test_a_dead_terminal_stops_nobody(self):
@@ -9381,14 +9904,16 @@ class TestPartsOfTheProgram(unittest.TestCase):
             path = os.path.join(folder, "has.log")
             handler.reload(settings_of((("log_file", path),)))
             say("on file")
-            self.assertRegex(read_text(path), r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
+            self.assertRegex(read_text(path),
+                             r"\A\(3 log lines were dropped\)\n.* INFO on file\n\Z")
 
 
 def parts_of_has():
     """has.py cut at its banners: [(title, first line, last line)]."""
     lines = pathlib.Path(HAS).read_text().split("\n")
     starts = [n for n, line in enumerate(lines, 1) if re.match(r"# \d+\. ", line)]
-    return [(lines[start - 1][2:], start, end) for start, end in zip(starts, starts[1:] + [len(lines)])]
+    return [(lines[start - 1][2:], start, end) for start,
+            end in zip(starts, starts[1:] + [len(lines)])]
 
 
 class TestFiles(unittest.TestCase):
@@ -9409,10 +9934,12 @@ class TestFiles(unittest.TestCase):
         defined = {}
         for node in tree.body:
             names = [node.name] if hasattr(node, "name") else [
-                name.id for target in getattr(node, "targets", []) for name in getattr(target, "elts", [target])
+                name.id for target in getattr(node, "targets", [])
+                for name in getattr(target, "elts", [target])
                 if isinstance(name, ast.Name)]
             defined.update({name: part(node.lineno) for name in names})
-        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree) if isinstance(node, ast.Name)
+        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree)
+                 if isinstance(node, ast.Name)
                  and defined.get(node.id, 0) > part(node.lineno)]
         self.assertEqual(wrong, [])
 
@@ -9462,7 +9989,8 @@ class TestFiles(unittest.TestCase):
     def test_sessions_are_called_session_or_other_below_their_part(self):
         tree, wrong = ast.parse(self.read("has.py")), []
         for node in ast.walk(tree):
-            over = ast.unparse(node.iter) if hasattr(node, "iter") and hasattr(ast, "unparse") else ""
+            over = ast.unparse(node.iter) if hasattr(node,
+                                                     "iter") and hasattr(ast, "unparse") else ""
             if re.search(r"\bsessions\.values\(\)", over) and ast.unparse(node.target) not in (
                     "session", "other"):
                 wrong.append(f"{ast.unparse(node.target)} in {over}")
@@ -9486,19 +10014,22 @@ class TestFiles(unittest.TestCase):
                    if isinstance(it, type) and issubclass(it, threading.Thread)]
         self.assertEqual(threads, [])
 
-    def test_no_line_of_has_py_is_longer_than_100_columns(self):
-        lines = self.read("has.py").split("\n")
-        self.assertEqual([f"{n}: {len(line)}" for n, line in enumerate(lines, 1) if len(line) > 100], [])
+    def test_no_line_is_longer_than_100_columns(self):
+        self.assertEqual([f"{file}:{number}: {len(line)}" for file in ("has.py", "test_has.py")
+                          for number, line in enumerate(self.read(file).split("\n"), 1)
+                          if len(line) > 100], [])
 
     def test_families_are_named_in_part_3_and_the_settings_only(self):
         lines = self.read("has.py").split("\n")
-        allowed = [range(start, end) for title, start, end in parts_of_has() if title[:3] in ("1. ", "3. ")]
+        allowed = [range(start, end) for title, start, end in parts_of_has()
+                   if title[:3] in ("1. ", "3. ")]
         begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
         end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
         names = [f for f in has.FAMILIES if f != "plain"]
         tree, wrong = ast.parse(self.read("has.py")), []
         for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else (
+            text = node.value if isinstance(node, ast.Constant) and isinstance(
+                node.value, (str, bytes)) else (
                 node.id if isinstance(node, ast.Name) else "")
             text = text.decode("latin-1") if isinstance(text, bytes) else text
             if text.lower() in names and not begin < node.lineno < end and not any(
@@ -9557,12 +10088,14 @@ class TestFiles(unittest.TestCase):
             return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         self.assertEqual([target for _, target in listed], [anchor(title) for title in headings])
         links = set(re.findall(r"\]\(#(.*?)\)", prose))
-        self.assertLessEqual(links, {anchor(title) for title in re.findall(r"(?m)^#+ (.*)$", prose)})
+        self.assertLessEqual(links,
+                             {anchor(title) for title in re.findall(r"(?m)^#+ (.*)$", prose)})
 
     def test_the_readme_names_settings_that_exist_only(self):
         text, prose = self.readme()
         # of the servers: their settings, which look like ours
-        others = set("cmd_remotehost connect_fail_limit forbid_site register_site suspect_site ip_addr ip_address "
+        others = set("cmd_remotehost connect_fail_limit forbid_site register_site suspect_site "
+                     "ip_addr ip_address "
                      "max_sitecons sconnect_cmd sconnect_host sconnect_reip socket_file".split())
         named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[ `]", prose))
         blocks = "".join(re.findall(r"(?m)^ {4,}(\w+ = .*\n)", text))
@@ -9581,7 +10114,8 @@ class TestFiles(unittest.TestCase):
         self.assertIn(("test_", " --demo"), commands)
         wrong = [option for program, arguments in commands for option in arguments.split()
                  if option.startswith("--") and option not in known[program]]
-        self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours], [])
+        self.assertEqual(wrong + [it for it in re.findall(r"`(--[a-z]+)", text) if it not in ours],
+                         [])
 
     def test_the_help_fits_on_a_screen_and_knows_every_argument(self):
         lines = has.HELP.splitlines()
@@ -9589,7 +10123,8 @@ class TestFiles(unittest.TestCase):
         self.assertEqual([line for line in lines if len(line) > 80], [])
         self.assertEqual(self.help(), has.HELP)
         known = {option for action in has.new_parser()._actions for option in action.option_strings}
-        self.assertEqual(known - {"-h", "--script", "--vault", "--link", "--keep", "--resume", "--rehearse"},
+        self.assertEqual(known - {"-h", "--script", "--vault", "--link",
+                                  "--keep", "--resume", "--rehearse"},
                          set(re.findall(r"--[a-z]+", has.HELP)))
 
     def test_the_readme_names_every_signal(self):
@@ -9605,14 +10140,17 @@ class TestFiles(unittest.TestCase):
         self.assertRegex(self.readme()[0], r"(?m)^    python3 %s +#" % re.escape(command_line))
 
     def test_the_test_classes_in_the_readme_exist(self):
-        named = re.findall(r"`([A-Z][A-Za-z]+)`", self.readme()[0].partition("## Working on HAS")[2])
+        named = re.findall(r"`([A-Z][A-Za-z]+)`",
+                           self.readme()[0].partition("## Working on HAS")[2])
         self.assertIn("StateTable", named)
         known = {**vars(has), **globals()}
-        self.assertEqual([name for name in named if not isinstance(known.get(name), (type, dict, tuple))], [])
+        self.assertEqual([name for name in named if
+                          not isinstance(known.get(name), (type, dict, tuple))], [])
 
     def test_the_log_lines_in_the_readme_are_those_of_has(self):
         rows = re.search(r"(?ms)^## Log lines that need more$(.*?)^## ", self.readme()[0]).group(1)
-        quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows) for it in re.findall(r"`(.*?)`", row)]
+        quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows)
+                  for it in re.findall(r"`(.*?)`", row)]
         strings = "\n".join(node.value for node in ast.walk(ast.parse(self.read("has.py")))
                             if isinstance(node, ast.Constant) and isinstance(node.value, str))
         strings = re.sub(r"%[sdg]", "...", strings)
@@ -9622,7 +10160,8 @@ class TestFiles(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     def test_the_top_level_is_what_it_should_be(self):
-        listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL,
                                 universal_newlines=True).stdout.split()
         if not listed:
             self.skipTest("not a git checkout")
@@ -13663,7 +14202,8 @@ class TestKeeper(Case):
         _, worker = self.pids()
         after = len(self.has.log)
         os.kill(worker, number)
-        self.has.wait_log(rb"its users were kept[^$]*goes on where|goes on where[^$]*its users were",
+        self.has.wait_log(
+            rb"its users were kept[^$]*goes on where|goes on where[^$]*its users were",
                           20, after)
         return self.pids()[1]
 
@@ -13812,7 +14352,8 @@ class TestReattach(Case):
                 client.sock.settimeout(0.1)
                 client.sock.unwrap()
         client.close()
-        served.wait_log(rb"the line dropped.*his place is kept", after=after)     # RST, if something was unread
+        # RST, if something was unread
+        served.wait_log(rb"the line dropped.*his place is kept", after=after)
 
     def back(self, served, line="connect Alice alicepw"):
         client = self.client(served)
@@ -13836,7 +14377,8 @@ class TestReattach(Case):
                 world.wait(lambda w: not w.online("Alice"), what="Alice has left")
 
     def test_who_knows_the_old_password_gets_in_nowhere(self):
-        """It was changed in the game: in this session, by a wizard elsewhere, on a link of its own."""
+        """It was changed in the game: in this session, by a wizard elsewhere, on a link of its
+        own."""
         for family in self.FAMILIES:
             for elsewhere in (False, True):
                 with self.subTest(family, elsewhere=elsewhere):
@@ -13844,7 +14386,8 @@ class TestReattach(Case):
                     if elsewhere:
                         self.drop(served, alice)
                         world.players["Alice"] = "changed"
-                        if not has.DIALECTS[family].check_function:     # then nobody can tell until he logs in
+                        # then nobody can tell until he logs in
+                        if not has.DIALECTS[family].check_function:
                             owner = self.client(served, "connect Alice changed", world, "Alice")
                             served.wait_log(rb"its character logged in with another password")
                     else:
@@ -13918,14 +14461,16 @@ class TestReattach(Case):
 
 
 class Router:
-    """Two network namespaces in a row: whoever connects from the far one, his line can be cut without a word to
+    """Two network namespaces in a row: whoever connects from the far one, his line can be cut
+    without a word to
     either side. Needs root, and `ip`."""
 
     _HAND_OVER = ("import socket, sys, array\n"
                   "sock, out = socket.socket(), socket.socket(fileno=int(sys.argv[1]))\n"
                   "sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, int(sys.argv[4]))\n"
                   "sock.connect((sys.argv[2], int(sys.argv[3])))\n"
-                  "out.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [sock.fileno()]))])\n")
+                  "out.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', "
+                  "[sock.fileno()]))])\n")
 
     @staticmethod
     def missing():
@@ -13949,11 +14494,15 @@ class Router:
         for line in (f"ip netns add {self.near}", f"ip netns add {self.far}",
                      f"ip link add {tag}h type veth peer name r0 netns {self.near}",
                      f"ip addr add {net}.1/30 dev {tag}h", f"ip link set {tag}h up",
-                     f"ip -n {self.near} addr add {net}.2/30 dev r0", f"ip -n {self.near} link set r0 up",
+                     f"ip -n {self.near} addr add {net}.2/30 dev r0",
+                     f"ip -n {self.near} link set r0 up",
                      f"ip -n {self.near} link add r1 type veth peer name c0 netns {self.far}",
-                     f"ip -n {self.near} addr add {net}.5/30 dev r1", f"ip -n {self.near} link set r1 up",
-                     f"ip -n {self.far} addr add {net}.6/30 dev c0", f"ip -n {self.far} link set c0 up",
-                     f"ip -n {self.far} route add default via {net}.5", f"ip route add {net}.4/30 via {net}.2"):
+                     f"ip -n {self.near} addr add {net}.5/30 dev r1",
+                     f"ip -n {self.near} link set r1 up",
+                     f"ip -n {self.far} addr add {net}.6/30 dev c0",
+                     f"ip -n {self.far} link set c0 up",
+                     f"ip -n {self.far} route add default via {net}.5",
+                     f"ip route add {net}.4/30 via {net}.2"):
             subprocess.run(line.split(), check=True)
         self.pass_on(True)
 
@@ -13964,14 +14513,17 @@ class Router:
 
     def pass_on(self, yes):
         """Let packets through, or none."""
-        subprocess.run(["ip", "netns", "exec", self.near, "sysctl", "-qw", f"net.ipv4.ip_forward={int(yes)}"], check=True)
+        subprocess.run(["ip", "netns", "exec", self.near, "sysctl", "-qw",
+                        f"net.ipv4.ip_forward={int(yes)}"], check=True)
 
     def client(self, case, port, receive_buffer=65536):
         """A Client in the far namespace."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            subprocess.run(["ip", "netns", "exec", self.far, sys.executable, "-c", self._HAND_OVER, str(theirs.fileno()),
-                            self.here, str(port), str(receive_buffer)], pass_fds=[theirs.fileno()], check=True)
+            subprocess.run(["ip", "netns", "exec", self.far, sys.executable,
+                            "-c", self._HAND_OVER, str(theirs.fileno()),
+                            self.here, str(port), str(receive_buffer)],
+                           pass_fds=[theirs.fileno()], check=True)
             _, passed, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
         client = Client.__new__(Client)
         client.sock = socket.socket(fileno=struct.unpack("i", passed[0][2][:4])[0])
@@ -13993,7 +14545,8 @@ class TestCutLine(Case):
         self.router = Router(self)
         self.mush = self.world()
         self.mush.quota = None
-        self.has = Has(self, mush_address=self.mush.address, reattach=60, local_address=self.router.here,
+        self.has = Has(self, mush_address=self.mush.address, reattach=60,
+                       local_address=self.router.here,
                        reattach_limit=1 << 20).wait_up()
         self.bob = self.far("Bob")
 
@@ -14023,7 +14576,9 @@ class TestCutLine(Case):
         self.assertGreater(seconds, 2)
         again.barrier()
         self.router.pass_on(True)
-        self.assertEqual(re.findall(rb"[^\r\n]*connected", self.bob.barrier()), [b"Alice has connected"])      # once
+        # once
+        self.assertEqual(re.findall(rb"[^\r\n]*connected", self.bob.barrier()),
+                         [b"Alice has connected"])
         self.assertEqual(len(self.mush.logins), 3)              # heartbeat, Bob, Alice
 
     def test_a_living_one_keeps_its_place(self):
@@ -14042,7 +14597,8 @@ class TestCutLine(Case):
         """What the old client's kernel got, and what is shown to the new one: everything, once."""
         alice = self.far("Alice", receive_buffer=4096)
         for number in range(0, 6000, 50):
-            self.mush.emit("Alice", b"".join(b"line %05d ----------------\r\n" % n for n in range(number, number + 50)))
+            self.mush.emit("Alice", b"".join(b"line %05d ----------------\r\n" % n
+                                             for n in range(number, number + 50)))
             if number == 1000:
                 alice.expect("line 00300")
         self.bob.barrier()
@@ -14054,7 +14610,8 @@ class TestCutLine(Case):
         self.router.pass_on(True)
         alice.seen += alice.sock.recv(1 << 22, socket.MSG_DONTWAIT)
         seen = alice.seen[:alice.seen.rfind(b"\n") + 1]
-        numbers = [int(number) for number in re.findall(rb"(?m)^line (\d+)", seen + shown.partition(b"You missed")[2])]
+        numbers = [int(number) for number in re.findall(rb"(?m)^line (\d+)",
+                                                        seen + shown.partition(b"You missed")[2])]
         self.assertEqual(numbers, list(range(6001)))
 
     def has_rest(self, alice):
@@ -17471,7 +18028,8 @@ BENCH_BLOCK = memoryview((b"b" * 78 + b"\r\n") * 820)
 BENCH_FIGURES = (("lines_a_second", "lines a second, every session sending"),
                  ("cpu_us", "CPU per line, µs (there and back)"),
                  ("latency_us", f"latency at {BENCH_RATE} lines/s, median, µs"),
-                 ("p99_us", "the same, 99th percentile, µs"), ("bulk_mb", "bulk to the clients, MB/s"),
+                 ("p99_us", "the same, 99th percentile, µs"),
+                 ("bulk_mb", "bulk to the clients, MB/s"),
                  ("kb_a_session", "memory per idle session, kB"))
 
 
