@@ -427,7 +427,8 @@ class TestSettings(SettingsCase):
         lines = {key: line for line, key in enumerate(
             [key for key in self.values if key != "hold"], 3)}
         self.assertEqual(self.wrong("nothing\nbeat = x\n", retry="y", hold=None, max_clients=-1), [
-            "S: HOLD is missing from the constants: put it back", "C:1: 'nothing' is not `key = value`",
+            "S: HOLD is missing from the constants: put it back",
+            "C:1: 'nothing' is not `key = value`",
             f"S:{lines['retry']}: retry = y: is not a number",
             f"S:{lines['max_clients']}: max_clients = -1: is not between 0 and 1000000",
             "C:2: beat = x: is not a number"])
@@ -1054,39 +1055,46 @@ class TestLogin(unittest.TestCase):
     # typed line, families that take it as a login, (verb, name, password); the others do not
     CASES = (
         (b"connect Alice alicepw", FAMILIES, (b"connect", *A)),
-             (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
+        (b"co Alice alicepw", (P, Y, X, R), (b"co", *A)),
         (b"con Alice alicepw", (P, Y, X, R), (b"con", *A)),
-             (b"con Alice alicepw", (T,), (b"connect", *A)),
+        (b"con Alice alicepw", (T,), (b"connect", *A)),
         (b"c Alice alicepw", (P, R), (b"c", *A)), (b"c Alice alicepw", (T,), (b"create", *A)),
         (b"CONNECT Alice alicepw", (P, R), (b"CONNECT", *A)),
-             (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
+        (b"Connect Alice alicepw", (P, R), (b"Connect", *A)),
         (b"co Alice alicepw", (T,), (b"connect", *A)),
-             (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
+        (b"CONNECT Alice alicepw", (T,), (b"connect", *A)),
         (b"Connect Alice alicepw", (T,), (b"connect", *A)),
         (b"cox Alice alicepw", (Y, X), (b"cox", *A)),
-             (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
+        (b"connectx Alice alicepw", (Y, X), (b"connectx", *A)),
         (b"cd Alice alicepw", (P, Y, X, R), (b"cd", *A)),
-             (b"ch Alice alicepw", (P, R), (b"ch", *A)),
+        (b"ch Alice alicepw", (P, R), (b"ch", *A)),
         (b"cv Alice alicepw", (P,), (b"cv", *A)), (b"CD Alice alicepw", (P, R), (b"CD", *A)),
         (b"create Alice alicepw", FAMILIES, (b"create", *A)),
-             (b"cr Alice alicepw", (P, Y, X, R), (b"cr", *A)),
+        (b"cr Alice alicepw", (P, Y, X, R), (b"cr", *A)),
         (b"cr Alice alicepw", (T,), (b"create", *A)),
         (b"  connect   Alice   alicepw  ", FAMILIES, (b"connect", *A)),
         (b"connect Alice alicepw extra", (P, Y, X, R), (b"connect", *A)),
         (b"connect\tAlice\talicepw", (Y,), (b"connect", *A)),
-             (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
+        (b"\tconnect Alice alicepw", (T, Y, X, R), (b"connect", *A)),
         (b'connect "Mary  Ann" pw', FAMILIES, (b"connect", b"Mary Ann", b"pw")),
-        (b'connect " Alice " alicepw', (Y, X, R), (b"connect", *A)), (b'connect " Alice " alicepw', (T,), (b"connect", *A)),
+        (b'connect " Alice " alicepw', (Y, X, R), (b"connect", *A)),
+        (b'connect " Alice " alicepw', (T,), (b"connect", *A)),
         (b'connect " Alice " alicepw', (P,), (b"connect", b"Alice", b'"')),
         (b'connect "" " Alice"alicepw', (P, Y, X, R), (b"connect", *A)),
-        (b'connect ""Alice"" alicepw', (T,), (b"connect", b'""Alice""', b"alicepw")), (b'connect " Guest7', (T,), (b"connect", b'"', b"Guest7")),
-        (b'connect ""Alice"" alicepw', (Y, X, R), (b"connect", *A)), (b'connect ""Alice"" alicepw', (P,), (b"connect", b"Alice", b'"')),
-        (b'connect "Alice""alicepw', (Y, X, R), (b"connect", *A)), (b'connect "Alice""alicepw', (P,), (b"connect", b"Alice", b'"alicepw')),
+        (b'connect ""Alice"" alicepw', (T,), (b"connect", b'""Alice""', b"alicepw")),
+        (b'connect " Guest7', (T,), (b"connect", b'"', b"Guest7")),
+        (b'connect ""Alice"" alicepw', (Y, X, R), (b"connect", *A)),
+        (b'connect ""Alice"" alicepw', (P,), (b"connect", b"Alice", b'"')),
+        (b'connect "Alice""alicepw', (Y, X, R), (b"connect", *A)),
+        (b'connect "Alice""alicepw', (P,), (b"connect", b"Alice", b'"alicepw')),
         (b'connect "Alice" "alicepw', (P, Y, X, R), (b"connect", b"Alice", b'"alicepw')),
         (b'connect "Alice" "alicepw', (T,), (b"connect", b"Alice", b'"alicepw')),
-        (b'connect "Alice alicepw', (T,), (b"connect", b'"Alice', b"alicepw")),      # else it is one name, without a password
-        (b'connect guestx y', (Y, X), (b"connect", b"guest", b"")), (b'connect guestx y', (T, P, R), (b"connect", b"guestx", b"y")),
-        (b'connect " Guest7', (Y, X), (b"connect", b"guest", b"")), (b"create guestx y", FAMILIES, (b"create", b"guestx", b"y")),
+        # else it is one name, without a password
+        (b'connect "Alice alicepw', (T,), (b"connect", b'"Alice', b"alicepw")),
+        (b'connect guestx y', (Y, X), (b"connect", b"guest", b"")),
+        (b'connect guestx y', (T, P, R), (b"connect", b"guestx", b"y")),
+        (b'connect " Guest7', (Y, X), (b"connect", b"guest", b"")),
+        (b"create guestx y", FAMILIES, (b"create", b"guestx", b"y")),
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
         (b"connect Alice p%r[x]{y}\\z;,$#\"=", FAMILIES,
@@ -1447,9 +1455,12 @@ class TestChange(unittest.TestCase):
 
     def test_the_answer_to_an_earlier_line_is_none(self):
         for family in FAMILIES:
-            done = {"teenymush": b"Password changed.", "pennmush": b"You have changed your password."}.get(family, b"Password changed.")
+            done = {"teenymush": b"Password changed.", "pennmush": b"You have changed your "
+                                                                   b"password."}.get(
+                                                                       family, b"Password changed.")
             change = has.Change("password", b"new", 0)
-            earlier = b'Huh?  (Type "help" for help.)\r\nHuh? (Type "HELP" for help.)\r\nPermission denied.\r\n'
+            earlier = (b'Huh?  (Type "help" for help.)\r\nHuh? (Type "HELP" for help.)\r\n'
+                       b'Permission denied.\r\n')
             self.assertIsNone(change.outcome(DIALECTS[family], earlier), family)
             self.assertIs(change.outcome(DIALECTS[family], earlier + done + b"\r\n"), True, family)
 
@@ -1574,7 +1585,8 @@ class TestProof(unittest.TestCase):
         other = has.Credentials(b"connect", b"Bob", b"bobpw")
         for family in FAMILIES:
             for first, second, login in ((False, True, other), (False, False, None),
-                                         (True, True, GOOD if family == "teenymush" else other)):     # logged out in between
+                                         # logged out in between
+                                         (True, True, GOOD if family == "teenymush" else other)):
                 shown = SHOWN[family][not first] + SHOWN[family][not second] + b"end"
                 for chunks in splits(answer(family, first, 0) + answer(family, second, 1) + b"end"):
                     proof = self.typed(family, GOOD, other)
@@ -8252,27 +8264,38 @@ def vectors():
         yield family, charset, packets, outcome, line
 
 
-# What the real TinyMUX (2.12.0.10) read by after these, sent by the client: sub-negotiations without IAC SB and IAC SE.
+# What the real TinyMUX (2.12.0.10) read by after these, sent by the client: sub-negotiations
+# without IAC SB and IAC SE.
 UTF_8, LATIN_1, OTHERS = b"UTF-8", b"", (b"CP437", b"US-ASCII", b"ISO-8859-2")
 ENV = b"\x27\0"
 CHARSETS_OF_TINYMUX = [
     *[([b"*\2" + name], name) for name in (UTF_8, *OTHERS)], ([b"*\2ISO-8859-1"], b"ISO-8859-1"),
     *[([b"*\2CP437", b"*" + body], b"CP437") for body in (
-        b"\2utf-8", b"\2", b"\2UTF-8X", b"\2UTF8", b"\1", b"\1;", b"\1;;", b"\1;UTF-8", b"\1;utf-8;", b"\1;UTF-8X;", b"\1; UTF-8;", b"\1UUTF-8U",
+        b"\2utf-8", b"\2", b"\2UTF-8X", b"\2UTF8", b"\1", b"\1;", b"\1;;",
+        b"\1;UTF-8", b"\1;utf-8;", b"\1;UTF-8X;", b"\1; UTF-8;", b"\1UUTF-8U",
         b"\1" b"8UTF-8", b"\1[TTABLE]\1;UTF-8;", b"\5", b"\7UTF-8")],
-    *[([b"*\1" + body], UTF_8) for body in (b";UTF-8;", b" UTF-8 ", b";UTF-8;x", b";foo;bar;UTF-8;CP437;", b";;UTF-8;;", b"XUTF-8X",
-                                           b";ISO-8859-15;UTF-8;", b";\xff\xff;UTF-8;", b";" + b"x" * 52 + b";UTF-8;")],
-    ([b"*\1;CP437;UTF-8;"], b"CP437"), ([b"*\1;" + b"x" * 53 + b";UTF-8;"], LATIN_1), ([b"*\2UTF-8", b"*\3"], b"US-ASCII"),
+    *[([b"*\1" + body], UTF_8) for body in (b";UTF-8;", b" UTF-8 ", b";UTF-8;x",
+                                            b";foo;bar;UTF-8;CP437;", b";;UTF-8;;", b"XUTF-8X",
+                                           b";ISO-8859-15;UTF-8;", b";\xff\xff;UTF-8;",
+                                            b";" + b"x" * 52 + b";UTF-8;")],
+    ([b"*\1;CP437;UTF-8;"], b"CP437"), ([b"*\1;" + b"x" * 53 + b";UTF-8;"], LATIN_1),
+    ([b"*\2UTF-8", b"*\3"], b"US-ASCII"),
     ([b"*\2CP437", ENV + b"\0LANG\1en.UTF-8"], UTF_8), ([b"*\2UTF-8", ENV + b"\0LANG\1C"], UTF_8),
     *[([ENV + body], UTF_8) for body in (
-        b"\0LANG\1en.UTF-8", b"\3lang\1utf-8", b"\0LC_ALL\1.UtF-8", b"\3LC_CTYPE\1x.utf-8\0X", b"\0LANG\0X\1UTF-8", b"X\0LANG\1UTF-8",
-        b"\1\0LANG\1UTF-8", b"\0LANG\1UTF-8\0LANG\1C", b"\0X\1a\0Y\1b\0LANG\1UTF-8", b"\0X\1a\0\0LANG\1UTF-8",
-        b"\0X\1a\0LC_ALL\1C\0LANG\1UTF-8", b"\0LANG\1en\xff\xff.UTF-8", b"\0LANG\1" + b"x" * 48 + b".UTF-8")],
+        b"\0LANG\1en.UTF-8", b"\3lang\1utf-8", b"\0LC_ALL\1.UtF-8", b"\3LC_CTYPE\1x.utf-8\0X",
+        b"\0LANG\0X\1UTF-8", b"X\0LANG\1UTF-8",
+        b"\1\0LANG\1UTF-8", b"\0LANG\1UTF-8\0LANG\1C", b"\0X\1a\0Y\1b\0LANG\1UTF-8",
+        b"\0X\1a\0\0LANG\1UTF-8",
+        b"\0X\1a\0LC_ALL\1C\0LANG\1UTF-8", b"\0LANG\1en\xff\xff.UTF-8",
+        b"\0LANG\1" + b"x" * 48 + b".UTF-8")],
     ([b"\x27\2\0LANG\1UTF-8"], UTF_8),
     *[([ENV + body], LATIN_1) for body in (
-        b"\0XLANG\1UTF-8", b"\0LANGX\1UTF-8", b"LANG\1UTF-8", b"\0LANG", b"\0LANG\1a.b.UTF-8", b"\0LANG\1UTF-8.x", b"\0LANG\1UTF-8\2", b"\0LANG\1\1UTF-8",
-        b"\0LANG\1UTF-8\1", b"\0\0LANG\1UTF-8", b"\0LANG\3Q\1UTF-8", b"\0Q\0LANG\1UTF-8", b"\0LA\2NG\1UTF-8", b"\0X\1a\0LANG\1UTF-8",
-        b"\0LANG\1C\0LC_ALL\1UTF-8", b"\0X\1a\0X\1b\0Z\1c\0LANG\1UTF-8", b"\0LANG\1" + b"x" * 49 + b".UTF-8")],
+        b"\0XLANG\1UTF-8", b"\0LANGX\1UTF-8", b"LANG\1UTF-8", b"\0LANG",
+        b"\0LANG\1a.b.UTF-8", b"\0LANG\1UTF-8.x", b"\0LANG\1UTF-8\2", b"\0LANG\1\1UTF-8",
+        b"\0LANG\1UTF-8\1", b"\0\0LANG\1UTF-8", b"\0LANG\3Q\1UTF-8", b"\0Q\0LANG\1UTF-8",
+        b"\0LA\2NG\1UTF-8", b"\0X\1a\0LANG\1UTF-8",
+        b"\0LANG\1C\0LC_ALL\1UTF-8", b"\0X\1a\0X\1b\0Z\1c\0LANG\1UTF-8",
+        b"\0LANG\1" + b"x" * 49 + b".UTF-8")],
     *[([b"\x27" + kind + b"\0LANG\1UTF-8"], LATIN_1) for kind in (b"\1", b"\5")]]
 
 
@@ -8445,7 +8468,9 @@ class TypedBytes(unittest.TestCase):
 
     def test_a_pennmush_may_read_by_what_the_client_asks_for(self):
         for body in (b"\2utf-8", b"\1;UTF-8", b"\1;ASCII;UTF-8;x"):
-            self.assertEqual(finished("pennmush", b"L\xd0\x9eGOUT\n", DIALECTS["pennmush"].charset_after(sub(CHARSET, body), b"")), b"LOGOUT")
+            self.assertEqual(finished("pennmush", b"L\xd0\x9eGOUT\n",
+                                      DIALECTS["pennmush"].charset_after(sub(CHARSET, body), b"")),
+                             b"LOGOUT")
         self.assertEqual(DIALECTS["pennmush"].charset_after(sub(CHARSET, b"\3"), UTF_8), UTF_8)
         self.assertEqual(DIALECTS["pennmush"].charset_after(sub(CHARSET, b"\1;ASCII"), b""), b"")
 
@@ -8493,9 +8518,12 @@ class TypedThroughHAS(RigCase):
              b"\xff\xf1", b"\xff\xf7", b"\xff\xf6", b"\xff\xff", b"\xff\xfd\x01",
              b"\xff\xfd", b"\xff", b"\xffX", b"\xff\n",
              b"\xff\xfa\x18\x00x\xff\xf0", b"\xff\xfa\x18q\nQUIT", *[
-                 sub(CHARSET, b"\x02" + name) for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")],
-             *[sub(CHARSET, b"\x01" + names) for names in (b";UTF-8", b";UTF-8;", b";CP437;UTF-8;")],
-             sub(39, b"\0\0LANG\1en.UTF-8"), sub(39, b"\0\0X\1a\0LANG\1en.UTF-8"), b"\xff\xfaxy\xff\xf1", b"\xff\xf0", b"L", b"O", b"T", b"x"]
+                 sub(CHARSET, b"\x02" + name)
+                 for name in (b"UTF-8", b"ISO-8859-1", b"US-ASCII", b"CP437", b"utf-8")],
+             *[sub(CHARSET, b"\x01" + names)
+               for names in (b";UTF-8", b";UTF-8;", b";CP437;UTF-8;")],
+             sub(39, b"\0\0LANG\1en.UTF-8"), sub(39, b"\0\0X\1a\0LANG\1en.UTF-8"),
+             b"\xff\xfaxy\xff\xf1", b"\xff\xf0", b"L", b"O", b"T", b"x"]
 
     def check_fuzz(self, family, charset, state, seed):
         rng = random.Random(f"{family} {charset} {state} {seed}")
@@ -8504,7 +8532,8 @@ class TypedThroughHAS(RigCase):
         packets = list(chop(rng, data + b"\n"))
         front.type(*packets)
         heard, meant = front.heard(), front.meant()
-        if family == "pennmush" and state == "PLAYING" and front.session.inbox.typed.charset:      # its spellings are not known
+        # its spellings are not known
+        if family == "pennmush" and state == "PLAYING" and front.session.inbox.typed.charset:
             heard, meant = ([it in ("QUIT", "LOGOUT") for it in lines] for lines in (heard, meant))
         self.assertEqual(heard, meant, (seed, family, charset, state, packets))
         self.assertFalse([it for it in heard if state == "LOGIN"
@@ -8621,20 +8650,28 @@ class BoundMarks(RigCase):
     def test_what_is_typed_behind_a_login_is_read_in_the_game(self):
         ALICE, BOB = (b"Alice", b"pw"), (b"Bob", b"bobpw")
         for lines, answers, expected in (
-                (["logout"], [(b"", 0)], None), ([" LogOut now"], [(b"", 0)], None), (["look", "logout", "logout"], [(b"", 0)], None),
-                (["look"], [(b"", 0)], ALICE), (["@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], (b"Alice", b"new")),
-                (["@password pw=new"], [(b"", 0), (b"Sorry.\r\n",)], ALICE), (["@name me=Eve"], [(b"", 0), (b"Name set.\r\n",)], (b"Eve", b"pw")),
-                (["logout", "connect Bob bobpw"], [(b"", 0), (b"", 1)], BOB), (["logout", "connect Bob no"], [(b"", 0), (b"No.\r\n",)], None),
-                (["connect Bob bobpw", "logout"], [(b"", 0)], None), (["logout", "@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], None),
-                (["logout", "connect Bob bobpw", "@password bobpw=new"], [(b"", 0), (b"", 1), (b"Password changed.\r\n",)], (b"Bob", b"new")),
-                (["logout", "connect Bob bobpw", "logout"], [(b"", 0), (b"", 1)], None), (["logout"] * 17, [(b"", 0)], None),
+                (["logout"], [(b"", 0)], None), ([" LogOut now"], [(b"", 0)], None),
+                (["look", "logout", "logout"], [(b"", 0)], None),
+                (["look"], [(b"", 0)], ALICE),
+                (["@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], (b"Alice", b"new")),
+                (["@password pw=new"], [(b"", 0), (b"Sorry.\r\n",)], ALICE),
+                (["@name me=Eve"], [(b"", 0), (b"Name set.\r\n",)], (b"Eve", b"pw")),
+                (["logout", "connect Bob bobpw"], [(b"", 0), (b"", 1)], BOB),
+                (["logout", "connect Bob no"], [(b"", 0), (b"No.\r\n",)], None),
+                (["connect Bob bobpw", "logout"], [(b"", 0)], None),
+                (["logout", "@password pw=new"], [(b"", 0), (b"Password changed.\r\n",)], None),
+                (["logout", "connect Bob bobpw", "@password bobpw=new"],
+                 [(b"", 0), (b"", 1), (b"Password changed.\r\n",)], (b"Bob", b"new")),
+                (["logout", "connect Bob bobpw", "logout"], [(b"", 0), (b"", 1)], None),
+                (["logout"] * 17, [(b"", 0)], None),
                 (["@name x=y"] * 17 + ["logout"], [(b"", 0)], None)):
             with self.subTest(lines=lines):
                 client, _, world = self.behind("connect Alice pw", *lines)
                 for answer in answers:
                     world(*answer)
                 login = client.session.character.login
-                self.assertEqual((login and (login.name, login.password), state_of(client)), (expected, "PLAYING" if expected else "LOGIN"))
+                self.assertEqual((login and (login.name, login.password), state_of(client)),
+                                 (expected, "PLAYING" if expected else "LOGIN"))
                 self.doCleanups()
 
     def test_quit_behind_a_login_is_quit(self):
@@ -8648,7 +8685,8 @@ class BoundMarks(RigCase):
         client, _, world = self.behind("connect Alice pw", "logout", "connect Bob bobpw")
         secret = client.session.feed.proof._secret
         world(secret + b"00=\r\nwelcome\r\n" + secret + b"01=\r\n")
-        self.assertEqual((client.session.character.login.name, client.read().count(b"=")), (b"Bob", 0))
+        self.assertEqual((client.session.character.login.name, client.read().count(b"=")),
+                         (b"Bob", 0))
 
     def test_who_was_in_the_game_proves_nothing_beyond_doubt_any_more(self):
         """He stays in it in spite of LOGOUT, or reads the marks, by @program."""
@@ -8662,7 +8700,8 @@ class BoundMarks(RigCase):
         while not link.read().endswith(b"OUTPUTPREFIX\r\n"):
             session.hub.turn(0.01)
         world(session.feed.proof._secret + b"01=\r\n")
-        self.assertEqual((state_of(client), session.character.login.name, session.character.proven), ("PLAYING", b"Wizard", b""))
+        self.assertEqual((state_of(client), session.character.login.name, session.character.proven),
+                         ("PLAYING", b"Wizard", b""))
         self.assertEqual([name for _, name in brake.tries["203.0.113.9"]], [b"wizard"])
         client.read()
         client.send("#?\r\n")
@@ -8676,10 +8715,12 @@ class BoundMarks(RigCase):
         link = rig.game.accept()
         client.send(b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\nconnect Alice pw\r\n")
         rig.settle()
-        self.assertTrue(link.read().endswith(b"\r\nconnect Alice pw\r\nOUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n"))
+        self.assertTrue(link.read(
+            ).endswith(b"\r\nconnect Alice pw\r\nOUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n"))
         link.send(client.session.feed.proof._secret + b"00=\r\n")
         rig.settle()
-        self.assertEqual(client.session.lines.setting_lines(False), b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n")
+        self.assertEqual(client.session.lines.setting_lines(False),
+                         b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n")
 
     def test_the_marks_never_repeat_on_a_link(self):
         proof = has.proof_for(DIALECTS["tinymux"])
@@ -17472,7 +17513,8 @@ class TinyMUX(CMush):
         super().subnegotiation(conn, body)
         if body[:2] == bytes((CHARSET, 1)):
             *names, _ = body[3:].split(body[2:3]) if len(body) > 2 else [b""]
-            conn.charset = next((it.decode("latin-1") for it in names if self._is_charset(it.decode("latin-1"))), before)
+            conn.charset = next((it.decode("latin-1") for it in names
+                                 if self._is_charset(it.decode("latin-1"))), before)
         elif body[:2] == bytes((CHARSET, 3)):
             conn.charset = "US-ASCII"
         elif body[:2] in (bytes((39, 0)), bytes((39, 2))):
@@ -17507,7 +17549,8 @@ class TinyMUX(CMush):
             value = re.match(rb"[^\x00\x03]*", rest).group()
             at = len(data) - len(rest) + len(value) + 1
             locale = value.split(b".", 1)[-1].lower()
-            found = found or name.split(b"\0")[0].lower() in (b"lang", b"lc_all", b"lc_ctype") and locale == b"utf-8"
+            found = found or name.split(b"\0")[0].lower() in (b"lang", b"lc_all",
+                                                              b"lc_ctype") and locale == b"utf-8"
         return found
 
     def telnet_command(self, conn, command):
