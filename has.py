@@ -2575,7 +2575,7 @@ class Mailbox:
     """Calls posted by any thread (or a signal handler), run by the owner's thread in order."""
 
     def __init__(self):
-        self._calls = collections.deque()
+        self._calls, self._woken = collections.deque(), False
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)
@@ -2583,18 +2583,15 @@ class Mailbox:
     def post(self, call, *arguments):
         """Have the owner run `call(*arguments)` soon. Any thread may call; never blocks."""
         self._calls.append((call, arguments))
-        try:
+        if not self._woken:                     # else run() is still to come
+            self._woken = True
             self.writer.send(b"\0")
-        except BlockingIOError:
-            pass                                # full: the owner will wake in any case
 
     def run(self):
         """Run what was posted; what that posts is run next time. The owner's thread only."""
-        try:
-            while len(self.reader.recv(4096)) == 4096:
-                pass
-        except BlockingIOError:
-            pass
+        with contextlib.suppress(BlockingIOError):
+            self.reader.recv(4096)
+        self._woken = False                     # before it is seen how many there are
         for _ in range(len(self._calls)):
             call, arguments = self._calls.popleft()
             call(*arguments)
@@ -6049,9 +6046,8 @@ class Session(Survivor):
 
     def on_stream_end(self, stream, reason):
         """One of the two streams ended; `reason` is "" for a plain end of file."""
-        if stream is self.client and self.place.keep(reason):
-            pass                                # he may come back
-        elif stream is self.client:
+        self.hub.ends += 1
+        if stream is self.client and not self.place.keep(reason):     # else he may come back
             self.handle(Event.CLIENT_LOST if reason else Event.CLIENT_ENDED, reason)
         elif stream is self.link:
             event = Event.FAILED if self.link.connecting else Event.ENDED
@@ -6272,6 +6268,15 @@ class Passage(Part):
             session.link.take_up(packed["link"])
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
+
+    def fall_apart(self):
+        """The session has ended, and its last timers have run out: without circles it needs no
+        search for garbage, which would stop everybody for as long as there are many sessions."""
+        client = self.session.client
+        client.owner = client.on_data = None
+        for part in self.parts + (self,):
+            if isinstance(part, Part):
+                part.session = None
 
     def replace_stream(self, name, sock):
         """Another process took over the TLS of a stream: its plain side is `sock`. What was held
@@ -8149,11 +8154,14 @@ PATIENCE = 24                      # line ends, and as many kilobytes, read with
 NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
+ENDS_A_TURN = 500                  # streams: at a crash of the world thousands end at once
+FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
+SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in one turn
 
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
 # source for `hub.` in part 6, and for `session.` and `other.` below it.
 FOR_SESSIONS = {
-    "now", "clock", "later", "selector", "patience", "backlogs",    # the loop
+    "now", "clock", "later", "selector", "patience", "backlogs", "ends",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
     "history.gone", "changed", "keep",          # to outlive this process
@@ -8206,10 +8214,12 @@ class Loop:
         self.patience = PATIENCE                # what may still be read with care in this turn
         self.backlogs = collections.deque()     # sessions with more to be read
         self.changed = set()                    # sessions, or the hub: perhaps, in this turn
+        self.ends, self._left = 0, frozenset()  # streams in this turn; who was ready, not served
+        self._sweeps = collections.deque()      # see sweep()
 
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
-        self.patience = PATIENCE
+        self.patience, self.ends = PATIENCE, 0
         timers = self._timers
         if self.backlogs:
             longest = 0
@@ -8218,7 +8228,7 @@ class Loop:
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
         self.now = self.clock()
-        for key, events in ready:
+        for key, events in ready if len(ready) <= ENDS_A_TURN else self._in_turns(ready):
             stream = key.data
             try:
                 if not stream.closed:           # else its descriptor may be another's by now
@@ -8248,9 +8258,42 @@ class Loop:
 
     def _run_timers(self):
         newest = next(self._timer_numbers)      # what is set from now on is for the next turn
+        until = self.clock() + SWEEP_SECONDS
         while self._timers and self._timers[0][0] <= self.now and self._timers[0][1] < newest:
             _, _, call, arguments = heapq.heappop(self._timers)
             self.safely(call, *arguments)
+            if self.clock() >= until:
+                break                           # due as they are, they come in the next turn
+
+    def _in_turns(self, ready):
+        """Yield what is ready until too many streams have ended; the selector names the others
+        again. One who was not left then for one who was: nobody waits for all of them."""
+        left = [it for it in ready if it[0].fd in self._left]
+        fresh = [it for it in ready if it[0].fd not in self._left] if left else ready
+        mixed = [it for pair in itertools.zip_longest(fresh, left) for it in pair if it]
+        self._left = frozenset()
+        for number, it in enumerate(mixed):
+            yield it
+            if self.ends >= ENDS_A_TURN:
+                self._left = frozenset(key.fd for key, _ in mixed[number + 1:])
+                return
+
+    def sweep(self, calls):
+        """Make many calls, an iterable of (call, arguments), in order and behind those of other
+        sweeps: at once, as far as the time of a turn goes, then in the next turns."""
+        self._sweeps.append(iter(calls))
+        if len(self._sweeps) == 1:              # else they are being made
+            self._go_on_sweeping()
+
+    def _go_on_sweeping(self):
+        until = self.clock() + SWEEP_SECONDS
+        while self._sweeps:
+            for call, arguments in self._sweeps[0]:
+                self.safely(call, *arguments)
+                if self.clock() >= until:
+                    self.later(0, self._go_on_sweeping)
+                    return
+            self._sweeps.popleft()
 
     def safely(self, call, *arguments):
         """Call it; an exception ends the client it was for, nothing else."""
@@ -9385,8 +9428,7 @@ class Links(Survivor):
         self.noise.expect(name, self.hub.now + NOISE_SECONDS)
         if quiet:
             self.hub.later(NOISE_SECONDS, self.prune_noise)
-            for session in self.hub.sessions.values():
-                session.refresh()
+            self.hub.each("refresh")
 
     def prune_noise(self):
         """Hide no more what has had its time."""
@@ -10000,10 +10042,12 @@ class Hub(Loop):
         while not (self.stopping and not self.sessions):
             self.turn()
 
-    def each(self, method, *arguments):
-        """Call a method of every session, oldest first; a fault in one ends only that one."""
-        for session in list(self.sessions.values()):
-            self.safely(getattr(session, method), *arguments)
+    def each(self, method, *arguments, but=lambda session: False):
+        """Call a method of every session, oldest first, unless one has gone by then or is exempt
+        (`but`); a fault in one ends only that one. Of many in turns: see sweep()."""
+        sessions = list(self.sessions.values())
+        self.sweep((getattr(session, method), arguments) for session in sessions
+                   if session.number in self.sessions and not but(session))
 
     def write_down(self, changed):
         """For the next process, if this one dies."""
@@ -10062,6 +10106,7 @@ class Hub(Loop):
         """A session has ended."""
         self.changed.add(session)
         if self.sessions.pop(session.number, None):
+            self.later(FORGOTTEN_SECONDS, Passage(session).fall_apart)
             self.history.gone(session.number, "the client left")
             self.record.bytes_in += session.inbox.bytes_in
             self.record.bytes_out += session.screen.bytes_out
@@ -10083,10 +10128,10 @@ class Hub(Loop):
     def heard(self, name, *arguments):
         """Something was heard of the world: do what Health makes of it."""
         before = self._known()
-        for effect, *values in getattr(self.health, name)(*arguments, self.now):
-            getattr(self, "_do_" + effect)(*values)
+        effects = getattr(self.health, name)(*arguments, self.now)
         if before != self._known():
             self.changed.add(self)
+        self.sweep((getattr(self, "_do_" + effect), values) for effect, *values in effects)
 
     def _known(self):
         health = self.health
@@ -10186,7 +10231,11 @@ class Hub(Loop):
             self.history.lost(since, reason, self._in_the_game())
         self._post("on_down")
         self.links.died(died)
-        self.each("on_world_down", self.offline_notice)
+        self.each("on_world_down", self.offline_notice, but=self._is_in_it)
+
+    def _is_in_it(self, session):
+        """Whether the session has a link to a world that is up, in its present life."""
+        return self.is_up and session.link and session.life == self.world.life
 
     def _start_time(self):
         return self.world.life.partition(" ")[2] or "start time unknown"
@@ -10212,7 +10261,8 @@ class Hub(Loop):
 
     def _in_the_game(self):
         """Who has something to lose: {session number: name}."""
-        return {session.number: session.status()["name"] for session in self.sessions.values()
+        return {session.number: printable(session.character.login.name)
+                for session in self.sessions.values()
                 if session.character.login and not session.character.is_guest
                 and session.state is not State.CLOSING}
 
@@ -10223,9 +10273,8 @@ class Hub(Loop):
         self.history.lost(time.time() - (self.now - died), "it was started anew",
                           self._in_the_game())
         self.links.died(died)
-        for session in list(self.sessions.values()):
-            if session.link and session.life != self.world.life or session.state is State.ASKING:
-                self.safely(session.on_world_down, self.offline_notice)
+        self.each("on_world_down", self.offline_notice, but=lambda session: not (
+            session.link and session.life != self.world.life or session.state is State.ASKING))
 
     def _do_up(self, is_new_life):
         if is_new_life:
@@ -10260,13 +10309,15 @@ class Hub(Loop):
         self.control.close()
         self._post("on_stop")
         self.each("close", "HAS stops", self.settings.goodbye_notice)
-        self.later(2 * FLUSHED_SECONDS, self._end_flushed, self.now + GOODBYE_SECONDS)
+        flush = 2 * FLUSHED_SECONDS, self._end_flushed, self.now + GOODBYE_SECONDS
+        self.sweep([(self.later, flush)])       # when all are told
 
     def _end_flushed(self, until):
         """End the sessions whose clients have been sent everything; at `until` all of them."""
-        for session in list(self.sessions.values()):
-            if not session.client.out or self.now >= until:
-                session.end()
+        self.each("end", but=lambda session: session.client.out and self.now < until)
+        self.sweep([(self._look_for_unflushed, (until,))])
+
+    def _look_for_unflushed(self, until):
         if self.sessions:
             self.later(FLUSHED_SECONDS, self._end_flushed, until)
 
@@ -11759,6 +11810,24 @@ def parse_arguments(arguments):
     return options
 
 
+TIDY_SECONDS = 86400               # between searches for garbage in everything
+
+
+def tidy_by_hand(hub):
+    """Have Python search for garbage among what is young only: a search in everything stops all
+    users, with thousands of them for a third of a second, and finds nothing, for sessions leave
+    no circles behind (Passage.fall_apart). One a day, in case that is not true."""
+    gc.freeze()                                 # the program itself; sessions need no search
+    gc.set_threshold(30000, 1000, 1000)         # 700 would be a search in every turn of thousands
+    hub.later(TIDY_SECONDS, tidy, hub)
+
+
+def tidy(hub):
+    """Search for garbage in everything."""
+    gc.collect()
+    hub.later(TIDY_SECONDS, tidy, hub)
+
+
 def take_signals(hub, upgrade):
     """Have signals run in the main loop, between two turns' work."""
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
@@ -12274,9 +12343,7 @@ def serve(survival, handler, options, go_on=None, parked=None):
     hub.heartbeat.start()
     hub.places.look()
     take_signals(hub, upgrade)
-    # select() makes a tuple for each ready stream: with thousands of users these alone would have
-    # Python search all sessions for garbage several times a second, with its default of 700.
-    gc.set_threshold(30000)
+    tidy_by_hand(hub)
     tell_systemd("READY=1")
     try:
         if go_on:
