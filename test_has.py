@@ -34,6 +34,7 @@ import errno
 import fcntl
 import faulthandler
 import functools
+import gc
 import heapq
 import inspect
 import io
@@ -9116,6 +9117,111 @@ class OtherAddresses(RigCase):
         self.assertEqual((state_of(first), state_of(second)), ("ASKING", "PLAYING"))
         rig.post(rig.hub.on_unreachable, HOME, "refused", False)
         self.assertEqual((state_of(first), state_of(second)), ("WAITING", "WAITING"))
+
+
+class ManyAtOnce(RigCase):
+    """What concerns thousands is done in turns: nobody waits for all of them."""
+
+    def crowd(self, count=30):
+        """(rig, clients, links) of a hub to which each look at the clock costs a millisecond."""
+        rig = self.rig()
+        pairs = [rig.player(f"u{number}") for number in range(count)]
+
+        def clock():
+            rig.clock.advance(0.001)
+            return rig.clock()
+        rig.hub.clock = clock
+        return rig, [client for client, _ in pairs], [link for _, link in pairs]
+
+    @staticmethod
+    def waiting(clients):
+        return sum(state_of(client) == "WAITING" for client in clients)
+
+    def test_all_are_told_that_the_world_is_down_in_turns(self):
+        rig, clients, _ = self.crowd()
+        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.turn(0)
+        told = self.waiting(clients)
+        self.assertTrue(0 < told < 25, told)    # the turn has two looks at it
+        rig.settle()
+        self.assertEqual([client.lines() for client in clients], [["# OFFLINE"]] * 30)
+
+    def test_the_world_is_back_before_all_are_told(self):
+        """Who is in its new life already is not torn out of it; all the others come back."""
+        rig, clients, links = self.crowd()
+        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.turn(0)
+        links[-1].sock.close()                  # his turn to be told is far
+        world = has.World(HOME, rig.game.target, rig.family, "life 2", False, False)
+        rig.hub.mailbox.post(rig.hub.on_world_found, world)
+        rig.life = "life 2"
+        session, told = clients[-2].session, []
+        session.life = "life 2"                 # he is back, however that went
+        rig.settle()
+        self.assertEqual(state_of(clients[-2]), "PLAYING")
+        self.assertEqual(clients[-2].lines(), told)
+        self.assertEqual({state_of(client) for client in clients[:-2] + clients[-1:]},
+                         {"RETURNING"})
+
+    def test_links_that_end_together_keep_nobody_waiting_for_all_of_them(self):
+        rig, clients, links = self.crowd(40)
+        with mock.patch.object(has, "ENDS_A_TURN", 10):
+            for link in links[:39]:
+                link.sock.close()
+            rig.hub.turn(0)
+            asking = sum(state_of(client) == "ASKING" for client in clients)
+            self.assertEqual(asking, 10)
+            clients[39].send("say hello\r\n")
+            rig.hub.turn(0)
+            self.assertEqual(sum(state_of(client) == "ASKING" for client in clients), 20)
+            self.assertIn(b"say hello", links[39].read())
+            rig.settle()
+        self.assertEqual(sum(state_of(client) == "ASKING" for client in clients), 39)
+
+    def test_timers_that_are_due_together(self):
+        rig, ran = self.rig(), []
+        rig.hub.clock = self.crowd(0)[0].hub.clock
+        rig.hub.now = rig.hub.clock()
+        for number in range(30):
+            rig.hub.later(0, ran.append, number)
+        rig.hub.turn(0)
+        self.assertTrue(0 < len(ran) < 12, ran)
+        while len(ran) < 30:
+            rig.hub.turn(0)
+        self.assertEqual(ran, list(range(30)))
+
+    def test_a_goodbye_comes_before_the_end(self):
+        rig, clients, _ = self.crowd()
+        rig.hub.stop()
+        rig.settle()
+        rig.pass_time(*[0.1] * 20)
+        self.assertFalse(rig.hub.sessions)
+        for client in clients:
+            self.assertEqual((client.lines(), client.ended), ([RARE_NOTICES["goodbye_notice"]], True))
+
+    def test_who_has_left_is_not_called(self):
+        rig, clients, _ = self.crowd(2)
+        rig.hub.sweep([(clients[1].session.end, ())])
+        rig.hub.sweep(iter([]))
+        rig.hub.each("notify", "# HELLO")
+        self.assertEqual([client.lines() for client in clients], [["# HELLO"], []])
+
+    def test_sessions_that_have_ended_are_no_garbage_to_search_for(self):
+        rig = self.rig()
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(3):
+                client, link = rig.player(f"u{number}")
+                client.sock.close()
+                rig.settle()
+            rig.peers.clear()
+            del client, link
+            rig.pass_time(20, 700, has.FORGOTTEN_SECONDS + 1)
+            left = [it for it in gc.get_objects() if isinstance(it, (has.Session, has.Part, has.Stream))]
+        finally:
+            gc.enable()
+        self.assertEqual(left, [])
 
 
 class Turns(RigCase):
