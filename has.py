@@ -9463,8 +9463,8 @@ try:
 except OSError as error:
     sys.exit(print("it cannot be run:", error.strerror))
 os.setpriority(os.PRIO_PROCESS, hook.pid, 10)
-until, said, reading, trouble = time.monotonic() + seconds, b"", [hook.stdout], ""
-while not trouble and (reading or hook.poll() is None):
+until, said, reading, over, trouble = time.monotonic() + seconds, b"", [hook.stdout], False, ""
+while not over and (reading or hook.poll() is None or any(living(hook.pid))):
     if select.select(reading, [], [], 0.1)[0]:
         data = os.read(hook.stdout.fileno(), 65536)
         said = (said + data)[-300:]
@@ -9472,11 +9472,11 @@ while not trouble and (reading or hook.poll() is None):
             time.sleep(0.1)         # a flood waits in the pipe
         else:
             reading = []
-    if time.monotonic() > until:
-        trouble = "it was killed after %d s" % seconds
-    elif sum(1 for _ in living(hook.pid)) > most:
-        trouble = "it was killed with more than %d processes" % most
-status, killed, new = hook.poll(), set(), {-hook.pid} if trouble else set()
+    if sum(1 for _ in living(hook.pid)) > most:
+        over, trouble = True, "it was killed with more than %d processes" % most
+    elif time.monotonic() > until:
+        over, trouble = True, "it was killed after %d s" % seconds if hook.poll() is None else ""
+status, killed, new = hook.poll(), set(), {-hook.pid} if over else set()
 while new:                          # first its group, at once; then who had left that
     for pid in new:
         try:
@@ -9487,7 +9487,7 @@ while new:                          # first its group, at once; then who had lef
     hook.poll()
     killed |= new
     new = set(living(hook.pid)) - killed
-print(trouble if status is None else "status %d" % status if status else "done")
+print(trouble or ("status %d" % status if status else "done"))
 print(said.decode("utf-8", "replace"))
 """
 
@@ -9541,7 +9541,7 @@ class Hook(Survivor):
         self.last_event, self.lost_since = "", 0.0          # of down, silent, moved, up
         self.refused = False                    # the world does not take the heartbeat
         self._next_at = {}                      # event -> when it may be told of again
-        self._failing = False                   # the log has said that it does not work
+        self._failing = None                    # the command of which the log has said so
 
     def lost(self, event, seconds, reason):
         """Users lost the world so many seconds ago: it is down, or silent."""
@@ -9604,22 +9604,23 @@ class Hook(Survivor):
                             for name, text in values.items()})
         log.debug("on_event: %s is run for %s", command[0], event)
         try:
-            HookRun(self.hub, command, environment, lambda said: self._on_end(event, said))
+            HookRun(self.hub, command, environment,
+                    lambda said: self._on_end(event, command, said))
         except OSError as error:
-            self._on_end(event, f"it cannot be run: {error.strerror}")
+            self._on_end(event, command, f"it cannot be run: {error.strerror}")
 
-    def _on_end(self, event, said):
+    def _on_end(self, event, command, said):
         verdict, _, said = said.partition("\n")
-        failed = verdict != "done"
-        if failed and not self._failing:
+        failed, was_failing = verdict != "done", self._failing == command
+        if failed and not was_failing:
             words = printable(" ".join(said.split()))
             log.warning("on_event: nobody may have been told of %s: %s%s; mend it; this is not "
                         "said again before it has worked", event,
                         printable(verdict) or "it has ended without a word",
                         f"; it said: {words}" if words else "")
-        elif self._failing and not failed:
+        elif was_failing and not failed:
             log.info("on_event: works again")
-        self._failing = failed
+        self._failing = command if failed else None
 
 
 # ---- what admins ask
@@ -9843,6 +9844,7 @@ class Control(Survivor):
                 "notice": self._notice, "maintenance": self._maintenance,
                 "kick": self._kick, "deny": self._deny}
         name = request.get("do")
+        self.hub.changed.add(self.hub)          # most of them are to outlive this process
         return does[name](request) if name in does else {
             "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
 
@@ -9967,7 +9969,7 @@ class Reload:
         except (SettingsError, OSError) as error:
             for problem in getattr(error, "problems", [str(error)]):
                 self._fail(problem)
-            self._fail("HUP: the old settings stay in force; mend the above and kill -HUP again")
+            self._fail("HUP: the old settings stay in force; mend the above, then --reload (or kill -HUP) again")
             return 2, self._said
         self._take(settings)
         remarks = [*remarks, *self._changes(old, settings)]
