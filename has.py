@@ -9969,7 +9969,8 @@ class Reload:
         except (SettingsError, OSError) as error:
             for problem in getattr(error, "problems", [str(error)]):
                 self._fail(problem)
-            self._fail("HUP: the old settings stay in force; mend the above, then --reload (or kill -HUP) again")
+            self._fail("HUP: the old settings stay in force; mend the above, then --reload (or "
+                       "kill -HUP) again")
             return 2, self._said
         self._take(settings)
         remarks = [*remarks, *self._changes(old, settings)]

@@ -9371,7 +9371,8 @@ class Orders(RigCase):
     def test_what_was_ordered_is_written_down_at_once(self):
         """A kill -9 just behind it forgets nothing."""
         rig = self.rig()
-        for request in ({"do": "deny", "address": "10.0.0.0/8"}, {"do": "maintenance", "text": "x"}):
+        for request in ({"do": "deny", "address": "10.0.0.0/8"},
+                        {"do": "maintenance", "text": "x"}):
             with mock.patch.object(rig.hub, "write_down") as written:
                 rig.hub.mailbox.post(rig.hub.control.command, request, None)
                 rig.settle()
@@ -9735,7 +9736,8 @@ class OnEvent(RigCase):
     def test_one_whose_children_fork_for_ever_behind_its_back(self):
         pids = self.folder + "/pids"
         with mock.patch.object(has.HookRun, "MOST_PROCESSES", 20):
-            line, = self.trouble(f"(echo $$ >{pids}; while :; do sleep 77 & done) >/dev/null 2>&1 &")
+            line, = self.trouble(
+                f"(echo $$ >{pids}; while :; do sleep 77 & done) >/dev/null 2>&1 &")
         self.assertIn("it was killed with more than 20 processes", line)
         session = read_text(pids).strip()
         self.wait_until(lambda: not [pid for pid in filter(str.isdigit, os.listdir("/proc"))
