@@ -2718,11 +2718,13 @@ class Stream:
     missed = 0                     # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "trail", "_paused", "_finishing", "_broken", "_interest")
+                 "full", "sent_bytes", "trail", "peeks", "_receive", "_paused", "_finishing",
+                 "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False):
         sock.setblocking(False)
         self.selector, self.sock, self.owner, self.on_data = selector, sock, owner, on_data
+        self.peeks, self._receive = False, sock.recv
         self.out = b""             # a bytearray while something waits to be sent
         self.connecting = connecting
         self.ended = self.closed = self.full = False
@@ -2768,7 +2770,7 @@ class Stream:
                 return
         if events & READ:
             try:
-                data = self.sock.recv(CHUNK)
+                data = self._receive(CHUNK)
             except NOT_NOW:
                 return
             except OSError as error:
@@ -2881,12 +2883,26 @@ class Stream:
         """Deliver what the other side sent before it ended, as far as it has arrived."""
         while not (self.closed or self.ended or self.connecting):
             try:
-                data = self.sock.recv(CHUNK)
+                data = self._receive(CHUNK)
             except OSError:
                 return
             if not data:
                 return
             self.on_data(data)
+
+    def peek(self, peeks):
+        """Whether on_data(), which must be another now, is shown what came and must take() it: so
+        nothing is lost if this process dies meanwhile. Returns whether it is another."""
+        if peeks is self.peeks:
+            return False
+        sock, self.peeks = self.sock, peeks
+        self._receive = (lambda size: sock.recv(size, socket.MSG_PEEK)) if peeks else sock.recv
+        return True
+
+    def take(self, size):
+        """So much of what was shown has been dealt with."""
+        if not self.closed:
+            self.sock.recv(size)                # it is there
 
     def drop(self):
         """Close now. Harmless twice."""
@@ -2964,8 +2980,13 @@ class TLSStream(Stream):
         self._interest = 0
         self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name,
                                               do_handshake_on_connect=False)
+        self._receive = self.sock.recv
         self._handshake = WRITE
         self._finish_connect()
+
+    def peek(self, peeks):
+        """What was decrypted cannot be left where it was."""
+        return False
 
     def send(self, data):
         """Send now what the socket takes and keep the rest in order."""
@@ -3675,6 +3696,8 @@ class Screen(Part):
         """What takes the data of the link."""
         if self.session.inbox.first.is_raw:
             return self.on_raw_data
+        if self.session.link and self.session.link.peeks:
+            return self.session.inbox.peek.on_link_data
         return self.on_link_data if self.spelling.coloured else self.on_plain_data
 
     def _note_colour(self):
@@ -4220,11 +4243,52 @@ _DOUBTS_MARKED = bytes(64 if n < 32 or n >= 127 else n for n in range(256))
 _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 
 
+class Peek:
+    """At the login screen what comes is looked at first, and taken when it is written down: a line
+    or an answer that a process which dies has taken is not said again."""
+
+    __slots__ = ("session", "_shown")
+
+    def __init__(self, session):
+        self.session, self._shown = session, None           # (stream, number of bytes)
+
+    def update(self, peeks):
+        """Whether that is so now; for the client, and the link, if there is one."""
+        session, inbox = self.session, self.session.inbox
+        peeks = peeks and session.hub.is_kept and not inbox.first.is_raw
+        if session.client.peek(peeks):
+            session.client.on_data = self.on_client_data if peeks else inbox.on_data
+        if session.link and session.link.peek(peeks):
+            session.link.on_data = session.screen.reader
+
+    def on_client_data(self, data):
+        """The client sent `data`."""
+        self._shown = self.session.client, len(data)
+        self.session.inbox.on_data(data)
+        if self._shown:
+            self.session.hub.keep(self.session)
+            self.take()
+
+    def take(self):
+        """All that the client sent is written down."""
+        shown, self._shown = self._shown, None
+        if shown:
+            stream, size = shown
+            stream.take(size)
+
+    def on_link_data(self, data):
+        """The world sent `data`; what is written down of it is so by now."""
+        link, screen = self.session.link, self.session.screen
+        (screen.on_link_data if screen.spelling.coloured else screen.on_plain_data)(data)
+        link.take(len(data))
+
+
 class Inbox(Part):
     """What a client sends: read at once, in later turns, or once a link can take it."""
 
     __slots__ = ("client", "announced", "forward", "typed_at", "bytes_in", "quit_at", "first",
-                 "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until")
+                 "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until",
+                 "peek")
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
     PASSING = ("typed_at", "bytes_in", "kept_due")
@@ -4244,6 +4308,7 @@ class Inbox(Part):
         self.backlog = b""         # left for later turns
         self.behind = b""          # what comes behind that which is being read
         self.slow_until = 0        # nothing is read before: he tries many passwords
+        self.peek = Peek(session)
 
     @property
     def is_fast(self):
@@ -4522,6 +4587,7 @@ class Inbox(Part):
         out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
         if out and session.link:
             self.hub.keep(session)              # before: what was sent is not sent again
+            self.peek.take()
             session.link.send(out)
         session.refresh()
 
@@ -5484,6 +5550,9 @@ class Absent:
     def resume(self):
         """Nobody types."""
 
+    def peek(self, peeks):
+        """Nobody types."""
+
     def pack(self, name, held=True):
         """For another process: it has no descriptor."""
         return {"fd": None, "out": pack(bytes(self.out)), "lost": self.lost,
@@ -5929,10 +5998,10 @@ class Session(Survivor):
         fast = (state is State.PLAYING and self.linked and inbox.is_fast
                 and not self.hold.silent and not self.dialect.capped)
         inbox.forward = self.link.send if fast else None
+        inbox.peek.update(state in AT_LOGIN)
         screen.careful = bool(
-            state is State.LOGIN or state is State.RETURNING
-            or screen.stuck or screen.hidden or screen.expected or self.hub.links.noise
-            or inbox.kept or self.character.changing
+            state in (State.LOGIN, State.RETURNING) or screen.stuck or screen.hidden
+            or screen.expected or self.hub.links.noise or inbox.kept or self.character.changing
             or self.feed.proof and self.feed.proof.live or self.telnet.is_held)
 
     @property
@@ -8164,7 +8233,7 @@ FOR_SESSIONS = {
     "now", "clock", "later", "selector", "patience", "backlogs", "ends",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
-    "history.gone", "changed", "keep",          # to outlive this process
+    "history.gone", "changed", "keep", "is_kept",           # to outlive this process
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
@@ -8425,6 +8494,7 @@ class Listener:
                 self.hub.later(self.PAUSE_SECONDS, self._again)
                 return
             try:
+                self.hub.catch(sock)
                 self.on_accepted(sock, peer)
             except (OSError, ValueError) as error:
                 log.info("a client was gone before it was let in: %s", error)
@@ -10059,6 +10129,16 @@ class Hub(Loop):
 
     # ---- what sessions ask
 
+    @property
+    def is_kept(self):
+        """Whether what changes is written down."""
+        return self.scribe is not None
+
+    def catch(self, sock):
+        """A client was accepted: as far as he knows he is connected."""
+        if self.scribe:
+            self.scribe.catch(sock)
+
     def keep(self, session):
         """This session must not wait for the end of the turn to be written down."""
         if self.scribe:
@@ -10334,6 +10414,7 @@ class Hub(Loop):
 # replaced (Upgrade).
 # ======================================================================
 
+TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
 SO_PEEK_OFF = getattr(socket, "SO_PEEK_OFF", 42)        # Linux 3.4 (socket(7)); Python lacks it
 
 
@@ -10593,13 +10674,13 @@ class Shelf:
         return self._socks[name]
 
     def leave(self):
-        """Nobody will take() any more: what was not taken ends, unless it is a second copy."""
-        for name in self._left:
-            sock = self._socks[name]
+        """Nobody will take() any more. What was not taken is returned: what had ended, second
+        copies, and perhaps clients that had just been accepted."""
+        left, self._left = [self._socks[name] for name in self._left], set()
+        for sock in left:
             self.drop(sock)
-            sock.close()
-        self._left = set()
         self.tidy(at_once=True)
+        return left
 
     def clear(self):
         """Nothing is in flight any more."""
@@ -10624,7 +10705,7 @@ class Vault:
         for sock in self._ends[::2]:            # as much room as the system allows
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
         self.shelf = Shelf(self.board, list(zip(self._ends[::2], self._ends[1::2])))
-        self.take = self.shelf.take
+        self.take, self.left = self.shelf.take, []          # left: sockets that nobody took
         self._be_inherited(False)
 
     @classmethod
@@ -10722,7 +10803,7 @@ class Vault:
 
     def keep(self, source):
         """Nothing can fail any more: the Vault to go on with."""
-        self.shelf.leave()
+        self.left = self.shelf.leave()
         return self
 
     def prove(self):
@@ -11048,6 +11129,22 @@ class Survival(Survivor):
             hub.links.prune_noise()
         for session in list(hub.sessions.values()):
             hub.safely(Passage(session).go_on)
+        self._let_in(self.vault.left if self.vault else [])
+
+    def _let_in(self, socks):
+        """Clients that were accepted by a process which died before it knew them."""
+        ports = {it.sock.getsockname()[1]: it for it in self.hub.door.listeners}
+        for sock in socks:
+            try:
+                state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+                listener = ports.get(sock.getsockname()[1])
+                if state == TCP_ESTABLISHED and listener:
+                    self.hub.catch(sock)
+                    listener.on_accepted(sock, sock.getpeername())
+                    continue
+            except (OSError, IndexError, TypeError):
+                pass                            # it is no such socket, or has ended
+            sock.close()
 
     def move_tls_out(self):
         """Give every TLS stream to a forked process that feeds this one plain bytes: TLS cannot
@@ -11126,6 +11223,13 @@ class Scribe:
         if old and "connection" in old:
             old["connection"]["fd"].close()     # the heartbeat has ended it, or goes on with it
         self.hub.changed.add(self.hub)
+
+    def catch(self, sock):
+        """Have this socket, of which nothing is known yet, outlive us."""
+        try:
+            self._vault.shelf.name(sock)
+        except OSError as error:
+            self._complain(error)
 
     def write(self, changed):
         """Write down what is new of these sessions, or of the hub."""

@@ -2414,7 +2414,7 @@ class Rig:
         before, self.vault = self.vault, has.Vault([os.dup(fd) for fd in self.vault.fds])
         before.close()
         self.hub = self._new_hub()
-        survival, state = has.Survival(self.hub), self.vault.load()
+        survival, state = has.Survival(self.hub, self.vault), self.vault.load()
         survival.unpack(state, self.vault.take, whole=False)
         self.vault.keep(b"")
         self._watch_over(state["heartbeat"])
@@ -7159,6 +7159,59 @@ class Died(RigCase):
                   + b"\r\n")
         rig.settle()
         self.assertEqual((state_of(client), client.read()), ("PLAYING", b"Welcome\r\n"))
+
+    def test_a_login_is_not_lost_wherever_it_dies(self):
+        """What comes at the login screen is taken when it is written down."""
+        count = 0
+
+        def prepare():
+            rig = self.rig()
+            rig.alice = rig.client()
+            rig.link = rig.game.accept()
+            rig.asked = b""
+            return rig
+
+        def act(rig):
+            rig.alice.send("connect Alice pw\r\n")
+            rig.settle()
+            self.answer(rig)
+        for rig in deaths(has.Scribe, ["write"], prepare, act):
+            count += 1
+            rig.die()
+            self.answer(rig)
+            self.assertEqual(state_of(rig.alice), "PLAYING")
+            self.assertEqual(rig.asked.count(b"connect Alice pw"), 1)
+            self.assertIn(b"Welcome", rig.alice.read())
+        self.assertGreater(count, 6)
+
+    def answer(self, rig):
+        """The world answers the login, once."""
+        answered, rig.asked = rig.asked, rig.asked + rig.link.read()
+        if rig.asked and not answered:
+            mark = re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", rig.asked).group(1)
+            rig.link.send(b"Welcome\r\n" + mark + b"\r\n")
+            rig.settle()
+
+    def test_a_client_just_accepted_is_let_in_by_the_next(self):
+        rig = self.rig()
+        rig.hub.door.listen()
+        rig.settle()
+        known, address = set(rig.hub.sessions), rig.hub.door.listeners[0].sock.getsockname()
+        client = socket.create_connection(address)
+        self.addCleanup(client.close)
+        with mock.patch.object(has.Door, "on_client", side_effect=Killed), self.assertRaises(Killed):
+            rig.settle()
+        gone = socket.create_connection(address)
+        gone.close()
+        rig.die()
+        rig.pass_time(1)
+        self.assertEqual([it.state.name for number, it in rig.hub.sessions.items()
+                          if number not in known], ["LOGIN"])
+        link = rig.game.accept()
+        link.send("Hello\r\n")
+        rig.settle()
+        client.settimeout(5)
+        self.assertEqual(client.recv(99), b"Hello\r\n")
 
     def test_a_login_whose_answer_the_dead_has_read_is_tried_on_return(self):
         rig = self.rig()
