@@ -11570,6 +11570,8 @@ class Keeper:
     def _pass_on(self, number, _):
         self._stops = self._stops or number in (signal.SIGTERM, signal.SIGINT)
         try:
+            if not self._worker:
+                raise ProcessLookupError
             os.kill(self._worker, number)
         except OSError:
             self._waiting.append(number)        # it has died: for the next one
@@ -11580,7 +11582,7 @@ class Keeper:
 
     def _reap(self):
         """How it ended: its exit status, minus the signal, or UNKNOWN: it was another's child."""
-        worker, self._worker = self._worker, -1
+        worker, self._worker = self._worker, 0              # it may be another's number soon
         try:
             _, status = os.waitpid(worker, 0)
         except ChildProcessError:

@@ -14559,6 +14559,16 @@ class TestKeeper(Case):
         alice.expect_end()
         self.assertEqual(self.has.process.wait(10), 0)
 
+    def test_a_signal_between_two_workers_goes_to_nobody_else(self):
+        keeper = has.Keeper(has.Vault.make(), [])
+        self.addCleanup(keeper._vault.close)
+        self.mush.stop()
+        with mock.patch.object(has.os, "kill") as kill:
+            keeper._worker = os.spawnlp(os.P_NOWAIT, "true", "true")
+            keeper._reap()
+            keeper._pass_on(signal.SIGHUP, None)
+        self.assertEqual((kill.call_count, keeper._waiting), (0, [signal.SIGHUP]))
+
     def test_passwords_are_in_memory_only(self):
         self.start()
         self.player("Alice", "alicepw")
