@@ -8494,7 +8494,6 @@ class Listener:
                 self.hub.later(self.PAUSE_SECONDS, self._again)
                 return
             try:
-                self.hub.catch(sock)
                 self.on_accepted(sock, peer)
             except (OSError, ValueError) as error:
                 log.info("a client was gone before it was let in: %s", error)
@@ -8856,6 +8855,7 @@ class Door:
         elif tls or self._is_front(host):
             self._await(Arrival(hub, sock, host, tls))
         else:
+            hub.catch(sock)
             self.on_client(Stream(hub.selector, sock, None, None), host, False)
 
     def _await(self, arrival):
@@ -11133,13 +11133,12 @@ class Survival(Survivor):
 
     def _let_in(self, socks):
         """Clients that were accepted by a process which died before it knew them."""
-        ports = {it.sock.getsockname()[1]: it for it in self.hub.door.listeners}
+        ports = {it.sock.getsockname()[1]: it for it in self.hub.door.listeners if not it.tls}
         for sock in socks:
             try:
                 state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
                 listener = ports.get(sock.getsockname()[1])
                 if state == TCP_ESTABLISHED and listener:
-                    self.hub.catch(sock)
                     listener.on_accepted(sock, sock.getpeername())
                     continue
             except (OSError, IndexError, TypeError):

@@ -7199,7 +7199,8 @@ class Died(RigCase):
         known, address = set(rig.hub.sessions), rig.hub.door.listeners[0].sock.getsockname()
         client = socket.create_connection(address)
         self.addCleanup(client.close)
-        with mock.patch.object(has.Door, "on_client", side_effect=Killed), self.assertRaises(Killed):
+        with mock.patch.object(has.Door, "on_client", side_effect=Killed), \
+                self.assertRaises(Killed):
             rig.settle()
         gone = socket.create_connection(address)
         gone.close()
