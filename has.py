@@ -6342,7 +6342,7 @@ class Passage(Part):
         """The session has ended, and its last timers have run out: without circles it needs no
         search for garbage, which would stop everybody for as long as there are many sessions."""
         client = self.session.client
-        client.owner = client.on_data = None
+        client.owner = client.on_data = self.session.inbox.peek = None
         for part in self.parts + (self,):
             if isinstance(part, Part):
                 part.session = None
