@@ -1147,7 +1147,7 @@ class Replay:
     """
 
     __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested",
-                 "offers")
+                 "offers", "own")
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -1158,6 +1158,7 @@ class Replay:
         self.offers = agreement.pending()
         self.met = set()           # (verb as the client's, option) the new world has spoken about
         self.said = set()          # what was sent unasked
+        self.own = set()           # what the client has spoken about itself on this link
         self.typed = 0             # terminal types given so far
         self.waits = False         # the server must send telnet first (PennMUSH's unix socket)
         self.late = b""            # what waits for that
@@ -1165,6 +1166,12 @@ class Replay:
     def grow_old(self):
         """What is offered again from now on comes of a world that was started anew in place."""
         self.early = False
+
+    def spoke(self, piece):
+        """The client says this to the new world itself: the answer is for the client."""
+        key = SIDE[piece[1]], piece[2]
+        self.own.add(key)
+        self.had.discard(key)
 
     def opening(self):
         """What may go in front of the login line: size, terminal, character set, as settled before.
@@ -1236,6 +1243,8 @@ class Replay:
         mine = (OTHER[SIDE[verb]], option)
         on, first = verb in (DO, WILL), mine not in self.met
         self.met.add(mine)
+        if mine in self.own - self.said:
+            return b"", piece
         if not first:
             # PennMUSH repeats its offers; a client that answers each would be the second to
             # answer, and a second DO CHARSET kills that server (worlds/pennmush.md)
@@ -2636,7 +2645,8 @@ def tune(sock, idle, interval, count, user_timeout=0):
     """Keep a TCP connection prompt and notice a vanished peer; seconds. What a platform can."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    wanted = {"SO_KEEPALIVE": 1, "TCP_NODELAY": 1, "TCP_KEEPIDLE": idle,
+    wanted = {"SO_KEEPALIVE": 1, "SO_OOBINLINE": 1,             # the latter for Synch (RFC 854)
+              "TCP_NODELAY": 1, "TCP_KEEPIDLE": idle,
               "TCP_KEEPALIVE": idle,            # so macOS calls it
               "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count,
               "TCP_USER_TIMEOUT": int(user_timeout * 1000)}
@@ -3971,6 +3981,8 @@ class Telnet(Part):
         elif self._would_kill(piece):
             log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", session)
         elif wanted and session.can_forward:
+            if self.replay and is_option(piece):
+                self.replay.spoke(piece)
             if not self.waits:
                 session.inbox.typed.note_charset(session.dialect, piece)
                 return piece

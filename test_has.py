@@ -3949,6 +3949,48 @@ class Waiting(RigCase):
         rig.settle()
         self.assertEqual(link.read(), b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
 
+    def test_what_he_asks_the_new_world_himself_is_answered_to_him(self):
+        """Ctrl-C in telnet(1) once more: the first WONT TIMING-MARK of a new link is for him."""
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(command(WILL, ECHO) + command(DO, NAWS))
+        rig.settle()
+        client.send(command(DONT, ECHO) + command(WILL, NAWS))
+        rig.settle()
+        link.read(), client.read()
+        rig.down()
+        rig.found("life 2")
+        link = rig.game.accept()
+        rig.let_in(link)
+        link.read(), client.read()
+        for asked, answer in ((command(DO, 6), command(WONT, 6)),
+                              (command(WILL, 91), command(DONT, 91)),
+                              (command(DO, ECHO), command(WILL, ECHO)),
+                              (command(WILL, 39), command(DO, 39)),
+                              (command(DO, 6), command(WONT, 6))):
+            with self.subTest(asked):
+                client.send(asked)
+                rig.settle()
+                self.assertEqual(link.read(), asked)
+                link.send(answer)
+                rig.settle()
+                self.assertEqual(client.read(), answer)
+
+    def test_a_synch_is_read_whole(self):
+        """Its last byte is sent as urgent data (RFC 854)."""
+        rig = self.rig()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours, theirs = socket.create_connection(server.getsockname()), server.accept()[0]
+        self.addCleanup(ours.close)
+        rig.hub.door.on_accept(theirs, "203.0.113.9", False)
+        rig.settle()
+        link = rig.game.accept()
+        ours.sendall(b"WHO\r\n\xff")
+        ours.send(b"\xf2", socket.MSG_OOB)
+        ours.sendall(b"INFO\r\n")
+        rig.settle()
+        self.assertEqual(link.read(), b"WHO\r\n\xff\xf2INFO\r\n")
+
     def test_an_old_world_does_not_take_offers_for_text(self):
         rig = self.rig("teenymush")
         client = rig.client()
