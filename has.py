@@ -1036,7 +1036,7 @@ class Agreement:
     """What a client and its worlds have settled by telnet (RFC 855, 1143), for the next world."""
 
     __slots__ = ("client", "world", "naws", "ttypes", "charset", "gmcp", "ignore", "accepted",
-                 "codec", "unheard", "partly", "environ")
+                 "codec", "unheard", "partly", "environ", "asked")
 
     def __init__(self):
         self.client = {}           # (WILL or DO, option) -> its last word: False for WONT or DONT
@@ -1051,6 +1051,7 @@ class Agreement:
         self.accepted = False      # an ACCEPTED went down the link that is open
         self.gmcp = []             # what the client set up by GMCP, whole commands
         self.ignore = set()        # answers of the client that nobody waits for
+        self.asked = {}            # what it has asked a world that has not answered yet
 
     @staticmethod
     def _note(side, verb, option):
@@ -1072,10 +1073,23 @@ class Agreement:
         is, or told what he knows, does not answer (RFC 1143 7)."""
         return self.settled(SIDE[piece[1]], piece[2]) is (piece[1] in (WONT, DONT))
 
+    def ask(self, piece):
+        """What the client says about an option goes on to a world: that answers, unless it has
+        asked itself."""
+        verb, option = piece[1], piece[2]
+        if verb not in OTHER or not self.world.get((OTHER[verb], option)):
+            self.asked[SIDE[verb], option] = piece
+
+    def take_asked(self, only=None):
+        """The commands (of `only`) that wait for an answer, which the caller will give."""
+        taken = [it for it in self.asked.values() if only is None or it in only]
+        self.asked = {key: it for key, it in self.asked.items() if it not in taken}
+        return taken
+
     def pending(self):
         """What, of those one may want, the client has offered to no world: [(WILL, option)]."""
         return [(WILL, option) for option in (TTYPE, NAWS, CHARSET) if option in self.unheard
-                and self.client.get((WILL, option)) and (DO, option) not in self.world]
+                and self.client.get((WILL, option)) and not self.world.get((DO, option))]
 
     def from_client(self, piece):
         """Remember a command of the client's; return False if it is an answer nobody waits for."""
@@ -1192,6 +1206,7 @@ class Replay:
                 if option == CHARSET:
                     self._note_charset()
         # what the client has offered while no world was there: the answer is for the client
+        self.own.update(self.offers)
         return out + b"".join(command(*offer) for offer in self.offers)
 
     def _note_charset(self):
@@ -1245,6 +1260,8 @@ class Replay:
         self.met.add(mine)
         if mine in self.own - self.said:
             return b"", piece
+        if not on:
+            self.said.discard(mine)             # what follows is no echo of what HAS has said
         if not first:
             # PennMUSH repeats its offers; a client that answers each would be the second to
             # answer, and a second DO CHARSET kills that server (worlds/pennmush.md)
@@ -3981,13 +3998,23 @@ class Telnet(Part):
         elif self._would_kill(piece):
             log.debug("%s: a DO CHARSET behind CHARSET ACCEPTED was not passed on", session)
         elif wanted and session.can_forward:
-            if self.replay and is_option(piece):
-                self.replay.spoke(piece)
+            if is_option(piece):
+                if is_news:
+                    agreement.ask(piece)
+                if self.replay:
+                    self.replay.spoke(piece)
             if not self.waits:
                 session.inbox.typed.note_charset(session.dialect, piece)
                 return piece
             self.replay.late += piece[:KEEP_BYTES - len(self.replay.late)]
         return b""
+
+    def answer_asked(self, only=None):
+        """Answer the client's requests (of `only`) for a world that does not: telnet(1) shows
+        nothing until then. An answer that still comes is not passed on."""
+        for piece in self.agreement.take_asked(only) if self.agreement else ():
+            self.quiet.add(command(OFF[OTHER[SIDE[piece[1]]]], piece[2]))
+            self.answer_for_world(piece)
 
     def _is_for_has(self, piece):
         """Whether HAS answers: no world that speaks telnet is there, or it is silent."""
@@ -4020,13 +4047,17 @@ class Telnet(Part):
         if option is None:
             return
         if verb in (DO, DONT):
-            self._answer(command(WONT, option))
+            self._refuse(command(WONT, option))
         elif verb == WONT or verb == WILL and option not in (NAWS, TTYPE, CHARSET):
-            self._answer(command(DONT, option))
+            self._refuse(command(DONT, option))
         elif verb == WILL and self.session.dialect.telnet:
             self.agreement.unheard.add(option)
         elif verb == WILL:
             self._accept(option)
+
+    def _refuse(self, answer):
+        self._answer(answer)
+        self._agree().from_world(answer)
 
     def _accept(self, option):
         """Take what the client offers: its size, its type or its character set."""
@@ -4054,6 +4085,8 @@ class Telnet(Part):
         if not session.dialect.telnet:
             return piece if len(piece) == 2 else b""    # GA after a prompt is for the client
         agreement = self._agree()
+        if is_option(piece):
+            agreement.asked.pop((OTHER[SIDE[piece[1]]], piece[2]), None)
         if piece in self.quiet:
             self.quiet.discard(piece)
             agreement.from_world(piece)
@@ -4127,7 +4160,8 @@ class Telnet(Part):
             self._await_answers()
 
     def end_echo(self):
-        """No world is there to echo what he types: his client must."""
+        """No world is there to answer him, nor to echo what he types: his client must."""
+        self.answer_asked()
         if self.agreement and self.agreement.settled(DO, ECHO):
             self.session.screen.send(Replay(self.agreement).leftovers({(DO, ECHO)}))
             self._await_answers()
@@ -5227,6 +5261,8 @@ class Hold(Part):
         session, settings = self.session, self.hub.settings
         if silent is not self.silent:           # else a new process is told what it knows
             self.silent, session.lines.iced = silent, b""
+        if silent and session.linked:
+            session.telnet.answer_asked(ASKS_FOR_LIFE)
         if silent and session.inbox.has_quit(settings.hb_timeout + settings.beat):
             session.close("quit")
         if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:

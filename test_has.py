@@ -3643,6 +3643,103 @@ class Timers(RigCase):
         self.assertEqual(client.lines(), ["# UNSENT hello"])
 
 
+class End:
+    """One end of a connection, exactly as RFC 1143 wants it, with a mind of its own."""
+
+    OPTIONS = (1, 3, 5, 24, 25, 31, 39, 42, 69, 91, 201)
+
+    def __init__(self, rng, peer):
+        self.rng, self.peer, self.scanner, self.text = rng, peer, has.Scanner(), b""
+        self.state = {}                             # (WILL: ours, DO: theirs; option) -> state
+        self.likes = {(side, option) for side in (WILL, DO) for option in self.OPTIONS
+                      if rng.random() < 0.7}
+
+    def read(self):
+        """Take what came, answer it."""
+        for is_command_, piece in self.scanner.feed(self.peer.read()):
+            if not is_command_:
+                self.text += piece
+            elif len(piece) == 3:
+                side = DO if piece[1] in (WILL, WONT) else WILL
+                self._take(piece[1] in (WILL, DO), side, piece[2])
+
+    def _take(self, yes, side, option):
+        before, on = self.state.get((side, option), "no"), yes and (side, option) in self.likes
+        if before in ("no", "yes") and yes is not (before == "yes"):
+            self._say(on, side, option)
+        agreed = on if before == "no" else yes and before != "want no"
+        self.state[side, option] = "yes" if agreed else "no"
+
+    def _say(self, yes, side, option):
+        self.peer.send(command(side if yes else {WILL: WONT, DO: DONT}[side], option))
+        if yes and (side, option) in ((WILL, NAWS), (DO, GMCP)):
+            self.peer.send(naws(80, 24) if side == WILL else CORE_HELLO)
+
+    def ask(self):
+        """Ask for something, or end it."""
+        side, option = key = self.rng.choice((WILL, DO)), self.rng.choice(self.OPTIONS)
+        before = self.state.get(key, "no")
+        if before == "no" and key in self.likes or before == "yes" and self.rng.random() < 0.4:
+            self.state[key] = "want yes" if before == "no" else "want no"
+            verb = side if before == "no" else {WILL: WONT, DO: DONT}[side]
+            self.peer.send(command(verb, option))
+
+
+class EveryNegotiation(RigCase):
+    """Whatever a client and one world after another say, in whatever order: in the end both think
+    the same of every option, and nobody waits for an answer."""
+
+    def negotiate(self, seed):
+        rng, rig = random.Random(seed), self.rig()
+        client = rig.client()
+        user, world = End(rng, client), End(rng, rig.game.accept())
+        client.send("connect Alice pw\r\n")
+
+        def turns(most, both=True):
+            for _ in range(rng.randint(0, most)):
+                for end, chance in ((world, 0.5 * both), (user, 0.3)):
+                    if rng.random() < chance:
+                        end.ask()
+                if rng.random() < 0.8:
+                    exchange(1, both)
+
+        def exchange(times=8, both=True):
+            for _ in range(times):
+                rig.settle()
+                for end in (user, world)[:1 + both]:
+                    end.read()
+
+        for life in range(rng.randint(2, 4)):
+            if life:
+                rig.down()
+                exchange(1, False)
+                turns(4, False)
+                rig.found(f"another life {life}")
+                world = End(rng, rig.game.accept())
+            turns(6)
+            exchange(2)
+            mark = re.findall(rb"OUTPUTPREFIX (=[0-9a-f]{10}=)\r", world.text)[-1]
+            info = b"### Begin INFO\r\nVersion: MUX\r\n### End INFO\r\n" if life else b""
+            world.peer.send(b"Welcome\r\n" + mark + b"\r\n" + info)
+            turns(8)
+            exchange(rng.choice((0, 8)))
+        exchange()
+        self.assertEqual(client.session.state.name, "PLAYING")
+        rig.pass_time(3, 10)
+        exchange()
+        for side, other in ((WILL, DO), (DO, WILL)):
+            for option in End.OPTIONS:
+                self.assertEqual((user.state.get((side, option), "no"), option),
+                                 (world.state.get((other, option), "no"), option))
+                self.assertNotIn("want", user.state.get((side, option), "no"))
+        self.doCleanups()
+
+    def test_both_ends_agree_in_the_end(self):
+        for seed in [*range(60), secrets_seed()]:
+            with self.subTest(seed=seed):
+                self.negotiate(seed)
+
+
 class StuckClient(RigCase):
     def fill(self, rig, client, link, until=None):
         """The world sends until the link is not read any more, or `until` bytes went on."""
@@ -3975,6 +4072,30 @@ class Waiting(RigCase):
                 link.send(answer)
                 rig.settle()
                 self.assertEqual(client.read(), answer)
+
+    def test_what_the_world_has_left_unanswered_is_answered(self):
+        """Ctrl-C just before the world died, or fell silent."""
+        rig = self.rig()
+        client, link = rig.player()
+        link.send(command(WILL, ECHO) + command(DO, NAWS))
+        rig.settle()
+        client.send(command(DO, ECHO) + command(WILL, NAWS) + command(DO, 6) + command(WILL, 91)
+                    + command(DO, 3) + command(WILL, TTYPE) + command(WONT, 39))
+        rig.settle()
+        link.send(command(WILL, 3))
+        rig.settle()
+        client.read()
+        rig.post(rig.hub.on_silent)
+        self.assertEqual(client.read(), command(WONT, 6))
+        link.send(command(WONT, 6))             # late
+        client.send(command(DONT, 3))
+        rig.settle()
+        self.assertEqual(client.read(), b"")
+        rig.down()
+        self.assertEqual(client.read(), command(DONT, 91) + command(WONT, 3)
+                         + command(WONT, ECHO) + b"# OFFLINE\r\n")
+        rig.found("life 2")
+        self.assertIn(command(WILL, TTYPE), rig.game.accept().read())
 
     def test_a_synch_is_read_whole(self):
         """Its last byte is sent as urgent data (RFC 854)."""
