@@ -43,6 +43,8 @@ look-up. They share nothing but two mailboxes, one each way. (While users are
 served, the name of another world is looked up by a thread that lives only for
 that, and posts to the heartbeat's mailbox: nobody's verdict waits for DNS.)
 
+For up to half a minute another small process runs a command of on_event (GUARD).
+
 Signals: HUP reads the settings again (a changed mush_address moves everybody
 once the new world is confirmed) and opens log_file anew, USR1 writes the
 status to the log, USR2 upgrades to the has.py on disk without dropping
@@ -8200,10 +8202,11 @@ class History(Survivor):
     """The last outages, and what became of the users who were in the game, for admins. Pure, but
     for the wall clock."""
 
-    SURVIVES = "past_outages", "missing", "returns", "failures"
+    SURVIVES = "history_text", "returns", "failures"
     MOST, MOST_NAMES = 50, 50
 
     def __init__(self):
+        self._text = None                       # see history_text
         # oldest first: {"at": when it began, "seconds": how long it lasted (None: it does still),
         # "why": text, "users": how many, "back": how many of them are, "back_after": seconds from
         # its end to the last of these, "absent": [[name, why], ...] of others}
@@ -8211,10 +8214,24 @@ class History(Survivor):
         self.missing = {}                       # session number -> name: of the last one, not back
         self.returns = self.failures = 0        # logins repeated since the start; refused ones
 
+    @property
+    def history_text(self):
+        """The outages and who is missing as one text: thousands of names are packed at once, and
+        only when there is news."""
+        if self._text is None:
+            self._text = json.dumps([self.past_outages, list(self.missing.items())])
+        return self._text
+
+    @history_text.setter
+    def history_text(self, text):
+        self.past_outages, missing = json.loads(text)
+        self.missing, self._text = dict(missing), text
+
     def lost(self, at, why, names):
         """Users have lost the world: {session number: name}."""
         for number in list(self.missing):
             self.gone(number, "the world went down again")
+        self._text = None
         self.past_outages = self.past_outages[1 - self.MOST:] + [{
             "at": at, "seconds": None, "why": why, "users": len(names), "back": 0, "back_after": 0,
             "absent": []}]
@@ -8228,12 +8245,14 @@ class History(Survivor):
     def found(self):
         """The world is there again."""
         if self.is_open:
+            self._text = None
             self.past_outages[-1]["seconds"] = time.time() - self.past_outages[-1]["at"]
 
     def returned(self, number):
         """That session is in the game again."""
         self.returns += 1
         if self.missing.pop(number, None) is not None:
+            self._text = None
             outage = self.past_outages[-1]
             outage["back"] += 1
             outage["back_after"] = time.time() - outage["at"] - (outage["seconds"] or 0)
@@ -8246,8 +8265,10 @@ class History(Survivor):
     def gone(self, number, why):
         """Nothing more is to be expected of that session."""
         name = self.missing.pop(number, None)
-        absent = self.past_outages[-1]["absent"] if name is not None else []
-        if name is not None and len(absent) < self.MOST_NAMES:
+        if name is None:
+            return
+        self._text, absent = None, self.past_outages[-1]["absent"]
+        if len(absent) < self.MOST_NAMES:
             absent.append([name, why])
 
     def told(self):
@@ -9994,9 +10015,9 @@ class Control(Survivor):
         """The sessions an admin means: of that number, else of that character, else from that
         address."""
         who = unmapped(who) if _is_numeric(who) else who
+        told = [(session, session.status()) for session in self.hub.sessions.values()]
         for name in "id", "name", "host":
-            found = [session for session in self.hub.sessions.values()
-                     if str(session.status()[name]).lower() == who.lower()]
+            found = [it for it, status in told if str(status[name]).lower() == who.lower()]
             if found:
                 return found
         return []
