@@ -2635,6 +2635,7 @@ LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is no
 
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
+MANY_CHUNKS, SMALL_CHUNK, MUCH = 48, 2048, 16384        # of a Trail: writes; bytes of one, of all
 
 
 def can_tell_life(sock):
@@ -2747,8 +2748,8 @@ class Stream:
     missed = 0                     # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "trail", "peeks", "_receive", "_paused", "_finishing",
-                 "_broken", "_interest")
+                 "full", "sent_bytes", "trail", "recent", "peeks", "_receive", "_paused",
+                 "_finishing", "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False):
         sock.setblocking(False)
@@ -2758,7 +2759,7 @@ class Stream:
         self.connecting = connecting
         self.ended = self.closed = self.full = False
         self.sent_bytes = 0        # progress: counts while something waits only
-        self.trail = None          # see follow()
+        self.trail = self.recent = None         # see follow()
         self._paused = self._finishing = self._broken = False
         self._interest = 0
         self._update()
@@ -3096,33 +3097,33 @@ def record_overhead(sock):
 class Trail:
     """The newest bytes that were handed to the kernel for a client: what of them it never got is
     shown to it when it comes back. `ask` says how many were not acknowledged, `overhead` is what
-    TLS adds to each write.
+    TLS adds to each record.
 
     The end of what was acknowledged is kept, too, for the beginning of a line and for what a kernel
     has acknowledged and its program has never read: ADMITTED bytes, RESTING of an idle client.
     """
 
     ADMITTED, RESTING = 2048, 384
-    __slots__ = ("limit", "overhead", "ask", "lost", "lost_lines", "whole", "written",
-                 "_chunks", "_size", "_trim_at", "_cut")
+    __slots__ = ("limit", "overhead", "ask", "chunks", "lost", "lost_lines", "whole", "written",
+                 "_many", "_much", "_grown", "_cut")
 
     def __init__(self, limit, overhead, ask):
         self.limit, self.overhead, self.ask = limit, overhead, ask
+        self.chunks = []           # as written, oldest first: always this list (see TrailedStream)
         self.lost = b""            # what came when nothing could be sent any more
         self.lost_lines = 0        # of that, which was too much
-        self.whole = True          # what is kept begins with the start of a line
+        self.whole = True          # the first chunk begins with the start of a line
         self.written = 0           # bytes that the kernel was given, TLS's included
-        self._chunks, self._size = [], 0
-        self._trim_at = 2 * self.ADMITTED
+        self._many, self._much = MANY_CHUNKS, MUCH  # chunks; bytes more: it is time to trim()
+        self._grown = 0
         self._cut = ()             # (bytes, lines) left out, perhaps before they were acknowledged
 
     def add(self, data):
         """The kernel took `data`, in one write."""
-        self._chunks.append(data)
-        size = len(data) + self.overhead
-        self.written += size
-        self._size += size
-        if self._size > self._trim_at:
+        self.chunks.append(data)
+        self.written += len(data) + self.overhead
+        self._grown += len(data)
+        if self._grown > self._much or len(self.chunks) > self._many:
             self.trim()
 
     def add_lost(self, data):
@@ -3136,42 +3137,51 @@ class Trail:
         """Forget what was acknowledged long ago, and of the others what is too much."""
         left = self.ask()
         self._shorten(min(self.limit, left) + self.ADMITTED, left)
-        self._trim_at = 2 * max(self._size, self.ADMITTED)
 
     def rest(self):
         """Nothing was sent for a while: forget what was acknowledged, but for the last lines."""
-        if self._size > self.RESTING and not self.ask():
+        if sum(map(len, self.chunks)) > self.RESTING and not self.ask():
             self._shorten(self.RESTING, 0)
-            self._trim_at = 2 * self.ADMITTED
 
     def _shorten(self, keep, left):
         """Leave at least `keep` bytes, of which `left` are not acknowledged."""
-        if not self.overhead:                   # one write is like another: where lines begin
-            data = b"".join(self._chunks)
-            start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
-            start = start if len(data) - start <= 2 * keep else len(data) - keep
-            self._chunks, gone = [data[start:]], [data[:start]]
-        else:                                   # the bounds of its records are needed
-            at, size = 0, self._size
-            while at < len(self._chunks) and (
-                    size - len(self._chunks[at]) - self.overhead >= keep):
-                size -= len(self._chunks[at]) + self.overhead
-                at += 1
-            gone, self._chunks = self._chunks[:at], self._chunks[at:]
-        size = sum(map(len, gone)) + self.overhead * len(gone)
-        self._size -= size
+        gone, size = self._whole_records(keep) if self.overhead else self._whole_lines(keep)
         if any(gone):
             self.whole = gone[-1].endswith(b"\n")
-        cut = (*self._cut, (size, sum(it.count(b"\n") for it in gone))) if left > self._size else ()
-        while cut and left <= self._size + sum(size for size, _ in cut[1:]):
+        cut = self._cut
+        if left > size and gone:
+            cut = (*cut, (sum(map(len, gone)) + len(gone) * self.overhead,
+                          sum(it.count(b"\n") for it in gone)))
+        while cut and left <= size + sum(size for size, _ in cut[1:]):
             cut = cut[1:]
-        self._cut = cut
+        self._cut, self._grown = cut, 0
+        self._many, self._much = max(MANY_CHUNKS, 2 * len(self.chunks)), max(MUCH, size)
+
+    def _whole_lines(self, keep):
+        """One write is like another: leave them out from the start of a line. Returns what was
+        left out, and how much was not."""
+        data = b"".join(self.chunks)
+        start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
+        start = start if len(data) - start <= 2 * keep else len(data) - keep
+        self.chunks[:] = [data[start:]] if data else []
+        return [data[:start]] * bool(start), len(data) - start
+
+    def _whole_records(self, keep):
+        """The same inside TLS, where the bounds of records are needed."""
+        chunks, at = self.chunks, 0
+        size = sum(map(len, chunks)) + len(chunks) * self.overhead
+        while at < len(chunks) and size - len(chunks[at]) - self.overhead >= keep:
+            size -= len(chunks[at]) + self.overhead
+            at += 1
+        gone = chunks[:at]
+        del chunks[:at]
+        return gone, size
 
     def _unseen(self, left):
         """How many of the newest bytes the client has not got, `left` being those the kernel
         counts; a TLS record counts whole. And how many lines of them are not here any more."""
         count = lines = 0
-        for data in reversed(self._chunks):
+        for data in reversed(self.chunks):
             if left <= 0:
                 break
             count += len(data) if self.overhead else min(left, len(data))
@@ -3186,7 +3196,7 @@ class Trail:
     def read(self, more=False):
         """(the last lines that were acknowledged, what was not: from the start of its line, how
         many lines of that are lost). `more`: there is something that the kernel was not given."""
-        data = b"".join(self._chunks)
+        data = b"".join(self.chunks)
         count, lines = self._unseen(self.ask())
         start = len(data) - count
         begin = data.rfind(b"\n", 0, start) + 1
@@ -3232,12 +3242,22 @@ class TrailedStream(Trailed, Stream):
 
     def send(self, data):
         """Send now what the socket takes and keep the rest in order."""
-        held = self.out
-        super().send(data)
-        if not held and not self._broken:
-            taken = len(data) - len(self.out)
-            if taken:
-                self.trail.add(data if taken == len(data) else data[:taken])
+        if self.out:
+            self._hold(data)
+            return
+        try:                                    # as Stream.send: a call of that costs a tenth of it
+            sent = self.sock.send(data)
+        except NOT_NOW:
+            sent = 0
+        except OSError:
+            self._broken, sent = True, 0
+        recent = self.recent
+        if sent == len(data) <= SMALL_CHUNK and len(recent) < MANY_CHUNKS:
+            recent.append(data)
+            return
+        if sent:
+            self.trail.add(data[:sent])
+        self._hold(data[sent:])
 
 
 class TrailedTLSStream(Trailed, TLSStream):
@@ -3263,12 +3283,13 @@ def follow(stream, limit):
     plain = {trailed: kind for kind, trailed in TRAILED.items()}.get(type(stream), type(stream))
     if plain not in TRAILED:
         return                                  # nobody is there
-    stream.__class__, stream.trail = plain, None
+    stream.__class__, stream.trail, stream.recent = plain, None, None
     if limit:
         is_tls = plain is TLSStream
         stream.__class__ = TRAILED[plain]
         stream.trail = Trail(limit, record_overhead(stream.sock) if is_tls else 0,
                              stream.unacknowledged)
+        stream.recent = stream.trail.chunks
         if is_tls:
             stream.trail.written = ever_written(stream.sock)
 
