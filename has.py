@@ -3470,8 +3470,8 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
         lines.append(f"denied: {', '.join(denied)}")
     if status["sessions"]:
         rows = [heading.split()] + [
-            (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]), ago(it["idle"]),
-             it["bytes_in"], it["bytes_out"], "yes" if it["tls"] else "no", it["size"])
+            (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]),
+             ago(it["away"] or it["idle"]), it["bytes_in"], it["bytes_out"], "yes" if it["tls"] else "no", it["size"])
             for it in status["sessions"]]
         columns = "{:>5} {:<16} {:<24} {:<10} {:<8} {:<8} {:<8} {:<8} {:<3} {}"
         lines += [columns.format(*row) for row in rows]
@@ -5632,7 +5632,8 @@ class Absent:
     def take_up(self, packed):
         """Take up what pack() of another process gave."""
         self.send(unpack(packed["out"]))
-        self.lost, self.doubtful = packed["lost"], unpack(packed["doubtful"])
+        self.lost += packed["lost"]
+        self.doubtful = unpack(packed["doubtful"])
         self._grew(len(self.doubtful))
 
 
@@ -8952,13 +8953,17 @@ class Door:
         """Bounds for each port and host; a share of the descriptors: other ports have some, too."""
         settings = self.hub.settings
         most = min(max(100, settings.max_clients), self.most_files // 8)
-        of_host = 0 if self._has_many(arrival.host) else settings.max_per_host
+        of_host = self.most_of(arrival.host)
         seconds = arrival.SECONDS if arrival.tls else arrival.NO_HEADER_SECONDS
         self.arrivals.add(arrival, seconds, most, of_host)
 
     def _is_front(self, host):
         address = ipaddress.ip_address(host)
         return any(address in network for network in self.hub.settings.proxy_from)
+
+    def most_of(self, host):
+        """How many clients may come from this address; 0: no limit."""
+        return 0 if self._has_many(host) else self.hub.settings.max_per_host
 
     def _has_many(self, host):
         """Whether many people may come from an address: this machine's own, or a front's."""
@@ -9016,7 +9021,7 @@ class Door:
         if settings.max_clients and (
                 len(self.hub.sessions) - len(self.hub.places) >= settings.max_clients):
             return "max_clients are connected", settings.full_notice
-        of_host = 0 if self._has_many(host) else settings.max_per_host
+        of_host = self.most_of(host)
         if of_host and self._hosts[host_group(host)] >= of_host:
             return "max_per_host are connected from its address", settings.full_host_notice
         return None
@@ -9033,10 +9038,12 @@ class Places:
     """The places that are kept for users whose line dropped, oldest first."""
 
     MOST_BYTES = 64 << 20          # of what all of them have missed
+    MOST_ASKED = 20                # clients of one character, whether they live
 
     def __init__(self, hub):
         self.hub = hub
         self.sessions = {}                      # number -> Session
+        self._hosts = collections.Counter()     # address or /64 -> places
         self._bytes = 0
         self._resting = False
 
@@ -9044,17 +9051,31 @@ class Places:
         return len(self.sessions)
 
     def add(self, session):
-        """This one's client has gone. Places are limited as clients are."""
+        """This one's client has gone. Places are limited as clients are, in all and of each
+        address: nobody crowds out the others by logging in and dropping, again and again."""
+        door, most, group = self.hub.door, self.hub.settings.max_clients, host_group(session.host)
         self.sessions[session.number] = session
-        self.hub.door.left(session)
-        most = self.hub.settings.max_clients
-        while most and len(self.sessions) > most:
-            oldest = next(iter(self.sessions.values()))
-            oldest.place.give_up("the place is given up: max_clients are kept")
+        self._hosts[group] += 1
+        door.left(session)
+        if most and len(self.sessions) > most:
+            self._oldest().place.give_up("the place is given up: max_clients are kept")
+        most = door.most_of(session.host)
+        if most and self._hosts[group] > most:
+            self._oldest(group).place.give_up("the place is given up: max_per_host are kept")
+
+    def _oldest(self, group=None):
+        return next(session for session in self.sessions.values()
+                    if group is None or host_group(session.host) == group)
 
     def remove(self, session):
         """Its user is back, or it has ended; whether it was one of them."""
-        return self.sessions.pop(session.number, None) is not None
+        if self.sessions.pop(session.number, None) is None:
+            return False
+        group = host_group(session.host)
+        self._hosts[group] -= 1
+        if not self._hosts[group]:
+            del self._hosts[group]
+        return True
 
     def grew(self, count):
         """So many bytes more are kept (fewer, if negative)."""
@@ -9070,10 +9091,11 @@ class Places:
                      if session.place.opens_to(newcomer, login)), None)
 
     def living_for(self, newcomer, login):
-        """The sessions it would open if their clients were dead."""
-        return [session for session in self.hub.sessions.values()
-                if session.number not in self.sessions
-                and session.place.opens_to(newcomer, login)]
+        """The sessions it would open if their clients were dead: the oldest few."""
+        living = (session for session in self.hub.sessions.values()
+                  if session.number not in self.sessions
+                  and session.place.opens_to(newcomer, login))
+        return list(itertools.islice(living, self.MOST_ASKED))
 
     def login_took(self, session):
         """A login was confirmed. Who is in with another password of that character, or was, has
@@ -9116,6 +9138,9 @@ class Places:
         if self.hub.settings.reattach and not self._resting:
             self._resting = True
             self.hub.later(TRAIL_REST_SECONDS, self.rest)
+            if not CAN_TELL_UNSEEN:
+                log.info("reattach: this platform does not tell what clients have acknowledged: "
+                         "what is on the way when a line drops is lost")
         for session in list(self.hub.sessions.values()):
             session.place.look_anew()
             session.place.follow()

@@ -5291,6 +5291,24 @@ class Reattach(ReattachCase):
         # the oldest went
         self.assertEqual(list(rig.hub.places.sessions), [other.session.number])
 
+    def test_nobody_crowds_out_the_others(self):
+        """... by many characters of his own whose lines drop: an address has as many places as
+        clients."""
+        rig = self.rig(max_per_host=2, max_clients=9)
+        alice, link = self.away(rig)
+        for number in range(5):
+            self.away(rig, f"User{number}", host="203.0.113.66")
+        self.assertEqual(sorted(has.printable(it.character.login.name)
+                                for it in rig.hub.places.sessions.values()),
+                         ["Alice", "User3", "User4"])
+        for number in (3, 4):
+            again, own = self.comes_back(rig, f"connect User{number} pw\r\n", host="2001:db8::1")
+            self.lose(rig, again)
+        again, own = self.comes_back(rig)
+        self.assertIn(b"Welcome back", again.read())
+        rig.pass_time(*[10] * 31)
+        self.assertFalse(rig.hub.places or rig.hub.places._hosts)
+
     def test_memory_of_all_places_is_bounded(self):
         rig = self.rig(reattach_limit=1 << 16)
         rig.hub.places.MOST_BYTES = 1 << 18
@@ -5333,7 +5351,9 @@ class Reattach(ReattachCase):
         rig.hub.control.command({"do": "notice", "text": "to all"}, None)
         status, = rig.hub.control.status()["sessions"]
         self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
-        self.assertIn("AWAY", "\n".join(has.status_lines(rig.hub.control.status())))
+        rig.pass_time(9)
+        row = has.status_lines(rig.hub.control.status())[-1]
+        self.assertRegex(row, r"203\.0\.113\.9 +AWAY +\w+ +9s ")
         rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
