@@ -3471,7 +3471,8 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
     if status["sessions"]:
         rows = [heading.split()] + [
             (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]),
-             ago(it["away"] or it["idle"]), it["bytes_in"], it["bytes_out"], "yes" if it["tls"] else "no", it["size"])
+             ago(it["away"] or it["idle"]), it["bytes_in"], it["bytes_out"],
+             "yes" if it["tls"] else "no", it["size"])
             for it in status["sessions"]]
         columns = "{:>5} {:<16} {:<24} {:<10} {:<8} {:<8} {:<8} {:<8} {:<3} {}"
         lines += [columns.format(*row) for row in rows]
