@@ -10544,7 +10544,8 @@ class Board:
     TRIAL = 3                                   # 1: that program must still prove itself
     SERVING, FAREWELL, STATUS = 4, 5, 6         # 1: all is in the vault; 1: it ends, with STATUS
     WORKER, KEEPER, DEATHS, LAST = 16, 20, 24, 28       # words: two pids, deaths, the last's status
-    NUMBER = 32                                 # the next session's
+    NUMBER, BEAT = 32, 36                       # the next session's; counted up while it turns
+    TAKING_UP, SUSPECT, STRIKES = 40, 44, 48    # a session; one at which several have died
     SIZE = 4096
 
     def __init__(self, fd):
@@ -10813,6 +10814,8 @@ class Vault:
     it; three pairs of sockets with all others in flight. Record 0 is the hub's.
     """
 
+    STRIKES = 3
+
     def __init__(self, fds, link=()):
         self.fds, self.link = tuple(fds), tuple(link)           # link: between worker and keeper
         self.board = Board(fds[0])
@@ -10876,9 +10879,30 @@ class Vault:
         if not self.shelf.read():
             log.error("some connections could not be taken over: more files are open than the "
                       "system allows: raise the limit (ulimit -n)")
-        hub = records.pop(0)
+        hub, poison = records.pop(0), self._poison()
+        if records.pop(poison, None):
+            log.error("session %d is given up: HAS has died %d times in a row while it took it up",
+                      poison, self.STRIKES)
         newest = max(hub["next_number"], self.board.word(Board.NUMBER))
         return {**hub, "next_number": newest, "sessions": list(records.values())}
+
+    def take_up(self, number):
+        """This session is being taken up (0: none any more): who dies then has perhaps died of
+        it."""
+        self.board.put(Board.TAKING_UP, number)
+
+    def _poison(self):
+        """The number of a session that kills whoever takes it up, or -1. Once may be chance, twice,
+        too; a kill is no sign at all."""
+        board = self.board
+        number, status = board.word(Board.TAKING_UP), board.word(Board.LAST)
+        board.put(Board.TAKING_UP, 0)
+        if status == -signal.SIGKILL:
+            return -1
+        again = number and number == board.word(Board.SUSPECT)
+        board.put(Board.STRIKES, board.word(Board.STRIKES) + 1 if again else int(number > 0))
+        board.put(Board.SUSPECT, number)
+        return number if number and board.word(Board.STRIKES) >= self.STRIKES else -1
 
     def clear(self):
         """Nothing is kept now, but the programs."""
@@ -11137,6 +11161,7 @@ class Survival(Survivor):
     def __init__(self, hub, vault=None):
         self.hub, self.vault = hub, vault
         self.guard = None                       # a Guard, where there is a keeper
+        self.take_up_now = lambda number: None  # told which session is being taken up
         self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
 
     def _rooms(self):
@@ -11201,6 +11226,7 @@ class Survival(Survivor):
                                                    unpack(control.get("identity")))
         for packed in state["sessions"]:
             try:
+                self.take_up_now(packed["values"]["number"])
                 self._unpack_session(packed, take)
             except Exception as error:
                 number = (packed.get("values") or {}).get("number")
@@ -11244,7 +11270,9 @@ class Survival(Survivor):
         if hub.links.noise:
             hub.links.prune_noise()
         for session in list(hub.sessions.values()):
+            self.take_up_now(session.number)
             hub.safely(Passage(session).go_on)
+        self.take_up_now(0)
         self._let_in(self.vault.left if self.vault else [])
 
     def _let_in(self, socks):
@@ -11305,7 +11333,7 @@ class Scribe:
     A client in TLS cannot be kept so, nor what the system allows no more.
     """
 
-    LOOK_SECONDS = 10
+    LOOK_SECONDS, BEAT_SECONDS = 10, 2
 
     def __init__(self, survival):
         self._survival, self.hub, self._vault = survival, survival.hub, survival.vault
@@ -11319,6 +11347,12 @@ class Scribe:
         self.write([self.hub, *self.hub.sessions.values()])
         self._vault.board[Board.SERVING] = 1
         self.hub.later(self.LOOK_SECONDS, self._look)
+        self._beat()
+
+    def _beat(self):
+        """The main loop turns, for who watches it."""
+        self._vault.board.put(Board.BEAT, (self._vault.board.word(Board.BEAT) + 1) % (1 << 31))
+        self.hub.later(self.BEAT_SECONDS, self._beat)
 
     def _look(self):
         """Now and then: what passes, and what those missed who are away."""
@@ -11638,7 +11672,8 @@ class Keeper:
     PASSED_ON = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM",
                                                     "SIGINT") if hasattr(signal, name)]
     SHORT_LIFE, FIRST_PAUSE, LONGEST_PAUSE, KILLED_PAUSE = 30, 0.1, 30, 1       # seconds
-    UNKNOWN = 256                               # no exit status is
+    LOOK_SECONDS, WEDGED_SECONDS = 5, 60
+    UNKNOWN, WEDGED = 256, 257                  # no exit status is
 
     def __init__(self, vault, arguments, worker=0, life=-1, guard=-1):
         self._vault, self._board, self._arguments = vault, vault.board, arguments
@@ -11646,6 +11681,7 @@ class Keeper:
         self._since = time.monotonic()          # this worker's start
         self._quick = 0                         # deaths one after another, each soon after a start
         self._waiting, self._stops = [], False  # signals for the next worker; it is to stop
+        self._is_wedged = False                 # ... and was killed for that
 
     def fork(self):
         """Fork a worker. There: its ends of the two pipes; here: None."""
@@ -11692,16 +11728,37 @@ class Keeper:
             self._waiting.append(number)        # it has died: for the next one
 
     def _await_death(self):
-        while not select.select([self._life], [], [], None)[0]:
-            pass
+        """Seconds count here while both processes could run: a suspended machine, a stopped worker
+        or a stopped keeper do not look like one that turns no more."""
+        beat, quiet = None, 0
+        while not select.select([self._life], [], [], self.LOOK_SECONDS)[0]:
+            last, beat = beat, self._board.word(Board.BEAT)
+            if beat != last or not self._board[Board.SERVING] or self._is_stopped():
+                quiet = 0
+                continue
+            quiet += self.LOOK_SECONDS
+            if quiet >= self.WEDGED_SECONDS:
+                self._is_wedged = True
+                os.kill(self._worker, signal.SIGKILL)
+
+    def _is_stopped(self):
+        """Whether the worker was stopped by a signal or a debugger (proc(5)), or is not there."""
+        try:
+            with open(f"/proc/{self._worker}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] in b"Tt"
+        except OSError:
+            return True
 
     def _reap(self):
         """How it ended: its exit status, minus the signal, or UNKNOWN: it was another's child."""
         worker, self._worker = self._worker, 0              # it may be another's number soon
+        was_wedged, self._is_wedged = self._is_wedged, False
         try:
             _, status = os.waitpid(worker, 0)
         except ChildProcessError:
-            return self.UNKNOWN
+            status = None
+        if was_wedged or status is None:
+            return self.WEDGED if was_wedged else self.UNKNOWN
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
     def _note(self, status):
@@ -12488,6 +12545,8 @@ def resume(options, source, load):
         handler = restart_log(settings)
         hub = Hub(settings, load)
         survival = Survival(hub)
+        if options.vault:
+            survival.take_up_now = vault.take_up
         survival.unpack(state, vault.take, whole=options.rehearse or not last)
         hub.record.taken_over(last)
         if options.rehearse:
@@ -12529,7 +12588,9 @@ def tell_death(board):
     deaths, status = board.word(Board.DEATHS), board.word(Board.LAST)
     if deaths and status:
         how = (f"was killed by {signal.Signals(-status).name}" if status < 0 else
-               "has died" if status == Keeper.UNKNOWN else f"ended with status {status}")
+               "has died" if status == Keeper.UNKNOWN else
+               f"did not turn for {Keeper.WEDGED_SECONDS} s (a bug: report it) and was killed"
+               if status == Keeper.WEDGED else f"ended with status {status}")
         why = ": by hand, or the system had no memory left" if status == -signal.SIGKILL else ""
         log.error("HAS %s%s; its users were kept (death %d since its start)", how, why, deaths)
         board.put(Board.LAST, 0)

@@ -14743,6 +14743,76 @@ class TestKeeper(Case):
         alice.expect_end()
         self.assertEqual(self.has.process.wait(10), 0)
 
+    def test_a_loop_that_turns_no_more_is_replaced(self):
+        script = shutil.copy(HAS, tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, os.path.dirname(script))
+        with open(script) as file:
+            text = file.read()
+        text = text.replace("WEDGED_SECONDS = 5, 60", "WEDGED_SECONDS = 0.3, 3")
+        text = text.replace("    def log_status(self):\n", "    def log_status(self):\n"
+                            "        while True:\n            pass\n", 1)
+        with open(script, "w") as file:
+            file.write(text)
+        self.start(script=script)
+        self.has.faults = True
+        alice = self.player("Alice", "alicepw")
+        worker = self.pids()[1]
+        os.kill(worker, signal.SIGSTOP)         # this is none
+        with self.assertRaises(AssertionError):
+            self.has.wait_log(rb"its users were kept", 4)
+        os.kill(worker, signal.SIGCONT)
+        alice.barrier()
+        self.assertEqual(self.pids()[1], worker)
+        self.has.signal(signal.SIGUSR1)
+        self.has.wait_log(rb"did not turn for .* and was killed; its users were kept", 20)
+        alice.barrier()
+
+    def test_a_session_that_kills_who_takes_it_up(self):
+        """The third time it is given up; a kill from outside is no sign."""
+        script = shutil.copy(HAS, tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, os.path.dirname(script))
+        with open(script) as file:
+            text = file.read()
+        text = text.replace("        Passage(session).unpack(packed, take)\n",
+                            "        Passage(session).unpack(packed, take)\n"
+                            "        if session.character.login and (\n"
+                            "                session.character.login.name == b'Bob'):\n"
+                            "            os.abort()\n", 1)
+        with open(script, "w") as file:
+            file.write(text)
+        self.start(script=script)
+        self.has.faults = True
+        alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw")
+        carol = self.player("Carol", "carolpw")
+        os.kill(self.pids()[1], signal.SIGKILL)
+        self.has.wait_log(rb"session \d+ is given up: HAS has died 3 times in a row", 20)
+        alice.barrier(), carol.barrier()
+        bob.send("connect Bob bobpw\r\n").expect("Bob|Welcome|connect")
+
+    def test_strikes(self):
+        vault = has.Vault.make()
+        self.addCleanup(vault.close)
+        self.mush.stop()
+
+        def die(at, status=-signal.SIGABRT):
+            vault.take_up(at)
+            vault.board.put(has.Board.LAST, status)
+            return vault._poison()
+        self.assertEqual([die(7), die(7), die(8), die(7), die(7), die(7)], [-1] * 5 + [7])
+        self.assertEqual([die(9), die(9), die(9, -signal.SIGKILL), die(9)], [-1] * 3 + [9])
+        self.assertEqual([die(5), die(5), die(0), die(5)], [-1] * 4)
+
+    def test_pauses_between_starts(self):
+        keeper = has.Keeper(has.Vault.make(), [])
+        self.addCleanup(keeper._vault.close)
+        self.mush.stop()
+        pauses = [keeper._pause(1, False) for _ in range(12)]
+        self.assertEqual(pauses[:4], [0, 0.1, 0.2, 0.4])
+        self.assertEqual(pauses[-1], keeper.LONGEST_PAUSE)
+        self.assertEqual(keeper._pause(31, False), 0)
+        self.assertEqual([keeper._pause(2, True) for _ in range(5)], [0] * 5)   # from outside
+        self.assertAlmostEqual(keeper._pause(0.25, True), 0.75)
+
     def test_a_signal_between_two_workers_goes_to_nobody_else(self):
         keeper = has.Keeper(has.Vault.make(), [])
         self.addCleanup(keeper._vault.close)
