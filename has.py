@@ -1851,6 +1851,15 @@ class TinyMUX(_Tiny):
     def is_utf8(self, charset):
         return charset == b"UTF-8"
 
+    def finished(self, stored, charset):
+        """A command is known by its first word: without what may be dropped there. Names and
+        passwords may hold that: they are read the same each time."""
+        if charset != b"UTF-8" or stored.isascii():
+            return stored
+        word = re.match(b" *[^ ]*", stored).group()
+        characters = _UTF8_WHOLE.findall(word)
+        return b"".join(it for it in characters if it < b"\x80" or _fate(it)) + stored[len(word):]
+
     def transcoded(self, stored, before, after):
         """What cannot be typed any more counts on as one character."""
         old, new = (self._codecs.get(charset, "cp1252") for charset in (before, after))
@@ -1982,18 +1991,23 @@ _RUNS = re.compile(rb"[ -~]+|[\x80-\xff]+|.", re.S)
 # What TinyMUX takes for a character of UTF-8, how that may begin, and what begins none
 _UTF8 = re.compile(rb"[\xc2-\xcb\xcd-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|"
                    rb"[\xf0\xf3][\x80-\xbf]{3}")
+_UTF8_WHOLE = re.compile(rb"[^\x80-\xff]|[\xc0-\xff][\x80-\xbf]*")
 _UTF8_BROKEN = re.compile(rb"[\x80-\xc1\xcc\xf1\xf2\xf4-\xff]|.[\x80-\xbf]*.?", re.S)
 _UTF8_BEGUN = re.compile(rb"(?:[\xc2-\xcb\xcd-\xf0\xf3]|[\xe0-\xf0\xf3][\x80-\xbf]|"
                          rb"[\xf0\xf3][\x80-\xbf]{2})\Z")
 
 
-def _is_shown(character):
-    """Whether TinyMUX keeps a UTF-8 character. One in doubt is not kept, nor passed on at login."""
+def _fate(character):
+    """Whether TinyMUX keeps a UTF-8 character; None: its tables, those of Unicode 8 or so, decide,
+    also of marks (worlds/bytes.md 1). Of the letters of Unicode 3.2 it keeps all."""
     try:
         text = character.decode("utf-8")
     except UnicodeDecodeError:
         return False                            # overlong, a surrogate
-    return unicodedata.category(text) not in ("Cc", "Cf", "Cn", "Co", "Mn", "Me", "Mc")
+    kind = unicodedata.ucd_3_2_0.category(text)
+    if kind in ("Cc", "Cf") or text in "\xad\u200b":
+        return False
+    return None if kind in ("Cn", "Co") or kind[0] == "M" else True
 
 
 class LineReader:
@@ -2003,7 +2017,7 @@ class LineReader:
     is what stands in the server's line, spelled so that typed again it is read the same.
     """
 
-    __slots__ = ("buffer", "sent", "unfinished", "lead", "charset", "rest")
+    __slots__ = ("buffer", "sent", "unfinished", "lead", "charset", "rest", "unsure", "doubt")
 
     def __init__(self):
         self.charset = b""         # what the server reads by on this link
@@ -2014,6 +2028,8 @@ class LineReader:
     def clear(self):
         """Begin a new line."""
         self.buffer = self.unfinished = b""     # unfinished: of a UTF-8 character
+        self.unsure = False                     # the server may have dropped a character
+        self.doubt = False                      # ... so the erasers may have taken others
         self.sent = False                       # what is in the buffer went on to the world already
 
     @property
@@ -2049,7 +2065,7 @@ class LineReader:
         stored, utf8 = bytearray(self.buffer), dialect.is_utf8(self.charset)
         for run in _RUNS.findall(text):
             if run in dialect.erasers and run:
-                self.unfinished = b""
+                self.unfinished, self.doubt = b"", self.unsure
                 self._erase(stored, utf8)
                 continue
             if utf8 and run != b"\r":
@@ -2076,7 +2092,9 @@ class LineReader:
                 self.unfinished = begun.group()
                 break
             if whole:
-                kept += whole.group() if _is_shown(whole.group()) else b""
+                fate = _fate(whole.group())
+                kept += b"" if fate is False else whole.group()
+                self.unsure = self.unsure or fate is None
                 at = whole.end()
             elif run[at] < 128:
                 kept += run[at:at + 1]
@@ -4731,7 +4749,8 @@ class Lines(Part):
         """A whole line, and its bytes; returns what the world gets of it now."""
         session, typed = self.session, self.session.inbox.typed
         dialect, spells_out = session.dialect, self._spells_out()
-        if spells_out or not typed.sent and dialect.in_doubt(typed.buffer, typed.charset):
+        if spells_out or not typed.sent and (
+                typed.doubt or dialect.in_doubt(typed.buffer, typed.charset)):
             raw = unspelled(line) + (b"\r\n" if raw.endswith(b"\r\n") else raw[-1:])
         if spells_out and session.state is State.LOGIN:     # LOGOUT may have come just before it
             return self._take_at_login(line, raw)
