@@ -9706,11 +9706,13 @@ class HookRun:
         self._said, self._done = b"", done
         ours, theirs = socket.socketpair()
         self._stream = Stream(hub.selector, ours, self, self._on_output)
-        arguments = [sys.executable, "-I", "-S", "-c", GUARD,
-                     str(self.SECONDS), str(self.MOST_PROCESSES), *command]
+        arguments = [sys.executable, "-I", "-S", "-", str(self.SECONDS),
+                     str(self.MOST_PROCESSES), *command]
         try:
-            self._child = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL,
+            self._child = subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE,
                                            stdout=theirs, stderr=subprocess.DEVNULL)
+            with self._child.stdin as program:  # a pipe has room for it
+                program.write(GUARD.encode())
         except BaseException:
             self._stream.drop()
             raise

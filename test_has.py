@@ -10000,6 +10000,16 @@ class OnEvent(RigCase):
         line, = self.trouble(on_event="/nonexistent/wake")
         self.assertIn("it cannot be run: No such file or directory", line)
 
+    def test_where_nothing_more_can_be_started(self):
+        for what in ("socket.socketpair", "subprocess.Popen"):
+            rig = self.rig(on_event="true")
+            with mock.patch(what, side_effect=OSError(errno.EMFILE, "Too many open files")), \
+                    self.assertLogs(has.log, "WARNING") as logged:
+                before = open_descriptors()
+                rig.hub.hook.lost("down", 0, "gone")
+            self.assertEqual(open_descriptors(), before)
+            self.assertIn("it cannot be run: Too many open files", logged.output[0])
+
     def test_one_that_hangs_is_killed_with_its_children(self):
         pids = self.folder + "/pids"
         with mock.patch.object(has.HookRun, "SECONDS", 1):
