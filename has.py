@@ -7389,6 +7389,8 @@ class Entrance:
             self.pause.begin(LOGIN_AGAIN_SECONDS)
         else:
             self._say_not_taken(connection, settings)
+        if context.settings is not settings:    # new ones came meanwhile: it was not their login
+            self.pause.end()
         return False
 
     def _say_not_taken(self, connection, settings):

@@ -11415,6 +11415,21 @@ class TestEntrance(StillCase):
             self.assertFalse(entrance.establish(HOME).world.blind)
         self.assertIn("the heartbeat Alice is logged in now", logged.output[0])
 
+    def test_new_settings_while_the_login_of_the_old_ones_is_refused(self):
+        refuses = self.game(False)
+
+        def world(sent):
+            if b"connect" in sent:              # the HUP comes while the answer is awaited
+                self.still.settings = settings_of((("hb_pass", "another"),
+                                                   ("mush_type", "tinymux")))
+                entrance.on_settings(False)
+            return refuses(sent)
+        entrance = self.entrance(world, self.game())
+        with self.assertLogs(has.log, "WARNING"):
+            self.assertTrue(entrance.establish(HOME).world.blind)
+        self.assertFalse(entrance.establish(HOME).world.blind)
+        self.assertIn(b"another", self.still.sent)
+
     def test_a_world_that_hangs_up_on_the_login(self):
         """It is full or closed, if it lives on; else it died, and its next life may take it."""
         for uptime, blind in ((b"today", True), (b"tomorrow", False)):
