@@ -10565,7 +10565,7 @@ class Board:
 
     LOG, SHELF, PROGRAM = range(3)              # bytes: which of two counts, of logs, shelves, ...
     TRIAL = 3                                   # 1: that program must still prove itself
-    SERVING, FAREWELL, STATUS = 4, 5, 6         # 1: all is in the vault; 1: it ends, with STATUS
+    SERVING, FAREWELL, STATUS = 4, 5, 6         # 1: all is in the vault; see end(), its status
     WORKER, KEEPER, DEATHS, LAST = 16, 20, 24, 28       # words: two pids, deaths, the last's status
     NUMBER, BEAT = 32, 36                       # the next session's; counted up while it turns
     TAKING_UP, SUSPECT, STRIKES = 40, 44, 48    # a session; one at which several have died
@@ -10867,10 +10867,16 @@ class Vault:
             raise
         return cls(fds)
 
+    END, LEAVE = 1, 2                           # on the board: FAREWELL
+
     def end(self, status):
         """This process ends as it should: nobody need go on."""
         self.board[Board.STATUS] = status
-        self.board[Board.FAREWELL] = 1
+        self.board[Board.FAREWELL] = self.END
+
+    def holds(self, source):
+        """Whether this is the program that goes on."""
+        return read_memory_file(self._programs[self.board[Board.PROGRAM]]) == source
 
     def close(self):
         """Hold it no more."""
@@ -11012,7 +11018,7 @@ def ignore_terminal():
 
 # Signals that wait while one program takes over from another.
 HELD_BACK = {getattr(signal, name) for name in (
-    "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD", "SIGTSTP")
+    "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGCHLD", "SIGTSTP", "SIGQUIT")
     if hasattr(signal, name)}
 
 
@@ -11349,6 +11355,54 @@ class Survival(Survivor):
                           "(wait status %d)", status)
 
 
+def tell_systemd(text, fds=()):
+    """Tell the service manager something, if one listens (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+            try:
+                sock.sendmsg([text.encode()], rights if fds else [], 0,
+                             "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as error:
+                log.warning("cannot notify systemd: %s", error)
+
+
+class Store:
+    """The descriptor store of systemd (FDSTORE in sd_notify(3)), in place of a keeper: it holds the
+    vault while the service is started anew, and needs nothing else of it."""
+
+    NAME = "has-%d"
+    COUNT = 11
+
+    @staticmethod
+    def is_there():
+        """Whether the unit has one. Before version 254 systemd does not say; the unit can."""
+        return bool(os.environ.get("NOTIFY_SOCKET") and os.environ.get("FDSTORE", "0") != "0")
+
+    @classmethod
+    def put(cls, vault):
+        """Have the vault outlive this process."""
+        for number, fd in enumerate(vault.fds):
+            tell_systemd(f"FDSTORE=1\nFDPOLL=0\nFDNAME={cls.NAME % number}", [fd])
+
+    @classmethod
+    def take(cls):
+        """The descriptors of the vault that an earlier process has put there, or None."""
+        if os.environ.get("LISTEN_PID") != str(os.getpid()):
+            return None
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        fds = {name: 3 + number for number, name in enumerate(names)}
+        found = [fds.get(cls.NAME % number) for number in range(cls.COUNT)]
+        return None if None in found else found
+
+    @classmethod
+    def clear(cls):
+        """What is in it is of no use: equal names would be doubled."""
+        for number in range(cls.COUNT):
+            tell_systemd(f"FDSTOREREMOVE=1\nFDNAME={cls.NAME % number}")
+
+
 class Scribe:
     """Writes into the vault, turn by turn, what has changed, so that a process that dies suddenly
     costs nobody his session. What waits to be sent is not written down: it would be sent twice.
@@ -11375,6 +11429,8 @@ class Scribe:
     def _beat(self):
         """The main loop turns, for who watches it."""
         self._vault.board.put(Board.BEAT, (self._vault.board.word(Board.BEAT) + 1) % (1 << 31))
+        if os.environ.get("WATCHDOG_USEC"):
+            tell_systemd("WATCHDOG=1")
         self.hub.later(self.BEAT_SECONDS, self._beat)
 
     def _look(self):
@@ -11621,7 +11677,16 @@ class Upgrade:
         else:
             self.go()
 
-    def go(self):
+    def leave(self):
+        """QUIT: end, so that systemd starts the program on disk, which goes on from its store."""
+        log.info("QUIT: HAS ends, and all sessions wait in the store of systemd")
+        self.go(self._leave)
+
+    def _leave(self):
+        self.vault.board[Board.FAREWELL] = Vault.LEAVE
+        raise SystemExit(0)
+
+    def go(self, do=None):
         """Replace this program now, by the new one or by itself; returns only if that failed."""
         heartbeat = self.hub.heartbeat
         heartbeat.mailbox.post(heartbeat.on_stop)
@@ -11629,7 +11694,7 @@ class Upgrade:
         parked = heartbeat.parked
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
-            self._execute(parked)
+            self._execute(parked, do or self._replace)
         except Exception as error:              # whatever it is: everybody is still here
             self._fail("the new program could not be started", error)
         finally:
@@ -11637,11 +11702,14 @@ class Upgrade:
             self._carry_on(parked)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def _execute(self, parked):
-        """exec, with all that the new program needs in the vault."""
+    def _execute(self, parked, do):
+        """Do it, with all that the new program needs in the vault."""
         self.survival.move_tls_out()
         state = self.survival.pack(self.vault.shelf.name, going=True)
         self.vault.store({**state, "heartbeat": self._named(parked)})
+        do()
+
+    def _replace(self):
         if self._program is not None:
             self.vault.install(self._program)
         try:
@@ -12050,6 +12118,8 @@ exit status:
   2  wrong settings or arguments; there is no such WHO or ADDRESS
   3  HAS is not running
 """
+FLAGS = ("check", "status", "history", "reload", "upgrade", "stop")
+ORDERS = ("notice", "maintenance", "kick", "deny")
 GOES_WITH = {"probe": ("check",), "json": ("status", "history"), "prometheus": ("status",),
              "to": ("notice",), "reason": ("kick",), "for": ("deny",)}
 
@@ -12075,9 +12145,9 @@ def new_parser():
     parser = argparse.ArgumentParser(prog="has.py", usage="has.py [ORDER] [OPTIONS], see --help")
     parser.format_help = lambda: HELP
     order = parser.add_mutually_exclusive_group()
-    for name in ("check", "status", "history", "reload", "upgrade", "stop"):
+    for name in FLAGS:
         order.add_argument("--" + name, action="store_true")
-    for name in ("notice", "maintenance", "kick", "deny"):
+    for name in ORDERS:
         order.add_argument("--" + name)
     for name in ("config", "to", "reason"):
         parser.add_argument("--" + name)
@@ -12137,11 +12207,37 @@ def take_signals(hub, upgrade):
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
     for name, call in (("SIGHUP", hub.reload.run), ("SIGUSR1", hub.control.log_status),
                        ("SIGUSR2", upgrade.begin), ("SIGTERM", hub.stop), ("SIGINT", hub.stop),
-                       ("SIGCHLD", upgrade.survival.reap), ("SIGTSTP", hub.on_stop_key)):
+                       ("SIGCHLD", upgrade.survival.reap), ("SIGTSTP", hub.on_stop_key),
+                       *[("SIGQUIT", upgrade.leave)] * Store.is_there()):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, call=call: hub.mailbox.post(call))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_SETMASK, [])      # blocked over an exec: they come now
+
+
+def take_from_store(options, source):
+    """The vault to go on from, if systemd has started us anew, or None."""
+    fds = Store.take() if Store.is_there() else None
+    if not fds:
+        return None
+    vault = Vault(fds)
+    board = vault.board
+    if board[Board.FAREWELL] == Vault.END or not board[Board.SERVING]:
+        vault.close()
+        Store.clear()
+        return None
+    if board[Board.FAREWELL] == Vault.LEAVE:
+        board[Board.FAREWELL] = 0
+        board.put(Board.LAST, 0)
+        if not vault.holds(source):
+            vault.install(source)
+    else:
+        board.put(Board.DEATHS, board.word(Board.DEATHS) + 1)
+        board.put(Board.LAST, Keeper.UNKNOWN)
+        vault.fall_back()
+        if not vault.holds(source):             # the one that ran, whatever stands on disk now
+            vault.execute(own_arguments(options))
+    return vault
 
 
 def own_arguments(options):
@@ -12162,8 +12258,10 @@ def main(arguments=None):
         for fd in link:
             os.set_inheritable(fd, False)
         return Keeper(Vault(options.vault), own_arguments(options), worker, *link).run()
-    if options.goes_on:
-        return resume(options, source, load)
+    orders = [name for name in FLAGS + ORDERS if getattr(options, name) not in (None, False)]
+    vault = None if options.goes_on or orders else take_from_store(options, source)
+    if options.goes_on or vault:
+        return resume(options, source, load, vault)
     try:
         status = carry_out(options, load, source)
         sys.stdout.flush()
@@ -12203,7 +12301,9 @@ def keep_or_start(settings, options, source, start):
         return start(None)
     vault = Vault.make()
     vault.install(source, trial=False)
-    if not why_no_keeper(settings):
+    if Store.is_there():
+        Store.put(vault)
+    elif not why_no_keeper(settings):
         keeper = Keeper(vault, own_arguments(options))
         link = keeper.fork()
         if not link:
@@ -12217,8 +12317,8 @@ def keep_or_start(settings, options, source, start):
 def why_no_keeper(settings):
     """Why HAS does not outlive a kill; "" if it does."""
     return ("keeper = no" if settings.keeper == "no" else why_no_vault() or
-            ("systemd sees to HAS, but FileDescriptorStoreMax is not in its unit"
-             if os.environ.get("NOTIFY_SOCKET") else ""))
+            ("systemd's unit for HAS has no FileDescriptorStoreMax and FDSTORE (see README)"
+             if os.environ.get("NOTIFY_SOCKET") and not Store.is_there() else ""))
 
 
 def start_trouble(settings):
@@ -12459,17 +12559,6 @@ def ask_for_upgrade(options, path):
     return 0
 
 
-def tell_systemd(text):
-    """Tell the service manager something, if one listens (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
-            except OSError as error:
-                log.warning("cannot notify systemd: %s", error)
-
-
 def start_has(settings, remarks, load, options, vault):
     """Listen and serve; return the exit status."""
     hub = None
@@ -12556,11 +12645,13 @@ class Handed:
         return vault
 
 
-def resume(options, source, load):
-    """Go on where another process has left off (Upgrade); return the exit status."""
+def resume(options, source, load, vault=None):
+    """Go on where another process has left off (Upgrade), with what it has left in this vault, or
+    in that of the command line; return the exit status."""
     set_limits()                                # before: a socket in flight needs a descriptor
-    vault = (Handed(options.resume) if options.vault is None else
-             Vault(options.vault, options.link or ()))
+    was_started = vault is not None             # by systemd: what stands on disk counts
+    vault = vault or (Handed(options.resume) if options.vault is None else
+                      Vault(options.vault, options.link or ()))
     state, last = vault.load(), vault.is_last
     try:
         conf = state.get("conf", options.config if read_conf(options.config)[0] else "")
@@ -12568,7 +12659,7 @@ def resume(options, source, load):
         handler = restart_log(settings)
         hub = Hub(settings, load)
         survival = Survival(hub)
-        if options.vault:
+        if isinstance(vault, Vault):
             survival.take_up_now = vault.take_up
         survival.unpack(state, vault.take, whole=options.rehearse or not last)
         hub.record.taken_over(last)
@@ -12589,7 +12680,10 @@ def resume(options, source, load):
         log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION,
                  state["version"], hub.control.pid(), len(hub.sessions))
         tell_death(vault.board)
-        warn_of_differences(settings, load)
+        if was_started:
+            hub.later(0, hub.reload.run)
+        else:
+            warn_of_differences(settings, load)
         survival.go_on(parked)
     status = serve(survival, handler, options, go_on, ours)
     vault.end(status)
@@ -12677,12 +12771,13 @@ def watch_over(survival, arguments, parked):
     if not vault:
         return
     hub.later(Upgrade.TRIAL_SECONDS, vault.prove)
-    if vault.link:
+    if vault.link or Store.is_there():
         hub.scribe = Scribe(survival)
         hub.scribe.begin(parked)
-        survival.guard = Guard(hub, vault, arguments)
     else:
         vault.clear()
+    if vault.link:
+        survival.guard = Guard(hub, vault, arguments)
 
 
 def prepare_output():

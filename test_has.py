@@ -12,7 +12,7 @@
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
     9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
     10. Survival      TestRecords, TestShelf, TestVault, Died, TakenOver...,
-                      TestUpgrade..., TestKeeper
+                      TestUpgrade..., TestKeeper, TestSystemd
     11. Command line  TestPartsOfTheProgram, TestProgram, TestTLS
     the files         TestFiles: what README, has.conf and the shape of has.py promise
 
@@ -14904,6 +14904,144 @@ class TestKeeper(Case):
                 path = os.readlink(f"/proc/{pid}/fd/{fd}")
                 self.assertFalse(path.startswith("/") and not path.startswith(("/dev/", "/memfd:"))
                                  and os.path.exists(path) and self.has.folder in path, path)
+
+
+class Manager:
+    """Stands for systemd: starts HAS as a service of Type=notify with a descriptor store."""
+
+    def __init__(self, case, arguments):
+        self.folder = tempfile.mkdtemp(prefix="has-systemd-")
+        case.addCleanup(shutil.rmtree, self.folder)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(self.folder + "/notify")
+        self.sock.settimeout(20)
+        self.arguments, self.store, self.told, self.process = arguments, {}, [], None
+        case.addCleanup(self.end)
+
+    def start(self):
+        """Start it, with what is in the store, as LISTEN_FDS of sd_listen_fds(3) has it."""
+        names, self.told = list(self.store), []
+        environment = {**os.environ, "NOTIFY_SOCKET": self.folder + "/notify", "FDSTORE": "16",
+                       "WATCHDOG_USEC": "60000000"}
+        if names:
+            environment.update(LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names))
+        ours = [self.store[name] for name in names]
+        moved = "".join(f"exec {100 + n}<&{fd}; " for n, fd in enumerate(ours)) + "".join(
+            f"exec {3 + n}<&{100 + n} {100 + n}<&-; " for n in range(len(ours)))
+        command = f"{moved}LISTEN_PID=$$ exec \"$@\""
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, "bash", sys.executable, *self.arguments], env=environment,
+            pass_fds=ours, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        self.wait("READY=1")
+        return self
+
+    def wait(self, text):
+        """Wait until it tells us that."""
+        while not any(text in it for it in self.told):
+            data, control, *_ = self.sock.recvmsg(4096, socket.CMSG_SPACE(4))
+            lines = data.decode().split("\n")
+            name = next((it[7:] for it in lines if it.startswith("FDNAME=")), "")
+            if "FDSTORE=1" in lines:
+                self.store[name], = struct.unpack("i", control[0][2])
+            if "FDSTOREREMOVE=1" in lines and name in self.store:
+                os.close(self.store.pop(name))
+            self.told.append(data.decode())
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.sock.close()
+        for fd in self.store.values():
+            os.close(fd)
+
+
+class TestSystemd(Case):
+    """A service with a descriptor store outlives kill -9 and `systemctl restart`."""
+
+    def setUp(self):
+        if has.why_no_vault() or not shutil.which("bash"):
+            self.skipTest(has.why_no_vault() or "needs bash")
+        self.mush = self.world()
+        self.mush.quota = None
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.port, self.script = free_port(), shutil.copy(HAS, self.folder)
+        self.configure()
+        self.service = Manager(self, [self.script, "--config", self.folder + "/has.conf"])
+
+    def configure(self, **settings):
+        settings = {"mush_address": self.mush.address, "local_address": "127.0.0.1", "beat": 0.3,
+                    "local_port": self.port, "hb_user": "heartbeat", "hb_pass": "heartbeat",
+                    "log_file": self.folder + "/has.log", "local_port_ssl": 0, **settings}
+        with open(self.folder + "/has.conf", "w") as file:
+            file.writelines(f"{key} = {value}\n" for key, value in settings.items())
+
+    def log(self):
+        return read_text(self.folder + "/has.log")
+
+    def player(self):
+        client = Client(self.port)
+        self.addCleanup(client.close)
+        client.send("connect Alice alicepw\r\n")
+        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
+        client.barrier()
+        return client
+
+    def again(self, number):
+        """It ends by this signal, and is started anew."""
+        self.service.process.send_signal(number)
+        status = self.service.process.wait(20)
+        self.service.start()
+        return status
+
+    def test_kill_and_restart_and_stop(self):
+        self.service.start()
+        self.assertEqual(len(self.service.store), 11)
+        alice = self.player()
+        for _ in range(2):
+            self.assertEqual(self.again(signal.SIGKILL), -signal.SIGKILL)
+            alice.barrier()
+        self.assertFalse([it for it in self.service.told if "FDSTORE" in it])   # all is there
+        self.service.wait("WATCHDOG=1")
+        with open(self.script) as file:
+            text = file.read()
+        with open(self.script, "w") as file:
+            file.write(text.replace('VERSION = "1.0"', 'VERSION = "1.0s"', 1))
+        self.configure(admins="Alice")
+        self.assertEqual(self.again(signal.SIGQUIT), 0)         # systemctl restart
+        alice.barrier()
+        self.assertIn("HAS 1.0s goes on where 1.0 left off", self.log())
+        alice.send("#?\r\n").expect("pid")     # the new settings count
+        self.assertNotIn(b"NOTICE", alice.seen)
+        self.assertEqual(len(self.mush.logins), 2)
+        self.service.process.send_signal(signal.SIGUSR2)
+        alice.barrier()
+        self.service.process.terminate()        # systemctl stop
+        alice.expect(re.escape("going down"))
+        alice.expect_end()
+        self.assertEqual(self.service.process.wait(10), 0)
+        self.service.start()                    # a store that was kept is of no use
+        self.assertEqual(len(self.service.store), 11)
+        self.assertEqual(len([it for it in self.service.told if "REMOVE" in it]), 11)
+        self.player()
+
+    def test_a_restart_with_a_file_that_crashes(self):
+        self.service.start()
+        alice = self.player()
+        with open(self.script) as file:
+            text = file.read()
+        with open(self.script, "w") as file:
+            file.write(text.replace("        if was_started:\n", "        os.abort()\n"
+                                    "        if was_started:\n", 1))
+        self.service.process.send_signal(signal.SIGQUIT)
+        self.assertEqual(self.service.process.wait(20), 0)
+        self.service.start()
+        self.assertEqual(self.service.process.wait(20), -signal.SIGABRT)
+        self.service.start()
+        alice.barrier()
+        self.assertIn("HAS 1.0 goes on where 1.0", self.log())
 
 
 # ======================================================================
