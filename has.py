@@ -3688,7 +3688,7 @@ class Character(Survivor):
         lost_change = self.previous is not None and login == self.previous
         others = [pair for pair in (self.login, self.previous) if pair and pair != login]
         self.login, self.previous = login, others[0] if others else None
-        self.pending, self.proven = None, login.character
+        self.pending, self.checked, self.proven = None, None, login.character
         return first, lost_change
 
     def was_answered_in_words(self):

@@ -7533,6 +7533,24 @@ class Died(RigCase):
             self.assertNotEqual(before, seen(), number)
 
 
+class NothingIsAskedTwice(RigCase):
+    def test_what_was_asked_for_a_return_is_not_asked_again_in_a_new_process(self):
+        rig = self.rig()
+        client, _ = rig.player()
+        rig.down()
+        character = client.session.character
+        character.previous = has.Credentials(b"connect", b"Alice", b"older")
+        rig.found("life 2", checks=True)
+        (number, serial, pairs), = rig.beat.checks
+        self.assertEqual(len(pairs), 2)
+        rig.post(rig.hub.on_checked, number, serial, [True, False])
+        rig.let_in(rig.game.accept())
+        self.assertEqual(state_of(client), "PLAYING")
+        rig.beat.checks.clear()
+        rig.upgrade()
+        self.assertEqual(rig.beat.checks, [])
+
+
 class TakenOverWhateverTheDisk(RigCase):
     """What a rescue or an upgrade finds on disk is not what it needs."""
 
