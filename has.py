@@ -1452,7 +1452,7 @@ class Dialect:
     name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
                             rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")     # 2 new name
     password_changed = password_kept = name_changed = name_kept = NEVER
-    guest_alone = False            # `connect guest` logs in without a password
+    name_alone = NEVER             # what follows: a name without a password, as of a guest
     strips_blanks = True           # commands in the game may have blanks before them
     wraps_settings = False         # setting a suffix shows prefix and suffix once
     settings_held = False          # settings may be repeated before the end marker is asked for
@@ -1530,8 +1530,9 @@ class Dialect:
             name = b" ".join((words.group(1) or words.group(2)).split())
             return Credentials(verb.group(2) or verb.group(1), name, words.group(3),
                                bool(verb.group(2)))
-        alone = self.guest_alone and verb.group(1) and rest.strip().lower() == b"guest"
-        return Credentials(verb.group(1), b"guest", b"") if alone else None
+        alone = verb.group(1) and self.name_alone.match(rest)
+        name = alone and b" ".join((alone.group(1) or alone.group(2)).split())
+        return Credentials(verb.group(1), name, b"") if name else None
 
     def is_handover(self, line, word):
         """Whether the server could read this finished line as the hand-over of a user's address.
@@ -1649,10 +1650,11 @@ class TeenyMUSH(Dialect):
 class _InfoFamily(Dialect):
     """The four families that come from one tree: INFO, OUTPUTPREFIX, a command quota."""
 
-    logs_in = guest_alone = settings_held = True
+    logs_in = settings_held = True
     # any number of quotes and blanks before a name, of quotes behind it
     login_arguments = re.compile(rb'\s*(?:"["\s]*([^"\s][^"]*)"+(?:\s+|(?!["\s]))|'
                                  rb'([^"\s]\S*)\s+)(\S+)')
+    name_alone = re.compile(rb'\s*(?:"["\s]*([^"\s][^"]*)"*|([^"\s]\S*))\s*\Z')
     serves_http = False
     dropped, erasers = bytes(range(32)).replace(b"\b", b""), b"\b\x7f"
     quota = 100
@@ -3666,7 +3668,7 @@ class Character(Survivor):
         """Whether to ask first which pair is right. Who does not exist yet, or needs no password,
         is always wrong."""
         first = self.trials[0] if self.trials else None
-        return bool(first) and not (first.creates or first.is_guest) and (
+        return bool(first) and bool(first.password) and not (first.creates or first.is_guest) and (
             len(self.trials) > 1 or counts_failures)
 
     @property

@@ -1092,9 +1092,11 @@ class TestLogin(unittest.TestCase):
         (b'connect "Alice" "alicepw', (T,), (b"connect", b"Alice", b'"alicepw')),
         # else it is one name, without a password
         (b'connect "Alice alicepw', (T,), (b"connect", b'"Alice', b"alicepw")),
+        (b'connect "Alice alicepw', (P, Y, X, R), (b"connect", b"Alice alicepw", b"")),
         (b'connect guestx y', (Y, X), (b"connect", b"guest", b"")),
         (b'connect guestx y', (T, P, R), (b"connect", b"guestx", b"y")),
         (b'connect " Guest7', (Y, X), (b"connect", b"guest", b"")),
+        (b'connect " Guest7', (P, R), (b"connect", b"Guest7", b"")),
         (b"create guestx y", FAMILIES, (b"create", b"guestx", b"y")),
         (b"connect #5 alicepw", FAMILIES, (b"connect", b"#5", b"alicepw")),
         (b"connect *Alice alicepw", FAMILIES, (b"connect", b"*Alice", b"alicepw")),
@@ -1106,7 +1108,17 @@ class TestLogin(unittest.TestCase):
         # it stays in the text
         (b"connect Alicf\be alicepw\r\n", (T,), (b"connect", b"Alicf\be", b"alicepw")),
         (b"connect guest\r\n", (P, Y, X, R), (b"connect", b"guest", b"")),
-        (b"co  Guest ", (P, Y, X, R), (b"co", b"guest", b"")),
+        (b"co  Guest ", (P, R), (b"co", b"Guest", b"")),
+        (b"co  Guest ", (Y, X), (b"co", b"guest", b"")),
+        # a try that fails, and is counted, or a guest
+        (b"connect Bob", (P, Y, X, R), (b"connect", b"Bob", b"")),
+        (b'connect "Bob " ', (Y, X, R), (b"connect", b"Bob", b"")),
+        (b'connect "Bob " ', (P,), (b"connect", b"Bob", b'"')),
+        (b'connect "Bob " ', (T,), (b"connect", b'"Bob', b'"')),
+        (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (Y,), (b"connect", b"Carol", b"")),
+        (b'connect "Bob  Ann', (P, Y, X, R), (b"connect", b"Bob Ann", b"")),
+        (b'connect "Bob  Ann', (T,), (b"connect", b'"Bob', b"Ann")),
+        (b"create Bob", (), None),
         (b"connect Carol \xe6\x97\xa5\xe6\x9c\xac", (P, X, R),
          (b"connect", b"Carol", b"\xe6\x97\xa5\xe6\x9c\xac")),
         (b"connect Alice alicepx\x7fw\r\n", (Y, X, R), (b"connect", *A)),
@@ -1132,9 +1144,9 @@ class TestLogin(unittest.TestCase):
 
     def test_lines_that_are_no_logins(self):
         for family in (*FAMILIES, "plain"):
-            for line in (b"", b"connect", b"connect Alice", b"connect  ",
+            for line in (b"", b"connect", b"create Alice", b"connect  ", b'connect "',
                          b"WHO", b"QUIT", b"say connect A b", b"guest a b",
-                         b"help", b"xconnect Alice alicepw", b"connect=Alice alicepw"):
+                         b"help", b"xconnect Alice alicepw", b"connect=Alice"):
                 with self.subTest(family=family, line=line):
                     self.assertIsNone(read(family, line))
         self.assertIsNone(read("plain", b"connect Alice alicepw"))
@@ -1149,7 +1161,8 @@ class TestLogin(unittest.TestCase):
             self.assertIsNone(read("teenymush", line), line)
 
     def test_a_tab_is_no_separator_on_pennmush(self):
-        self.assertIsNone(read("pennmush", b"connect Alice\talicepw"))
+        self.assertEqual(read("pennmush", b"connect Alice\talicepw"),
+                         (b"connect", b"Alice?alicepw", b""))
         self.assertNotEqual(read("pennmush", b"connect Alice alicepw\tx"), (b"connect", *self.A))
 
     def test_line_ends(self):
@@ -9081,6 +9094,17 @@ class LoginBrake(RigCase):
                 rig.settle()
         rig.pass_time(3.1)
         self.assertEqual(self.guesses(link), 1)
+
+    def test_names_without_a_password_are_tries_too(self):
+        """PennMUSH counts them: ten, and it bars the address of all (worlds/pennmush.md h)."""
+        for family in FAMILIES[1:]:
+            rig = self.rig(family)
+            client = rig.client()
+            link = rig.game.accept()
+            client.send('connect bob\r\nconnect "bob\r\n' * 20)
+            rig.settle()
+            self.assertEqual(len(re.findall("connect .?bob", link.read().decode())), self.FREE)
+            self.doCleanups()
 
     def test_a_guesser_with_a_character_of_his_own(self):
         rig = self.rig()
