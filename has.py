@@ -1449,7 +1449,7 @@ class Dialect:
     handover_words = ()            # words only HAS may say before a login
     setting_words = NEVER          # lines that set something for the connection
     password_typed = NEVER         # a change of password; group 1 the new one
-    name_typed = re.compile(rb"(?i)@name\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
+    name_typed = re.compile(rb"(?i)@na(?:me?)?\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
                             rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")     # 2 new name
     password_changed = password_kept = name_changed = name_kept = NEVER
     name_alone = NEVER             # what follows: a name without a password, as of a guest
@@ -2469,11 +2469,12 @@ def proof_for(dialect, returning=False, telnet=True):
 class Change:
     """A typed change of a password or name, followed until the world answers (rule 7)."""
 
-    __slots__ = ("kind", "new", "until", "_line")
+    __slots__ = ("kind", "new", "until", "other", "_line")
 
-    def __init__(self, kind, new, until):
+    def __init__(self, kind, new, until, other=None):
         self.kind, self.new = kind, new         # "password" or "name"
         self.until = until         # no answer comes after this time
+        self.other = other         # one of the other kind that is not answered yet either
         self._line = b""           # an unfinished line of the world
 
     def outcome(self, dialect, text):
@@ -2483,7 +2484,7 @@ class Change:
         changed, kept = ((dialect.password_changed, dialect.password_kept)
                          if self.kind == "password" else (dialect.name_changed, dialect.name_kept))
         for line in lines:
-            line = line.rstrip(b"\r")
+            line = line.strip(b" \b\r")         # blanks and BS answer the erasers he typed
             if changed.match(line) or kept.match(line):
                 return bool(changed.match(line))
         return None
@@ -3625,17 +3626,24 @@ class Character(Survivor):
 
     def change(self, kind, new, now):
         """A new password or name was typed; the world's answer comes within 30 s."""
-        self.changing = Change(kind, new, now + 30)
+        before = self.changing
+        other = before.other if before and before.kind == kind else before
+        self.changing = Change(kind, new, now + 30, other)
 
     def follow_change(self, dialect, text):
-        """Text of the world while a change is asked for; the kind that it confirms, or None."""
-        changed = self.changing.outcome(dialect, text)
-        kind = self.changing.kind if changed and self.login else None
-        if kind:
-            self.previous, self.login = self.login, self.changing.of(self.login)
-        if changed is not None:
-            self.changing = None
-        return kind
+        """Text of the world while changes are asked for; those that it confirms, each with what
+        the login was before."""
+        last, before, confirmed = self.changing, self.login, []
+        outcomes = [(it, it.outcome(dialect, text)) for it in (last.other, last) if it]
+        for change, changed in outcomes:
+            if changed and self.login:
+                confirmed.append((change, self.login))
+                self.previous, self.login = before, change.of(self.login)
+        left = [change for change, changed in outcomes if changed is None]
+        self.changing = left[-1] if left else None
+        if left:
+            left[-1].other = left[0] if len(left) > 1 else None
+        return confirmed
 
     # ---- while the world is away
 
@@ -4324,7 +4332,7 @@ class Telnet(Part):
 
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(
-    rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@name)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
+    rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@na)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
 _WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
 # ... unless it holds a byte that some server does not just keep (see LineReader): only its line
 # end may be one. For translate(): it changes text that holds one, and is twice as fast as a
@@ -5385,11 +5393,9 @@ class Feed(Part):
         if session.state is State.RETURNING:
             return b""                          # settled: what the others of this character cause
         if character.changing:
-            before, change = character.login, character.changing
-            kind = character.follow_change(session.dialect, text)
-            if kind:
+            for change, before in character.follow_change(session.dialect, text):
                 self.hub.places.changed(session, change, before)
-                self.hub.door.visits.of(session, f"changed the {kind}")
+                self.hub.door.visits.of(session, f"changed the {change.kind}")
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
         return self.screen.without_hidden(text)

@@ -1414,6 +1414,9 @@ class TestChanges(unittest.TestCase):
                                (b"@name me=Rob;x", b"me", b"Rob")):
             self.assertEqual(has.PennMUSH.name_typed.match(line).groups(), (who, new))
         self.assertIsNone(has.PennMUSH.name_typed.match(b"@name me"))
+        for word in (b"@na", b"@nam", b"  @NA"):
+            self.assertTrue(has._WATCHED.match(word + b" me=x"))
+            self.assertTrue(has.TinyMUX.name_typed.match(word.strip() + b" me=x"))
 
     def test_the_words_of_each_family_for_done_and_refused(self):
         P, info = ("pennmush",), ("tinymush", "tinymux", "rhostmush")
@@ -1477,6 +1480,33 @@ class TestChange(unittest.TestCase):
                        b'Permission denied.\r\n')
             self.assertIsNone(change.outcome(DIALECTS[family], earlier), family)
             self.assertIs(change.outcome(DIALECTS[family], earlier + done + b"\r\n"), True, family)
+
+    def test_the_answer_to_an_eraser_stands_in_front(self):
+        for echo in (b" \b", b"\b \b", b"\b \b \b", b""):
+            change = has.Change("name", b"new", 0)
+            self.assertIs(change.outcome(DIALECTS["tinymux"], echo + b"Name set.\r\n"), True)
+
+    def test_a_name_and_a_password_at_once(self):
+        old = has.Credentials(b"connect", b"Alice", b"pw")
+        for name, password, expected in (
+                (b"Name set.\r\n", b"Password changed.\r\n", (b"Eve", b"new")),
+                (b"Name set.\r\n", b"Sorry.\r\n", (b"Eve", b"pw")),
+                (b"You can't use that name.\r\n", b"Password changed.\r\n", (b"Alice", b"new")),
+                (b"", b"Password changed.\r\n", (b"Alice", b"new")),
+                (b"Name set.\r\n", b"", (b"Eve", b"pw"))):
+            for texts in ([name + password], [name, password]):
+                character = has.Character()
+                character.login = old
+                character.change("name", b"Eve", 0)
+                character.change("password", b"wrong", 0)
+                character.change("password", b"new", 0)
+                for text in texts:
+                    if character.changing:
+                        character.follow_change(DIALECTS["tinymux"], text)
+                self.assertEqual((character.login.name, character.login.password), expected)
+                self.assertEqual(bool(character.changing), not (name and password))
+                if len(texts) == 1:
+                    self.assertEqual(character.previous, old)
 
     def test_what_becomes_of_the_login(self):
         old = has.Credentials(b"cd", b"Alice", b"one")
