@@ -5001,6 +5001,8 @@ class Lines(Part):
         """Answer a line typed while no world reads it: nothing vanishes silently (rule 3)."""
         session, dialect, screen = self.session, self.session.dialect, self.session.screen
         login = dialect.read_login(line) if len(line) <= dialect.longest_login else None
+        if login and not (login.password or login.is_guest):
+            login = None                        # it would be refused: he may correct it
         if re.match(rb"(?i)\s*quit\s*\Z", line):
             session.close("quit while the world is down")
         elif self._asks_for_list(line) or _BY_TIMER.match(line):
