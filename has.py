@@ -2512,28 +2512,38 @@ PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner,
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, collections.deque)}
 
 
-def _is_plain(value):
-    return value is None or isinstance(value, (bool, int, float, str))
+KINDS = frozenset(CONTAINERS.values())
+PLAIN_KINDS = {type(None), bool, int, float, str}
 
 
 def pack(value):
     """`value` as what JSON can hold: bytes, containers, dialects and the objects of PACKED too."""
-    if _is_plain(value):
+    kind = type(value)
+    if kind in PLAIN_KINDS:
         return value
-    if isinstance(value, list) and all(map(_is_plain, value)):
-        return list(value)
-    if isinstance(value, (bytes, bytearray)):
+    if kind is bytes or kind is bytearray:
         return {"bytes": value.decode("latin-1")}
-    if isinstance(value, dict):
+    if kind is list and all(type(item) in PLAIN_KINDS for item in value):
+        return list(value)
+    if kind is dict:
         return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
-    if isinstance(value, tuple(CONTAINERS.values())):
-        return {type(value).__name__: [pack(item) for item in value]}
-    if isinstance(value, Dialect):
-        return {"dialect": value.name}
-    slots = {name: (pack(getattr(value, name)), blank)
-             for name, blank in _packed_blank(type(value)).items()}
-    return {"object": type(value).__name__,
-            "slots": {name: packed for name, (packed, blank) in slots.items() if packed != blank}}
+    if kind in KINDS:
+        return {kind.__name__: [pack(item) for item in value]}
+    if isinstance(value, (int, str)):           # an enum of theirs
+        return value
+    return {"dialect": value.name} if isinstance(value, Dialect) else _pack_object(value, kind)
+
+
+def _pack_object(value, kind):
+    """Only what differs from a new one is packed."""
+    slots = {}
+    for name, (blank, packed_blank) in _blank(kind).items():
+        item = getattr(value, name)
+        if item is not blank and item != blank:
+            packed = pack(item)
+            if packed != packed_blank:
+                slots[name] = packed
+    return {"object": kind.__name__, "slots": slots}
 
 
 def _slots_of(value):
@@ -2541,10 +2551,10 @@ def _slots_of(value):
 
 
 @functools.lru_cache(None)
-def _packed_blank(kind):
-    """What the slots of a new object of this class hold: only what differs is packed."""
+def _blank(kind):
+    """What the slots of a new object of this class hold: {name: (value, packed)}."""
     blank = PACKED[kind.__name__]()
-    return {name: pack(getattr(blank, name)) for name in _slots_of(blank)}
+    return {name: (getattr(blank, name), pack(getattr(blank, name))) for name in _slots_of(blank)}
 
 
 def unpack(value):
@@ -2592,19 +2602,28 @@ class Survivor:
             setattr(self, name, unpack(values[name]))
 
 
-FIXED = {type(None), bool, int, float, str, bytes}    # nothing changes in these
+FIXED = {*PLAIN_KINDS, bytes}      # nothing changes in these
 
 
 def snapshot(value):
     """Something that is equal to the next snapshot of `value` only if that has not changed."""
     kind = type(value)
-    if kind in FIXED or isinstance(value, Dialect):
+    if kind in FIXED:
         return value
     if kind is dict:
         return tuple(value.items())
-    if kind in CONTAINERS.values():
-        return tuple([snapshot(item) for item in value])
-    return tuple([snapshot(getattr(value, name)) for name in _packed_blank(kind)])
+    if kind in KINDS:
+        return tuple([it if type(it) in FIXED else snapshot(it) for it in value])
+    if isinstance(value, Dialect):
+        return value
+    values = _attributes(kind)(value)
+    return tuple([it if type(it) in FIXED else snapshot(it) for it in values])
+
+
+@functools.lru_cache(None)
+def _attributes(kind):
+    get = operator.attrgetter(*_blank(kind))
+    return get if len(_blank(kind)) > 1 else lambda value: (get(value),)
 
 
 @functools.lru_cache(None)
@@ -6416,7 +6435,10 @@ class Passage(Part):
         return State.WAITING if state in COMING_BACK or is_left else state
 
     def changes(self):
-        """What is equal to the next changes() only if there is nothing new to be written down."""
+        """What is equal to the next changes() only if there is nothing new to be written down;
+        None on the way back, where nothing is: another process brings him back again."""
+        if self.session.state in COMING_BACK and not self.session.inbox.kept:
+            return None
         client, link = self.session.client, self._link(False)
         return (self._state(False), client, client.ended, client.missed, link, link and link.ended,
                 *[part.changes() for part in self.parts])
@@ -8348,6 +8370,7 @@ PROBE_SECONDS = 1                  # who leaves sooner without a word was a fron
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 ENDS_A_TURN = 500                  # streams: at a crash of the world thousands end at once
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
+RECORDS_A_TURN = 25                # written down for the next process
 SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in one turn
 
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
@@ -8413,7 +8436,7 @@ class Loop:
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.patience, self.ends = PATIENCE, 0
         timers = self._timers
-        if self.backlogs:
+        if self.backlogs or self.changed:
             longest = 0
         elif timers:                # counted from the last look at the clock: late by a turn's work
             due = max(0.0, timers[0][0] - self.now)
@@ -8433,11 +8456,11 @@ class Loop:
             session = self.backlogs.popleft()
             self.safely(session.inbox.take_turn)
         if self.changed:
-            changed, self.changed = self.changed, set()
-            self.write_down(changed)
+            self.write_down()
 
-    def write_down(self, changed):
-        """At the end of a turn, what has changed in it."""
+    def write_down(self):
+        """At the end of a turn, what has `changed` in it."""
+        self.changed.clear()
 
     def ready(self, events):
         """Something was posted to the mailbox."""
@@ -10271,10 +10294,13 @@ class Hub(Loop):
         self.sweep((getattr(session, method), arguments) for session in sessions
                    if session.number in self.sessions and not but(session))
 
-    def write_down(self, changed):
-        """For the next process, if this one dies."""
+    def write_down(self):
+        """For the next process, if this one dies; when all change at once, not all in one turn."""
+        some = [self.changed.pop() for _ in range(min(len(self.changed), RECORDS_A_TURN))]
         if self.scribe:
-            self.scribe.write(changed)
+            self.scribe.write(some)
+        else:
+            self.changed.clear()
 
     # ---- what sessions ask
 
@@ -11494,7 +11520,7 @@ class Scribe:
     def _note(self, session, records):
         passage = Passage(session)
         changes = passage.changes()
-        if self._changes.get(session.number) != changes:
+        if changes and self._changes.get(session.number) != changes:
             records[session.number] = passage.pack(self._vault.shelf.name, held=False)
             self._changes[session.number] = changes
             self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
