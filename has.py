@@ -10296,7 +10296,9 @@ class Hub(Loop):
 
     def write_down(self):
         """For the next process, if this one dies; when all change at once, not all in one turn."""
-        some = [self.changed.pop() for _ in range(min(len(self.changed), RECORDS_A_TURN))]
+        some = [self] * (self in self.changed)      # what was ordered must not wait
+        self.changed.discard(self)
+        some += [self.changed.pop() for _ in range(min(len(self.changed), RECORDS_A_TURN))]
         if self.scribe:
             self.scribe.write(some)
         else:
