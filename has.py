@@ -3369,12 +3369,13 @@ NEXT_LINE_SECONDS = 0.1            # between lines typed during a return, if the
 TELL_FAILURE_SECONDS = 5           # a world that takes no link for so long: its users are told
 PLACE_LOOK_SECONDS = 10            # a HUP may have brought another reattach
 PLACE_POLL_SECONDS, PLACE_TRIES = 0.1, 100      # a place whose session is just coming back
-SETTLE_TRIES = 3                   # ... and so many while the new client's telnet is under way
+SETTLE_TRIES = 2                   # ... and so many while the new client's telnet is under way
 CLAIM_SECONDS = 15                 # who has opened a place waits for no longer than that
 CHECK_SECONDS = 2                  # ... for the heartbeat's answer about his password
 LIFE_SECONDS, LIFE_POLL_SECONDS = 2.5, 0.02     # two probes of a mobile line
 TICK_SECONDS = 0.01                # the kernel counts no finer
 TRAIL_REST_SECONDS = 10
+WRITTEN_BYTES = 16384              # of what is missed: written down in case that HAS dies
 UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
 NOTHING = {}
 
@@ -5674,9 +5675,13 @@ class Absent:
         """Nobody types."""
 
     def pack(self, name, held=True):
-        """For another process: it has no descriptor."""
-        return {"fd": None, "out": pack(bytes(self.out)), "lost": self.lost,
-                "doubtful": pack(self.doubtful)}
+        """For another process: it has no descriptor. Of what is written down for it again and
+        again (not `held`) only the newest."""
+        out = self.out
+        cut = 0 if held else out.find(b"\n", max(0, len(out) - WRITTEN_BYTES) - 1) + 1
+        cut = cut if len(out) > WRITTEN_BYTES else 0
+        return {"fd": None, "out": pack(bytes(out[cut:])), "doubtful": pack(self.doubtful),
+                "lost": self.lost + out.count(b"\n", 0, cut)}
 
     def take_up(self, packed):
         """Take up what pack() of another process gave."""
@@ -11475,8 +11480,8 @@ class Scribe:
         """Now and then: what passes, and what those missed who are away."""
         self.hub.later(self.LOOK_SECONDS, self._look)
         self.hub.changed.add(self.hub)
-        for session in self.hub.places.sessions.values():
-            self.hub.changed.add(session)
+        self.hub.sweep((self.write, ((session,),))
+                       for session in list(self.hub.places.sessions.values()))
 
     def park(self, parked):
         """What a new process would need of the heartbeat now, with a socket of our own."""

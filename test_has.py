@@ -5881,6 +5881,55 @@ class PlaceInEveryState(ReattachCase):
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
 
+    def test_a_sudden_death(self):
+        """kill -9: the next process has his place, and of much that he missed the newest; the
+        others are told as lost."""
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        rig = self.rig().keep()
+        client, link = self.away(rig)
+        for number in range(5000):
+            link.send(b"line %04d\r\n" % number)
+            if number % 500 == 499:
+                rig.settle()
+        rig.pass_time(10.1)
+        self.assertLess(rig.hub.scribe._vault.records._live, 3 * has.WRITTEN_BYTES)
+        rig.die()
+        link.send("behind\r\n")
+        rig.settle()
+        again, own = self.comes_back(rig)
+        text = again.read().decode()
+        shown = re.findall(r"(?m)^line (\d+)\r$", text)
+        lost = re.search(r"the first (\d+) line\(s\) are lost", text)
+        self.assertEqual(shown, [f"{number:04}" for number in range(5000)][-len(shown):])
+        self.assertEqual(int(lost.group(1)) + len(shown), 5000)
+        self.assertGreater(len(shown), 1000)
+        self.assertIn("behind", text)
+
+    def test_many_who_are_away_stop_nobody(self):
+        """What they have missed is written down in turns."""
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        rig = self.rig().keep()
+        links = [self.away(rig, f"User{number}")[1] for number in range(30)]
+        rig.pass_time(*[10.1] * 7)              # no mark is awaited any more
+        for link in links:
+            link.send((b"x" * 98 + b"\r\n") * 150)
+        rig.settle()
+        wrote, real = [], rig.hub.scribe._vault.write
+
+        def write(records):
+            wrote[-1] += sum(map(bool, records))
+            rig.clock.advance(0.004)            # it takes so long
+            return real(records)
+        with mock.patch.object(rig.hub.scribe._vault, "write", write):
+            rig.clock.advance(10.1)
+            while sum(wrote) < 30 and len(wrote) < 100:
+                wrote.append(0)
+                rig.hub.turn(0)
+        self.assertLess(max(wrote), 5)
+        self.assertEqual(sum(wrote), 30)
+
     def test_an_upgrade_keeps_his_time(self):
         rig = self.rig(reattach=60)
         client, link = self.away(rig)
