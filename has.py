@@ -3323,6 +3323,9 @@ def follow(stream, limit):
     plain = {trailed: kind for kind, trailed in TRAILED.items()}.get(type(stream), type(stream))
     if plain not in TRAILED:
         return                                  # nobody is there
+    if limit and stream.trail:
+        stream.trail.limit = limit
+        return
     stream.__class__, stream.trail, stream.recent = plain, None, None
     if limit:
         is_tls = plain is TLSStream
@@ -6041,6 +6044,7 @@ class Place(Part):
     def login_took(self):
         """He is in."""
         self.outdated = False
+        follow(self.session.client, 0)          # what was before is not for this character
         self.follow()
         if self.hub.settings.reattach:
             self.hub.places.login_took(self.session)

@@ -5869,6 +5869,22 @@ class PlaceInEveryState(ReattachCase):
         rig.hub.places.look()
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
+    def test_a_hup_forgets_nothing_and_another_login_does(self):
+        rig = self.rig()
+        client, link = rig.player()
+        link.send("for Alice\r\n")
+        rig.settle()
+        rig.hub.places.look()
+        self.assertIn(b"for Alice", client.session.client.trail.read()[0])
+        client.send("LOGOUT\r\n")
+        rig.settle()
+        link.read()
+        client.send("connect Bob pw\r\n")
+        rig.settle()
+        rig.let_in(link)
+        self.assertEqual(state_of(client), "PLAYING")
+        self.assertNotIn(b"for Alice", client.session.client.trail.read()[0])
+
     def test_an_older_program_knew_nothing_of_places(self):
         def spoil(state):
             for packed in state["sessions"]:
@@ -5880,6 +5896,21 @@ class PlaceInEveryState(ReattachCase):
         self.lose(rig, client)
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
+
+    def test_the_world_moves(self):
+        """Who is away is taken along like all others, and reads so."""
+        rig = self.rig()
+        client, link = self.away(rig)
+        rig.found("life 9", rig.other, AWAY)
+        rig.let_in(rig.other.accept())
+        self.assertEqual(state_of(client), "PLAYING")
+        again = rig.client()
+        rig.other.accept()
+        again.send("connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        lines = again.lines()
+        self.assertEqual(lines[lines.index("# MOVED"):],
+                         ["# MOVED", "# ONLINE", "# NOTICE # That is all. You are back."])
 
     def test_a_sudden_death(self):
         """kill -9: the next process has his place, and of much that he missed the newest; the
