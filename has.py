@@ -5459,7 +5459,7 @@ class Feed(Part):
         pairs = self.character.took(proof.login, proof.others, proof.is_whole)
         if proof.is_first:
             self.hub.logins.took(session)
-            session.place.login_took()
+        session.place.login_took(proof.is_first)
         session.enter(State.PLAYING)
         self.hub.door.visits.of(session, "logged in", free=300)
         if proof.is_whole:
@@ -6041,12 +6041,12 @@ class Place(Part):
         else:
             self.follow()
 
-    def login_took(self):
-        """He is in."""
+    def login_took(self, is_proven=True):
+        """He is in, perhaps beyond doubt: else that costs nobody else his place."""
         self.outdated = False
         follow(self.session.client, 0)          # what was before is not for this character
         self.follow()
-        if self.hub.settings.reattach:
+        if is_proven and self.hub.settings.reattach:
             self.hub.places.login_took(self.session)
 
     def follow(self):
@@ -9185,7 +9185,6 @@ class Places:
             for other in self._others(session, before, same=True):
                 theirs = other.character
                 theirs.previous, theirs.login = theirs.login, change.of(theirs.login)
-            self.login_took(session)
 
     def rest(self):
         """Forget, now and then, what clients have acknowledged."""

@@ -5540,6 +5540,23 @@ class WhosePlace(ReattachCase):
             self.assertIn(b"connect Alice pw", own.read())
             self.assertNotIn(b"Welcome back", again.read())
 
+    def test_nobody_gives_up_the_place_of_another_by_a_pretended_change(self):
+        """Anybody can have himself shown that he has changed his name, or his password."""
+        rig = self.rig()
+        alice, _ = self.away(rig)
+        alice.session.character.login.password = b"secret"
+        mallory, link = rig.player("Mallory")
+        for typed, shown in (("@name me=Alice", "Name set."),
+                             ("@password pw=x", "Password changed.")):
+            mallory.send(typed + "\r\n")
+            rig.settle()
+            link.send(shown + "\r\n")
+            rig.settle()
+        self.assertEqual(mallory.session.character.login.character, b"alice")
+        self.assertTrue(alice.session.place.away_at)
+        again, own = self.comes_back(rig, "connect Alice secret\r\n")
+        self.assertIn(b"Welcome back", again.read())
+
     def test_the_address_is_named_where_it_changed(self):
         rig = self.rig()
         client, link = self.away(rig, host="203.0.113.1")
@@ -5882,7 +5899,7 @@ class PlaceInEveryState(ReattachCase):
         client.send("connect Bob pw\r\n")
         rig.settle()
         rig.let_in(link)
-        self.assertEqual(state_of(client), "PLAYING")
+        self.assertEqual((state_of(client), len(rig.hub.sessions)), ("PLAYING", 1))
         self.assertNotIn(b"for Alice", b"".join(client.session.client.trail.read()[:2]))
 
     def test_an_older_program_knew_nothing_of_places(self):
