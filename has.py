@@ -6449,7 +6449,7 @@ class Passage(Part):
         if self.session.state in COMING_BACK and not self.session.inbox.kept:
             return None
         client, link = self.session.client, self._link(False)
-        return (self._state(False), client, client.ended, client.missed, link, link and link.ended,
+        return (self._state(False), client, client.ended, link, link and link.ended,
                 *[part.changes() for part in self.parts])
 
     def unpack(self, packed, take):
@@ -11483,7 +11483,7 @@ class Scribe:
         """Now and then: what passes, and what those missed who are away."""
         self.hub.later(self.LOOK_SECONDS, self._look)
         self.hub.changed.add(self.hub)
-        self.hub.sweep((self.write, ((session,),))
+        self.hub.sweep((self.write, ((session,), True))
                        for session in list(self.hub.places.sessions.values()))
 
     def park(self, parked):
@@ -11505,15 +11505,16 @@ class Scribe:
         except OSError as error:
             self._complain(error)
 
-    def write(self, changed):
-        """Write down what is new of these sessions, or of the hub."""
+    def write(self, changed, missed=False):
+        """Write down what is new of these sessions, or of the hub; only if `missed`, because one
+        who is away has missed more."""
         records = {}
         for it in changed:
             try:
                 if it is self.hub:
                     records[0] = self._of_hub()
                 elif it.number in self.hub.sessions and not isinstance(it.client, TLSStream):
-                    self._note(it, records)
+                    self._note(it, records, missed)
                 elif self._changes.pop(it.number, None):
                     records[it.number] = None
             except OSError as error:
@@ -11527,10 +11528,10 @@ class Scribe:
         except OSError as error:
             self._complain(error)
 
-    def _note(self, session, records):
-        passage = Passage(session)
-        changes = passage.changes()
-        if changes and self._changes.get(session.number) != changes:
+    def _note(self, session, records, missed):
+        passage, before = Passage(session), self._changes.get(session.number, (None, None))
+        changes = passage.changes(), session.client.missed
+        if changes[0] and (before[0] != changes[0] or missed and before != changes):
             records[session.number] = passage.pack(self._vault.shelf.name, held=False)
             self._changes[session.number] = changes
             self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
