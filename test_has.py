@@ -5990,6 +5990,106 @@ class PlaceInEveryState(ReattachCase):
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
 
+class AwayInAnyOrder(ReattachCase):
+    """Random users of two characters come, drop and return while a world comes and goes: nothing
+    goes wrong inside HAS, and what is counted adds up."""
+
+    STEPS = ("come", "come", "come", "drop", "drop", "reset", "text", "time", *["little time"] * 4,
+             "answers", "answers", "answers", "link ends", "down", "up", "other life", "upgrade",
+             "hup", "half", "quit", "verdict")
+
+    def setUp(self):
+        lives = mock.patch.object(has, "acknowledged_ago",
+                                  lambda sock: self.random.choice((0, 0, math.inf)))
+        can = mock.patch.object(has, "can_tell_life", lambda sock: sock is not None)
+        for patch in (lives, can):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_random_steps(self):
+        back, real = [], has.Place.take_over
+
+        def take_over(place, newcomer):
+            back.append(place.session.state.name)
+            real(place, newcomer)
+        patch = mock.patch.object(has.Place, "take_over", take_over)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for seed in range(120):
+            self.random, life = random.Random(seed), itertools.count(2)
+            rig = self.rig()
+            links = [rig.player(name, tcp=True)[1] for name in ("Alice", "Bob")]
+            rig.game.sock.setblocking(False)
+            log = io.StringIO()
+            has.log.handlers[:] = [logging.StreamHandler(log)]
+            for _ in range(60):
+                self.step(rig, links, self.random.choice(self.STEPS), life)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        links.append(rig.game.accept())
+                self.check(rig, seed)
+            has.log.handlers[:] = [logging.NullHandler()]
+            self.assertNotRegex(log.getvalue(), "(?i)fault|traceback", seed)
+            rig.close()
+        self.assertGreater(len(back), 60)
+        self.assertLessEqual({"PLAYING", "WAITING"}, set(back))
+
+    def step(self, rig, links, what, life):
+        clients = [it for it in rig.peers if not is_gone(it) and it.sock.fileno() >= 0]
+        client = self.random.choice(clients) if clients else None
+        link = self.random.choice(links) if links else None
+        if what == "come":
+            name = self.random.choice(("Alice", "Bob"))
+            client = rig.client(tcp=True)
+            client.send(f"connect {name} pw\r\n" + self.random.choice(("", "say hi\r\n")))
+        elif what in ("half", "quit") and client:
+            with contextlib.suppress(OSError):
+                client.send("half" if what == "half" else "QUIT\r\n")
+        elif what in ("drop", "reset") and client:
+            (client.sock.close if what == "drop" else client.reset)()
+        elif what == "text" and link and link.sock.fileno() >= 0:
+            with contextlib.suppress(OSError):
+                link.send(self.random.choice(("text\r\n", "half a line")))
+        elif what == "link ends" and link:
+            link.sock.close()
+        elif what == "answers":
+            for it in links:
+                asked = it.read() if it.sock.fileno() >= 0 else b""
+                mark = re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked)
+                if mark:
+                    with contextlib.suppress(OSError):
+                        it.send(b"Welcome\r\n" + mark.group(1) + b"\r\n### Begin INFO\r\n"
+                                b"Version: MUX\r\n### End INFO\r\n")
+        elif what == "verdict":
+            rig.answer()
+        elif what == "hup":
+            rig.hub.settings = settings_of((("reattach", self.random.choice((0, 5, 300, 300))),))
+            rig.hub.places.look()
+        else:
+            {"down": rig.down, "up": lambda: rig.found(rig.life), "upgrade": rig.upgrade,
+             "other life": lambda: rig.found(f"life {next(life)}"),
+             "time": lambda: rig.pass_time(3, 10), "little time": lambda: rig.pass_time(0.1, 0.3)
+             }.get(what, lambda: None)()
+        rig.settle()
+
+    def check(self, rig, seed):
+        known = [it.client for it in rig.hub.sessions.values() if it.client.sock]
+        known += [it.link for it in rig.hub.sessions.values() if it.link]
+        self.assertFalse([it for it in known if it.closed], seed)
+        streams = [it for x in rig.hub.sessions.values() for it in (x.client, x.link) if it]
+        self.assertFalse([it for it in streams if it.closed], seed)
+        away = [it for it in rig.hub.sessions.values() if it.place.away_at]
+        self.assertEqual({it.number for it in away}, set(rig.hub.places.sessions), seed)
+        self.assertEqual(sum(rig.hub.places._hosts.values()), len(away))
+        self.assertEqual(sum(rig.hub.door._hosts.values()), len(rig.hub.sessions) - len(away))
+        self.assertEqual(rig.hub.places._bytes,
+                         sum(len(it.client.out) + len(it.client.doubtful) for it in away))
+        for session in rig.hub.sessions.values():
+            self.assertIs(session.client, session.screen.client)
+            self.assertIs(session.client, session.inbox.client)
+            self.assertIs(session.client.owner, session)
+
+
 class AnotherClient(RigCase):
     """Another client at a link that lives: what they agree on, and not one command more
     (REATTACH.md 9)."""
