@@ -5863,7 +5863,7 @@ class Place(Part):
         """Whether he is in the game, or on his way back, has not quit, and may come back to it;
         nor has he left half a line with a world that cannot forget it."""
         session, inbox, login = self.session, self.session.inbox, self.session.character.login
-        return bool(self.hub.settings.reattach and login and not login.is_guest
+        return bool(self.hub.settings.reattach and login and not login.is_guest and login.password
                     and not self.away_at and not self.outdated
                     and session.state in PLACES and session.dialect.logs_in
                     and not (inbox.typed.sent and not session.dialect.erasers)
@@ -5920,7 +5920,7 @@ class Place(Part):
 
     def claims(self, login):
         """Whether this login, typed at the login screen, opens a place, or may."""
-        if login.creates or login.is_guest or self.claim:
+        if login.creates or login.is_guest or not login.password or self.claim:
             return False
         claim = Claim(self.session, login)
         self.claim = claim if claim.begin() else None
