@@ -4942,6 +4942,7 @@ class Lines(Part):
         place, or if too many were tried from this address. Then it waits, and all that is typed
         behind it."""
         session = self.session
+        session.inbox.quit_at = 0
         if may_claim and self._claims(login, raw):
             return b""
         wait = self.hub.logins.wait(session, login.character)

@@ -9228,6 +9228,16 @@ class BoundMarks(RigCase):
         client.session.hub.turn(0.01)
         self.assertIn(state_of(client), ("CLOSING", "gone"))
 
+    def test_who_logs_in_behind_a_logout_has_not_quit(self):
+        for lines in (["connect Alice pw", "LOGOUT", "connect Bob pw"], ["QUIT", "connect Bob pw"]):
+            client, _, world = self.behind(*lines)
+            world(client.session.feed.proof._secret + b"%02x=\r\n" % (len(lines) - 2))
+            self.assertEqual(state_of(client), "PLAYING")
+            client.session.hub.on_heartbeat_lost("no answer", True)
+            client.session.hub.turn(0.01)
+            self.assertEqual(state_of(client), "WAITING")
+            self.doCleanups()
+
     def test_both_marks_in_one_read(self):
         client, _, world = self.behind("connect Alice pw", "logout", "connect Bob bobpw")
         secret = client.session.feed.proof._secret
