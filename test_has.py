@@ -18677,8 +18677,10 @@ class RhostMUSH(CMush):
         """Its own spelling of characters is kept; the players of the tests have names and passwords
         in UTF-8.
         """
-        return re.sub("%<u([0-9a-f]{4,6})>", lambda m: chr(int(m.group(1), 16))
-                      if m.group(1) > "00a0" else m.group(), line.decode("ascii"))
+        def character(spelled):
+            number = int(spelled.group(1), 16)
+            return chr(number) if 0xa0 < number <= sys.maxunicode else spelled.group()
+        return re.sub("%<u([0-9a-f]{4,6})>", character, line.decode("ascii"))
 
     def encode(self, conn, text):
         """Made ASCII on output: é becomes e, what has no base letter ?"""
@@ -19871,6 +19873,8 @@ class SoakSite:
         for again in range(self.random.choice((1, 1, 1, 2))):
             if again:                                   # once more, while they return
                 time.sleep(self.random.uniform(0, 0.7))
+            else:                                       # or the last one back would seem to kill it
+                time.sleep(self.random.uniform(0, 2))
             self.world.reset_on_kill = self.random.random() < 0.3
             self.world.kill()
             self.counts["crashes"] += 1
