@@ -2587,9 +2587,11 @@ class Survivor:
     SURVIVES, __slots__ = (), ()
     PASSING = ()                   # of these: changes so often that it is written down with others
 
-    def changes(self):
-        """What is equal to the next changes() only if survivors() are, but for what is PASSING."""
-        return snapshot(_changes_of(type(self))(self))
+    @classmethod
+    @functools.lru_cache(None)
+    def watched(cls):
+        """The names of which a change is worth a record."""
+        return tuple([name for name in cls.SURVIVES if name not in cls.PASSING])
 
     def survivors(self):
         """What a new process takes over, for JSON: {name: value}; what is nothing is left out."""
@@ -2602,7 +2604,9 @@ class Survivor:
             setattr(self, name, unpack(values[name]))
 
 
-FIXED = {*PLAIN_KINDS, bytes}      # nothing changes in these
+# Nothing changes in these: another value is another object.
+FIXED = {*PLAIN_KINDS, bytes, Credentials, Spelling} | {
+    type(it) for it in [*DIALECTS.values(), UNKNOWN, PLAIN]}
 
 
 def snapshot(value):
@@ -2612,25 +2616,20 @@ def snapshot(value):
         return value
     if kind is dict:
         return tuple(value.items())
-    if kind in KINDS:
-        return tuple([it if type(it) in FIXED else snapshot(it) for it in value])
-    if isinstance(value, Dialect):
-        return value
-    values = _attributes(kind)(value)
-    return tuple([it if type(it) in FIXED else snapshot(it) for it in values])
+    items = value if kind in KINDS else _attributes(kind)(value)
+    return tuple([it if type(it) in FIXED else snapshot(it) for it in items])
 
 
 @functools.lru_cache(None)
 def _attributes(kind):
-    get = operator.attrgetter(*_blank(kind))
-    return get if len(_blank(kind)) > 1 else lambda value: (get(value),)
+    return _all_of(tuple(_blank(kind)))
 
 
 @functools.lru_cache(None)
-def _changes_of(kind):
-    """What takes out of a Survivor of this class all whose change is worth a record."""
-    names = [name for name in kind.SURVIVES if name not in kind.PASSING]
-    return operator.attrgetter(*names)
+def _all_of(names):
+    """What takes the attributes of these names out of an object, as a tuple."""
+    getter = operator.attrgetter(*names)
+    return getter if len(names) > 1 else lambda it: (getter(it),)
 
 
 def survives(made):
@@ -4412,7 +4411,7 @@ class Inbox(Part):
                  "peek")
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
-    PASSING = ("typed_at", "bytes_in", "kept_due")
+    PASSING = ("typed_at", "bytes_in", "kept_due", "quit_at")
 
     def __init__(self, session, client):
         super().__init__(session)
@@ -6444,14 +6443,15 @@ class Passage(Part):
         is_left = state in LINKED and not self._link(held)
         return State.WAITING if state in COMING_BACK or is_left else state
 
-    def changes(self):
-        """What is equal to the next changes() only if there is nothing new to be written down;
-        None on the way back, where nothing is: another process brings him back again."""
-        if self.session.state in COMING_BACK and not self.session.inbox.kept:
-            return None
+    def head(self):
+        """What is to be known of the session beside what its parts know."""
         client, link = self.session.client, self._link(False)
-        return (self._state(False), client, client.ended, link, link and link.ended,
-                *[part.changes() for part in self.parts])
+        return self._state(False).name, client, client.ended, link, link and link.ended
+
+    def streams(self, name):
+        """Its client and its link, for JSON, without what waits to be sent."""
+        link = self._link(False)
+        return self.session.client.pack(name, False), link and link.pack(name, False)
 
     def unpack(self, packed, take):
         """Take up what pack() gave, of this program or an older one; nothing is sent yet. `take`
@@ -6523,6 +6523,48 @@ class Passage(Part):
             session.serial += 1
             if hub.is_up:
                 session.connect_again()
+
+
+class Draft:
+    """What is written down of a session, kept up to date piece by piece."""
+
+    __slots__ = ("_passage", "_getters", "_seen", "_missed", "_pieces")
+
+    def __init__(self, session):
+        self._passage, self._seen, self._missed = Passage(session), None, None
+        self._getters = [(part, _all_of(part.watched())) for part in self._passage.parts]
+        self._pieces = {}          # name -> text of JSON
+
+    def update(self, name, missed=False):
+        """The record, as pack() and JSON would have it, if there is something new in it; else None.
+        `name` as for Stream.pack(); OSError if that fails, and it is tried again. `missed`: what
+        one who is away has missed is news, too."""
+        values, before, client = [], self._seen, self._passage.session.client
+        for part, getter in self._getters:
+            values += getter(part)
+        seen = [it if type(it) in FIXED else snapshot(it) for it in values]
+        seen.append(self._passage.head())
+        if seen == before and not (missed and client.missed != self._missed):
+            return None
+        names = [key for part, _ in self._getters for key in part.watched()]
+        for key, value, now, then in zip(names, values, seen, before or itertools.repeat(self)):
+            if now != then:
+                self._put(key, json.dumps(pack(value)) if value else "")
+        for part, _ in self._getters:
+            for key in part.PASSING:            # numbers
+                number = getattr(part, key)
+                self._put(key, repr(number) if number and key != "tail" else "")
+        self._missed = client.missed
+        client, link = map(json.dumps, self._passage.streams(name))
+        self._seen = seen
+        return (f'{{"state": "{seen[-1][0]}", "client": {client}, "link": {link}, '
+                f'"values": {{{", ".join(self._pieces.values())}}}}}').encode()
+
+    def _put(self, key, text):
+        if text:
+            self._pieces[key] = f'"{key}": {text}'
+        else:
+            self._pieces.pop(key, None)
 
 
 # ======================================================================
@@ -10328,7 +10370,7 @@ class Hub(Loop):
     def keep(self, session):
         """This session must not wait for the end of the turn to be written down."""
         if self.scribe:
-            self.scribe.write((session,))
+            self.scribe.write((session,), at_once=True)
 
     @property
     def is_up(self):
@@ -10945,9 +10987,9 @@ class Vault:
         self.write({0: {**state, "sessions": None}, **records})
 
     def write(self, values):
-        """Write records of plain values; what is None is gone."""
-        self.records.write({number: b"" if it is None else json.dumps(it).encode()
-                            for number, it in values.items()})
+        """Write records, of plain values or JSON; what is None is gone."""
+        self.records.write({number: b"" if it is None else it if isinstance(it, bytes) else
+                            json.dumps(it).encode() for number, it in values.items()})
 
     def load(self):
         """What store() was given, by whomever; see take()."""
@@ -11458,10 +11500,12 @@ class Scribe:
     """
 
     LOOK_SECONDS, BEAT_SECONDS = 10, 2
+    # What was written before does as well: the next process finds the link ended, or opens one.
+    PASSING = {State.OPENING, State.CLOSING} | COMING_BACK
 
     def __init__(self, survival):
         self._survival, self.hub, self._vault = survival, survival.hub, survival.vault
-        self._changes, self._socks = {}, {}     # number -> what was written of it, and put in
+        self._drafts, self._socks = {}, {}      # number -> what was written of it, and put in
         self._parked = None                     # of the heartbeat: plain values, and a socket
         self._told = False
 
@@ -11484,7 +11528,7 @@ class Scribe:
         """Now and then: what passes, and what those missed who are away."""
         self.hub.later(self.LOOK_SECONDS, self._look)
         self.hub.changed.add(self.hub)
-        self.hub.sweep((self.write, ((session,), True))
+        self.hub.sweep((self.write, ((session,), False, True))
                        for session in list(self.hub.places.sessions.values()))
 
     def park(self, parked):
@@ -11506,7 +11550,7 @@ class Scribe:
         except OSError as error:
             self._complain(error)
 
-    def write(self, changed, missed=False):
+    def write(self, changed, at_once=False, missed=False):
         """Write down what is new of these sessions, or of the hub; only if `missed`, because one
         who is away has missed more."""
         records = {}
@@ -11515,8 +11559,8 @@ class Scribe:
                 if it is self.hub:
                     records[0] = self._of_hub()
                 elif it.number in self.hub.sessions and not isinstance(it.client, TLSStream):
-                    self._note(it, records, missed)
-                elif self._changes.pop(it.number, None):
+                    self._note(it, records, at_once, missed)
+                elif self._drafts.pop(it.number, None):
                     records[it.number] = None
             except OSError as error:
                 self._complain(error)
@@ -11527,15 +11571,20 @@ class Scribe:
                 self._vault.write(records)
                 self._let_go(records)
         except OSError as error:
+            for number in records:              # all of it the next time
+                self._drafts.pop(number, None)
             self._complain(error)
 
-    def _note(self, session, records, missed):
-        passage, before = Passage(session), self._changes.get(session.number, (None, None))
-        changes = passage.changes(), session.client.missed
-        if changes[0] and (before[0] != changes[0] or missed and before != changes):
-            records[session.number] = passage.pack(self._vault.shelf.name, held=False)
-            self._changes[session.number] = changes
+    def _note(self, session, records, at_once, missed):
+        draft = self._drafts.get(session.number)
+        if draft is None:
+            draft = self._drafts[session.number] = Draft(session)
             self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
+        elif session.state in self.PASSING and not (at_once or session.inbox.kept):
+            return
+        record = draft.update(self._vault.shelf.name, missed)
+        if record:
+            records[session.number] = record
 
     def _of_hub(self):
         name, parked = self._vault.shelf.name, self._parked
@@ -11568,7 +11617,7 @@ class Scribe:
 
     def rewrite(self):
         """Something else was written: all of it again."""
-        self._changes.clear()
+        self._drafts.clear()
         self.write([self.hub, *self.hub.sessions.values()])
 
     def _complain(self, error):

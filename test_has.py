@@ -7514,7 +7514,7 @@ class Died(RigCase):
             self.assertEqual(there.read(), b"hello\r\n")
 
     def test_in_each_state(self):
-        after = {"BACKOFF": "RETURNING", "REOPENING": "REOPENING"}
+        after = {"BACKOFF": "RETURNING", "CLOSING": "ASKING"}       # who quit is asked about
         for column in COLUMNS:
             for deaths_ in (1, 3):
                 with self.subTest(column, deaths=deaths_):
@@ -7543,6 +7543,7 @@ class Died(RigCase):
                         self.assertEqual((state_of(client), client.lines()),
                                          ("PLAYING", ["# ONLINE"]))
                     if column == "CLOSING":
+                        rig.answer(rig.beat.asks[-1:])
                         rig.pass_time(has.FLUSH_SECONDS + 1)
                         self.assertTrue(is_gone(client))
 
@@ -7763,7 +7764,15 @@ class Died(RigCase):
         client, _ = rig.player()
         for part in has.Passage(client.session).parts:
             self.assertLessEqual(set(part.PASSING), set(part.SURVIVES))
-        session, seen = client.session, lambda: has.Passage(client.session).changes()
+        session, draft = client.session, has.Draft(client.session)
+
+        def seen():
+            return draft.update(lambda sock: 1)
+        self.assertTrue(seen())
+        self.assertIsNone(seen())
+        whole = has.Passage(session).pack(lambda sock: 1, held=False)
+        self.assertEqual(json.loads(has.Draft(session).update(lambda sock: 1)),
+                         json.loads(json.dumps(whole)))
         changes = [lambda: session.inbox.typed.lines(session.dialect, b"x").__next__(),
                    lambda: session.screen.notices.append(("x", b"")),
                    lambda: session.character.unanswered.append((session.character.login, 1, True)),
@@ -7773,10 +7782,10 @@ class Died(RigCase):
                    lambda: setattr(session.hold, "silent", True),
                    lambda: session.feed.proof.retire()]
         for number, change in enumerate(changes):
-            before = seen()
             with contextlib.suppress(StopIteration):
                 change()
-            self.assertNotEqual(before, seen(), number)
+            self.assertTrue(seen(), number)
+            self.assertIsNone(seen())
 
 
 class NothingIsAskedTwice(RigCase):
