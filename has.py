@@ -8445,7 +8445,7 @@ OF_SESSIONS = {
     "linked", "wants_link", "who", "character", "way_back.settled",
     "announce", "refresh", "status", "notify", "close", "end",
     "place", "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
-    "inbox.take_turn", "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
+    "inbox.take_turn", "inbox.kept", "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
 
 
 def users(count):
