@@ -19055,6 +19055,7 @@ class RealWorld:
 BENCH_LINE = b"say " + b"x" * 74 + b"\r\n"
 BENCH_RATE, BENCH_BULK_SESSIONS, BENCH_BULK_BYTES = 1000, 20, 16 << 20
 BENCH_BLOCK = memoryview((b"b" * 78 + b"\r\n") * 820)
+BENCH_PESTS = ("deaf", 200), ("slow", 200), ("mute", 200), ("flood", 50)
 BENCH_FIGURES = (("lines_a_second", "lines a second, every session sending"),
                  ("cpu_us", "CPU per line, µs (there and back)"),
                  ("latency_us", f"latency at {BENCH_RATE} lines/s, median, µs"),
@@ -19092,7 +19093,7 @@ class BenchLoad:
         self.watch(socket.create_server(("127.0.0.1", back), backlog=4096), self.on_accept)
 
     def watch(self, sock, serve):
-        sock.setblocking(False)
+        os.set_blocking(sock.fileno(), False)
         self.selector.register(sock, selectors.EVENT_READ, serve)
 
     def serve_all(self, socks, serve, events=selectors.EVENT_READ):
@@ -19122,7 +19123,7 @@ class BenchLoad:
 
     def on_newcomer(self, sock):
         """Login lines, and all that the heartbeat asks."""
-        data = sock.recv(65536)
+        data = self.received(sock)
         if not data:
             self.selector.unregister(sock)
             sock.close()
@@ -19144,13 +19145,29 @@ class BenchLoad:
             if user:
                 self.links[int(user.group(1))] = sock
                 self.serve_all([sock], self.on_echo)
+            elif line.startswith(b"connect flood"):
+                self.serve_all([sock], self.on_flood)
             else:
                 self.heartbeat = True
 
-    def on_echo(self, sock):
-        data = sock.recv(65536)
+        elif line == b"more":                   # a pest that does not read it
+            with contextlib.suppress(BlockingIOError):
+                sock.send(BENCH_BLOCK[:2000])
+
+    def on_flood(self, sock):
+        self.on_echo(sock, lambda data: None)
+
+    @staticmethod
+    def received(sock):
+        try:
+            return sock.recv(65536)
+        except ConnectionResetError:            # a pest was killed
+            return b""
+
+    def on_echo(self, sock, answer=None):
+        data = self.received(sock)
         if data:
-            sock.send(data)
+            (answer or sock.send)(data)
         else:
             self.selector.unregister(sock)
             sock.close()
@@ -19209,6 +19226,29 @@ class BenchLoad:
         figures.update(self.bulk())
         return figures
 
+    def run_tails(self):
+        """Latencies of ordinary users, alone and beside each kind of pest; {kind: figures}."""
+        if self.beats:
+            self.turn_until(lambda: self.heartbeat, 20, "the heartbeat")
+        self.log_in()
+        self.idle(1)
+        found = {"nobody": self.paced()}
+        for kind, count in BENCH_PESTS:
+            with subprocess.Popen([sys.executable, os.path.abspath(__file__), "--bench-pests",
+                                   json.dumps([kind, count, self.front])],
+                                  stdout=subprocess.PIPE) as pests:
+                try:
+                    ready = []
+                    self.watch(pests.stdout, lambda pipe: ready.append(pipe.read(1)))
+                    self.turn_until(lambda: ready, 30, kind)
+                    self.selector.unregister(pests.stdout)
+                    self.idle(1)
+                    found[f"{count} {kind}"] = self.paced()
+                finally:
+                    pests.kill()
+            self.idle(1)
+        return found
+
     def usage(self):
         return process_usage(self.pid) if self.pid else (0, 0)
 
@@ -19232,7 +19272,7 @@ class BenchLoad:
                 self.sent_at[sock] = now
                 sock.send(BENCH_LINE)
         self.idle(0.2)
-        times = sorted(self.latencies)
+        times, self.latencies = sorted(self.latencies), []
         return {"latency_us": times[len(times) // 2] * 1e6,
                 "p99_us": times[int(len(times) * 0.99)] * 1e6}
 
@@ -19293,7 +19333,7 @@ def start_haproxy(stack, front, back):
     raise RuntimeError("haproxy did not start")
 
 
-def bench_once(peer, sessions, seconds):
+def bench_once(peer, sessions, seconds, work="run"):
     """One relay and one load; returns its figures."""
     with contextlib.ExitStack() as stack:
         back = front = free_port()
@@ -19307,12 +19347,48 @@ def bench_once(peer, sessions, seconds):
             pid = start_haproxy(stack, front, back)
         if pid:
             pin(pid, 1)
-        load = subprocess.run([sys.executable, os.path.abspath(__file__), "--bench-load",
-                               json.dumps([front, back, sessions, seconds, pid, peer == "has.py"])],
+        options = json.dumps([front, back, sessions, seconds, pid, peer == "has.py", work])
+        load = subprocess.run([sys.executable, os.path.abspath(__file__), "--bench-load", options],
                               stdout=subprocess.PIPE)
         if load.returncode:
             raise SystemExit(f"bench: the load through {peer} failed")
         return json.loads(load.stdout.decode())
+
+
+def bench_pests(options):
+    """A crowd of one kind, in a process of its own, until it is killed."""
+    kind, count, front = json.loads(options)
+    pin(0, 0)
+    socks = [socket.create_connection(("127.0.0.1", front), 10) for _ in range(count)]
+    for number, sock in enumerate(socks if kind != "mute" else ()):
+        sock.sendall(b"connect %s%d pw\r\n" % (kind.encode(), number))
+        sock.setblocking(False)
+    print("!", flush=True)
+    said = {"mute": b"", "flood": BENCH_LINE * 20}.get(kind, b"more\r\n")
+    while True:
+        time.sleep(0.1)
+        for sock in socks if said else ():
+            with contextlib.suppress(BlockingIOError):
+                sock.send(said)
+            with contextlib.suppress(BlockingIOError):
+                if kind == "slow":
+                    sock.recv(100)
+
+
+def bench_tails(rounds=3):
+    """Print how long ordinary users wait for an answer beside pests."""
+    peers = ["has.py"] + ["haproxy"] * bool(shutil.which("haproxy"))
+    runs = {peer: [bench_once(peer, 100, 2.0, "run_tails") for _ in range(rounds)]
+            for peer in peers}
+    print(f"An answer to one of 100 users at {BENCH_RATE} lines/s beside others, µs; medians of "
+          f"{rounds} rounds.\n")
+    print("| beside | " + " | ".join(f"{peer} median | {peer} p99" for peer in peers) + " |")
+    print("|---" + "|--:" * (2 * len(peers)) + "|")
+    for beside in runs["has.py"][0]:
+        figures = [statistics.median(run[beside][key] for run in runs[peer])
+                   for peer in peers for key in ("latency_us", "p99_us")]
+        print(f"| {beside} | " + " | ".join(f"{it:.0f}" for it in figures) + " |")
+    print()
 
 
 def machine():
@@ -19350,6 +19426,8 @@ def bench(what, sessions, seconds):
     print(f"`python3 test_has.py --bench` on {machine()}\n")
     if "relay" in what:
         bench_relay(sessions, seconds)
+    if "tails" in what:
+        bench_tails()
     if "return" in what:
         bench_return()
     return 0
@@ -19379,7 +19457,8 @@ def bench_load(options):
     """The hidden half of --bench, in a process of its own."""
     pin(0, 0)
     more_descriptors()
-    print(json.dumps(BenchLoad(*json.loads(options)).run()))
+    *more, work = json.loads(options)
+    print(json.dumps(getattr(BenchLoad(*more), work)()))
     return 0
 
 
@@ -20169,9 +20248,10 @@ def tool_parser():
     parser = argparse.ArgumentParser(prog="test_has.py", allow_abbrev=False, add_help=False,
                                      usage="test_has.py [TEST ...] | --bench | --demo | "
                                            "--soak MINUTES")
-    parser.add_argument("--bench", nargs="*", metavar="WHAT", choices=("relay", "return"),
-                        help="measure has.py beside a direct connection and HAProxy (relay), and "
-                             "how fast a crowd is back beside the server's own pace (return)")
+    parser.add_argument("--bench", nargs="*", metavar="WHAT", choices=("relay", "tails", "return"),
+                        help="measure has.py beside a direct connection and HAProxy (relay), "
+                             "answers beside pests (tails), and how fast a crowd is back beside "
+                             "the server's own pace (return)")
     parser.add_argument("--sessions", type=int, default=400, help="with --bench (400)")
     parser.add_argument("--seconds", type=float, default=2.0,
                         help="with --bench: for each workload (2)")
@@ -20184,6 +20264,7 @@ def tool_parser():
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000,
                         help="with --soak: to repeat one")
     parser.add_argument("--bench-load", help=argparse.SUPPRESS)
+    parser.add_argument("--bench-pests", help=argparse.SUPPRESS)
     return parser
 
 
@@ -20195,8 +20276,11 @@ def tool(arguments):
     options, _ = tool_parser().parse_known_args(arguments)
     if options.bench_load:
         return bench_load(options.bench_load)
+    if options.bench_pests:
+        return bench_pests(options.bench_pests)
     if options.bench is not None:
-        return bench(options.bench or ("relay", "return"), options.sessions, options.seconds)
+        what = options.bench or ("relay", "tails", "return")
+        return bench(what, options.sessions, options.seconds)
     if options.demo:
         return demo(options.every)
     return None if options.soak is None else soak(options.soak, options.seed)
