@@ -3351,7 +3351,7 @@ def follow(stream, limit):
 #   Hold        how long he waits, and what he is told of it
 #   Feed        everything the world sends
 #   Opening     the opening of links, one after another
-#   Place       where he is kept while his own line is down
+#   Place       where he is kept while his own line is down (Absent, Claim)
 #   Session     the states between which all this moves
 # ======================================================================
 
