@@ -12289,6 +12289,7 @@ def tidy_by_hand(hub):
     users, with thousands of them for a third of a second, and finds nothing, for sessions leave
     no circles behind (Passage.fall_apart). One a day, in case that is not true."""
     gc.freeze()                                 # the program itself; sessions need no search
+    gc.enable()
     gc.set_threshold(30000, 1000, 1000)         # 700 would be a search in every turn of thousands
     hub.later(TIDY_SECONDS, tidy, hub)
 
@@ -12746,6 +12747,7 @@ def resume(options, source, load, vault=None):
     """Go on where another process has left off (Upgrade), with what it has left in this vault, or
     in that of the command line; return the exit status."""
     set_limits()                                # before: a socket in flight needs a descriptor
+    gc.disable()                                # all that is made here stays: see tidy_by_hand
     was_started = vault is not None             # by systemd: what stands on disk counts
     vault = vault or (Handed(options.resume) if options.vault is None else
                       Vault(options.vault, options.link or ()))
