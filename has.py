@@ -10760,7 +10760,8 @@ class Records:
         os.ftruncate(self._files[this], 0)
 
 
-TOO_MANY_IN_FLIGHT = OSError(errno.ETOOMANYREFS, "too many sockets in flight")
+TOO_MANY_IN_FLIGHT = OSError(errno.ETOOMANYREFS, "more sockets would be in flight than files may "
+                             "be open: raise the hard limit (ulimit -Hn)")
 
 
 def _is_limit(error):
@@ -10803,7 +10804,9 @@ class Shelf:
         try:
             self._send(self._new, [name])
         except OSError as error:
-            if not (isinstance(error, BlockingIOError) or _is_limit(error) and self._dead):
+            if _is_limit(error) and not self._dead:
+                raise TOO_MANY_IN_FLIGHT from None
+            if not (isinstance(error, BlockingIOError) or _is_limit(error)):
                 raise
             self._renew()
 
