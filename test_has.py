@@ -19828,6 +19828,7 @@ class SoakSite:
         self.counts, self.events = collections.Counter(), collections.deque(maxlen=15)
         self.users = [SoakUser(name) for name in SOAK_NAMES] + [SoakUser("Sponge", deaf=True)]
         self.pests, self.leaving, self.upgrading, self.failure = [], [], None, ""
+        self.deaths = 0
         self.families, self.settled = families, {}
         self.thread = threading.Thread(target=self.run, name=self.family, daemon=True)
 
@@ -19961,8 +19962,8 @@ class SoakSite:
         for again in range(self.random.choice((1, 1, 1, 2))):
             if again:                                   # once more, while they return
                 time.sleep(self.random.uniform(0, 0.7))
-            else:                                       # or the last one back would seem to kill it
-                time.sleep(self.random.uniform(0, 2))
+            else:
+                self.before_a_death()
             self.world.reset_on_kill = self.random.random() < 0.3
             self.world.kill()
             self.counts["crashes"] += 1
@@ -19974,7 +19975,13 @@ class SoakSite:
         self.world.start()
         self.meanwhile()
 
+    def before_a_death(self):
+        """A while passes: HAS rightly bars whom the world follows into death again and again."""
+        self.deaths += 1
+        time.sleep(has.Suspects.WINDOW + 0.5 if self.deaths % 2 else self.random.uniform(0, 2))
+
     def do_shutdown(self):
+        self.before_a_death()
         self.world.shutdown(delay=0.3)
         self.world.wait(lambda world: not world.running)
         self.counts["shutdowns"] += 1
@@ -19998,6 +20005,8 @@ class SoakSite:
             after:], "a short freeze was taken for a death"
 
     def do_long_freeze(self):
+        poll_until(lambda: "is up for" in self.has.ask("--status").stdout,
+                   lambda: "the world is not up", 0.1)  # nobody may have waited for it
         after = len(self.has.log)
         self.world.freeze()
         self.has.wait_log(rb"the world is down", 20, after)
