@@ -11788,6 +11788,10 @@ class Upgrade:
 
     def go(self, do=None):
         """Replace this program now, by the new one or by itself; returns only if that failed."""
+        if self.hub.stopping:                   # goodbye has been said
+            self._program = None
+            self._fail("HAS is being stopped, so it is not replaced any more")
+            return
         heartbeat = self.hub.heartbeat
         heartbeat.mailbox.post(heartbeat.on_stop)
         heartbeat.join(1)                       # stuck in DNS: exec ends it
@@ -11844,7 +11848,7 @@ class Upgrade:
         """
         survival, now = self.survival, time.time()
         survival.rescues = [at for at in survival.rescues if now - at < self.RESCUE_SECONDS] + [now]
-        if not self.vault or len(survival.rescues) > self.RESCUES:
+        if not self.vault or self.hub.stopping or len(survival.rescues) > self.RESCUES:
             return
         log.error("HAS starts itself anew with every connection kept (rescue %d of %d in %d s)",
                   len(survival.rescues), self.RESCUES, self.RESCUE_SECONDS)

@@ -14386,6 +14386,20 @@ class TestProgram(Case):
             done = running.ask(order)
             self.assertEqual((done.returncode, done.stdout), (3, ""))
 
+    def test_who_has_said_goodbye_is_not_replaced(self):
+        """A TERM during the rehearsal: its end, or a fault, must not bring HAS back."""
+        rig = Rig()
+        self.addCleanup(rig.close)
+        upgrade = has.Upgrade(has.Survival(rig.hub, mock.Mock()), HAS, [])
+        rig.hub.stop()
+        with self.assertLogs(has.log, "ERROR") as logged:
+            upgrade._on_rehearsed("")
+            upgrade.leave()
+            upgrade.rescue()
+        self.assertEqual([line.partition(":has:")[2] for line in logged.output],
+                         ["HAS is being stopped, so it is not replaced any more"] * 2)
+        self.assertEqual(upgrade.vault.mock_calls, [])
+
     def test_who_asks_may_leave_and_an_older_has_may_not_know(self):
         rig = Rig()
         self.addCleanup(rig.close)
