@@ -2669,6 +2669,7 @@ NOT_NOW = (BlockingIOError, InterruptedError) + (
     (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
 CHUNK = 65536
+LOOK_BYTES = 1024                  # shown at a time of what must be written down before it is taken
 LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
 
 
@@ -2965,7 +2966,7 @@ class Stream:
         if peeks is self.peeks:
             return False
         sock, self.peeks = self.sock, peeks
-        self._receive = (lambda size: sock.recv(size, socket.MSG_PEEK)) if peeks else sock.recv
+        self._receive = (lambda _: sock.recv(LOOK_BYTES, socket.MSG_PEEK)) if peeks else sock.recv
         return True
 
     def take(self, size):
