@@ -8417,7 +8417,7 @@ NOISE_SECONDS = 5                  # arrival lines of users HAS brings back are 
 SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds up the next no more
 WAKE_SECONDS = 0.3, 2, 2           # ... may not have been accepted: then the world is woken
 GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
-PATIENCE = 24                      # line ends, and as many kilobytes, read with care in one turn
+PATIENCE = 14                      # line ends, and as many kilobytes, read with care in one turn
 NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
