@@ -10761,8 +10761,10 @@ class Records:
         os.ftruncate(self._files[this], 0)
 
 
-TOO_MANY_IN_FLIGHT = OSError(errno.ETOOMANYREFS, "more sockets would be in flight than files may "
-                             "be open: raise the hard limit (ulimit -Hn)")
+def _too_many_in_flight():
+    """A new one each time: an exception that is raised again keeps what it has passed before."""
+    return OSError(errno.ETOOMANYREFS, "more sockets would be in flight than files may be open: "
+                   "raise the hard limit (ulimit -Hn)")
 
 
 def _is_limit(error):
@@ -10798,7 +10800,7 @@ class Shelf:
                 self.drop(sock)
                 raise
             if sock not in self._names:
-                raise TOO_MANY_IN_FLIGHT
+                raise _too_many_in_flight()
         return self._names[sock]
 
     def _add(self, name):
@@ -10806,7 +10808,7 @@ class Shelf:
             self._send(self._new, [name])
         except OSError as error:
             if _is_limit(error) and not self._dead:
-                raise TOO_MANY_IN_FLIGHT from None
+                raise _too_many_in_flight() from None
             if not (isinstance(error, BlockingIOError) or _is_limit(error)):
                 raise
             self._renew()

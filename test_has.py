@@ -14911,17 +14911,21 @@ class TestUpgrade(Case):
         alice.barrier(), bob.barrier()
         self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
 
-    def test_a_fault_in_the_main_loop_is_survived(self):
+    def survive_faults(self, times):
+        """In the main loop, one after another: a player goes on after each."""
         self.edit("    def log_status(self):\n",
                   "    def log_status(self):\n        raise RuntimeError('planted')\n")
         self.start(fresh=True)
         self.has.faults = True
         alice = self.player("Alice", "alicepw")
-        for _ in range(3):
+        for _ in range(times):
             after = len(self.has.log)
             self.has.signal(signal.SIGUSR1)
             self.has.wait_log(rb"goes on where", 10, after)
             alice.barrier()
+
+    def test_a_fault_in_the_main_loop_is_survived(self):
+        self.survive_faults(3)
         self.has.signal(signal.SIGUSR1)
         self.has.wait_log(rb"HAS stops", 10)
         self.assertEqual(self.has.process.wait(10), 1)
@@ -14966,16 +14970,7 @@ class TestUpgradeKept(TestUpgrade):
 
     def test_a_fault_in_the_main_loop_is_survived(self):
         """As often as it comes."""
-        self.edit("    def log_status(self):\n",
-                  "    def log_status(self):\n        raise RuntimeError('planted')\n")
-        self.start(fresh=True)
-        self.has.faults = True
-        alice = self.player("Alice", "alicepw")
-        for _ in range(5):
-            after = len(self.has.log)
-            self.has.signal(signal.SIGUSR1)
-            self.has.wait_log(rb"goes on where", 10, after)
-            alice.barrier()
+        self.survive_faults(5)
         self.assertIn(b"its keeper starts it anew", self.has.log)
 
     def test_a_file_that_crashes_in_its_first_minute(self):
