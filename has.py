@@ -5598,7 +5598,7 @@ class Opening(Part):
         if self.hub.now - self.failing_since >= TELL_FAILURE_SECONDS:
             session.hold.tell_failure()
         session.refresh()
-        session.later(delay, session.connect_again)
+        session.later(delay, session.handle, Event.RETRY)
 
 
 def count_lines(text):
@@ -5960,7 +5960,7 @@ class Place(Part):
         """It opens none: the end of the link is an end."""
         left, self.left = self.left, False
         if left and self.session.state is State.ASKING:
-            self.session.on_verdict(True)
+            self.session.handle(Event.LEFT)
 
     def opens_to(self, newcomer, login):
         """Whether `login`, typed by that session's user, is right for this place. Who reads Pueblo
@@ -6286,10 +6286,6 @@ class Session(Survivor):
         self.enter(state)
         self.inbox.answer(self.inbox.release())
 
-    def connect_again(self):
-        """Without a link, and the world may be up: get one."""
-        self.handle(Event.RETRY)
-
     def _queue(self):
         if self.link is None:
             self.hub.links.add(self)
@@ -6315,10 +6311,6 @@ class Session(Survivor):
 
     # ---- the world
 
-    def open_link(self):
-        """It is this session's turn to connect to the world."""
-        self.handle(Event.TURN)
-
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for."""
         if serial == self.serial and self.state in AWAY:
@@ -6327,10 +6319,6 @@ class Session(Survivor):
             self.feed.on_checked(verdicts)
         elif serial == self.serial and self.place.claim:
             self.place.claim.on_checked(verdicts)
-
-    def on_verdict(self, left):
-        """Why the link ended: the user left (True) or the world died (False). Only while ASKING."""
-        self.handle(Event.LEFT if left else Event.DIED)
 
     def _leave(self):
         if self.place.claim_kept():             # on_unclaimed() comes back
@@ -6344,18 +6332,6 @@ class Session(Survivor):
 
     def _stay(self):
         self.hold.begin(self.hub.offline_notice)
-
-    def on_world_silent(self, silent):
-        """The world has stopped answering, or answers again."""
-        self.hold.on_silence(silent)
-
-    def notify(self, text):
-        """A notice of the admin's to everybody."""
-        self.screen.notify(text)
-
-    def on_world_down(self, notice):
-        """The world is down or has moved: hold the client, whatever it was doing."""
-        self.handle(Event.DOWN, notice)
 
     def _lose_world(self, notice):
         if self.link:
@@ -6523,7 +6499,7 @@ class Passage(Part):
         if session.wants_link:
             session.serial += 1
             if hub.is_up:
-                session.connect_again()
+                session.handle(Event.RETRY)
 
 
 class Draft:
@@ -8444,9 +8420,9 @@ OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
     "inbox.bytes_in", "screen.bytes_out",
     "linked", "wants_link", "who", "character", "way_back.settled",
-    "announce", "refresh", "status", "notify", "close", "end",
-    "place", "hold.begin", "open_link", "connect_again", "way_back.settle", "lines.try_login",
-    "inbox.take_turn", "inbox.kept", "on_checked", "on_verdict", "on_world_down", "on_world_silent"}
+    "handle", "announce", "refresh", "status", "screen.notify", "close", "end", "on_checked",
+    "place", "hold.begin", "hold.on_silence", "way_back.settle", "lines.try_login",
+    "inbox.take_turn", "inbox.kept"}
 
 
 def users(count):
@@ -9483,7 +9459,7 @@ class Knock:
 class Links(Survivor):
     """Who may connect to the world, and when: all links are opened here (rule 4).
 
-    A session calls add(). Its turn comes, paced for the world's family: open_link(). It is out of
+    A session calls add(). Its turn comes, paced for the world's family: TURN. It is out of
     the others' way when its link speaks, or has failed, or is in: spoke(), arrived(). Sessions of
     one character wait for each other at the end: settle(). Suspects come when all are through.
     """
@@ -9546,7 +9522,7 @@ class Links(Survivor):
             session.hold.begin(self.hub.offline_notice)
         elif condition is not Condition.STARTING:
             self.add(session)
-            session.on_world_silent(condition is Condition.SILENT)
+            session.hold.on_silence(condition is Condition.SILENT)
 
     def add(self, session):
         """Open the session's link when it is its turn."""
@@ -9629,7 +9605,7 @@ class Links(Survivor):
         """It is its turn. The lines that tell others of its arrival will be hidden."""
         if session.state in AWAY and session.character.trials:
             self._expect_noise(session.character.trials[0].character)
-        self.hub.safely(session.open_link)
+        self.hub.safely(session.handle, Event.TURN)
         self.watch(session)
 
     @property
@@ -10163,7 +10139,7 @@ class Control(Survivor):
             return {"error": f"nobody is here as {printable(to)}: see --status"}
         log.info("notice to %s: %s", printable(to) if to else "everybody", text)
         for session in sessions:
-            self.hub.safely(session.notify, text)
+            self.hub.safely(session.screen.notify, text)
         return {"done": f"told {users(len(sessions))}"}
 
     def _found(self, who):
@@ -10186,7 +10162,7 @@ class Control(Survivor):
             return {"done": "off"}
         if self.hub.health.condition is not Condition.DOWN:
             return {"done": "shown when the world is down, and until it is back"}
-        self.hub.each("notify", self.with_maintenance(""))
+        self.hub.each("screen.notify", self.with_maintenance(""))
         return {"done": f"shown until the world is back; told {users(len(self.hub.sessions))}"}
 
     def with_maintenance(self, notice):
@@ -10342,8 +10318,8 @@ class Hub(Loop):
     def each(self, method, *arguments, but=lambda session: False):
         """Call a method of every session, oldest first, unless one has gone by then or is exempt
         (`but`); a fault in one ends only that one. Of many in turns: see sweep()."""
-        sessions = list(self.sessions.values())
-        self.sweep((getattr(session, method), arguments) for session in sessions
+        sessions, method = list(self.sessions.values()), operator.attrgetter(method)
+        self.sweep((method(session), arguments) for session in sessions
                    if session.number in self.sessions and not but(session))
 
     def write_down(self):
@@ -10401,7 +10377,7 @@ class Hub(Loop):
                                  server_name=world.address.host)
 
     def ask(self, session):
-        """Why has this session's link ended? Answered by session.on_verdict."""
+        """Why has this session's link ended? Answered by LEFT or DIED."""
         self.heard("ended", session.number, session.serial, session.life, session.who)
 
     def ask_whether_it_turns(self):
@@ -10515,9 +10491,9 @@ class Hub(Loop):
     def _do_verdict(self, number, serial, left):
         session = self.sessions.get(number)
         if session and session.state is State.ASKING and session.serial == serial:
-            self.safely(session.on_verdict, left)
+            self.safely(session.handle, Event.LEFT if left else Event.DIED)
             if session.state in AWAY and self.is_up:
-                self.safely(session.connect_again)
+                self.safely(session.handle, Event.RETRY)
 
     def _do_became(self, was, seconds):
         if was is Condition.DOWN and self.record.outages:
@@ -10531,7 +10507,7 @@ class Hub(Loop):
             self.hook.back("it answers again")
         elif self.hook.last_event != "silent":  # a new process is told what is known
             self.hook.lost("silent", seconds, f"no answer for {seconds:g} s")
-        self.each("on_world_silent", silent)
+        self.each("hold.on_silence", silent)
 
     def _do_down(self, reason, died):
         log.warning("the world is down (%s): holding %s", reason, users(len(self.sessions)))
@@ -10543,7 +10519,7 @@ class Hub(Loop):
             self.history.lost(since, reason, self._in_the_game())
         self._post("on_down")
         self.links.died(died)
-        self.each("on_world_down", self.offline_notice, but=self._is_in_it)
+        self.each("handle", Event.DOWN, self.offline_notice, but=self._is_in_it)
 
     def _is_in_it(self, session):
         """Whether the session has a link to a world that is up, in its present life."""
@@ -10569,7 +10545,7 @@ class Hub(Loop):
         if not self.history.is_open:
             self.history.lost(time.time(), f"moved to {self.world.address}", self._in_the_game())
         self.links.clear()
-        self.each("on_world_down", self.settings.moved_notice)
+        self.each("handle", Event.DOWN, self.settings.moved_notice)
 
     def _in_the_game(self):
         """Who has something to lose: {session number: name}."""
@@ -10585,7 +10561,7 @@ class Hub(Loop):
         self.history.lost(time.time() - (self.now - died), "it was started anew",
                           self._in_the_game())
         self.links.died(died)
-        self.each("on_world_down", self.offline_notice, but=lambda session: not (
+        self.each("handle", Event.DOWN, self.offline_notice, but=lambda session: not (
             session.link and session.life != self.world.life or session.state is State.ASKING))
 
     def _do_up(self, is_new_life):
@@ -10594,7 +10570,7 @@ class Hub(Loop):
             self.history.found()
             self.hook.back(f"{self.world.dialect.name}, {self._start_time()}")
         self.links.found(is_new_life)
-        self.each("connect_again")
+        self.each("handle", Event.RETRY)
         self.links.go_on()
 
     def _do_adopt(self, life):

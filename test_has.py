@@ -8009,7 +8009,7 @@ class Isolation(RigCase):
             (has.Inbox, "read"): lambda rig, link, client: client.send("QUIT\r\n"),
             (has.Feed, "read"): lambda rig, link, client: link.send(b"\xff\xf1text\r\n"),
             (has.Session, "on_stream_end"): lambda rig, link, client: link.sock.close(),
-            (has.Session, "on_world_down"): lambda rig, link, client: rig.down(),
+            (has.Session, "_lose_link"): lambda rig, link, client: rig.down(),
             (has.Session, "handle"): lambda rig, link, client: client.sock.close(),
             (has.Hold, "on_silence"): lambda rig, link, client: rig.post(rig.hub.on_silent)}
         for (kind, method), make in causes.items():
@@ -8027,12 +8027,12 @@ class Isolation(RigCase):
 
     def test_a_fault_in_a_verdict_a_timer_or_a_return(self):
         for kind, method, column, event in (
-                (has.Session, "on_verdict", "ASKING", "verdict: left"),
+                (has.Session, "handle", "ASKING", "verdict: left"),
                 (has.Screen, "write", "RETURNING", "ten seconds"),
                 (has.Opening, "failed", "OPENING", "ten seconds"),
                 (has.Return, "plan", "BACKOFF", "ten seconds"),
                 (has.Return, "plan", "WAITING", "world up"),
-                (has.Session, "open_link", "WAITING", "world up")):
+                (has.Opening, "connect", "WAITING", "world up")):
             with self.subTest(method, state=column):
                 rig = self.rig()
                 bad, link = bring_to(rig, column)
@@ -9793,7 +9793,7 @@ class ManyAtOnce(RigCase):
         rig, clients, _ = self.crowd(2)
         rig.hub.sweep([(clients[1].session.end, ())])
         rig.hub.sweep(iter([]))
-        rig.hub.each("notify", "# HELLO")
+        rig.hub.each("screen.notify", "# HELLO")
         self.assertEqual([client.lines() for client in clients], [["# HELLO"], []])
 
     def test_sessions_that_have_ended_are_no_garbage_to_search_for(self):
