@@ -4865,8 +4865,8 @@ class Lines(Part):
         if password:
             character.change("password", password.group(1), now)
         elif name and re.search(rb"[\[%\\{]", name.group(2)):
-            self.hub.door.visits.of(session, "used softcode in @name", "uses softcode in @name; a "
-                                    "new name that comes of it is not known to HAS")
+            session.note("used softcode in @name",
+                         "uses softcode in @name; a new name that comes of it is not known to HAS")
         elif name and name.group(1).lower() in own:
             character.change("name", name.group(2), now)
 
@@ -5421,7 +5421,7 @@ class Feed(Part):
         if character.changing:
             for change, before in character.follow_change(session.dialect, text):
                 self.hub.places.changed(session, change, before)
-                self.hub.door.visits.of(session, f"changed the {change.kind}")
+                session.note(f"changed the {change.kind}")
         elif session.state is State.LOGIN:
             self._look_for_refusals(text)
         return self.screen.without_hidden(text)
@@ -5448,8 +5448,7 @@ class Feed(Part):
             sum(it.end() > len(tail) for it in pattern.finditer(tail + text))
             for pattern in (dialect.refused_text, dialect.not_taken_text))
         if self.character.unanswered and refusals + others:
-            self.hub.door.visits.of(self.session, "were refused a login",
-                                    "the world refused a login")
+            self.session.note("were refused a login", "the world refused a login")
         self.character.answered(refusals, others, final=not self.hub.world.shut)
 
     # ---- typed logins
@@ -5462,7 +5461,7 @@ class Feed(Part):
             self.hub.logins.took(session)
         session.place.login_took(proof.is_first)
         session.enter(State.PLAYING)
-        self.hub.door.visits.of(session, "logged in", free=300)
+        session.note("logged in", free=300)
         if proof.is_whole:
             session.later(MARK_SECONDS, self._retire, proof.login)
         elif self.hub.world.checks:
@@ -5484,7 +5483,7 @@ class Feed(Part):
 
     def on_logout(self):
         """The world has read his LOGOUT."""
-        self.hub.door.visits.of(self.session, "logged out to the login screen", free=300)
+        self.session.note("logged out to the login screen", free=300)
         self.character.log_out()
         self.proof.log_out()
         self.session.enter(State.LOGIN)
@@ -5492,8 +5491,8 @@ class Feed(Part):
     def on_checked(self, verdicts):
         """The heartbeat's second proof: of each pair True, False or None (unknown)."""
         if self.character.confirm(verdicts, self.proof.others):
-            what = "the world logged it in but denies the password; it cannot be brought back"
-            self.hub.door.visits.of(self.session, "were let in with a denied password", what)
+            self.session.note("were let in with a denied password", "the world logged it in but "
+                              "denies the password; it cannot be brought back")
             self.character.forget()
 
     def go_on(self):
@@ -5851,9 +5850,9 @@ class Place(Part):
         client.send(session.screen.spell(farewell) if farewell else b"")
         client.drop()
         self.away_at, self.gone_at, self.away_host = time.time(), hub.now, session.host
-        hub.door.visits.of(session, "lost the line, and their places are kept", "the line dropped"
-                           f"{f' ({reason})' if reason else ''}; his place is kept for "
-                           f"{hub.settings.reattach:g} s")
+        why = f" ({reason})" if reason else ""
+        session.note("lost the line, and their places are kept", f"the line dropped{why}; his "
+                     f"place is kept for {hub.settings.reattach:g} s")
         hub.places.add(session)
         session.refresh()
         self.look_anew()
@@ -6177,13 +6176,16 @@ class Session(Survivor):
 
     # ---- life
 
+    def note(self, what, line="", free=60):
+        """Log what he did (in other words: `line`); returns whether: see QuietLog."""
+        return self.hub.door.visits.note(self.host, what, f"{self}: {line or what}", free)
+
     def announce(self):
         """Say in the log that he is here, when he has spoken or stayed; of too many a minute only
         the number."""
         if not self.inbox.announced and not self.client.closed:
             how = "connected (TLS)" if self.tls else "connected"
-            visits = self.hub.door.visits
-            self.inbox.announced = visits.of(self, "connected and spoke or stayed", how)
+            self.inbox.announced = self.note("connected and spoke or stayed", how)
 
     def status(self):
         """What is told of this session: plain values, nothing secret, nothing that could steer a
@@ -8580,10 +8582,6 @@ class QuietLog:
         if self._counts[key] <= 0:
             log.log(level, "%s", line or f"client from {host} {what}")
         return self._counts[key] <= 0
-
-    def of(self, session, what, line="", free=60):
-        """The same of a session: log what (in other words: `line`) it did."""
-        return self.note(session.host, what, f"{session}: {line or what}", free)
 
     def once(self, host, what):
         """Warn of what a client from `host` did, for each address once and for all."""
