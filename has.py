@@ -96,6 +96,10 @@ try:
 except ImportError:
     fcntl = termios = None
 try:
+    import resource
+except ImportError:
+    resource = None
+try:
     import ssl
 except ImportError:                             # no TLS; said when it is asked for
     ssl = None
@@ -2510,8 +2514,6 @@ PACKED = {"Credentials": lambda: Credentials(b"", b"", b""), "Scanner": Scanner,
           "Typed": LineReader,                  # so older programs called it
           "Change": lambda: Change("", b"", 0)}
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, collections.deque)}
-
-
 KINDS = frozenset(CONTAINERS.values())
 PLAIN_KINDS = {type(None), bool, int, float, str}
 
@@ -2671,8 +2673,6 @@ HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other sid
 CHUNK = 65536
 LOOK_BYTES = 1024                  # shown at a time of what must be written down before it is taken
 LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
-
-
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
 MANY_CHUNKS, SMALL_CHUNK, MUCH = 48, 2048, 16384        # of a Trail: writes; bytes of one, of all
@@ -2727,19 +2727,15 @@ def acknowledge(sock):
 
 def reset(sock):
     """Close with RST, so that the port is free at once."""
-    try:
+    with contextlib.suppress(OSError):          # it never was connected (macOS)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass                                    # it never was connected (macOS)
     sock.close()
 
 
 def hang_up(sock):
     """End a connection and close the socket, also if there are copies of it: the peer sees it."""
-    try:
+    with contextlib.suppress(OSError):          # the peer was first
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass                                    # the peer was first
     sock.close()
 
 
@@ -3444,6 +3440,7 @@ TOO_MANY = (b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: %d\r\nContent-Lengt
             b"Connection: close\r\n\r\n")              # RFC 6585 4
 
 
+@survives
 class FirstLine:
     """Tells from a client's first line, as it comes in pieces, whether it is a browser."""
 
@@ -3464,7 +3461,6 @@ class FirstLine:
             self.is_raw = self.is_http and whole and served
 
 
-PACKED["FirstLine"] = FirstLine
 TYPED_LINE = FirstLine(is_http=False)           # of all the others
 
 
@@ -3523,6 +3519,7 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
     return lines
 
 
+@survives
 class Noise:
     """Lines that tell everybody of users whom HAS itself brings back, hidden for a while."""
 
@@ -3558,9 +3555,6 @@ class Noise:
         """`text`, which starts a line, without the lines that are hidden."""
         return self._LINE.sub(
             lambda line: b"" if line.group(1).lower() in self._names else line.group(), text)
-
-
-PACKED["Noise"] = Noise
 
 
 class Character(Survivor):
@@ -3742,9 +3736,8 @@ class Part(Survivor):
 class Screen(Part):
     """What a client is shown: the world's text, and notices between its lines (rule 10)."""
 
-    __slots__ = ("client", "careful", "bytes_out", "tail", "notices", "hidden",
-                 "expected", "spelling", "stuck", "stuck_due", "watching", "batch")
     SURVIVES = ("bytes_out", "tail", "notices", "hidden", "expected", "spelling", "stuck_due")
+    __slots__ = SURVIVES + ("client", "careful", "stuck", "watching", "batch")
     PASSING = ("bytes_out", "tail", "stuck_due")
 
     def __init__(self, session, client):
@@ -4006,8 +3999,8 @@ class Telnet(Part):
     """Negotiation between one client and one world after another (RFC 854, 855, 1143): what was
     agreed is remembered, and HAS answers where no world does."""
 
-    __slots__ = ("agreement", "replay", "from_world", "quiet", "had")
     SURVIVES = ("agreement", "replay", "from_world", "had")
+    __slots__ = SURVIVES + ("quiet",)
 
     def __init__(self, session):
         super().__init__(session)
@@ -4407,11 +4400,9 @@ class Peek:
 class Inbox(Part):
     """What a client sends: read at once, in later turns, or once a link can take it."""
 
-    __slots__ = ("client", "announced", "forward", "typed_at", "bytes_in", "quit_at", "first",
-                 "from_client", "typed", "kept", "kept_due", "backlog", "behind", "slow_until",
-                 "peek")
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
+    __slots__ = SURVIVES + ("client", "forward", "peek")
     PASSING = ("typed_at", "bytes_in", "kept_due", "quit_at")
 
     def __init__(self, session, client):
@@ -4603,7 +4594,7 @@ class Inbox(Part):
         """Nobody can read the logins in its frames: the connection counts as one. It cannot wait,
         for the server takes such a request at once or not at all."""
         session = self.session
-        wait = self.hub.logins.wait_unread(session.host)
+        wait = self.hub.logins.wait(session, b"")
         if wait:
             session.client.send(TOO_MANY % math.ceil(wait))
             session.close("too many websockets and logins of its address")
@@ -4693,11 +4684,6 @@ class Inbox(Part):
         """Read what was sent, as the world will; what it gets is sent."""
         self.session.screen.in_one_piece(self._read, data)
 
-    def answer(self, data):
-        """Answer what was typed for a world that is away."""
-        if data:
-            self.read(data)
-
     def _read(self, data):
         session = self.session
         if session.dialect.cr_first and (self.from_client and self.from_client.held or IAC in data):
@@ -4759,8 +4745,8 @@ _BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
 class Lines(Part):
     """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
 
-    __slots__ = ("settings", "braked", "iced", "unsent")
-    SURVIVES = ("settings", "braked", "iced")   # unsent is of one second, whose timer ends here
+    SURVIVES = ("settings", "braked", "iced")
+    __slots__ = SURVIVES + ("unsent",)          # that is of one second, whose timer ends here
 
     def __init__(self, session):
         super().__init__(session)
@@ -5082,8 +5068,8 @@ class Return(Part):
     It ends in the game, at the login screen, or with another wait.
     """
 
-    __slots__ = ("character", "greeting", "words", "words_due", "settled")
     SURVIVES = ("greeting", "words", "words_due")
+    __slots__ = SURVIVES + ("character", "settled")
 
     def __init__(self, session):
         super().__init__(session)
@@ -5301,7 +5287,7 @@ class Hold(Part):
         session.screen.write(notice)
         self.told_at = self.held_since = hub.now
         self.look(self.held_since)
-        session.inbox.answer(session.lines.take_iced() + session.inbox.release())
+        session.inbox.read(session.lines.take_iced() + session.inbox.release())
 
     def look(self, since):
         """Close the client if it was held long enough; else look again later, for a HUP may bring
@@ -5368,8 +5354,8 @@ class Hold(Part):
 class Feed(Part):
     """Everything the world sends on a link: telnet, marks, outcomes of logins, arrivals."""
 
-    __slots__ = ("character", "screen", "proof", "spoke_at")
     SURVIVES = ("proof", "spoke_at")
+    __slots__ = SURVIVES + ("character", "screen")
     PASSING = "spoke_at",
 
     def __init__(self, session):
@@ -5668,14 +5654,13 @@ class Absent:
             self._grew(-len(self.out) - len(self.doubtful))
             self.out = bytearray()
 
-    def pause(self):
+    def pause(self, *_):
         """Nobody types."""
 
     def resume(self):
         """Nobody types."""
 
-    def peek(self, peeks):
-        """Nobody types."""
+    peek = pause
 
     def pack(self, name, held=True):
         """For another process: it has no descriptor. Of what is written down for it again and
@@ -5817,9 +5802,8 @@ class Place(Part):
     """A logged-in user's place in the game, which is kept when his own line drops, and how he
     comes back into it: he logs in as ever, with the same words (shared/REATTACH.md)."""
 
-    __slots__ = ("away_at", "gone_at", "away_host", "outdated", "claim", "looked", "left",
-                 "watch", "returns")
     SURVIVES = ("away_at", "gone_at", "away_host", "outdated")
+    __slots__ = SURVIVES + ("claim", "looked", "left", "watch", "returns")
 
     def __init__(self, session):
         super().__init__(session)
@@ -6073,10 +6057,9 @@ class Session(Survivor):
     one is ignored.
     """
 
-    __slots__ = ("hub", "number", "client", "link", "state", "serial", "life", "host", "since",
-                 "tls", "character", "screen", "telnet", "inbox", "lines", "way_back",
-                 "hold", "feed", "opening", "place")
     SURVIVES = ("number", "serial", "life", "host", "since", "tls")
+    __slots__ = SURVIVES + ("hub", "client", "link", "state", "character", "screen", "telnet",
+                            "inbox", "lines", "way_back", "hold", "feed", "opening", "place")
 
     def __init__(self, hub, number, client, host, tls=False):
         self.hub, self.number, self.host, self.tls = hub, number, host, tls
@@ -6286,7 +6269,7 @@ class Session(Survivor):
         """A return has failed: what was typed meanwhile is answered like anything typed while
         waiting."""
         self.enter(state)
-        self.inbox.answer(self.inbox.release())
+        self.inbox.read(self.inbox.release())
 
     def _queue(self):
         if self.link is None:
@@ -6332,9 +6315,6 @@ class Session(Survivor):
         else:
             self.close("the world ended the connection (booted, timed out, refused) and lives on")
 
-    def _stay(self):
-        self.hold.begin(self.hub.offline_notice)
-
     def _lose_world(self, notice):
         if self.link:
             self.link.last_words()
@@ -6348,9 +6328,6 @@ class Session(Survivor):
         told = self.state in COMING_BACK or self.way_back.greeting
         self.hold.begin("" if told else notice)
 
-    def _stay_away(self, _):
-        self.wait_again(State.WAITING)
-
     def _ignore(self, *_):
         """Nothing is to be done."""
 
@@ -6363,10 +6340,11 @@ class Session(Survivor):
             "LOGIN PLAYING": _ask, "CLOSING": _finish_client,
             "RETURNING": lambda self, why: self.way_back.on_link_ended(why)},
         Event.LEFT: {"ASKING": _leave},
-        Event.DIED: {"ASKING": _stay},
+        Event.DIED: {"ASKING": lambda self: self.hold.begin(self.hub.offline_notice)},
         Event.DOWN: {
             "OPENING LOGIN PLAYING": _lose_world, "ASKING REOPENING RETURNING": _lose_link,
-            "WAITING BACKOFF": _stay_away, "CLOSING": _ignore},
+            "WAITING BACKOFF": lambda self, _: self.wait_again(State.WAITING),
+            "CLOSING": _ignore},
         Event.RETRY: {
             "OPENING": _queue, "WAITING BACKOFF": lambda self: self.way_back.plan(),
             "LOGIN PLAYING ASKING REOPENING RETURNING CLOSING": _ignore},
@@ -6946,10 +6924,8 @@ class Connection:
 
     def _silent(self, where):
         """The Lost of a world that does not answer what its family would."""
-        try:
+        with contextlib.suppress(Lost):         # it has ended meanwhile: why we gave up counts
             self.look_at_family()
-        except Lost:
-            pass                                # it has ended meanwhile: why we gave up counts
         looks = self.world.looks
         return self.talk.lost(
             where + (f"; it looks like a {looks}: is mush_type right?" if looks else ""))
@@ -8414,8 +8390,7 @@ FOR_SESSIONS = {
     "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
-    "logins.left", "logins.may_go", "logins.wait", "logins.wait_unread",        # logins, by
-    "logins.took",                                                              # address
+    "logins.left", "logins.may_go", "logins.wait", "logins.took",       # logins, by address
     "places", "door.came",                                      # those whose line dropped
     "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
 OF_SESSIONS = {
@@ -8697,10 +8672,8 @@ class Listener:
         hang_up(self.sock)
 
     def _unregister(self):
-        try:
+        with contextlib.suppress(KeyError):     # paused
             self.hub.selector.unregister(self.sock)
-        except KeyError:
-            pass                                # paused
 
 
 class Lobby:
@@ -9015,7 +8988,7 @@ class Door:
 
     def on_accept(self, sock, host, tls):
         """A client was accepted."""
-        tune(sock, 60, 15, 5)
+        tune(sock, *CLIENT_KEEPALIVE)
         hub = self.hub
         if sock.fileno() > self.most_files - 20:        # the rest: links, the heartbeat, --status
             self.quiet.note(host, "refused: no descriptors left: raise the limit (ulimit -n)",
@@ -9294,7 +9267,8 @@ class LoginQueue(Survivor):
         return self._is_free(host) or not self.brake.wait(host_group(host), self.hub.now)
 
     def wait(self, session, character):
-        """Seconds until this login may go on, by Lines.try_login(); 0: it does, and counts."""
+        """Seconds until this login (b"": those of a connection that cannot be read) may go on, by
+        Lines.try_login(); 0: it does, and counts."""
         group, now = host_group(session.host), self.hub.now
         wait = 0 if self._is_free(session.host) else self.brake.wait(group, now)
         if wait:
@@ -9302,15 +9276,6 @@ class LoginQueue(Survivor):
         else:
             self.brake.count(group, character, now)
             self.forget(session)
-        return wait
-
-    def wait_unread(self, host):
-        """Seconds until a connection may come whose logins cannot be read; 0: now, and it counts
-        as one."""
-        group, now = host_group(host), self.hub.now
-        wait = 0 if self._is_free(host) else self.brake.wait(group, now)
-        if not wait:
-            self.brake.count(group, b"", now)
         return wait
 
     def took(self, session):
@@ -10031,10 +9996,8 @@ class ControlListener(Listener):
         """Stop listening, leave no dead socket."""
         super().close()
         if self._on_disk() == self.identity:
-            try:
+            with contextlib.suppress(OSError):  # its folder may be gone
                 os.unlink(self.path)
-            except OSError:
-                pass                            # its folder may be gone
 
 
 class Control(Survivor):
@@ -12114,9 +12077,7 @@ def restart_log(settings):
 def set_limits():
     """Allow as many descriptors as the system does, and no core dump: it would hold passwords.
     Returns what could not be done, in words."""
-    try:
-        import resource                         # not on every platform
-    except ImportError:
+    if not resource:
         return []
     trouble, (_, hard) = [], resource.getrlimit(resource.RLIMIT_NOFILE)
     for what, limit, words in (
@@ -12167,11 +12128,7 @@ def too_few_files(settings, hard):
 
 def files_allowed(which=0):
     """How many descriptors this process may have: its soft limit (0) or its hard one (1)."""
-    try:
-        import resource
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[which]
-    except ImportError:
-        return 1 << 30
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[which] if resource else 1 << 30
 
 
 HELP = """usage: has.py [ORDER] [OPTIONS]      without an order: run
