@@ -2304,7 +2304,6 @@ class MarkProof(Proof):
 
     @property
     def live(self):
-        """Whether the link's text must be heard at all."""
         return self._block is not None or bool(self._tail) or super().live
 
     def _nonce(self, login):
@@ -2413,7 +2412,6 @@ class WordProof(Proof):
         self._line = b""           # an unfinished line, read along only
 
     def wrap(self, login, line, settings, first=False):
-        """The bytes to send for `line`, a login line."""
         self._tries.append(login)
         self._count += 1
         return line
@@ -2429,7 +2427,6 @@ class WordProof(Proof):
         return self.dialect.end_question if self.telnet else b""
 
     def feed(self, text):
-        """hear() without the news."""
         self._read_outcomes(text)
         return self._hold(text)
 
@@ -2458,7 +2455,6 @@ class WordProof(Proof):
         return super()._end_of_held() if self.login else len(self.held)
 
     def saw_command(self, piece):
-        """Whether a telnet command of the world is the end marker."""
         if not self.asked or piece != self.dialect.end_command or self.ended:
             return False
         self.end()
@@ -3725,7 +3721,8 @@ class Character(Survivor):
 
 
 class Part(Survivor):
-    """A room of a session; a fault in it ends that session only (see Loop.fault)."""
+    """A room of a session; a fault in it ends that session only (see Loop.fault). In a new process
+    go_on() begins anew what was under way in the old one."""
 
     __slots__ = ("session", "hub")
 
@@ -3885,7 +3882,6 @@ class Screen(Part):
         self.tail = b""
 
     def go_on(self):
-        """In a new process: what the old one had begun."""
         self.flush()
         if self.expected:
             self.expect(self.expected)
@@ -4338,7 +4334,6 @@ class Telnet(Part):
                         CHARSET_UNKNOWN if CHARSET in self.had else b"")
 
     def go_on(self):
-        """In a new process: the timers of the old one."""
         self._await_answers()
         if self.waits:
             self.session.later(LATE_SECONDS, self.send_late)
@@ -4523,7 +4518,6 @@ class Inbox(Part):
         self.client.pause()
 
     def go_on(self):
-        """In a new process: the timers of the old one."""
         self.kept, self.behind = self.behind + self.kept, b""
         if self.backlog or len(self.kept) > KEEP_BYTES or self.slow_until > self.hub.now:
             self.client.pause()
@@ -5482,7 +5476,6 @@ class Feed(Part):
             self.character.forget()
 
     def go_on(self):
-        """In a new process: what the old one had begun."""
         session, checked = self.session, self.character.checked
         if session.state is not State.PLAYING or not self.proof:
             return
@@ -6017,7 +6010,6 @@ class Place(Part):
             screen.write(settings.reattach_end_notice)
 
     def go_on(self):
-        """In a new process: what the old one had begun."""
         if self.away_at:
             self.gone_at = self.gone_at or self.hub.now - (time.time() - self.away_at)
             self.hub.places.add(self.session)
@@ -6675,7 +6667,6 @@ class Talk:
         context.watch(sock, self)
 
     def close(self):
-        """Close the connection."""
         self._context.close(self.sock)
 
     def receive(self):
@@ -6781,7 +6772,6 @@ class Quota:
         return self._tokens
 
     def spend(self):
-        """A command is sent."""
         self._tokens = self.spare() - 1
 
 
@@ -6818,7 +6808,6 @@ class Connection:
         return world.blind or not (world.rights and world.told and world.dialect.logs_in)
 
     def close(self):
-        """Close the connection."""
         self.talk.close()
 
     # ---- who are you?
@@ -7346,7 +7335,6 @@ class Entrance:
         return {"known": [[str(address), it.name] for address, it in self._known.items()]}
 
     def take_up(self, values):
-        """Go on with what survivors() of another process gave."""
         known = {_address_or_none(address): name for address, name in values["known"]}
         self._known = {address: DIALECTS[name] for address, name in known.items() if address}
 
@@ -7531,7 +7519,6 @@ class Course:
                 "down_since": self.down_since}
 
     def take_up(self, values):
-        """Go on with what survivors() of another process gave."""
         self.current, self.wanted = (_address_or_none(values[it]) for it in ("current", "wanted"))
         self.down_since = values["down_since"]
 
@@ -8666,7 +8653,6 @@ class Listener:
             self.hub.selector.register(self.sock, READ, self)
 
     def close(self):
-        """Stop listening."""
         self.closed = True
         self._unregister()
         hang_up(self.sock)
@@ -8865,11 +8851,9 @@ class Refused:
         """The notice fits always."""
 
     def on_stream_end(self, stream, reason):
-        """It has gone."""
         self.drop()
 
     def drop(self):
-        """Close it."""
         self.hub.door.refused.discard(self)
         self.stream.drop()
 
@@ -8987,7 +8971,6 @@ class Door:
     # ---- clients
 
     def on_accept(self, sock, host, tls):
-        """A client was accepted."""
         tune(sock, *CLIENT_KEEPALIVE)
         hub = self.hub
         if sock.fileno() > self.most_files - 20:        # the rest: links, the heartbeat, --status
@@ -9407,11 +9390,9 @@ class Knock:
         self.stream = Stream.connect(hub.selector, hub.world.target, self, None)
 
     def on_stream_open(self, stream):
-        """The server has been told."""
         stream.drop()
 
     def on_stream_end(self, stream, reason):
-        """It could not be told."""
         stream.drop()
 
     def on_error(self):
@@ -9906,7 +9887,6 @@ class Caller:
     on_stream_room = on_stream_full
 
     def on_stream_end(self, stream, reason):
-        """The caller has gone."""
         stream.drop()
 
     def on_error(self):
@@ -10025,7 +10005,6 @@ class Control(Survivor):
             log.warning("no control socket: this platform has no unix sockets")
 
     def close(self):
-        """Nobody can ask any more."""
         if self.listener:
             self.listener.close()
 
