@@ -6615,6 +6615,10 @@ class Context:
         """Have the hub run one of its methods."""
         self._hub_mailbox.post(call, *arguments)
 
+    def heard(self, event, *arguments):
+        """Tell the hub what was heard of the world: an event of Health."""
+        self.tell(self.hub.heard, event, *arguments)
+
     def log_change(self, level, subject, text):
         """Log a text about a subject, at DEBUG if it is what was said of that the last time: so as
         not to repeat it for years."""
@@ -7543,11 +7547,10 @@ class Search:
                     self._context.log_change(
                         logging.ERROR, (address, "fault"),
                         f"{address}: a fault of HAS in trying it: {traceback.format_exc()}")
-                    self._context.tell(self._context.hub.on_trouble, address, repr(error), False)
+                    self._context.heard("trouble", address, repr(error), False)
             self._rest()
 
     def _note_failure(self, address, lost):
-        hub = self._context.hub
         if lost.ours:
             self._context.log_change(
                 logging.ERROR, (address, "ours"), f"the heartbeat: {address}: {lost}; this says "
@@ -7556,8 +7559,8 @@ class Search:
             self._entrance.pause.end()
         if lost.refused and address == self._course.current:
             self._lives.rename()
-        tell = hub.on_trouble if lost.ours or lost.alive else hub.on_unreachable
-        self._context.tell(tell, address, str(lost), lost.accepted)
+        event = "trouble" if lost.ours or lost.alive else "unreachable"
+        self._context.heard(event, address, str(lost), lost.accepted)
 
     def consider_moving(self):
         """While users are served: Moved, if another address is to be taken and confirmed."""
@@ -7638,7 +7641,7 @@ class Probes(Survivor):
         while not answered:
             if not silent:
                 silent = True
-                context.tell(context.hub.on_silent)
+                context.heard("silent")
             dead_after = context.settings.dead_after
             left = started + dead_after - context.clock()
             if left <= 0:
@@ -7646,7 +7649,7 @@ class Probes(Survivor):
             self._meanwhile()
             answered = connection.question(min(left, settings.hb_timeout))
         if silent:
-            context.tell(context.hub.on_answering)
+            context.heard("answering")
         else:
             self.round_trip = context.clock() - started
         return started
@@ -7788,13 +7791,13 @@ class Heartbeat:
                 continue
             except Lost as lost:
                 self._lives.doubt()
-                context.tell(context.hub.on_heartbeat_lost, str(lost), lost.dead)
+                context.heard("lost", str(lost), lost.dead)
             except Stopped:
                 self.parked = self._park(connection)
                 return
             except Exception:
                 log.exception("heartbeat: a fault of HAS; the heartbeat starts anew")
-                context.tell(context.hub.on_heartbeat_lost, "fault", False)
+                context.heard("lost", "fault", False)
                 rest = FAULT_SECONDS
             if connection:
                 connection.close()
@@ -7832,7 +7835,7 @@ class Heartbeat:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             log.warning("the heartbeat's connection could not be taken over (%r); it makes another "
                         "one", error)           # another version did it otherwise
-            context.tell(context.hub.on_heartbeat_lost, "it could not be taken over", False)
+            context.heard("lost", "it could not be taken over", False)
             return None
         self._book.leads(connection.address, connection.world.target)
         self._course.current, self._course.down_since = connection.address, None
@@ -10234,7 +10237,7 @@ class Reload:
 class Hub(Loop):
     """All of HAS in the main thread: the loop, its rooms, and what passes between them.
 
-    The heartbeat posts on_*; Health makes of it what is to be done, and the _do_* do that.
+    The heartbeat posts on_* and heard(); Health makes of it what is to be done, the _do_* do that.
     """
 
     def __init__(self, settings, load=None, clock=time.monotonic):
@@ -10380,26 +10383,6 @@ class Hub(Loop):
     def on_wish(self, trouble):
         """What the settings ask for could not be had ("address: why"), or is tried anew (None)."""
         self.record.wish = trouble
-
-    def on_heartbeat_lost(self, reason, dead):
-        """The heartbeat's connection ended; `dead`: the world was silent for too long."""
-        self.heard("lost", reason, dead)
-
-    def on_unreachable(self, address, reason, accepted):
-        """The heartbeat could not get (back) to a world, which took the connection or not."""
-        self.heard("unreachable", address, reason, accepted)
-
-    def on_trouble(self, address, reason, accepted):
-        """The heartbeat could not try to, for a reason that says nothing of the world."""
-        self.heard("trouble", address, reason, accepted)
-
-    def on_silent(self):
-        """A probe was not answered in time."""
-        self.heard("silent")
-
-    def on_answering(self):
-        """The world answers again."""
-        self.heard("answering")
 
     def on_answers(self, asks, life, seconds):
         """The world answered, within `seconds`, a probe sent after these links had ended."""
@@ -11304,7 +11287,7 @@ class Survival(Survivor):
         """
         hub = self.hub
         if "connection" not in (parked or {}):
-            hub.on_heartbeat_lost("it could not be handed over", False)
+            hub.heard("lost", "it could not be handed over", False)
         hub.heard("go_on")
         hub.hook.go_on()
         if hub.links.noise:

@@ -2494,6 +2494,10 @@ class Rig:
         self.hub.mailbox.post(call, *arguments)
         self.settle()
 
+    def heard(self, event, *arguments):
+        """What the heartbeat has heard of the world."""
+        self.post(self.hub.heard, event, *arguments)
+
     def found(self, life, game=None, address=HOME, checks=False, shut=False):
         self.life = life
         world = has.World(address, (game or self.game).target, self.family,
@@ -2501,7 +2505,7 @@ class Rig:
         self.post(self.hub.on_world_found, world)
 
     def down(self):
-        self.post(self.hub.on_heartbeat_lost, "no answer", True)
+        self.heard("lost", "no answer", True)
 
     def answer(self, asks=None, life=None):
         """A probe sent just now is answered."""
@@ -2695,7 +2699,7 @@ def cause(rig, event, client, link):
         link.send("last words\r\n")
         link.sock.close()
     elif event == "silent, two lines":
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send("one\r\n")
         rig.settle()
         client.send("two\r\n")
@@ -2704,7 +2708,7 @@ def cause(rig, event, client, link):
          "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR),
          "client reset": client.reset, "world text": lambda: link.send("text\r\n"),
          "ten seconds": lambda: rig.clock.advance(10.1),
-         "silent": lambda: rig.post(rig.hub.on_silent),
+         "silent": lambda: rig.heard("silent"),
          "verdict: left": lambda: rig.answer([(number, serial)], client.session.life),
          "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"),
          "world down": rig.down,
@@ -2861,7 +2865,7 @@ class EveryOrder(unittest.TestCase):
             if event == "link":
                 link.sock.close()
             elif event == "heartbeat":
-                rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+                rig.heard("lost", "closed by the world", False)
             elif event == "answer":
                 rig.answer()
             elif event == "3 s":
@@ -2873,9 +2877,9 @@ class EveryOrder(unittest.TestCase):
                 rig.found({"same": "life 1", "new": "life 2", "unknown": "?2"}[life])
             rig.settle()
             if refused and "heartbeat" == event:
-                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                rig.heard("unreachable", HOME, "refused", False)
             elif refused and not is_back and rig.hub.health.loss:
-                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                rig.heard("unreachable", HOME, "refused", False)
             if is_back and rig.beat.asks:
                 rig.answer()
         try:
@@ -2939,8 +2943,8 @@ class EveryOrder(unittest.TestCase):
         asked = []
 
         def cause(event):
-            {"link": link.sock.close, "silent": lambda: rig.post(rig.hub.on_silent),
-             "answers": lambda: rig.post(rig.hub.on_answering), "dead": rig.down,
+            {"link": link.sock.close, "silent": lambda: rig.heard("silent"),
+             "answers": lambda: rig.heard("answering"), "dead": rig.down,
              "fail-over": lambda: rig.found("life 2", rig.other, AWAY)}[event]()
             rig.settle()
             asked.extend(rig.beat.asks)
@@ -3258,10 +3262,10 @@ class HeartbeatAlone(RigCase):
         """One refused connect after seconds of trouble of HAS's own is one refused connect."""
         rig = self.rig()
         client, _ = rig.player()
-        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
-        rig.post(rig.hub.on_trouble, HOME, "Too many open files", False)
+        rig.heard("lost", "booted", False)
+        rig.heard("trouble", HOME, "Too many open files", False)
         rig.pass_time(10)
-        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        rig.heard("unreachable", HOME, "refused", False)
         self.assertEqual(state_of(client), "PLAYING")
         rig.pass_time(3.1)
         self.assertEqual(state_of(client), "WAITING")
@@ -3271,9 +3275,9 @@ class HeartbeatAlone(RigCase):
         another leaves."""
         rig = self.rig()
         (alice, link), (bob, other) = rig.player("Alice"), rig.player("Bob")
-        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        rig.heard("lost", "booted", False)
         for _ in range(30):
-            rig.post(rig.hub.on_trouble, HOME, "not allowed from this host", True)
+            rig.heard("trouble", HOME, "not allowed from this host", True)
             rig.pass_time(5)
         other.sock.close()
         rig.settle()
@@ -3286,11 +3290,11 @@ class HeartbeatAlone(RigCase):
     def test_a_silent_world_is_given_up_also_by_a_hub_whose_heartbeat_is_lost(self):
         rig = self.rig()
         client, _ = rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         rig.upgrade()
-        rig.post(rig.hub.on_heartbeat_lost, "TLS cannot be handed over", False)
+        rig.heard("lost", "TLS cannot be handed over", False)
         for _ in range(10):
-            rig.post(rig.hub.on_trouble, HOME, "TLS: timed out", True)
+            rig.heard("trouble", HOME, "TLS: timed out", True)
             rig.pass_time(6)
         self.assertEqual(state_of(client), "WAITING")
 
@@ -3299,9 +3303,9 @@ class HeartbeatAlone(RigCase):
         play on."""
         rig = self.rig()
         client, link = rig.player()
-        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        rig.heard("lost", "booted", False)
         for _ in range(40):
-            rig.post(rig.hub.on_trouble, HOME, "Name or service not known", False)
+            rig.heard("trouble", HOME, "Name or service not known", False)
             rig.pass_time(3)
         link.send("still here\r\n")
         rig.settle()
@@ -3309,7 +3313,7 @@ class HeartbeatAlone(RigCase):
         newcomer = rig.client()
         rig.game.accept()
         self.assertEqual(state_of(newcomer), "LOGIN")
-        rig.post(rig.hub.on_unreachable, HOME, "Connection refused", False)
+        rig.heard("unreachable", HOME, "Connection refused", False)
         rig.pass_time(3.1)
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
 
@@ -3320,13 +3324,12 @@ class HeartbeatAlone(RigCase):
                 rig = types.SimpleNamespace(clock=Clock())
                 rig = self.rig()
                 rig.player()
-                rig.post(*((rig.hub.on_silent,) if silent
-                           else (rig.hub.on_heartbeat_lost, "closed", False)))
+                rig.heard(*(["silent"] if silent else ["lost", "closed", False]))
                 rig.pass_time(50)
                 if silent:
                     rig.down()
                 else:
-                    rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                    rig.heard("unreachable", HOME, "refused", False)
                     rig.pass_time(3.1)
                 self.assertEqual(rig.hub.control.status()["world"]["since"], 60 if silent else 53)
                 rig.found("life 2")
@@ -3340,9 +3343,9 @@ class HeartbeatAlone(RigCase):
             with self.subTest(life=life, refused=refused):
                 rig = self.rig()
                 client, link = rig.player()
-                rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+                rig.heard("lost", "closed by the world", False)
                 if refused:
-                    rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                    rig.heard("unreachable", HOME, "refused", False)
                 rig.pass_time(2.5)
                 rig.found(life)
                 rig.pass_time(1, 10, 60)
@@ -3355,7 +3358,7 @@ class HeartbeatAlone(RigCase):
     def test_booted_long_after_an_unknown_life_was_adopted(self):
         rig = self.rig()
         client, link = rig.player()
-        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.heard("lost", "closed by the world", False)
         rig.found("?2")
         rig.pass_time(6)
         link.sock.close()
@@ -3367,7 +3370,7 @@ class HeartbeatAlone(RigCase):
         """Down within a second although no try to come back was refused yet."""
         rig = self.rig()
         clients = [rig.player(name) for name in ("Alice", "Bob")]
-        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.heard("lost", "closed by the world", False)
         for _, link in clients:
             link.reset()
         rig.settle()
@@ -3437,14 +3440,14 @@ class ManyEnd(RigCase):
     def test_the_world_dies_before_the_second_answer(self):
         rig, clients = self.ended(["Alice", "Bob"])
         rig.answer()
-        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.heard("lost", "closed by the world", False)
         rig.pass_time(0.4, 0.4)
         self.assertEqual(self.states(clients), ["WAITING", "WAITING"])
 
     def test_it_dies_and_is_back_before_the_second_probe(self):
         rig, clients = self.ended(["Alice", "Bob"])
         rig.answer()
-        rig.post(rig.hub.on_heartbeat_lost, "closed by the world", False)
+        rig.heard("lost", "closed by the world", False)
         rig.found("life 2")
         self.assertEqual(self.states(clients), ["RETURNING", "RETURNING"])
 
@@ -3453,7 +3456,7 @@ class ManyEnd(RigCase):
         are needed."""
         rig, clients = self.ended(["Alice", "Bob"])
         rig.answer()
-        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        rig.heard("lost", "booted", False)
         rig.found("life 1")
         for state in ("ASKING", "CLOSING"):
             rig.pass_time(0.51)
@@ -3469,7 +3472,7 @@ class ManyEnd(RigCase):
 
     def test_a_later_leaving_is_judged_by_itself(self):
         rig, clients = self.ended(["Alice", "Bob"])
-        rig.post(rig.hub.on_heartbeat_lost, "died", False)
+        rig.heard("lost", "died", False)
         rig.found("life 2")
         links = [rig.game.accept(), rig.game.accept()]
         for link in links:
@@ -3939,7 +3942,7 @@ class Waiting(RigCase):
         for family in ("auto", "tinymux"):
             with self.subTest(mush_type=family):
                 rig = self.rig(up=False, mush_type=family)
-                rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+                rig.heard("unreachable", HOME, "refused", False)
                 client = rig.client()
                 self.assertEqual(client.lines(), ["# OFFLINE"])
                 client.send("connect Alice secret\r\n")
@@ -4128,7 +4131,7 @@ class Waiting(RigCase):
         link.send(command(WILL, 3))
         rig.settle()
         client.read()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         self.assertEqual(client.read(), command(WONT, 6))
         link.send(command(WONT, 6))             # late
         client.send(command(DONT, 3))
@@ -4193,7 +4196,7 @@ class Waiting(RigCase):
 
     def test_a_world_without_telnet_gets_nothing_of_what_was_offered_while_it_was_away(self):
         rig = self.rig("tinymush", up=False)
-        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        rig.heard("unreachable", HOME, "refused", False)
         client = rig.client()
         client.send(b"\xff\xfb\x1f\xff\xfb\x18")
         rig.settle()
@@ -4210,7 +4213,7 @@ class Waiting(RigCase):
     def test_a_frozen_world_is_not_waited_for(self):
         rig = self.rig()
         client, link = rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send(b"\xff\xf4\xff\xfd\x06\xff\xf6\xff\xfd\x03")
         rig.settle()
         self.assertIn(b"\xff\xfc\x06\r\n[Yes]\r\n", client.read())
@@ -4372,7 +4375,7 @@ class Leaving(RigCase):
 class Silence(RigCase):
     def test_newcomer_of_a_silent_world_is_told_if_he_types(self):
         rig = self.rig()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client = rig.client()
         client.send("WHO\r\nWHO\r\n")
         rig.settle()
@@ -4387,7 +4390,7 @@ class Silence(RigCase):
             link = rig.game.accept()
         link.send("Welcome\r\n")
         rig.settle()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         late = rig.client()
         rig.pass_time(1)
         self.assertEqual([client.lines() for client in (early, greeted, late)],
@@ -4396,7 +4399,7 @@ class Silence(RigCase):
     def test_lines_typed_at_a_silent_world_come_back_unsent_when_it_is_given_up(self):
         rig = self.rig()
         (client, link), (other, _) = rig.player(), rig.player("Bob")
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         for line in ("one", "@@", "two"):
             client.send(line + "\r\n")
             rig.settle()
@@ -4408,10 +4411,10 @@ class Silence(RigCase):
     def test_lines_typed_at_a_silent_world_that_answers_again_were_carried_out(self):
         rig = self.rig()
         client, _ = rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send("one\r\n")
         rig.settle()
-        rig.post(rig.hub.on_answering)
+        rig.heard("answering")
         rig.down()
         self.assertEqual(client.lines(), ["# SILENT", "# OFFLINE"])
 
@@ -4419,7 +4422,7 @@ class Silence(RigCase):
         rig = self.rig()
         client = rig.client()
         link = rig.game.accept()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send("connect Alice secret\r\n")
         rig.settle()
         rig.down()
@@ -4435,12 +4438,12 @@ class Silence(RigCase):
                     client = rig.player()[0] if login else rig.client()
                     link = rig.game.peers[-1] if login else rig.game.accept()
                     if when == "after":
-                        rig.post(rig.hub.on_silent)
+                        rig.heard("silent")
                     client.send("QUIT\r\n")
                     rig.settle()
                     if when == "before":
                         rig.pass_time(15)
-                        rig.post(rig.hub.on_silent)
+                        rig.heard("silent")
                     self.assertIn("QUIT", link.lines())
                     client.read()
                     self.assertEqual((state_of(client), client.ended), ("CLOSING", True))
@@ -4448,7 +4451,7 @@ class Silence(RigCase):
     def test_quit_typed_before_the_link_is_open_leaves(self):
         rig = self.rig(up=False)
         rig.found("life 1", rig.full)
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client = rig.client()
         client.send("hello\r\nquit\r\n")
         rig.settle()
@@ -4458,18 +4461,18 @@ class Silence(RigCase):
         rig = self.rig()
         client, _ = rig.player()
         for _ in range(2):
-            rig.post(rig.hub.on_silent)
+            rig.heard("silent")
             client.send("one\r\n")
             rig.settle()
             client.send("two\r\n")
             rig.settle()
             self.assertEqual(client.lines(), ["# SILENT"])
-            rig.post(rig.hub.on_answering)
+            rig.heard("answering")
 
     def test_a_link_that_ends_during_the_silence(self):
         rig = self.rig()
         client, link = rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         link.sock.close()
         rig.settle()
         self.assertEqual((state_of(client), client.lines()), ("ASKING", ["# SILENT"]))
@@ -4945,7 +4948,7 @@ class Pace(RigCase):
                 rig.client()
                 rig.settle()
                 if silent:
-                    rig.post(rig.hub.on_silent)
+                    rig.heard("silent")
                 rig.pass_time(*[0.5] * 40)
                 self.assertEqual(self.knocks(rig), wanted)
                 rig.close()
@@ -6741,7 +6744,7 @@ class Notices(RigCase):
         client, link = rig.player()
         link.send(text)
         rig.settle()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send("hello\r\n")
         rig.settle()
         return rig, client, link
@@ -6855,7 +6858,7 @@ class Notices(RigCase):
         rig = self.rig()
         client, link = rig.player()
         link.send("Shutting down.\r\n")
-        rig.hub.on_heartbeat_lost("gone", True)                 # before the link was read
+        rig.hub.heard("lost", "gone", True)                 # before the link was read
         self.assertEqual(client.lines(), ["Shutting down.", "# OFFLINE"])
 
 
@@ -6904,7 +6907,7 @@ class Browsers(RigCase):
                 with self.subTest(family=family, request=request):
                     rig, client, _ = self.browser(request, family)
                     client.read()
-                    rig.post(rig.hub.on_silent)
+                    rig.heard("silent")
                     client.send(b"\x81\x82hello\r\n")
                     rig.settle()
                     rig.pass_time(2)
@@ -7381,12 +7384,12 @@ class TakenOver(RigCase):
         rig = self.rig()
         with mock.patch.object(has.time, "time", lambda: 1e9 + rig.clock.now):
             rig.player()
-            rig.post(rig.hub.on_heartbeat_lost, "closed", False)
+            rig.heard("lost", "closed", False)
             rig.pass_time(2)
             rig.upgrade()
             rig.pass_time(1)
-            rig.post(rig.hub.on_heartbeat_lost, "closed again", False)
-            rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+            rig.heard("lost", "closed again", False)
+            rig.heard("unreachable", HOME, "refused", False)
             rig.pass_time(3.1)
             world = rig.hub.control.status()["world"]
             self.assertEqual((world["health"], world["since"]), ("down", 6))
@@ -7394,7 +7397,7 @@ class TakenOver(RigCase):
     def test_lines_typed_at_a_silent_world(self):
         rig = self.rig()
         client, _ = rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         client.send("hello\r\n")
         rig.settle()
         rig.upgrade()
@@ -8011,7 +8014,7 @@ class Isolation(RigCase):
             (has.Session, "on_stream_end"): lambda rig, link, client: link.sock.close(),
             (has.Session, "_lose_link"): lambda rig, link, client: rig.down(),
             (has.Session, "handle"): lambda rig, link, client: client.sock.close(),
-            (has.Hold, "on_silence"): lambda rig, link, client: rig.post(rig.hub.on_silent)}
+            (has.Hold, "on_silence"): lambda rig, link, client: rig.heard("silent")}
         for (kind, method), make in causes.items():
             with self.subTest(method):
                 rig = self.rig()
@@ -9242,7 +9245,7 @@ class BoundMarks(RigCase):
             client, _, world = self.behind(*lines)
             world(client.session.feed.proof._secret + b"%02x=\r\n" % (len(lines) - 2))
             self.assertEqual(state_of(client), "PLAYING")
-            client.session.hub.on_heartbeat_lost("no answer", True)
+            client.session.hub.heard("lost", "no answer", True)
             client.session.hub.turn(0.01)
             self.assertEqual(state_of(client), "WAITING")
             self.doCleanups()
@@ -9686,12 +9689,12 @@ class OtherAddresses(RigCase):
         rig = self.rig()
         first, link = rig.player()
         second, _ = rig.player("Bob")
-        rig.post(rig.hub.on_heartbeat_lost, "booted", False)
+        rig.heard("lost", "booted", False)
         link.sock.close()
         rig.settle()
-        rig.post(rig.hub.on_unreachable, AWAY, "refused", False)
+        rig.heard("unreachable", AWAY, "refused", False)
         self.assertEqual((state_of(first), state_of(second)), ("ASKING", "PLAYING"))
-        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        rig.heard("unreachable", HOME, "refused", False)
         self.assertEqual((state_of(first), state_of(second)), ("WAITING", "WAITING"))
 
 
@@ -9715,7 +9718,7 @@ class ManyAtOnce(RigCase):
 
     def test_all_are_told_that_the_world_is_down_in_turns(self):
         rig, clients, _ = self.crowd()
-        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
         rig.hub.turn(0)
         told = self.waiting(clients)
         self.assertTrue(0 < told < 25, told)    # the turn has two looks at it
@@ -9725,7 +9728,7 @@ class ManyAtOnce(RigCase):
     def test_the_world_is_back_before_all_are_told(self):
         """Who is in its new life already is not torn out of it; all the others come back."""
         rig, clients, links = self.crowd()
-        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
         rig.hub.turn(0)
         links[-1].sock.close()                  # his turn to be told is far
         world = has.World(HOME, rig.game.target, rig.family, "life 2", False, False)
@@ -10109,7 +10112,7 @@ class Outages(RigCase):
 
     def test_what_is_an_outage(self):
         rig = self.rig(up=False)
-        rig.post(rig.hub.on_unreachable, HOME, "refused", False)
+        rig.heard("unreachable", HOME, "refused", False)
         self.assertEqual(has.history_lines(self.history(rig)), ["no outage since HAS was started"])
         rig.found("life 1")
         self.assertEqual(self.history(rig)["outages"], [])
@@ -10118,8 +10121,8 @@ class Outages(RigCase):
         rig.let_in(rig.game.accept())
         rig.found("life 3", rig.other, AWAY)
         rig.let_in(rig.other.accept())
-        rig.post(rig.hub.on_silent)             # no outage: nobody has lost anything
-        rig.post(rig.hub.on_answering)
+        rig.heard("silent")             # no outage: nobody has lost anything
+        rig.heard("answering")
         self.assertEqual([(it["why"], it["users"], it["back"], it["seconds"] is None)
                           for it in self.history(rig)["outages"]],
                          [("it was started anew", 1, 1, False), (f"moved to {AWAY}", 1, 1, False)])
@@ -10204,11 +10207,11 @@ class OnEvent(RigCase):
     def test_every_event_and_its_environment(self):
         rig = self.rig_that_tells()
         rig.player()
-        rig.post(rig.hub.on_silent)
+        rig.heard("silent")
         self.assertEqual(self.told(rig), {"silent": {
             "HAS_EVENT": "silent", "HAS_WORLD": str(HOME), "HAS_USERS": "1", "HAS_SECONDS": "10",
             "HAS_REASON": "no answer for 10 s"}})
-        rig.post(rig.hub.on_answering)
+        rig.heard("answering")
         up = self.told(rig)["up"]
         rig.hub.control.command({"do": "maintenance", "text": "Back soon"}, None)
         self.assertEqual((up["HAS_SECONDS"], up["HAS_REASON"]), ("10", "it answers again"))
@@ -10250,10 +10253,10 @@ class OnEvent(RigCase):
 
     def test_a_start_is_no_event_but_a_world_that_is_not_there_is(self):
         rig = self.rig_that_tells()
-        rig.post(rig.hub.on_unreachable, HOME, "closed by the world", False)
+        rig.heard("unreachable", HOME, "closed by the world", False)
         self.told(rig, 0)
         rig = self.rig_that_tells(up=False)
-        rig.post(rig.hub.on_unreachable, HOME, "Connection refused", False)
+        rig.heard("unreachable", HOME, "Connection refused", False)
         self.assertEqual(self.told(rig)["down"]["HAS_REASON"], "Connection refused")
 
     def test_nothing_secret_and_nothing_of_systemd_s(self):
@@ -10273,13 +10276,13 @@ class OnEvent(RigCase):
         client, link = rig.player()
         with self.assertLogs(has.log, "INFO") as logged:
             began = time.monotonic()
-            rig.post(rig.hub.on_silent)
+            rig.heard("silent")
             self.assertLess(time.monotonic() - began, 2)
             link.send("still here\r\n")
             rig.settle(lambda: b"still here" in client.read())
             rig.settle(lambda: not self.runs(rig))
             rig.pass_time(11)
-            rig.post(rig.hub.on_answering)
+            rig.heard("answering")
             rig.settle(lambda: not self.runs(rig))
         return [it for it in logged.output if "on_event" in it]
 
@@ -10776,7 +10779,7 @@ class TestFiles(unittest.TestCase):
         for listed, kind in ((has.FOR_SESSIONS, "hub"), (has.OF_SESSIONS, "session")):
             found = {names[0] if names[0] in listed else ".".join(names) for names in used[kind]}
             self.assertEqual(found, listed)
-        self.assertEqual({name for name in vars(has.Hub) if name.startswith("on_")},
+        self.assertEqual({name for name in vars(has.Hub) if name.startswith("on_")} | {"heard"},
                          used["heartbeat"] | {"on_stop_key"})
 
     def test_sessions_are_called_session_or_other_below_their_part(self):
@@ -10998,6 +11001,8 @@ class Witness:
         return name                                     # a method of the hub, for post()
 
     def post(self, call, *arguments):
+        if call == "heard":
+            call, *arguments = arguments        # what of
         with self._change:
             self.told.append((call, *arguments))
             self._change.notify_all()
@@ -11834,13 +11839,13 @@ class TestProbes(StillCase):
 
     def test_a_world_that_was_silent_for_a_while(self):
         self.probe((10, False), (3, True))
-        self.assertEqual(self.still.told, [("on_silent",), ("on_answering",),
+        self.assertEqual(self.still.told, [("silent",), ("answering",),
                                            ("on_answers", [(5, 1)], "life 1", 13.0)])
         self.assertEqual((self.probes.round_trip, self.probes.silent_since), (0.0, None))
 
     def test_silence_that_an_older_process_saw_goes_on(self):
         self.probe((1, True), before=990.0)
-        self.assertEqual(self.still.told, [("on_answering",),
+        self.assertEqual(self.still.told, [("answering",),
                                            ("on_answers", [(5, 1)], "life 1", 11.0)])
 
     def test_silent_for_too_long(self):
@@ -11882,12 +11887,12 @@ class TestSearch(StillCase):
     def test_what_failures_say(self):
         """Of the world, to the hub; of this machine, to the log; refusals end lives and pauses."""
         for lost, tell, level, ended, renamed in (
-                (has.Lost("x", refused=True), "on_unreachable", None, True, True),
-                (has.Lost("x"), "on_unreachable", None, True, False),
-                (has.Lost("x", accepted=True), "on_unreachable", None, False, False),
-                (has.Lost("x", accepted=True, alive=True), "on_trouble", None, False, False),
-                (has.Lost("x", ours=True), "on_trouble", "ERROR", False, False),
-                (ValueError("x"), "on_trouble", "ERROR", False, False)):
+                (has.Lost("x", refused=True), "unreachable", None, True, True),
+                (has.Lost("x"), "unreachable", None, True, False),
+                (has.Lost("x", accepted=True), "unreachable", None, False, False),
+                (has.Lost("x", accepted=True, alive=True), "trouble", None, False, False),
+                (has.Lost("x", ours=True), "trouble", "ERROR", False, False),
+                (ValueError("x"), "trouble", "ERROR", False, False)):
             search = self.search(lost, lost, FakeWorld())
             self.course.arrive(HOME)
             self.lives.enter("life 1")
@@ -11992,7 +11997,7 @@ class TestHeartbeatByHand(StillCase):
         heartbeat = self.heartbeat(first, second)
         self.on_wait = [lambda: (heartbeat.on_ask(5, 1), heartbeat.on_check(6, 1, [GOOD, BAD]))]
         heartbeat.run()
-        self.assertEqual(self.of("on_heartbeat_lost"), [["gone", True]])
+        self.assertEqual(self.of("lost"), [["gone", True]])
         self.assertEqual(self.of("on_checked"), [[6, 1, [None, None]]])
         self.assertTrue(first.closed)
         self.assertEqual(self.of("on_world_found"), [[first.world], [second.world]])
@@ -12003,7 +12008,7 @@ class TestHeartbeatByHand(StillCase):
         self.on_wait = [None]
         with self.assertLogs(has.log, "ERROR"):
             heartbeat.run()
-        self.assertEqual(self.of("on_heartbeat_lost"), [["fault", False]])
+        self.assertEqual(self.of("lost"), [["fault", False]])
         self.assertEqual(self.waits[0], has.FAULT_SECONDS)
         self.assertEqual(len(self.of("on_world_found")), 2)
 
@@ -12157,7 +12162,7 @@ class TestHeartbeat(Case):
             world.boot("heartbeat")
             hub.wait("on_world_found", 2)
         self.assertEqual(asked.call_count, 0)
-        self.assertEqual(hub._of("on_trouble") + hub._of("on_unreachable"), [])
+        self.assertEqual(hub._of("trouble") + hub._of("unreachable"), [])
 
     def test_a_look_up_of_another_world_keeps_no_verdict_waiting(self):
         world, hub, heartbeat = self.start(silent_start=0.05)
@@ -12176,7 +12181,7 @@ class TestHeartbeat(Case):
             with self.assertLogs(has.log, "ERROR"):
                 go_on.set()
                 self.assertIn("not known", hub.wait("on_wish", 2)[1][0])
-        self.assertEqual(hub._of("on_heartbeat_lost"), [])
+        self.assertEqual(hub._of("lost"), [])
 
     def test_a_name_is_looked_up_again_when_the_world_is_away_for_long(self):
         world, hub, heartbeat = self.start(silent_start=0.05, name=True)
@@ -12190,7 +12195,7 @@ class TestHeartbeat(Case):
             world.kill()
             for _ in range(2):
                 self.assertTrue(asked.acquire(timeout=10), "it is looked up, and again")
-            self.assertFalse([it for it in hub._of("on_trouble") if "Temporary" in it[1]])
+            self.assertFalse([it for it in hub._of("trouble") if "Temporary" in it[1]])
             world.start()
             hub.wait("on_world_found", 2)
 
@@ -12227,9 +12232,9 @@ class TestHeartbeat(Case):
                 del hub.told[:]
                 with mock.patch.object(room, method, side_effect=error):
                     world.boot("heartbeat")
-                    hub.wait("on_trouble", 2)
+                    hub.wait("trouble", 2)
                 hub.wait("on_world_found")
-                self.assertEqual(hub._of("on_unreachable"), [])
+                self.assertEqual(hub._of("unreachable"), [])
 
     def test_a_try_of_another_address_costs_that_try_only(self):
         """Whatever it raises: the connection that lives is kept."""
@@ -12240,7 +12245,7 @@ class TestHeartbeat(Case):
                 hub.wait("on_wish", 2)
             heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)
             self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
-        self.assertEqual(hub._of("on_heartbeat_lost"), [])
+        self.assertEqual(hub._of("lost"), [])
 
     def test_the_pause_after_a_refusal_ends_with_the_life_in_which_it_began(self):
         """A restart into a broken database refuses everybody; the healed one is not kept waiting.
@@ -12279,7 +12284,7 @@ class TestHeartbeat(Case):
             for _ in (1, 2):
                 hub.told.clear()
                 world.kill()
-                hub.wait("on_unreachable", such=lambda address, why, accepted: not accepted)
+                hub.wait("unreachable", such=lambda address, why, accepted: not accepted)
                 world.start()
                 lives.append(hub.wait("on_world_found")[-1][0].life)
                 heartbeat._lives.life = lives[-1], 0.0               # nobody knows when it began
@@ -12304,7 +12309,7 @@ class TestHeartbeat(Case):
         self.check(heartbeat, [self.RIGHT], [self.WRONG])
         verdicts = [verdicts for *_, verdicts in sorted(hub.wait("on_checked", 2))]
         self.assertEqual(verdicts, [[True], [False]])
-        self.assertEqual(hub._of("on_heartbeat_lost"), [])
+        self.assertEqual(hub._of("lost"), [])
 
     def test_what_another_version_left_otherwise_ends_nobody(self):
         """Without its heartbeat HAS would bring nobody back."""
@@ -12327,7 +12332,7 @@ class TestHeartbeat(Case):
             self.resume(world, hub, parked)
             hub.wait("on_world_found", 2)
         self.assertIn("could not be taken over", logged.output[0])
-        self.assertEqual(hub._of("on_heartbeat_lost"), [["it could not be taken over", False]])
+        self.assertEqual(hub._of("lost"), [["it could not be taken over", False]])
         self.assertEqual(len(world.logins), 2)
 
     def test_a_fault_of_its_own_is_logged_and_it_starts_anew(self):
@@ -12336,11 +12341,11 @@ class TestHeartbeat(Case):
         with mock.patch.object(has.Connection, "verdicts", side_effect=outcomes):
             with self.assertLogs(has.log, "ERROR") as logged:
                 self.check(heartbeat, [self.RIGHT], *[[self.WRONG]] * 30)
-                hub.wait("on_heartbeat_lost")
+                hub.wait("lost")
                 heartbeat.mailbox.post(heartbeat.on_ask, 5, 1)      # somebody wants to know at once
                 hub.wait("on_world_found", 2)
         self.assertRegex(logged.output[0], "the heartbeat starts anew(?s:.*)RuntimeError: planted")
-        self.assertEqual(hub.wait("on_heartbeat_lost"), [["fault", False]])
+        self.assertEqual(hub.wait("lost"), [["fault", False]])
         self.assertEqual([asks for asks, *_ in hub.wait("on_answers")], [[(5, 1)]])
         self.assertEqual({str(verdicts) for *_, verdicts in hub.wait("on_checked", 11)}, {"[None]"})
         world.wait(lambda w: len(w.online("heartbeat")) == 1 and len(w.logins) == 2,
