@@ -2319,14 +2319,24 @@ def settings_of(changes):
 class Peer:
     """Our end of a connection: a client's, or the world's end of a link."""
 
-    def __init__(self, sock):
-        self.sock, self.ended, self.session = sock, False, None
+    def __init__(self, sock, settle=None):
+        self.sock, self.ended, self.session, self._settle = sock, False, None, settle
         sock.setblocking(False)
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data):
         self.sock.sendall(data.encode() if isinstance(data, str) else data)
+
+    def says(self, data):
+        """Send it, and wait until HAS has dealt with it."""
+        self.send(data)
+        self._settle()
+
+    def hangs_up(self):
+        """Close our end, and wait until HAS has dealt with it."""
+        self.sock.close()
+        self._settle()
 
     def read(self):
         """All that has come since the last read."""
@@ -2354,8 +2364,9 @@ class Peer:
 class Game:
     """The world: a listening socket. `full` never completes a connect."""
 
-    def __init__(self, full=False, path=None):
+    def __init__(self, settle, full=False, path=None):
         self.sock, self.peers = socket.socket(socket.AF_UNIX if path else socket.AF_INET), []
+        self._settle = settle
         self.sock.bind(path or ("127.0.0.1", 0))
         self.sock.listen(0 if full else 64)
         self.sock.settimeout(5)
@@ -2367,7 +2378,7 @@ class Game:
             self.peers.append(Peer(sock))
 
     def accept(self):
-        self.peers.append(Peer(self.sock.accept()[0]))
+        self.peers.append(Peer(self.sock.accept()[0], self._settle))
         return self.peers[-1]
 
     def close(self):
@@ -2390,7 +2401,8 @@ class Rig:
         self.settings = settings_of(tuple(sorted(settings.items())))
         self.beat, self.family = Beat(), has.DIALECTS[family]
         self.hub = self._new_hub()
-        self.game, self.other, self.full = Game(), Game(), Game(full=True)
+        self.game, self.other, self.full = (Game(self.settle), Game(self.settle),
+                                            Game(self.settle, full=True))
         if up:
             self.found("life 1")
 
@@ -2507,6 +2519,11 @@ class Rig:
     def down(self):
         self.heard("lost", "no answer", True)
 
+    def restart(self, life, *where, **how):
+        """The world dies and is found again, in this life."""
+        self.down()
+        self.found(life, *where, **how)
+
     def answer(self, asks=None, life=None):
         """A probe sent just now is answered."""
         asks, self.beat.asks = self.beat.asks if asks is None else asks, []
@@ -2519,17 +2536,20 @@ class Rig:
                 ours, theirs = socket.create_connection(server.getsockname()), server.accept()[0]
         else:
             ours, theirs = socket.socketpair()
-        peer, known = Peer(ours), set(self.hub.sessions)
+        peer, known = Peer(ours, self.settle), set(self.hub.sessions)
         self.peers.append(peer)
         self.hub.door.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
         peer.session = next((s for n, s in self.hub.sessions.items() if n not in known), None)
         self.settle()
         return peer
 
+    def newcomer(self, **how):
+        """A user at the login screen: (client, world's end of the link)."""
+        return self.client(**how), self.game.accept()
+
     def player(self, name="Alice", **how):
         """A user in the game: (client, world's end of the link)."""
-        client = self.client(**how)
-        link = self.game.accept()
+        client, link = self.newcomer(**how)
         client.send(f"connect {name} pw\r\n")
         self.settle()
         self.let_in(link)
@@ -2604,6 +2624,19 @@ class RigCase(unittest.TestCase):
         rig = Rig(*arguments, **settings)
         self.addCleanup(rig.close)
         return rig
+
+    def newcomer(self, **how):
+        """Of a new rig: (that, client, world's end of the link), and so for the next two."""
+        rig = self.rig()
+        return (rig, *rig.newcomer(**how))
+
+    def player(self, *name, **how):
+        rig = self.rig()
+        return (rig, *rig.player(*name, **how))
+
+    def returning(self, **how):
+        rig = self.rig()
+        return (rig, *rig.returning(**how))
 
 
 # ---- 1. the state table
@@ -2700,8 +2733,7 @@ def cause(rig, event, client, link):
         link.sock.close()
     elif event == "silent, two lines":
         rig.heard("silent")
-        client.send("one\r\n")
-        rig.settle()
+        client.says("one\r\n")
         client.send("two\r\n")
     else:
         {"client text": lambda: client.send("hello\r\n"),
@@ -3260,8 +3292,7 @@ class Near(float):
 class HeartbeatAlone(RigCase):
     def test_the_time_of_refused_connects_counts_from_the_first(self):
         """One refused connect after seconds of trouble of HAS's own is one refused connect."""
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.heard("lost", "booted", False)
         rig.heard("trouble", HOME, "Too many open files", False)
         rig.pass_time(10)
@@ -3279,8 +3310,7 @@ class HeartbeatAlone(RigCase):
         for _ in range(30):
             rig.heard("trouble", HOME, "not allowed from this host", True)
             rig.pass_time(5)
-        other.sock.close()
-        rig.settle()
+        other.hangs_up()
         self.assertEqual((state_of(alice), state_of(bob)), ("PLAYING", "ASKING"))
         rig.pass_time(3.1)
         self.assertEqual(state_of(alice), "PLAYING")
@@ -3288,8 +3318,7 @@ class HeartbeatAlone(RigCase):
         self.assertEqual((state_of(bob), bob.lines()), ("RETURNING", ["# OFFLINE"]))
 
     def test_a_silent_world_is_given_up_also_by_a_hub_whose_heartbeat_is_lost(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.heard("silent")
         rig.upgrade()
         rig.heard("lost", "TLS cannot be handed over", False)
@@ -3301,17 +3330,14 @@ class HeartbeatAlone(RigCase):
     def test_own_trouble_is_not_the_worlds_death(self):
         """DNS fails, no descriptor is left, the certificate is not accepted: users on open links
         play on."""
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.heard("lost", "booted", False)
         for _ in range(40):
             rig.heard("trouble", HOME, "Name or service not known", False)
             rig.pass_time(3)
-        link.send("still here\r\n")
-        rig.settle()
+        link.says("still here\r\n")
         self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["still here"]))
-        newcomer = rig.client()
-        rig.game.accept()
+        newcomer, _ = rig.newcomer()
         self.assertEqual(state_of(newcomer), "LOGIN")
         rig.heard("unreachable", HOME, "Connection refused", False)
         rig.pass_time(3.1)
@@ -3341,8 +3367,7 @@ class HeartbeatAlone(RigCase):
         refused try."""
         for life, refused in itertools.product(("life 1", "?2"), (False, True)):
             with self.subTest(life=life, refused=refused):
-                rig = self.rig()
-                client, link = rig.player()
+                rig, client, link = self.player()
                 rig.heard("lost", "closed by the world", False)
                 if refused:
                     rig.heard("unreachable", HOME, "refused", False)
@@ -3350,19 +3375,16 @@ class HeartbeatAlone(RigCase):
                 rig.found(life)
                 rig.pass_time(1, 10, 60)
                 link.send("text\r\n")
-                client.send("hello\r\n")
-                rig.settle()
+                client.says("hello\r\n")
                 self.assertEqual((client.lines(), link.lines(), state_of(client)),
                                  (["text"], ["hello"], "PLAYING"))
 
     def test_booted_long_after_an_unknown_life_was_adopted(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.heard("lost", "closed by the world", False)
         rig.found("?2")
         rig.pass_time(6)
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.answer()
         self.assertEqual(state_of(client), "CLOSING")
 
@@ -3380,11 +3402,9 @@ class HeartbeatAlone(RigCase):
     def test_one_probe_serves_only_who_asked_before_it(self):
         rig = self.rig()
         (one, link), (two, other) = rig.player("Alice"), rig.player("Alice")
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         asks, rig.beat.asks = rig.beat.asks, []
-        other.sock.close()                                      # after the probe was sent
-        rig.settle()
+        other.hangs_up()                                      # after the probe was sent
         rig.answer(asks)
         self.assertEqual((state_of(one), state_of(two)), ("CLOSING", "ASKING"))
 
@@ -3396,15 +3416,11 @@ class ManyEnd(RigCase):
         """(rig, clients) whose links the world has ended, `gap` seconds apart; nothing is answered
         yet."""
         rig = self.rig()
-        clients = [rig.player(name, **how) if name else self.newcomer(rig) for name in names]
+        clients = [rig.player(name, **how) if name else rig.newcomer() for name in names]
         for _, link in clients:
-            link.sock.close()
-            rig.settle()
+            link.hangs_up()
             rig.pass_time(gap)
         return rig, [client for client, _ in clients]
-
-    def newcomer(self, rig):
-        return rig.client(), rig.game.accept()
 
     def states(self, clients):
         return [state_of(client) for client in clients]
@@ -3478,8 +3494,7 @@ class ManyEnd(RigCase):
         for link in links:
             rig.let_in(link)
         rig.pass_time(5)
-        links[0].sock.close()
-        rig.settle()
+        links[0].hangs_up()
         rig.beat.asks = rig.beat.asks[-1:]
         rig.answer()
         self.assertEqual(self.states(clients), ["CLOSING", "PLAYING"])
@@ -3489,11 +3504,9 @@ class ManyEnd(RigCase):
 
 class Serials(RigCase):
     def test_a_verdict_about_an_older_link_is_ignored(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         rig.let_in(link)
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         (new,) = rig.beat.asks
         for serial in range(new[1]):
             rig.answer([(new[0], serial)])
@@ -3502,11 +3515,9 @@ class Serials(RigCase):
         self.assertEqual(state_of(client), "CLOSING")
 
     def test_timers_of_an_older_link_are_ignored(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         rig.pass_time(5)
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.pass_time(1.1)                                      # the second try: its 10 s begin now
         self.assertEqual(state_of(client), "RETURNING")
         rig.pass_time(5)                                        # the first one's are over
@@ -3533,8 +3544,7 @@ class Serials(RigCase):
         for _ in range(5):
             client = rig.client()
             seen.append(client.session.number)
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             rig.pass_time(10.1)
             rig.answer([(seen[-1], 1)])                         # a verdict for one who is gone
         self.assertEqual(seen, sorted(set(seen)))
@@ -3578,8 +3588,7 @@ class Timers(RigCase):
     def test_what_he_typed_goes_on_when_the_link_opens(self):
         rig = self.rig(up=False)
         client = rig.client()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
         rig.found("life 1")
         self.assertIn("connect Alice pw", rig.game.accept().lines())
 
@@ -3594,8 +3603,7 @@ class Timers(RigCase):
                 client = rig.player()[0] if typed == "before" else rig.client()
                 rig.down()
                 if typed == "during":
-                    client.send("connect Alice pw\r\n")
-                    rig.settle()
+                    client.says("connect Alice pw\r\n")
                 client.read()
                 steps = [step for step in range(100, 1500, 100) if rig.pass_time(100)
                          or state_of(client) == "CLOSING"]
@@ -3629,8 +3637,7 @@ class Timers(RigCase):
     def test_half_closed_client_gets_its_answers(self):
         """What he typed last is carried out and all of the answer reaches him, though it does not
         fit at once."""
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         client.send("WHO\r\n")
         client.sock.shutdown(socket.SHUT_WR)
         rig.settle()
@@ -3640,17 +3647,14 @@ class Timers(RigCase):
         while len(client.session.client.out) < 100000:          # more than the socket takes
             sent += link.sock.send(b"line\r\n" * 1000)
             rig.settle()
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         got = sum(rig.settle() or len(client.read()) for _ in range(50))
         self.assertEqual(got, sent)
 
     def test_last_resort_of_a_return(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         link.send("something strange\r\n")
-        client.send("hello\r\n")
-        rig.settle()
+        client.says("hello\r\n")
         rig.pass_time(9.9)
         self.assertEqual((state_of(client), client.lines()), ("RETURNING", []))
         link.read()
@@ -3660,32 +3664,26 @@ class Timers(RigCase):
         self.assertEqual(link.lines(), ["hello"])
 
     def test_unsent_lines_ten_a_second_then_a_count(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.down()
         client.read()
-        client.send("".join(f"line {n}\r\n" for n in range(25)))
-        rig.settle()
+        client.says("".join(f"line {n}\r\n" for n in range(25)))
         self.assertEqual(client.lines(), [f"# UNSENT line {n}" for n in range(10)])
         rig.pass_time(1.1)
         self.assertEqual(client.lines(), ["# UNSENT (and 15 lines more)"])
-        client.send("again\r\n")
-        rig.settle()
+        client.says("again\r\n")
         self.assertEqual(client.lines(), ["# UNSENT again"])
 
     def test_unsent_lines_are_answered_in_the_next_outage_too(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.down()
-        client.send("".join(f"line {n}\r\n" for n in range(12)))
-        rig.settle()
+        client.says("".join(f"line {n}\r\n" for n in range(12)))
         rig.found("life 2")                                     # before the second is over
         rig.let_in(rig.game.accept())
         rig.pass_time(5)
         rig.down()
         client.read()
-        client.send("hello\r\n")
-        rig.settle()
+        client.says("hello\r\n")
         self.assertEqual(client.lines(), ["# UNSENT hello"])
 
 
@@ -3831,8 +3829,7 @@ class StuckClient(RigCase):
         self.assertTrue(self.is_read(rig, client))
         self.fill(rig, client, link, 3000000)
         self.assertLessEqual(len(client.session.client.out), 400000 + 65536)
-        link.send("the end\r\n")
-        rig.settle()
+        link.says("the end\r\n")
         got = self.drain(rig, client)
         self.assertRegex(got, rb"\r\n<output lost: \d+ lines>\r\n(x{98}\r\n)+the end\r\n\Z")
         self.assertEqual(set(got.split(b"\r\n")) - {b"x" * 98, b""} - {b"the end"},
@@ -3843,8 +3840,7 @@ class StuckClient(RigCase):
         # the crash comes before its 2 s are over
         rig.pass_time(1)
         for life in ("life 2", "life 3", "life 4"):
-            rig.down()
-            rig.found(life)
+            rig.restart(life)
             link = rig.game.accept()
             rig.let_in(link)
             self.assertEqual(state_of(client), "PLAYING")
@@ -3914,8 +3910,7 @@ class Waiting(RigCase):
 
     def waiting(self, rig=None):
         rig = rig or self.rig()
-        client = rig.client()
-        rig.game.accept()
+        client, _ = rig.newcomer()
         rig.down()
         client.read()
         return rig, client
@@ -3945,8 +3940,7 @@ class Waiting(RigCase):
                 rig.heard("unreachable", HOME, "refused", False)
                 client = rig.client()
                 self.assertEqual(client.lines(), ["# OFFLINE"])
-                client.send("connect Alice secret\r\n")
-                rig.settle()
+                client.says("connect Alice secret\r\n")
                 self.assertNotIn(b"secret", client.read())
                 rig.found("life 1")
                 self.assertIn(b"connect Alice secret", rig.game.accept().read())
@@ -3954,17 +3948,14 @@ class Waiting(RigCase):
     def test_an_unconfirmed_login_is_tried_again(self):
         rig = self.rig()
         client = rig.client()
-        client.send("connect Alice secret\r\n")
-        rig.settle()
+        client.says("connect Alice secret\r\n")
         rig.game.accept()
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         self.assertIn(b"connect Alice secret", rig.game.accept().read())
 
     def test_a_refused_login_is_tried_once(self):
         rig, client = self.waiting()
-        client.send("connect Alice wrong\r\n")
-        rig.settle()
+        client.says("connect Alice wrong\r\n")
         rig.found("life 2")
         link = rig.game.accept()
         client.read()
@@ -3986,45 +3977,37 @@ class Waiting(RigCase):
             for typed_at in ("before", "during"):
                 with self.subTest(typed, family=family, typed_at=typed_at):
                     rig = self.rig(family)
-                    client = rig.client()
-                    link = rig.game.accept()
+                    client, link = rig.newcomer()
                     if typed_at == "before":
-                        client.send(typed + "\r\n")
-                        rig.settle()
+                        client.says(typed + "\r\n")
                     rig.down()
                     if typed_at == "during":
-                        client.send(typed + "\r\n")
-                        rig.settle()
+                        client.says(typed + "\r\n")
                     rig.found("life 2")
                     link = rig.game.accept()
                     client.read()
                     self.assertIn(typed, link.lines())
-                    link.send("Welcome\r\n" + words + "\r\n### Begin INFO 1\r\nUptime: x\r\n### "
+                    link.says("Welcome\r\n" + words + "\r\n### Begin INFO 1\r\nUptime: x\r\n### "
                                                       "End INFO\r\n")
-                    rig.settle()
                     self.assertEqual((state_of(client), client.lines()),
                                      ("LOGIN", ["# REFUSED", "Welcome", words]))
-                    client.send("WHO\r\n")
-                    rig.settle()
+                    client.says("WHO\r\n")
                     self.assertEqual(link.lines(), ["WHO"])
-                    rig.down()
-                    rig.found("life 3")
+                    rig.restart("life 3")
                     self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
 
     def test_a_first_login_shows_what_the_world_says_to_it(self):
         """Only returns are silent: who logs in for the first time has seen neither room nor
         news."""
         rig, client = self.waiting()
-        client.send("connect Alice secret\r\n")
-        rig.settle()
+        client.says("connect Alice secret\r\n")
         rig.found("life 2")
         link = rig.game.accept()
         client.read()
         rig.let_in(link, "The Hall\r\nA room.")
         self.assertEqual((state_of(client), client.lines()),
                          ("PLAYING", ["# ONLINE", "The Hall", "A room."]))
-        rig.down()
-        rig.found("life 3")
+        rig.restart("life 3")
         client.read()
         rig.let_in(rig.game.accept(), "The Hall\r\nA room.")
         self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
@@ -4034,8 +4017,7 @@ class Waiting(RigCase):
                                     ("teenymush", "c Alice secret", "create")):
             with self.subTest(family):
                 rig, client = self.waiting(self.rig(family))
-                client.send(typed + "\r\n")
-                rig.settle()
+                client.says(typed + "\r\n")
                 self.assertNotIn(b"secret", client.read())
                 rig.found("life 2")
                 link = rig.game.accept()
@@ -4043,13 +4025,11 @@ class Waiting(RigCase):
                 if family == "tinymux":
                     link.send(nonce_of(rig, client) + b"\r\n### End INFO\r\n")
                 else:
-                    link.send("Last connect was from here\r\n")
-                    rig.settle()
+                    link.says("Last connect was from here\r\n")
                     link.send(b"\xff\xfc\x56")
                 rig.settle()
                 self.assertEqual(state_of(client), "PLAYING")
-                rig.down()
-                rig.found("life 3")
+                rig.restart("life 3")
                 self.assertIn("connect Alice secret", rig.game.accept().lines())
 
     def test_a_create_that_the_world_hung_up_on_is_not_sent_again(self):
@@ -4057,13 +4037,11 @@ class Waiting(RigCase):
         for typed, again in (("create Alice pw", False), ("connect Alice pw", True)):
             with self.subTest(typed):
                 rig, client = self.waiting()
-                client.send(typed + "\r\n")
-                rig.settle()
+                client.says(typed + "\r\n")
                 rig.found("life 2")
                 link = rig.game.accept()
                 link.send("Please register by mail.\r\n")
-                link.sock.close()
-                rig.settle()
+                link.hangs_up()
                 rig.pass_time(1.1)
                 self.assertEqual(any("Alice" in line for line in rig.game.accept().lines()), again)
                 self.assertIn("Please register by mail.", client.lines())
@@ -4078,31 +4056,24 @@ class Waiting(RigCase):
                               (b"\xff\xfe\x03", b""), (b"\xff\xfc\x1f", b""),
                               (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
             with self.subTest(asked):
-                client.send(asked)
-                rig.settle()
+                client.says(asked)
                 self.assertEqual(client.read(), answer)
         rig.found("life 2")
         link = rig.game.accept()
         self.assertEqual(link.read(), b"\xff\xfb\x1f")        # the size it was offered
         client.read()
-        link.send(b"\xff\xfd\x1f")
-        rig.settle()
+        link.says(b"\xff\xfd\x1f")
         self.assertEqual((client.read(), link.read()), (b"\xff\xfd\x1f", b""))
-        client.send(b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
-        rig.settle()
+        client.says(b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
         self.assertEqual(link.read(), b"\xff\xfa\x1f\x00P\x00\x18\xff\xf0")
 
     def test_what_he_asks_the_new_world_himself_is_answered_to_him(self):
         """Ctrl-C in telnet(1) once more: the first WONT TIMING-MARK of a new link is for him."""
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(command(WILL, ECHO) + command(DO, NAWS))
-        rig.settle()
-        client.send(command(DONT, ECHO) + command(WILL, NAWS))
-        rig.settle()
+        rig, client, link = self.player()
+        link.says(command(WILL, ECHO) + command(DO, NAWS))
+        client.says(command(DONT, ECHO) + command(WILL, NAWS))
         link.read(), client.read()
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         link = rig.game.accept()
         rig.let_in(link)
         link.read(), client.read()
@@ -4112,30 +4083,23 @@ class Waiting(RigCase):
                               (command(WILL, 39), command(DO, 39)),
                               (command(DO, 6), command(WONT, 6))):
             with self.subTest(asked):
-                client.send(asked)
-                rig.settle()
+                client.says(asked)
                 self.assertEqual(link.read(), asked)
-                link.send(answer)
-                rig.settle()
+                link.says(answer)
                 self.assertEqual(client.read(), answer)
 
     def test_what_the_world_has_left_unanswered_is_answered(self):
         """Ctrl-C just before the world died, or fell silent."""
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(command(WILL, ECHO) + command(DO, NAWS))
-        rig.settle()
-        client.send(command(DO, ECHO) + command(WILL, NAWS) + command(DO, 6) + command(WILL, 91)
+        rig, client, link = self.player()
+        link.says(command(WILL, ECHO) + command(DO, NAWS))
+        client.says(command(DO, ECHO) + command(WILL, NAWS) + command(DO, 6) + command(WILL, 91)
                     + command(DO, 3) + command(WILL, TTYPE) + command(WONT, 39))
-        rig.settle()
-        link.send(command(WILL, 3))
-        rig.settle()
+        link.says(command(WILL, 3))
         client.read()
         rig.heard("silent")
         self.assertEqual(client.read(), command(WONT, 6))
         link.send(command(WONT, 6))             # late
-        client.send(command(DONT, 3))
-        rig.settle()
+        client.says(command(DONT, 3))
         self.assertEqual(client.read(), b"")
         rig.down()
         self.assertEqual(client.read(), command(DONT, 91) + command(WONT, 3)
@@ -4160,11 +4124,9 @@ class Waiting(RigCase):
 
     def test_an_old_world_does_not_take_offers_for_text(self):
         rig = self.rig("teenymush")
-        client = rig.client()
-        rig.game.accept()
+        client, _ = rig.newcomer()
         rig.down()
-        client.send(b"\xff\xfb\x1f\xff\xfa\x2a\x02UTF-8\xff\xf0")
-        rig.settle()
+        client.says(b"\xff\xfb\x1f\xff\xfa\x2a\x02UTF-8\xff\xf0")
         rig.hub.mailbox.post(rig.hub.on_world_found,
                              has.World(HOME, rig.game.target, rig.family,
                                        "life 2", False, False, telnet=False))
@@ -4174,48 +4136,38 @@ class Waiting(RigCase):
     def test_only_changes_are_answered(self):
         """What the client repeats is on already: RFC 1143 (two sides that answer each answer never
         end)."""
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(b"\xff\xfd\x1f\xff\xfb\x01")
-        rig.settle()
-        client.send(b"\xff\xfb\x1f\xff\xfd\x01")
-        rig.settle()
-        link.send(b"\xff\xfd\x2a")
-        rig.settle()
-        client.send(b"\xff\xfb\x2a")
-        rig.settle()
+        rig, client, link = self.player()
+        link.says(b"\xff\xfd\x1f\xff\xfb\x01")
+        client.says(b"\xff\xfb\x1f\xff\xfd\x01")
+        link.says(b"\xff\xfd\x2a")
+        client.says(b"\xff\xfb\x2a")
         rig.down()
         client.read()
         for asked, answer in ((b"\xff\xfb\x1f", b""), (b"\xff\xfc\x1f", b"\xff\xfe\x1f"),
                               (b"\xff\xfc\x1f", b""),
                               # the last answers HAS's own WONT ECHO
                               (b"\xff\xfb\x2a", b""), (b"\xff\xfe\x01", b"")):
-            client.send(asked)
-            rig.settle()
+            client.says(asked)
             self.assertEqual(client.read(), answer, asked)
 
     def test_a_world_without_telnet_gets_nothing_of_what_was_offered_while_it_was_away(self):
         rig = self.rig("tinymush", up=False)
         rig.heard("unreachable", HOME, "refused", False)
         client = rig.client()
-        client.send(b"\xff\xfb\x1f\xff\xfb\x18")
-        rig.settle()
+        client.says(b"\xff\xfb\x1f\xff\xfb\x18")
         client.read()
         rig.found("life 1")
         link = rig.game.accept()
         rig.settle()
         self.assertEqual(link.read(), b"")
         self.assertIn(b"\xff\xfd\x18\xff\xfd\x1f", client.read())
-        client.send(b"\xff\xfb\x1f")
-        rig.settle()
+        client.says(b"\xff\xfb\x1f")
         self.assertEqual((client.read(), link.read()), (b"", b""))
 
     def test_a_frozen_world_is_not_waited_for(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.heard("silent")
-        client.send(b"\xff\xf4\xff\xfd\x06\xff\xf6\xff\xfd\x03")
-        rig.settle()
+        client.says(b"\xff\xf4\xff\xfd\x06\xff\xf6\xff\xfd\x03")
         self.assertIn(b"\xff\xfc\x06\r\n[Yes]\r\n", client.read())
         self.assertEqual(link.read(), b"\xff\xf4\xff\xfd\x03")  # not answered twice
 
@@ -4223,15 +4175,11 @@ class Waiting(RigCase):
         data = (b"a\xff\xff\xfd\x06b\xff\xf4\xff\xfd\x06"
                 b"\xff\xfa\x1f\x06\xfd\x06\x06\xff\xf0\xff\xfd\x06")
         for at in range(len(data)):
-            rig = self.rig()
-            client, link = rig.player()
-            link.sock.close()
-            rig.settle()
+            rig, client, link = self.player()
+            link.hangs_up()
             for part in (data[:at], data[at:]):
-                client.send(part)
-                rig.settle()
-            client.send(b"\xff\xf6")
-            rig.settle()
+                client.says(part)
+            client.says(b"\xff\xf6")
             self.assertEqual((client.read(), client.session.inbox.kept),
                              (b"\xff\xfc\x06" * 2 + b"\r\n[Yes]\r\n",
                               data.replace(b"\xf4\xff\xfd\x06", b"\xf4")[:-3]))
@@ -4239,14 +4187,11 @@ class Waiting(RigCase):
     def test_a_timing_mark_is_answered_while_a_verdict_or_a_return_is_awaited(self):
         for state in ("ASKING", "RETURNING"):
             with self.subTest(state):
-                rig = self.rig()
-                client, link = rig.player() if state == "ASKING" else rig.returning()
+                rig, client, link = (self.player if state == "ASKING" else self.returning)()
                 if state == "ASKING":
-                    link.sock.close()
-                    rig.settle()
+                    link.hangs_up()
                 client.read()
-                client.send(b"hello\xff\xf4\xff\xfd\x06\r\n")
-                rig.settle()
+                client.says(b"hello\xff\xf4\xff\xfd\x06\r\n")
                 self.assertEqual((state_of(client), client.read()), (state, b"\xff\xfc\x06"))
 
     def test_what_clients_send_by_timer_is_swallowed(self):
@@ -4292,38 +4237,30 @@ class Waiting(RigCase):
                               ("caf\u00e9", "# UNSENT caf\u00c3\u00a9")):
             with self.subTest(typed):
                 rig, client = self.waiting()
-                client.send(typed + "\r\n")
-                rig.settle()
+                client.says(typed + "\r\n")
                 self.assertEqual(client.lines(), [wanted])
 
     def test_quit_leaves(self):
         for typed in ("QUIT\r\n", "quit\n", "hello\r\nQUIT\r\nhello\r\n"):
             with self.subTest(typed):
                 rig, client = self.waiting()
-                client.send(typed)
-                rig.settle()
+                client.says(typed)
                 client.read()
                 self.assertEqual((state_of(client), client.ended), ("CLOSING", True))
 
     def test_a_quit_typed_while_a_verdict_is_awaited_leaves(self):
-        rig = self.rig()
-        client, link = rig.player()
-        link.sock.close()
-        rig.settle()
-        client.send("QUIT\r\n")
-        rig.settle()
+        rig, client, link = self.player()
+        link.hangs_up()
+        client.says("QUIT\r\n")
         rig.down()
         self.assertEqual(state_of(client), "CLOSING")
 
     def test_a_line_typed_while_a_verdict_was_awaited_comes_back_unsent(self):
         for verdict in ("world down", "verdict: other life", "world reborn"):
             with self.subTest(verdict):
-                rig = self.rig()
-                client, link = rig.player()
-                link.sock.close()
-                rig.settle()
-                client.send("hello\r\n")
-                rig.settle()
+                rig, client, link = self.player()
+                link.hangs_up()
+                client.says("hello\r\n")
                 self.assertEqual((state_of(client), client.lines()), ("ASKING", []))
                 cause(rig, verdict, client, None)
                 rig.settle()
@@ -4332,17 +4269,14 @@ class Waiting(RigCase):
     def test_over_long_line(self):
         rig, client = self.waiting()
         for _ in range(20):
-            client.send("x" * 5000)
-            rig.settle()
-        client.send("\r\nhello\r\n")
-        rig.settle()
+            client.says("x" * 5000)
+        client.says("\r\nhello\r\n")
         self.assertEqual(client.lines()[-1], "# UNSENT hello")
 
     def test_spoof_word_is_not_kept(self):
         rig, client = self.waiting(self.rig("teenymush"))
-        client.send("@remotehostname 1.2.3.4\r\n@remo\x00te\xffhostname".encode("latin-1")
+        client.says("@remotehostname 1.2.3.4\r\n@remo\x00te\xffhostname".encode("latin-1")
                     + b"\r\n")
-        rig.settle()
         self.assertNotIn(b"1.2.3.4", client.read())
         rig.found("life 2")
         self.assertNotIn(b"1.2.3.4", rig.game.accept().read())
@@ -4361,11 +4295,9 @@ class Leaving(RigCase):
                 (["QUIT"], 0, "ASKING"),
                 (["QUIT\r\n", "say x\r\n", "QUIT\r\n"], 9.9, "CLOSING")):
             with self.subTest(typed=typed, seconds=seconds):
-                rig = self.rig()
-                client, link = rig.player()
+                rig, client, link = self.player()
                 for text in typed:
-                    client.send(text)
-                    rig.settle()
+                    client.says(text)
                 rig.pass_time(seconds)
                 link.sock.close()
                 rig.settle(lambda: client.session.link is None)
@@ -4377,8 +4309,7 @@ class Silence(RigCase):
         rig = self.rig()
         rig.heard("silent")
         client = rig.client()
-        client.send("WHO\r\nWHO\r\n")
-        rig.settle()
+        client.says("WHO\r\nWHO\r\n")
         self.assertEqual(client.lines(), ["# SILENT"])
 
     def test_who_sees_nothing_is_told_at_once(self):
@@ -4388,8 +4319,7 @@ class Silence(RigCase):
         early, greeted = rig.client(), rig.client()
         for client in (early, greeted):
             link = rig.game.accept()
-        link.send("Welcome\r\n")
-        rig.settle()
+        link.says("Welcome\r\n")
         rig.heard("silent")
         late = rig.client()
         rig.pass_time(1)
@@ -4401,30 +4331,24 @@ class Silence(RigCase):
         (client, link), (other, _) = rig.player(), rig.player("Bob")
         rig.heard("silent")
         for line in ("one", "@@", "two"):
-            client.send(line + "\r\n")
-            rig.settle()
+            client.says(line + "\r\n")
         self.assertEqual((client.lines(), link.lines()), (["# SILENT"], ["one", "@@", "two"]))
         rig.down()
         self.assertEqual(client.lines(), ["# OFFLINE", "# UNSENT one", "# UNSENT two"])
         self.assertEqual(other.lines(), ["# OFFLINE"])
 
     def test_lines_typed_at_a_silent_world_that_answers_again_were_carried_out(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.heard("silent")
-        client.send("one\r\n")
-        rig.settle()
+        client.says("one\r\n")
         rig.heard("answering")
         rig.down()
         self.assertEqual(client.lines(), ["# SILENT", "# OFFLINE"])
 
     def test_a_login_typed_at_a_silent_world_is_never_shown(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
+        rig, client, link = self.newcomer()
         rig.heard("silent")
-        client.send("connect Alice secret\r\n")
-        rig.settle()
+        client.says("connect Alice secret\r\n")
         rig.down()
         self.assertNotIn(b"secret", client.read())
         rig.found("life 2")
@@ -4439,8 +4363,7 @@ class Silence(RigCase):
                     link = rig.game.peers[-1] if login else rig.game.accept()
                     if when == "after":
                         rig.heard("silent")
-                    client.send("QUIT\r\n")
-                    rig.settle()
+                    client.says("QUIT\r\n")
                     if when == "before":
                         rig.pass_time(15)
                         rig.heard("silent")
@@ -4453,47 +4376,37 @@ class Silence(RigCase):
         rig.found("life 1", rig.full)
         rig.heard("silent")
         client = rig.client()
-        client.send("hello\r\nquit\r\n")
-        rig.settle()
+        client.says("hello\r\nquit\r\n")
         self.assertEqual(state_of(client), "CLOSING")
 
     def test_each_silence_is_told_once(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         for _ in range(2):
             rig.heard("silent")
-            client.send("one\r\n")
-            rig.settle()
-            client.send("two\r\n")
-            rig.settle()
+            client.says("one\r\n")
+            client.says("two\r\n")
             self.assertEqual(client.lines(), ["# SILENT"])
             rig.heard("answering")
 
     def test_a_link_that_ends_during_the_silence(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.heard("silent")
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         self.assertEqual((state_of(client), client.lines()), ("ASKING", ["# SILENT"]))
 
 
 class Returning(RigCase):
     def test_on_success_only_the_online_notice(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         rig.let_in(link, "Welcome, Alice!\r\nLimbo")
         self.assertEqual((state_of(client), client.lines()), ("PLAYING", ["# ONLINE"]))
 
     def test_kept_lines_go_one_at_a_time(self):
-        rig = self.rig()
-        client, link = rig.returning()
-        client.send("one\r\ntwo\r\nthree\r\nfour\r\n")
-        rig.settle()
+        rig, client, link = self.returning()
+        client.says("one\r\ntwo\r\nthree\r\nfour\r\n")
         rig.let_in(link)
         self.assertEqual(link.lines(), ["one"])
-        link.send("answer\r\n")
-        rig.settle()
+        link.says("answer\r\n")
         self.assertEqual(link.lines(), ["two"])
         rig.pass_time(0.05)
         self.assertEqual(link.lines(), [])
@@ -4501,30 +4414,24 @@ class Returning(RigCase):
         self.assertEqual(link.lines(), ["three"])
         rig.pass_time(0.11)
         self.assertEqual(link.lines(), ["four"])
-        client.send("five\r\n")
-        rig.settle()
+        client.says("five\r\n")
         self.assertEqual(link.lines(), ["five"])
 
     def test_an_answer_does_not_shorten_the_next_100_ms(self):
-        rig = self.rig()
-        client, link = rig.returning()
-        client.send("one\r\ntwo\r\nthree\r\nfour\r\n")
-        rig.settle()
+        rig, client, link = self.returning()
+        client.says("one\r\ntwo\r\nthree\r\nfour\r\n")
         rig.let_in(link)
         link.read()
         rig.pass_time(0.09)
-        link.send("answer\r\n")
-        rig.settle()
+        link.says("answer\r\n")
         before = link.lines()
         # the timer of the line before that answer
         rig.pass_time(0.02)
         self.assertEqual((len(before), link.lines()), (1, []))
 
     def test_typing_on_does_not_stop_the_kept_lines(self):
-        rig = self.rig()
-        client, link = rig.returning()
-        client.send("one\r\ntwo\r\nthree\r\n")
-        rig.settle()
+        rig, client, link = self.returning()
+        client.says("one\r\ntwo\r\nthree\r\n")
         rig.let_in(link)
         sent = link.lines()
         rig.pass_time(0.05)
@@ -4537,19 +4444,15 @@ class Returning(RigCase):
         words."""
         for lives_on, took in itertools.product((True, False), repeat=2):
             with self.subTest(lives_on=lives_on, took=took):
-                rig = self.rig()
-                client, link = rig.returning()
+                rig, client, link = self.returning()
                 mark = nonce_of(rig, client) + b"\r\n" if took else b""
-                link.send(b"The game is full.\r\n" + mark)
-                rig.settle()
-                link.sock.close()
-                rig.settle()
+                link.says(b"The game is full.\r\n" + mark)
+                link.hangs_up()
                 self.assertEqual(client.lines(), [])
                 if lives_on:
                     rig.pass_time(1.1)
                 else:
-                    rig.down()
-                    rig.found("life 3")
+                    rig.restart("life 3")
                 rig.game.accept()
                 self.assertEqual(client.lines(), ["The game is full."]
                                  if lives_on and not took else [])
@@ -4559,11 +4462,9 @@ class Returning(RigCase):
         for typed in ("connect guest", "create Zed zedpw", "connect Alice pw"):
             with self.subTest(typed):
                 rig = self.rig("pennmush")
-                client = rig.client()
-                rig.game.accept()
+                client, _ = rig.newcomer()
                 rig.down()
-                client.send(typed + "\r\n")
-                rig.settle()
+                client.says(typed + "\r\n")
                 rig.found("life 2", checks=True)
                 self.assertEqual(len(rig.beat.checks), typed == "connect Alice pw")
                 if not rig.beat.checks:
@@ -4571,16 +4472,13 @@ class Returning(RigCase):
 
     def test_a_guest_that_the_world_hung_up_on_gets_the_login_screen(self):
         rig = self.rig("pennmush")
-        client = rig.client()
-        rig.game.accept()
+        client, _ = rig.newcomer()
         rig.down()
-        client.send("connect guest\r\n")
-        rig.settle()
+        client.says("connect guest\r\n")
         rig.found("life 2")
         link = rig.game.accept()
         link.send("Guest connections not allowed.\r\n")
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.pass_time(1.1)
         self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
         self.assertIn("Guest connections not allowed.", client.lines())
@@ -4599,11 +4497,8 @@ class Returning(RigCase):
     def test_offline_is_said_once(self):
         """Also to one at the login screen whose new link was not open yet when the world died
         again."""
-        rig = self.rig()
-        client = rig.client()
-        rig.game.accept()
-        rig.down()
-        rig.found("life 2", rig.full)
+        rig, client, _ = self.newcomer()
+        rig.restart("life 2", rig.full)
         self.assertEqual(state_of(client), "OPENING")
         rig.down()
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
@@ -4613,22 +4508,18 @@ class Returning(RigCase):
         self.assertEqual(client.lines(), ["# OFFLINE"])
 
     def test_each_outage_is_told(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         for life in ("life 2", "life 3"):
-            rig.down()
-            rig.found(life)
+            rig.restart(life)
             rig.let_in(rig.game.accept())
             self.assertEqual((state_of(client), client.lines()),
                              ("PLAYING", ["# OFFLINE", "# ONLINE"]))
 
     def test_last_words_are_shown_once(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         for seconds in (1, 2, 4, 8):
             link.send("The game is full.\r\n")
-            link.sock.close()
-            rig.settle()
+            link.hangs_up()
             rig.pass_time(seconds + 0.1)
             link = rig.game.accept()
         self.assertEqual((state_of(client), client.lines()), ("RETURNING", ["The game is full."]))
@@ -4643,8 +4534,7 @@ class Returning(RigCase):
             first, second = rig.player("Alice")[0], rig.player("Alice")[0]
             for client in (first, second):
                 client.session.character.previous = has.Credentials(b"connect", b"Alice", b"old")
-            rig.down()
-            rig.found("life 2", checks=True)
+            rig.restart("life 2", checks=True)
             (number, serial, _), (other, other_serial, _) = rig.beat.checks
             rig.post(rig.hub.on_checked, number, serial, [True, False])
             link = rig.game.accept()
@@ -4653,8 +4543,7 @@ class Returning(RigCase):
             rig.post(rig.hub.on_checked, other, other_serial, verdicts)
             if verdicts[0]:
                 rig.let_in(rig.game.accept())
-            link.send("the login text of the other\r\n### Begin INFO\r\n### End INFO\r\n")
-            rig.settle()
+            link.says("the login text of the other\r\n### Begin INFO\r\n### End INFO\r\n")
             self.assertEqual(state_of(first), "PLAYING")
             self.assertNotIn(b"login text", first.read())
 
@@ -4667,8 +4556,7 @@ class Returning(RigCase):
         rig.family = type("Slow", (type(rig.family),), {"at_once": 1})()
         rig.found("life 2")
         self.assertEqual([state_of(c) for c in clients], ["RETURNING", "WAITING", "WAITING"])
-        clients[0].sock.close()
-        rig.settle()
+        clients[0].hangs_up()
         self.assertEqual([state_of(c) for c in clients], ["gone", "RETURNING", "WAITING"])
 
 
@@ -4803,8 +4691,7 @@ class SuspectsComeLast(RigCase):
 
         def states():
             return [state_of(client) for client in clients]
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         # one death behind logins means nothing
         self.assertEqual(states(), ["RETURNING"] * 3)
         for _ in clients:
@@ -4816,16 +4703,14 @@ class SuspectsComeLast(RigCase):
         self.assertEqual(states(), ["RETURNING"] * 3)           # nor does one long after
         for _ in clients:
             rig.let_in(rig.game.accept())
-        rig.down()
-        rig.found("life 4")
+        rig.restart("life 4")
         for _ in clients:
             rig.let_in(rig.game.accept())
         rig.down()                              # the second in a row just behind them
         clients.append(rig.client())
         rig.found("life 5")
         self.assertEqual(states(), ["WAITING"] * 3 + ["LOGIN"])
-        rig.game.accept().send("Welcome\r\n")
-        rig.settle()
+        rig.game.accept().says("Welcome\r\n")
         for count in range(1, 4):
             rig.pass_time(1.9)
             self.assertEqual(states().count("PLAYING"), count - 1)
@@ -4837,8 +4722,7 @@ class SuspectsComeLast(RigCase):
         rig = self.rig(suspicious=True)
         client, _ = rig.player()
         for life in ("life 2", "life 3"):
-            rig.down()
-            rig.found(life)
+            rig.restart(life)
             if life == "life 2":
                 rig.let_in(rig.game.accept())
         self.assertEqual(state_of(client), "WAITING")
@@ -4851,8 +4735,7 @@ class SuspectsComeLast(RigCase):
         rig = self.rig(suspicious=True)
         (alice, _), (bob, _) = rig.player("Alice"), rig.player("Bob")
         rig.hub.links.suspects.barred.add(b"alice")
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         self.assertEqual([state_of(client) for client in (alice, bob)], ["LOGIN", "RETURNING"])
         self.assertEqual((alice.lines(), alice.session.character.login),
                          (["# OFFLINE", "# SUSPECT"], None))
@@ -4861,8 +4744,7 @@ class SuspectsComeLast(RigCase):
         rig = self.rig(suspicious=True)
         client = rig.client()
         rig.hub.links.suspects.barred.add(client.session.number)
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         self.assertEqual((state_of(client), client.lines()),
                          ("CLOSING", ["# OFFLINE", "# SUSPECT"]))
 
@@ -4922,21 +4804,18 @@ class Pace(RigCase):
                     for _ in clients:
                         rig.game.accept().send("Welcome\r\n")
                     rig.settle()
-                    rig.down()
-                    rig.found("life 2")
+                    rig.restart("life 2")
                 else:
                     clients = [rig.client(), rig.client()]
                 rig.pass_time(0.1)
                 served, mute = rig.game.accept(), rig.game.accept()
-                served.send("Welcome\r\n")
-                rig.settle()
+                served.says("Welcome\r\n")
                 self.assertEqual(self.knocks(rig), 0)
                 rig.pass_time(0.15)
                 self.assertEqual(self.knocks(rig), 0)
                 rig.pass_time(0.2)
                 self.assertEqual(self.knocks(rig), 1)
-                mute.send("Welcome\r\n")
-                rig.settle()
+                mute.says("Welcome\r\n")
                 rig.pass_time(2.1, 2.1, 2.1)
                 self.assertEqual(self.knocks(rig), 0)
 
@@ -4967,18 +4846,15 @@ class Pace(RigCase):
             rig, states = self.away(3, at_once=1, most_silent=most_silent)
             for wanted in ("RWW", "RRW", "RRR"):
                 self.assertEqual(states(), wanted)
-                rig.game.accept().send("W")
-                rig.settle()
+                rig.game.accept().says("W")
 
     def test_a_first_byte_speaks_for_all_links_before_it(self):
         rig, states = self.away(6, at_once=3)
         links = [rig.game.accept() for _ in range(3)]
         self.assertEqual(states(), "RRRWWW")
-        links[1].send("W")
-        rig.settle()
+        links[1].says("W")
         self.assertEqual(states(), "RRRRRW")
-        links[0].send("W")
-        rig.settle()
+        links[0].says("W")
         self.assertEqual(states(), "RRRRRW")
 
     def test_a_silent_link_holds_up_the_next_for_a_moment_only(self):
@@ -4987,8 +4863,7 @@ class Pace(RigCase):
         for wanted in ("RWWWWWWW", "RRWWWWWW", "RRRWWWWW", "RRRRWWWW", "RRRRWWWW", "RRRRWWWW"):
             self.assertEqual(states(), wanted)
             rig.pass_time(0.03, 0.021)
-        [rig.game.accept() for _ in range(3)][2].send("W")      # three of them were accepted
-        rig.settle()
+        [rig.game.accept() for _ in range(3)][2].says("W")      # three of them were accepted
         self.assertEqual(states(), "RRRRRWWW")
 
     def test_a_world_that_answers_the_heartbeat_has_accepted_what_is_silent(self):
@@ -5007,8 +4882,7 @@ class Pace(RigCase):
         clients = [rig.client() for _ in range(2)]
         for client in clients:
             client.session.character.login = has.Credentials(b"connect", b"Alice", b"pw")
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         rig.game.accept().send("Welcome\r\n")
         rig.pass_time(1)
         self.assertEqual([state_of(client) for client in clients], ["RETURNING", "WAITING"])
@@ -5055,17 +4929,14 @@ class ReattachCase(RigCase):
 
     def comes_back(self, rig, line="connect Alice pw\r\n", **how):
         """Another client logs in: the client, and the world's end of the link that it had."""
-        client = rig.client(**how)
-        own = rig.game.accept()
-        client.send(line)
-        rig.settle()
+        client, own = rig.newcomer(**how)
+        client.says(line)
         rig.pass_time(*SETTLED)
         return client, own
 
     def lose(self, rig, client):
         """The line of this client drops."""
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
 
     def away(self, rig, name="Alice", **how):
         """Somebody whose line has dropped: (his client, the world's end of the link)."""
@@ -5083,11 +4954,9 @@ class Reattach(ReattachCase):
                            ("RST", lambda client: client.reset()),
                            ("half", lambda client: client.sock.shutdown(socket.SHUT_WR))):
             with self.subTest(name):
-                rig = self.rig()
-                client, link = rig.player(tcp=True)
+                rig, client, link = self.player(tcp=True)
                 session = client.session
-                client.send("say last words\r\nhalf a li")
-                rig.settle()
+                client.says("say last words\r\nhalf a li")
                 lose(client)
                 rig.settle()
                 self.assertEqual(link.read(), b"say last words\r\nhalf a li" + b"\b" * 9)
@@ -5106,8 +4975,7 @@ class Reattach(ReattachCase):
                                              "# NOTICE # That is all. You are back."])
                 self.assertEqual((own.read(), own.ended), (b"", True))
                 again.send("say here\r\n")
-                link.send("hello\r\n")
-                rig.settle()
+                link.says("hello\r\n")
                 self.assertEqual((link.read(), again.lines()), (b"say here\r\n", ["hello"]))
                 check_consistent(self, rig)
 
@@ -5118,22 +4986,16 @@ class Reattach(ReattachCase):
             client.send(words)
             if not words:
                 rig.hub.settings = settings_of((("reattach", 0),))
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             self.assertEqual(link.read(), words.encode())
             self.assertTrue(link.ended or client.session.state.name == "CLOSING")
 
     def test_guests_and_who_is_not_logged_in_have_no_place(self):
-        rig = self.rig()
-        client = rig.client()
-        rig.game.accept()
-        client.sock.close()
-        rig.settle()
+        rig, client, _ = self.newcomer()
+        client.hangs_up()
         for name in ("guest", "Visitor"):       # many worlds have guests by other names
-            client = rig.client()
-            link = rig.game.accept()
-            client.send(f"connect {name}\r\n")
-            rig.settle()
+            client, link = rig.newcomer()
+            client.says(f"connect {name}\r\n")
             rig.let_in(link)
             self.assertEqual(state_of(client), "PLAYING")
             self.lose(rig, client)
@@ -5147,10 +5009,8 @@ class Reattach(ReattachCase):
                             ("connect Alicia pw", False), ("create Alice pw", False),
                             ("connect Alice", False)):
             with self.subTest(line):
-                rig = self.rig()
-                client, link = rig.player()
-                client.sock.close()
-                rig.settle()
+                rig, client, link = self.player()
+                client.hangs_up()
                 again, own = self.comes_back(rig, line + "\r\n")
                 self.assertEqual(bool(client.session.place.away_at), not opens)
                 self.assertEqual(b"Welcome back" in again.read(), opens)
@@ -5160,28 +5020,22 @@ class Reattach(ReattachCase):
                     self.assertIn(line.split()[-1].encode(), own.read())
 
     def test_text_behind_the_login_follows(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
         for pieces in (["connect Alice pw\r\nsay at once\r\n"],
                        ["conn", "ect Alice p", "w\r\nsay at", " once\r\n"]):
-            again = rig.client()
-            own = rig.game.accept()
+            again, own = rig.newcomer()
             for piece in pieces:
-                again.send(piece)
-                rig.settle()
+                again.says(piece)
             rig.pass_time(*SETTLED)
             self.assertEqual((link.read(), own.read()), (b"say at once\r\n", b""))
             self.assertIn(b"Welcome back", again.read())
-            again.sock.close()
-            rig.settle()
+            again.hangs_up()
 
     def test_the_time_is_over(self):
         rig = self.rig(reattach=60)
         client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         # the clock on the wall is only for showing
         with mock.patch.object(has.time, "time", lambda: 5e9):
             rig.pass_time(*[10] * 5, 9)
@@ -5194,10 +5048,8 @@ class Reattach(ReattachCase):
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
     def test_the_world_dies_meanwhile(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
         rig.down()
         again = rig.client()
         again.send("connect Alice pw\r\n")
@@ -5209,13 +5061,10 @@ class Reattach(ReattachCase):
         self.assertEqual((state_of(client), again.lines()[:1]), ("PLAYING", ["# ONLINE"]))
 
     def test_booted_meanwhile(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
         link.send("Go away.\r\n")
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.answer([(client.session.number, client.session.serial)], client.session.life)
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
@@ -5224,8 +5073,7 @@ class Reattach(ReattachCase):
         rig = self.rig()
         (first, link), (second, other) = rig.player(), rig.player()
         for client in (first, second):
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
         for wanted in (first, second):
             again, own = self.comes_back(rig)
             self.assertFalse(wanted.session.place.away_at)
@@ -5234,14 +5082,10 @@ class Reattach(ReattachCase):
 
     def test_an_evicted_thief(self):
         """Rule A: the character logs in with another password, so the place is not its owner's."""
-        rig = self.rig()
-        thief, link = rig.player()
-        thief.sock.close()
-        rig.settle()
-        owner = rig.client()
-        own = rig.game.accept()
-        owner.send("connect Alice new\r\n")
-        rig.settle()
+        rig, thief, link = self.player()
+        thief.hangs_up()
+        owner, own = rig.newcomer()
+        owner.says("connect Alice new\r\n")
         rig.let_in(own)
         self.assertFalse(rig.hub.places)
         link.read()
@@ -5254,14 +5098,11 @@ class Reattach(ReattachCase):
             client = rig.client()
             rig.found("life 1", checks=True)
             link = rig.game.accept()
-            client.send("connect Alice pw\r\n")
-            rig.settle()
-            link.send("Last connect was from home\r\n")
-            rig.settle()
+            client.says("connect Alice pw\r\n")
+            link.says("Last connect was from home\r\n")
             client.session.character.checked = None
             self.assertEqual(state_of(client), "PLAYING")
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             again, own = self.comes_back(rig)
             self.assertTrue(client.session.place.away_at)
             rig.post(rig.hub.on_checked, again.session.number, again.session.serial, [verdict])
@@ -5272,45 +5113,34 @@ class Reattach(ReattachCase):
     def test_a_changed_password_is_that_of_all_his_sessions(self):
         rig = self.rig()
         (first, link), (second, other) = rig.player(), rig.player()
-        first.sock.close()
-        rig.settle()
-        second.send("@password pw=new\r\n")
-        rig.settle()
-        other.send("Password changed.\r\n")
-        rig.settle()
+        first.hangs_up()
+        second.says("@password pw=new\r\n")
+        other.says("Password changed.\r\n")
         again, own = self.comes_back(rig, "connect Alice pw\r\n")
         self.assertTrue(first.session.place.away_at)
         again, own = self.comes_back(rig, "connect Alice new\r\n")
         self.assertFalse(first.session.place.away_at)
 
     def test_an_upgrade_keeps_places(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
-        link.send("before\r\n")
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
+        link.says("before\r\n")
         rig.upgrade()
-        link.send("behind\r\n")
-        rig.settle()
+        link.says("behind\r\n")
         again, own = self.comes_back(rig)
         self.assertEqual(again.lines()[-3:-1], ["before", "behind"])
-        again.sock.close()
-        rig.settle()
+        again.hangs_up()
         self.assertEqual(len(rig.hub.places), 1)
 
     def test_half_open(self):
         """Somebody with the right password, and a client that may be dead: its kernel is asked."""
         for answers in (True, False):
-            rig = self.rig()
-            client, link = rig.player(tcp=True)
+            rig, client, link = self.player(tcp=True)
             with mock.patch.object(has, "acknowledged_ago", lambda sock: 0
                                    if answers else math.inf), \
                     mock.patch.object(has, "can_tell_life", lambda sock: True):
-                again = rig.client(tcp=True)
-                own = rig.game.accept()
-                again.send("connect Alice pw\r\n")
-                rig.settle()
+                again, own = rig.newcomer(tcp=True)
+                again.says("connect Alice pw\r\n")
                 self.assertEqual(own.read(), b"")
                 rig.pass_time(*[0.03] * (3 if answers else 90), *SETTLED)
             self.assertEqual(b"connect Alice pw" in own.read(), answers)
@@ -5319,8 +5149,7 @@ class Reattach(ReattachCase):
             self.assertEqual(client.ended, not answers)
 
     def test_a_living_client_on_this_machine_acknowledges(self):
-        rig = self.rig()
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True)
         sock = client.session.client.sock
         if not has.can_tell_life(sock):
             self.skipTest("this platform does not say when a peer has acknowledged")
@@ -5333,12 +5162,10 @@ class Reattach(ReattachCase):
     def test_limits(self):
         rig = self.rig(max_clients=1)
         client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         other, _ = rig.player("Bob")                            # a place counts as no client
         self.assertEqual(state_of(other), "PLAYING")
-        other.sock.close()
-        rig.settle()
+        other.hangs_up()
         # the oldest went
         self.assertEqual(list(rig.hub.places.sessions), [other.session.number])
 
@@ -5366,13 +5193,11 @@ class Reattach(ReattachCase):
         links = []
         for number in range(20):
             client, link = rig.player(f"User{number}")
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             links.append(link)
         for _ in range(4):
             for link in links:
-                link.send(b"x" * 70 + b"\r\n" * 1 + b"y" * 9000 + b"\r\n")
-                rig.settle()
+                link.says(b"x" * 70 + b"\r\n" * 1 + b"y" * 9000 + b"\r\n")
         kept = sum(len(session.client.out) for session in rig.hub.sessions.values())
         self.assertEqual(kept, rig.hub.places._bytes)
         self.assertLess(kept, (1 << 18) + (1 << 16))
@@ -5380,8 +5205,7 @@ class Reattach(ReattachCase):
     def test_what_was_lost_is_told(self):
         rig = self.rig(reattach_limit=4096)
         client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         for number in range(1000):
             link.send(b"line %03d\r\n" % number)
         rig.settle()
@@ -5395,10 +5219,8 @@ class Reattach(ReattachCase):
         self.assertEqual(shown, [f"{number:03}" for number in range(1000)][-len(shown):])
 
     def test_status_kick_notice_and_stop(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
         rig.hub.control.command({"do": "notice", "text": "to all"}, None)
         status, = rig.hub.control.status()["sessions"]
         self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
@@ -5410,28 +5232,23 @@ class Reattach(ReattachCase):
 
     def test_a_login_typed_for_a_refused_link(self):
         """The game is full: his place waits all the same."""
-        rig = self.rig()
-        client, link = rig.player()
-        client.sock.close()
-        rig.settle()
+        rig, client, link = self.player()
+        client.hangs_up()
         rig.found("life 1", rig.full)
         again = rig.client()
-        again.send("connect Alice pw\r\nsay hi\r\n")
-        rig.settle()
+        again.says("connect Alice pw\r\nsay hi\r\n")
         rig.pass_time(10.1, 0.1)
         self.assertFalse(client.session.place.away_at)
         self.assertEqual(link.read(), b"say hi\r\n")
 
     def test_one_who_comes_and_goes(self):
         """A client that connects again every 0.3 s for a minute."""
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         taken = 0
         for _ in range(200):
             client.sock.close()
             rig.pass_time(0.1)
-            client = rig.client()
-            own = rig.game.accept()
+            client, own = rig.newcomer()
             own.send("Welcome!\r\n")
             client.send("connect Alice pw\r\n")
             rig.pass_time(0.1, 0.1)
@@ -5448,8 +5265,7 @@ class Reattach(ReattachCase):
         client, link = rig.player()
         self.assertIs(type(client.session.client), has.Stream)
         self.assertIsNone(client.session.client.trail)
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         link.read()
         self.assertTrue(link.ended)
 
@@ -5478,8 +5294,7 @@ class WhosePlace(ReattachCase):
         client, link = self.away(rig)
         rig.down()
         guesser = rig.client(host="203.0.113.66")
-        guesser.send("".join(f"connect Alice {word}\r\n" for word in ("one", "two", "three", "pw")))
-        rig.settle()
+        guesser.says("".join(f"connect Alice {word}\r\n" for word in ("one", "two", "three", "pw")))
         rig.pass_time(*SETTLED)
         self.assertTrue(client.session.place.away_at)
         self.assertEqual(guesser.lines()[-1], RARE_NOTICES["login_kept_notice"])
@@ -5489,10 +5304,8 @@ class WhosePlace(ReattachCase):
         client, link = self.away(rig)
         # its client leaves sooner than it is served
         for _ in range(9):
-            again = rig.client()
-            rig.game.accept()
-            again.send("connect Alice pw\r\n")
-            rig.settle()
+            again, _ = rig.newcomer()
+            again.says("connect Alice pw\r\n")
             self.lose(rig, again)
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
@@ -5502,11 +5315,9 @@ class WhosePlace(ReattachCase):
         client, link = self.away(rig)
         link.read()
         for pieces in (["connect Alice ", "pw\r\n"], list("connect Alice pw\r\n")):
-            again = rig.client()
-            own = rig.game.accept()
+            again, own = rig.newcomer()
             for piece in pieces:
-                again.send(piece)
-                rig.settle()
+                again.says(piece)
             rig.pass_time(*SETTLED)
             self.assertIn(b"Welcome back", again.read())
             self.assertEqual((link.read(), own.read()), (b"", b""))
@@ -5514,14 +5325,11 @@ class WhosePlace(ReattachCase):
 
     def test_the_old_password_after_a_change_in_another_session(self):
         """His sessions may spell his name in other ways."""
-        rig = self.rig()
-        first, link = rig.player("alice")
+        rig, first, link = self.player("alice")
         second, other = rig.player('"*Alice"')
         self.lose(rig, first)
-        second.send("@password pw=new\r\n")
-        rig.settle()
-        other.send("Password changed.\r\n")
-        rig.settle()
+        second.says("@password pw=new\r\n")
+        other.says("Password changed.\r\n")
         again, own = self.comes_back(rig)
         self.assertTrue(first.session.place.away_at)
         self.assertIn(b"connect Alice pw", own.read())
@@ -5532,12 +5340,9 @@ class WhosePlace(ReattachCase):
         """His client lives when the owner logs in with another password; it may drop, or be
         dead."""
         for drops in (True, False):
-            rig = self.rig()
-            thief, link = rig.player(tcp=True)
-            owner = rig.client()
-            own = rig.game.accept()
-            owner.send("connect Alice new\r\n")
-            rig.settle()
+            rig, thief, link = self.player(tcp=True)
+            owner, own = rig.newcomer()
+            owner.says("connect Alice new\r\n")
             rig.let_in(own)
             if drops:
                 self.lose(rig, thief)
@@ -5556,10 +5361,8 @@ class WhosePlace(ReattachCase):
         mallory, link = rig.player("Mallory")
         for typed, shown in (("@name me=Alice", "Name set."),
                              ("@password pw=x", "Password changed.")):
-            mallory.send(typed + "\r\n")
-            rig.settle()
-            link.send(shown + "\r\n")
-            rig.settle()
+            mallory.says(typed + "\r\n")
+            link.says(shown + "\r\n")
         self.assertEqual(mallory.session.character.login.character, b"alice")
         self.assertTrue(alice.session.place.away_at)
         again, own = self.comes_back(rig, "connect Alice secret\r\n")
@@ -5585,10 +5388,8 @@ class WhosePlace(ReattachCase):
         client = rig.client()
         rig.found("life 1", checks=True)
         link = rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
-        link.send("Last connect was from home\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
+        link.says("Last connect was from home\r\n")
         client.session.character.checked = None
         self.lose(rig, client)
         return rig, client, link
@@ -5600,8 +5401,7 @@ class WhosePlace(ReattachCase):
             rig, client, link = self.away_where_passwords_are_checked()
             again, own = self.comes_back(rig)
             own.send("Sorry, full.\r\n")
-            own.sock.close()
-            rig.settle()
+            own.hangs_up()
             rig.answer([(again.session.number, again.session.serial)], again.session.life)
             self.assertFalse(is_gone(again))
             rig.post(rig.hub.on_checked, again.session.number, again.session.serial, [right])
@@ -5668,10 +5468,8 @@ class LivingClients(ReattachCase):
             self.addCleanup(patch.stop)
 
     def logs_in(self, rig):
-        again = rig.client(tcp=True)
-        own = rig.game.accept()
-        again.send("connect Alice pw\r\n")
-        rig.settle()
+        again, own = rig.newcomer(tcp=True)
+        again.says("connect Alice pw\r\n")
         return again, own
 
     def keepalive(self, client):
@@ -5687,14 +5485,12 @@ class LivingClients(ReattachCase):
         again, own = self.logs_in(rig)
         rig.pass_time(*[0.1] * 26, *SETTLED)
         self.assertIn(b"Welcome back", again.read())
-        other.send("to the dead one\r\n")
-        rig.settle()
+        other.says("to the dead one\r\n")
         self.assertEqual((again.lines(), living.read(), own.read()),
                          (["to the dead one"], b"", b""))
 
     def test_what_he_is_told_at_the_end_is_not_shown_again(self):
-        rig = self.rig()
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True)
         self.dead.add(client.session.client.sock)
         again, own = self.logs_in(rig)
         rig.pass_time(*[0.1] * 26, *SETTLED)
@@ -5704,14 +5500,12 @@ class LivingClients(ReattachCase):
     def test_the_world_dies_meanwhile(self):
         """... and whoever comes while it is down is no second one, either."""
         for before in (True, False):
-            rig = self.rig()
-            client, link = rig.player(tcp=True)
+            rig, client, link = self.player(tcp=True)
             self.dead.add(client.session.client.sock)
             if before:
                 rig.down()
                 again = rig.client(tcp=True)
-                again.send("connect Alice pw\r\n")
-                rig.settle()
+                again.says("connect Alice pw\r\n")
             else:
                 again, own = self.logs_in(rig)
                 rig.down()
@@ -5723,8 +5517,7 @@ class LivingClients(ReattachCase):
                          "this platform does not tell its keepalive")
     def test_the_keepalive_is_as_before_whatever_happens(self):
         for what in ("it lives", "he leaves", "the world dies", "kicked"):
-            rig = self.rig()
-            client, link = rig.player(tcp=True)
+            rig, client, link = self.player(tcp=True)
             has.tune(client.session.client.sock, *has.CLIENT_KEEPALIVE)
             if what != "it lives":
                 self.dead.add(client.session.client.sock)
@@ -5742,8 +5535,7 @@ class LivingClients(ReattachCase):
             self.assertFalse(client.session.place.away_at)
 
     def test_his_line_drops_while_it_is_asked(self):
-        rig = self.rig()
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True)
         self.dead.add(client.session.client.sock)
         again, own = self.logs_in(rig)
         self.lose(rig, client)
@@ -5778,8 +5570,7 @@ class PlaceInEveryState(ReattachCase):
                 self.assertTrue(client.session.place.away_at)
                 check_consistent(self, rig)
                 again = rig.client()
-                again.send("connect Alice pw\r\n")
-                rig.settle()
+                again.says("connect Alice pw\r\n")
                 rig.pass_time(*SETTLED)
                 if column == "RETURNING":
                     self.assertTrue(client.session.place.away_at)
@@ -5797,8 +5588,7 @@ class PlaceInEveryState(ReattachCase):
     def test_what_he_typed_last(self):
         """It goes on when his return is over; but QUIT is QUIT."""
         for words, is_kept in (("say last\r\nhalf", True), ("say last\r\nQUIT\r\n", False)):
-            rig = self.rig()
-            client, link = rig.returning()
+            rig, client, link = self.returning()
             client.send(words)
             self.lose(rig, client)
             self.assertEqual(bool(client.session.place.away_at), is_kept)
@@ -5812,12 +5602,9 @@ class PlaceInEveryState(ReattachCase):
         client = rig.client()
         rig.found("life 1")
         link = rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
-        link.send("Last connect was from home\r\n")
-        rig.settle()
-        client.send("half")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
+        link.says("Last connect was from home\r\n")
+        client.says("half")
         self.lose(rig, client)
         self.assertFalse(rig.hub.places)
 
@@ -5825,8 +5612,7 @@ class PlaceInEveryState(ReattachCase):
         """The crash has undone him: nobody can come back into this place."""
         rig = self.rig()
         client, link = self.away(rig)
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         link = rig.game.accept()
         rig.let_in(link, None)
         rig.pass_time(10.1)
@@ -5857,8 +5643,7 @@ class PlaceInEveryState(ReattachCase):
         client.session.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         line, sent = b"x" * 98 + b"\r\n", 0
         while not client.session.client.full:
-            link.send(line * 100)
-            rig.settle()
+            link.says(line * 100)
             sent += 100
         if how == "reset":
             client.reset()
@@ -5895,17 +5680,13 @@ class PlaceInEveryState(ReattachCase):
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
     def test_a_hup_forgets_nothing_and_another_login_does(self):
-        rig = self.rig()
-        client, link = rig.player()
-        link.send("for Alice\r\n")
-        rig.settle()
+        rig, client, link = self.player()
+        link.says("for Alice\r\n")
         rig.hub.places.look()
         self.assertIn(b"for Alice", b"".join(client.session.client.trail.read()[:2]))
-        client.send("LOGOUT\r\n")
-        rig.settle()
+        client.says("LOGOUT\r\n")
         link.read()
-        client.send("connect Bob pw\r\n")
-        rig.settle()
+        client.says("connect Bob pw\r\n")
         rig.let_in(link)
         self.assertEqual((state_of(client), len(rig.hub.sessions)), ("PLAYING", 1))
         self.assertNotIn(b"for Alice", b"".join(client.session.client.trail.read()[:2]))
@@ -5915,8 +5696,7 @@ class PlaceInEveryState(ReattachCase):
             for packed in state["sessions"]:
                 for name in ("away_at", "gone_at", "away_host", "outdated", "had"):
                     packed["values"].pop(name, None)
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.upgrade(spoil)
         self.lose(rig, client)
         again, own = self.comes_back(rig)
@@ -5951,8 +5731,7 @@ class PlaceInEveryState(ReattachCase):
         rig.pass_time(10.1)
         self.assertLess(rig.hub.scribe._vault.records._live, 3 * has.WRITTEN_BYTES)
         rig.die()
-        link.send("behind\r\n")
-        rig.settle()
+        link.says("behind\r\n")
         again, own = self.comes_back(rig)
         text = again.read().decode()
         shown = re.findall(r"(?m)^line (\d+)\r$", text)
@@ -6106,10 +5885,8 @@ class AnotherClient(RigCase):
 
     def client(self, rig, size=None, kind=None, charset=None, gmcp=None, refuses=()):
         """A client that answers a world's offers so, and the world's end of its link."""
-        client = rig.client()
-        link = rig.game.accept()
-        link.send(offer(*self.OFFERS))
-        rig.settle()
+        client, link = rig.newcomer()
+        link.says(offer(*self.OFFERS))
         says = []
         for verb, option in self.OFFERS:
             wants = {NAWS: size, TTYPE: kind, CHARSET: charset,
@@ -6121,8 +5898,7 @@ class AnotherClient(RigCase):
         if kind:
             client.send(sub(TTYPE, b"\0" + kind))
         if charset:
-            link.send(sub(CHARSET, b"\x01;UTF-8;ISO-8859-1"))
-            rig.settle()
+            link.says(sub(CHARSET, b"\x01;UTF-8;ISO-8859-1"))
             client.send(sub(CHARSET, b"\x02" + charset))
         if gmcp:
             client.send(sub(GMCP, b"Core.Hello " + gmcp))
@@ -6135,21 +5911,17 @@ class AnotherClient(RigCase):
         second one does."""
         rig = self.rig(reattach=300)
         client, link = self.client(rig, **first)
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
         rig.let_in(link)
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         if second is None:
             again = rig.client()
-            rig.game.accept().send(offer(*self.OFFERS))
-            rig.settle()
+            rig.game.accept().says(offer(*self.OFFERS))
             again.read()
         else:
             again, _ = self.client(rig, **second)
         link.read()
-        again.send("connect Alice pw\r\n")
-        rig.settle()
+        again.says("connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertFalse(client.session.place.away_at)
         return rig, link, again
@@ -6168,8 +5940,7 @@ class AnotherClient(RigCase):
         sent = link.read()
         self.assertEqual(sent, sub(TTYPE, b"\0XTERM") + sub(NAWS, b"\0\x47\0\x17")
                          + command(DONT, GMCP))
-        link.send(command(WONT, GMCP) + b"text\r\n")            # its answer is not for the client
-        rig.settle()
+        link.says(command(WONT, GMCP) + b"text\r\n")            # its answer is not for the client
         self.assertTrue(again.read().endswith(b"\r\ntext\r\n"))
 
     def test_one_that_speaks_no_telnet(self):
@@ -6181,12 +5952,10 @@ class AnotherClient(RigCase):
             self.assertEqual(sent.count(piece), 1, piece)
         self.assertNotIn(command(DO, CHARSET), sent)
         self.assertNotIn(b"\xff", again.read())
-        again.sock.close()                                      # and a full one again
-        rig.settle()
+        again.hangs_up()                                      # and a full one again
         third, _ = self.client(rig, **self.FULL)
         link.read()
-        third.send("connect Alice pw\r\n")
-        rig.settle()
+        third.says("connect Alice pw\r\n")
         sent = link.read()
         self.assertIn(sub(NAWS, struct.pack(">HH", 120, 50)), sent)
         self.assertIn(sub(CHARSET, b"\x02UTF-8"), sent)
@@ -6201,17 +5970,13 @@ class AnotherClient(RigCase):
                                        "caf\xe9 \u201cso\u201d \u2013".encode())):
             rig = self.rig(reattach=300)
             client, link = self.client(rig, **dict(self.FULL, charset=first))
-            client.send("connect Alice pw\r\n")
-            rig.settle()
+            client.says("connect Alice pw\r\n")
             rig.let_in(link)
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             said = "caf\xe9 \u201cso\u201d \u2013" if first == b"UTF-8" else "caf\xe9"
-            link.send(said.encode(first.decode()) + b"\r\n")
-            rig.settle()
+            link.says(said.encode(first.decode()) + b"\r\n")
             again, _ = self.client(rig, **dict(self.FULL, charset=second))
-            again.send("connect Alice pw\r\n")
-            rig.settle()
+            again.says("connect Alice pw\r\n")
             self.assertIn(wanted + b"\r\n", again.read(), (first, second))
 
     def test_iac_in_what_was_missed(self):
@@ -6220,26 +5985,20 @@ class AnotherClient(RigCase):
                                       (b"UTF-8", b"ISO-8859-1", b"\xff\xff!")):
             rig = self.rig(reattach=300)
             client, link = self.client(rig, **dict(self.FULL, charset=first))
-            client.send("connect Alice pw\r\n")
-            rig.settle()
+            client.says("connect Alice pw\r\n")
             rig.let_in(link)
-            client.sock.close()
-            rig.settle()
-            link.send("\xff!".encode(first.decode()).replace(b"\xff", b"\xff\xff") + b"\r\n")
-            rig.settle()
+            client.hangs_up()
+            link.says("\xff!".encode(first.decode()).replace(b"\xff", b"\xff\xff") + b"\r\n")
             again, _ = self.client(rig, **dict(self.FULL, charset=second))
-            again.send("connect Alice pw\r\n")
-            rig.settle()
+            again.says("connect Alice pw\r\n")
             self.assertIn(b"\r\n" + wanted + b"\r\n", again.read())
 
     def away(self, rig, **kind):
         """Somebody with such a client, whose line has dropped: the world's end of his link."""
         client, link = self.client(rig, **kind)
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
         rig.let_in(link)
-        client.sock.close()
-        rig.settle()
+        client.hangs_up()
         link.read()
         return client, link
 
@@ -6249,32 +6008,26 @@ class AnotherClient(RigCase):
         for nobody; for one that does not, all stays as it was."""
         rig = self.rig(reattach=300)
         client, link = self.away(rig, **self.FULL)
-        again = rig.client()
-        own = rig.game.accept()
+        again, own = rig.newcomer()
         own.send(b"Welcome\r\n")
         again.send("connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertIn(b"Welcome back", again.read())
         self.assertEqual(link.read(), b"")
-        again.sock.close()
-        rig.settle()
-        third = rig.client()
-        own = rig.game.accept()
-        own.send(offer((WILL, 25)))
-        rig.settle()
+        again.hangs_up()
+        third, own = rig.newcomer()
+        own.says(offer((WILL, 25)))
         third.send(command(DO, 25) + b"connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         asked = third.read()
         for piece in (command(DO, NAWS), command(DO, TTYPE), command(WILL, GMCP)):
             self.assertEqual(asked.count(piece), 1, piece)
         self.assertEqual(link.read(), b"")
-        third.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WILL, TTYPE)
+        third.says(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WILL, TTYPE)
                    + command(DONT, GMCP))
-        rig.settle()
         self.assertEqual(link.read(), sub(NAWS, b"\0\x47\0\x17") + command(DONT, GMCP))
         self.assertEqual(third.read(), sub(TTYPE, b"\1"))
-        third.send(sub(TTYPE, b"\0XTERM"))
-        rig.settle()
+        third.says(sub(TTYPE, b"\0XTERM"))
         self.assertEqual(link.read(), sub(TTYPE, b"\0XTERM"))
 
     def test_one_that_logs_in_before_the_world_has_asked_it(self):
@@ -6286,8 +6039,7 @@ class AnotherClient(RigCase):
         rig.settle()
         own.send(offer((DO, NAWS), (DO, TTYPE)))
         rig.pass_time(0.1)
-        again.send(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WONT, TTYPE))
-        rig.settle()
+        again.says(command(WILL, NAWS) + sub(NAWS, b"\0\x47\0\x17") + command(WONT, TTYPE))
         self.assertTrue(client.session.place.away_at)
         rig.pass_time(0.11)
         self.assertFalse(client.session.place.away_at)
@@ -6302,8 +6054,7 @@ class AnotherClient(RigCase):
                       command(WILL, CHARSET) + sub(CHARSET, b"\x02UTF-8")):
             self.assertEqual(sent.count(piece), 1, piece)
         # a no is for the client; the world had asked
-        link.send(command(DONT, TTYPE) + command(WILL, GMCP))
-        rig.settle()
+        link.says(command(DONT, TTYPE) + command(WILL, GMCP))
         self.assertIn(command(DONT, TTYPE), again.read())
 
     def test_while_the_world_is_away(self):
@@ -6320,8 +6071,7 @@ class AnotherClient(RigCase):
 
     def test_the_next_upgrade_knows_what_the_link_has_had(self):
         rig, link, again = self.joined(self.FULL, None)
-        again.sock.close()
-        rig.settle()
+        again.hangs_up()
         rig.upgrade()
         third, _ = self.client(rig, **self.FULL)
         link.read()
@@ -6337,17 +6087,12 @@ class AnotherClient(RigCase):
         """The link gets what the new client has set there, and a prefix that it has not is
         cleared."""
         rig = self.rig(reattach=300)
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("OUTPUTPREFIX <\r\nOUTPUTSUFFIX >\r\nSCREENWIDTH 120\r\nconnect Alice pw\r\n")
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says("OUTPUTPREFIX <\r\nOUTPUTSUFFIX >\r\nSCREENWIDTH 120\r\nconnect Alice pw\r\n")
         mark = re.findall(rb"OUTPUTPREFIX (=\w+=)\r\n", link.read())[0]
-        link.send(b"Welcome\r\n" + mark + b"\r\n")
-        rig.settle()
-        client.sock.close()
-        rig.settle()
-        again = rig.client()
-        own = rig.game.accept()
+        link.says(b"Welcome\r\n" + mark + b"\r\n")
+        client.hangs_up()
+        again, own = rig.newcomer()
         again.send("OUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\nconnect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertEqual(link.read(), b"OUTPUTPREFIX\r\nOUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\n")
@@ -6358,15 +6103,11 @@ class AnotherClient(RigCase):
         """Who reads tags cannot go on as one who does not, nor the other way round."""
         for first, second in itertools.product((True, False), repeat=2):
             rig = self.rig(reattach=300)
-            client = rig.client()
-            link = rig.game.accept()
-            client.send("PUEBLOCLIENT 2.50\r\n" * first + "connect Alice pw\r\n")
-            rig.settle()
+            client, link = rig.newcomer()
+            client.says("PUEBLOCLIENT 2.50\r\n" * first + "connect Alice pw\r\n")
             rig.let_in(link)
-            client.sock.close()
-            rig.settle()
-            again = rig.client()
-            own = rig.game.accept()
+            client.hangs_up()
+            again, own = rig.newcomer()
             again.send("PUEBLOCLIENT 2.50\r\n" * second + "connect Alice pw\r\n")
             rig.pass_time(*SETTLED)
             self.assertEqual(bool(client.session.place.away_at), first != second)
@@ -6375,23 +6116,18 @@ class AnotherClient(RigCase):
     def test_a_websocket_has_no_place_and_joins_none(self):
         rig = self.rig("pennmush", reattach=300)
         client, link = rig.client(), rig.game.accept()
-        client.send("GET /wsclient HTTP/1.1\r\nUpgrade: websocket\r\n\r\n")
-        rig.settle()
+        client.says("GET /wsclient HTTP/1.1\r\nUpgrade: websocket\r\n\r\n")
         client.session.character.login = has.Credentials(b"connect", b"Alice", b"pw")
         client.session.state = has.State.PLAYING
         self.assertFalse(client.session.place.keep(""))
         client.session.character.login = None
-        link.send("HTTP/1.1 101 Switching Protocols\r\n\r\n")
-        rig.settle()
+        link.says("HTTP/1.1 101 Switching Protocols\r\n\r\n")
         alice, link = rig.client(), rig.game.accept()
-        alice.send("connect Alice pw\r\n")
-        rig.settle()
+        alice.says("connect Alice pw\r\n")
         mark = re.search(rb"OUTPUTPREFIX (=\w+=)a\r\n", link.read()).group(1)
-        link.send(b"Welcome\r\n" + mark + b"a\r\n \r\n" + mark + b"z\r\n")
-        rig.settle()
+        link.says(b"Welcome\r\n" + mark + b"a\r\n \r\n" + mark + b"z\r\n")
         self.assertEqual(state_of(alice), "PLAYING")
-        alice.sock.close()
-        rig.settle()
+        alice.hangs_up()
         client.send(b"\x81\x10connect Alice pw\r\nconnect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertTrue(alice.session.place.away_at)
@@ -6403,8 +6139,7 @@ class AnotherClient(RigCase):
         for first, second in itertools.product(kinds, kinds):
             rig, link, again = self.joined(first, second)
             sent = link.read()
-            again.send("say hi\r\n")
-            rig.settle()
+            again.says("say hi\r\n")
             sent += link.read()
             self.assertNotIn(command(DO, CHARSET), sent)
             self.assertTrue(sent.endswith(b"say hi\r\n"))
@@ -6625,8 +6360,7 @@ class OnePiece(RigCase):
         return [bytes(call.args[1]) for call in send.call_args_list if call.args[1]]
 
     def test_answers_to_a_client(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.down()
         client.read()
         client.send(command(DO, 6) * 4 + b"\xff\xf6" * 3 + b"one\r\ntwo\r\n")
@@ -6636,18 +6370,15 @@ class OnePiece(RigCase):
         self.assertIn(b"UNSENT two", sent)
 
     def test_text_of_a_world(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         link.send(b"a\xff\xf9b\r\n" * 50 + b"end\r\n")
         self.assertEqual(self.sends(rig.settle), [b"a\xff\xf9b\r\n" * 50 + b"end\r\n"])
 
     def test_a_goodbye_stands_behind_it(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         rig.down()
         client.read()
-        client.send("one\r\nQUIT\r\n")
-        rig.settle()
+        client.says("one\r\nQUIT\r\n")
         self.assertEqual((state_of(client), client.lines()), ("CLOSING", ["# UNSENT one"]))
 
 
@@ -6655,12 +6386,9 @@ class ExpectedLines(RigCase):
     """What the world says to settings HAS repeats is hidden: whole lines, once, not for ever."""
 
     def back(self):
-        rig = self.rig()
-        client, link = rig.player("Alice")
-        client.send("OUTPUTPREFIX ab\r\nOUTPUTSUFFIX cd\r\n")
-        rig.settle()
-        rig.down()
-        rig.found("life 2")
+        rig, client, link = self.player("Alice")
+        client.says("OUTPUTPREFIX ab\r\nOUTPUTSUFFIX cd\r\n")
+        rig.restart("life 2")
         link = rig.game.accept()
         rig.let_in(link)
         self.assertEqual(state_of(client), "PLAYING")
@@ -6673,8 +6401,7 @@ class ExpectedLines(RigCase):
             rig, client, link = self.back()
             shown = b""
             for part in (text[:cut], text[cut:]):
-                link.send(part)
-                rig.settle()
+                link.says(part)
                 shown += client.read()
             self.assertEqual(shown, b"xab\r\nabc\r\nab\r\nend\r\n", cut)
             rig.close()
@@ -6682,8 +6409,7 @@ class ExpectedLines(RigCase):
     def test_they_expire(self):
         rig, client, link = self.back()
         rig.pass_time(has.EXPECT_SECONDS + 0.1)
-        link.send(b"ab\r\n")
-        rig.settle()
+        link.says(b"ab\r\n")
         self.assertEqual((client.lines(), client.session.screen.careful), (["ab"], False))
 
 
@@ -6693,8 +6419,7 @@ class ArrivalNoise(RigCase):
     def start(self):
         rig = self.rig()
         clients = [rig.player(name)[0] for name in ("Alice", "Bob")]
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         links = [rig.game.accept(), rig.game.accept()]
         for link in links:
             rig.let_in(link)
@@ -6705,10 +6430,8 @@ class ArrivalNoise(RigCase):
         rig, client, link = self.start()
         text = b"Carol has connected.\r\nBob has connected.\r\nBob waves.\r\n"
         for split in range(1, len(text)):
-            link.send(text[:split])
-            rig.settle()
-            link.send(text[split:])
-            rig.settle()
+            link.says(text[:split])
+            link.says(text[split:])
             self.assertEqual(client.read(), b"Carol has connected.\r\nBob waves.\r\n", split)
 
     def test_which_lines(self):
@@ -6717,22 +6440,19 @@ class ArrivalNoise(RigCase):
                             (b"Bobby has connected.", 1),
                             (b"Bob has connected. Not!", 1), (b"Dora: Bob has connected.", 1),
                             (b"Bob has", 1)):
-            link.send(line + b"\r\n")
-            rig.settle()
+            link.says(line + b"\r\n")
             self.assertEqual(client.read(), (line + b"\r\n") * shown)
 
     def test_a_prompt_is_shown_and_the_time_ends(self):
         rig, client, link = self.start()
-        link.send(b"Bo")
-        rig.settle()
+        link.says(b"Bo")
         self.assertEqual(client.read(), b"")
         rig.pass_time(0.4)
         self.assertEqual(client.read(), b"Bo")
         link.send(b"at> \r\n")
         rig.pass_time(10)
         client.read()
-        link.send(b"Bob has connected.\r\n")
-        rig.settle()
+        link.says(b"Bob has connected.\r\n")
         self.assertEqual(client.read(), b"Bob has connected.\r\n")
 
 
@@ -6740,13 +6460,10 @@ class Notices(RigCase):
     """Rules 10 and 11."""
 
     def begin(self, text):
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(text)
-        rig.settle()
+        rig, client, link = self.player()
+        link.says(text)
         rig.heard("silent")
-        client.send("hello\r\n")
-        rig.settle()
+        client.says("hello\r\n")
         return rig, client, link
 
     def test_never_inside_a_sequence(self):
@@ -6759,8 +6476,7 @@ class Notices(RigCase):
                 with self.subTest(whole=whole, cut=cut):
                     rig, client, link = self.begin(whole[:cut])
                     rig.pass_time(0.9)
-                    link.send(whole[cut:] + b"\r\n")
-                    rig.settle()
+                    link.says(whole[cut:] + b"\r\n")
                     rig.pass_time(2)
                     sent = client.read()
                     self.assertIn(whole, sent)
@@ -6780,11 +6496,9 @@ class Notices(RigCase):
     def test_escapes_only_for_clients_that_were_sent_one(self):
         rig = self.rig()
         (plain, plain_link), (bright, bright_link) = rig.player(), rig.player("Bob")
-        bright_link.send("\x1b[31mred")
-        rig.settle()
+        bright_link.says("\x1b[31mred")
         bright_link.send(" still\r\n")             # the colour is on, the line is not the last
-        plain_link.send("grey\r\n")
-        rig.settle()
+        plain_link.says("grey\r\n")
         for life in ("life 2", "life 3"):
             for client in (plain, bright):
                 client.read()
@@ -6800,15 +6514,12 @@ class Notices(RigCase):
     def test_an_escape_on_the_quick_way(self):
         for text in (b"a\x1b[31mb\r\n", b"\x1b[31m"):
             with self.subTest(text):
-                rig = self.rig()
-                client, link = rig.player()
+                rig, client, link = self.player()
                 rig.pass_time(has.MARK_SECONDS + 1)
                 self.assertFalse(client.session.screen.careful)
-                link.send("one\r\n")
-                rig.settle()
+                link.says("one\r\n")
                 self.assertFalse(client.session.screen.spelling.coloured)
-                link.send(text)
-                rig.settle()
+                link.says(text)
                 self.assertTrue(client.session.screen.spelling.coloured)
                 self.assertEqual(client.session.link.on_data, client.session.screen.on_link_data)
                 self.assertEqual(client.read(), b"one\r\n" + text)
@@ -6821,32 +6532,25 @@ class Notices(RigCase):
             with self.subTest(said):
                 rig = self.rig(online_notice="zur\u00fcck")
                 client, _ = rig.player()
-                client.send(said + b"look\r\n")
-                rig.settle()
-                rig.down()
-                rig.found("life 2")
+                client.says(said + b"look\r\n")
+                rig.restart("life 2")
                 client.read()
                 rig.let_in(rig.game.accept())
                 self.assertEqual(client.read(), shown + b"\r\n")
 
     def test_pueblo_reads_no_tags_in_what_has_says(self):
-        rig = self.rig()
-        client, link = rig.player()
-        client.send("PUEBLOCLIENT 2.50\r\n")
-        rig.settle()
-        link.send('<a href="x')
-        rig.settle()
+        rig, client, link = self.player()
+        client.says("PUEBLOCLIENT 2.50\r\n")
+        link.says('<a href="x')
         client.read()
         rig.down()
-        client.send("say <b>&\r\n")
-        rig.settle()
+        client.says("say <b>&\r\n")
         self.assertEqual(client.read(), b'">\r\n# OFFLINE\r\n# UNSENT say &lt;b&gt;&amp;\r\n')
 
     def test_text_before_a_reset_is_shown(self):
         for typed in (False, True):
             with self.subTest(typed=typed):
-                rig = self.rig()
-                client, link = rig.player()
+                rig, client, link = self.player()
                 link.send("last words\r\n")
                 link.reset()
                 if typed:
@@ -6855,8 +6559,7 @@ class Notices(RigCase):
                 self.assertEqual((client.lines(), state_of(client)), (["last words"], "ASKING"))
 
     def test_text_before_the_world_is_known_to_be_down(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         link.send("Shutting down.\r\n")
         rig.hub.heard("lost", "gone", True)                 # before the link was read
         self.assertEqual(client.lines(), ["Shutting down.", "# OFFLINE"])
@@ -6870,10 +6573,8 @@ class Browsers(RigCase):
 
     def browser(self, request=REQUEST, family="pennmush", **how):
         rig = self.rig(family)
-        client = rig.client(**how)
-        link = rig.game.accept()
-        client.send(request)
-        rig.settle()
+        client, link = rig.newcomer(**how)
+        client.says(request)
         return rig, client, link
 
     def test_frames_pass_as_they_are(self):
@@ -6881,8 +6582,7 @@ class Browsers(RigCase):
         for size in (1, 7, 100):
             for at in range(0, len(self.FRAMES), size):
                 for here, there in ((client, link), (link, client)):
-                    here.send(self.FRAMES[at:at + size])
-                    rig.settle()
+                    here.says(self.FRAMES[at:at + size])
         self.assertEqual(link.read(), self.REQUEST + self.FRAMES * 3)
         self.assertEqual(client.read(), self.FRAMES * 3)
         with self.assertLogs("has", "INFO") as caught:
@@ -6895,8 +6595,7 @@ class Browsers(RigCase):
         rig = self.rig("pennmush")
         rig.found("life 1", rig.full)
         client = rig.client()
-        client.send(self.REQUEST + self.FRAMES)
-        rig.settle()
+        client.says(self.REQUEST + self.FRAMES)
         self.assertEqual(client.session.inbox.kept, self.REQUEST + self.FRAMES)
         rig.pass_time(11)
         self.assertEqual((client.read(), client.ended), (b"", True))
@@ -6908,8 +6607,7 @@ class Browsers(RigCase):
                     rig, client, _ = self.browser(request, family)
                     client.read()
                     rig.heard("silent")
-                    client.send(b"\x81\x82hello\r\n")
-                    rig.settle()
+                    client.says(b"\x81\x82hello\r\n")
                     rig.pass_time(2)
                     client.session.screen.write("# a notice to all")
                     with self.assertLogs("has", "INFO") as caught:
@@ -6922,8 +6620,7 @@ class Browsers(RigCase):
         rig.down()
         client = rig.client()
         client.read()
-        client.send(self.REQUEST)
-        rig.settle()
+        client.says(self.REQUEST)
         self.assertEqual((client.read(), client.ended), (b"", True))
 
     def test_only_such_a_request_in_one_piece_goes_past_the_reader(self):
@@ -6931,22 +6628,18 @@ class Browsers(RigCase):
         for family, pieces in (("rhostmush", [self.REQUEST, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"]),
                                ("teenymush", [self.REQUEST, b"@remotehostname evil\r\n"])):
             rig = self.rig(family)
-            client = rig.client()
-            link = rig.game.accept()
+            client, link = rig.newcomer()
             for piece in pieces:
-                client.send(piece)
-                rig.settle()
+                client.says(piece)
             self.assertNotIn(pieces[-1], link.read())
         for pieces, raw in (([self.REQUEST], True), ([b"GET /wsclient HT", b"TP/1.1\r\n"], False),
                             ([b"hello\r\n" + self.REQUEST], False),
                             ([b"hello\r\n", self.REQUEST], False),
                             ([b"GET me a drink\r\n"], False), ([b"get / HTTP/1.1\r\n"], False)):
             rig = self.rig("pennmush")
-            client = rig.client()
-            rig.game.accept()
+            client, _ = rig.newcomer()
             for piece in pieces:
-                client.send(piece)
-                rig.settle()
+                client.says(piece)
             self.assertIs(client.session.inbox.first.is_raw, raw, pieces)
 
     def test_who_does_not_read_has_a_bound(self):
@@ -6970,8 +6663,7 @@ class Browsers(RigCase):
             client = rig.client(host=host)
             rig.pass_time(0.1)
             link = rig.game.accept()
-            client.send(request)
-            rig.settle()
+            client.says(request)
             if request not in link.read():
                 request_line = client.read()
                 self.assertTrue(client.ended)
@@ -6980,8 +6672,7 @@ class Browsers(RigCase):
                              request_line).group(1))
             else:
                 got.append(b"ok")
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
         return got
 
     def test_websockets_of_one_address_are_braked_like_logins(self):
@@ -6998,12 +6689,10 @@ class Browsers(RigCase):
         client = rig.client()
         rig.pass_time(0.1)
         link = rig.game.accept()
-        client.send("connect bob x\r\n" * 2)
-        rig.settle()
+        client.says("connect bob x\r\n" * 2)
         self.assertEqual(link.lines().count("connect bob x"), 2)
         self.assertEqual(self.websockets(rig, "203.0.113.9", "203.0.113.9"), [b"ok", b"3"])
-        client.send("connect bob x\r\n")
-        rig.settle()
+        client.says("connect bob x\r\n")
         self.assertEqual(link.lines().count("connect bob x"), 0)
         rig.pass_time(3.1)
         self.assertEqual(link.lines().count("connect bob x"), 1)
@@ -7029,8 +6718,7 @@ class Browsers(RigCase):
                          (True, True))
         for here, there in ((client, link), (link, client)):
             there.read()
-            here.send(self.FRAMES)
-            rig.settle()
+            here.says(self.FRAMES)
             self.assertEqual(there.read(), self.FRAMES)
 
 
@@ -7338,8 +7026,7 @@ class TakenOver(RigCase):
     answer again."""
 
     def test_lines_are_answered_as_unsent(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.down()
         for count in range(12):
             client.send(f"{count}\r\n")
@@ -7354,26 +7041,22 @@ class TakenOver(RigCase):
     def test_arrivals_stay_hidden(self):
         rig = self.rig()
         (alice, _), (_, link) = rig.player("Alice"), rig.player("Bob")
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         bob = rig.peers[1]
         for link in (rig.game.accept(), rig.game.accept()):
             rig.let_in(link)
         bob.read()
         rig.upgrade()
-        link.send("Alice has connected.\r\nCarol has connected.\r\n")
-        rig.settle()
+        link.says("Alice has connected.\r\nCarol has connected.\r\n")
         self.assertEqual(bob.lines(), ["Carol has connected."])
         rig.pass_time(6)
-        link.send("Alice has connected.\r\n")
-        rig.settle()
+        link.says("Alice has connected.\r\n")
         self.assertEqual(bob.lines(), ["Alice has connected."])
 
     def test_sessions_of_one_character_still_wait_for_each_other(self):
         rig = self.rig()
         (first, _), (second, _) = rig.player(), rig.player()
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         rig.game.accept(), rig.game.accept()
         rig.upgrade()
         links = rig.game.accept(), rig.game.accept()
@@ -7395,20 +7078,16 @@ class TakenOver(RigCase):
             self.assertEqual((world["health"], world["since"]), ("down", 6))
 
     def test_lines_typed_at_a_silent_world(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.heard("silent")
-        client.send("hello\r\n")
-        rig.settle()
+        client.says("hello\r\n")
         rig.upgrade()
         rig.down()
         self.assertEqual(client.lines(), ["# SILENT", "# OFFLINE", "# UNSENT hello"])
 
     def test_lines_typed_during_a_return(self):
-        rig = self.rig()
-        client, _ = rig.returning()
-        client.send("hello\r\n")
-        rig.settle()
+        rig, client, _ = self.returning()
+        client.says("hello\r\n")
         rig.hub.links.clear = lambda: None
         rig.game.close()
         rig.upgrade()
@@ -7428,12 +7107,9 @@ class TakenOver(RigCase):
     def test_a_login_being_checked_is_asked_about_again(self):
         rig = self.rig("teenymush")
         rig.found("life 1", checks=True)
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
-        link.send("Last connect was from here\r\n")
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says("connect Alice pw\r\n")
+        link.says("Last connect was from here\r\n")
         self.assertEqual((state_of(client), len(rig.beat.checks)), ("PLAYING", 1))
         rig.upgrade()
         (number, serial, pairs) = rig.beat.checks[1]
@@ -7443,31 +7119,23 @@ class TakenOver(RigCase):
         self.assertEqual(len(rig.beat.checks), 2)
 
     def test_offers_that_come_late_are_those_of_a_restart(self):
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(b"\xff\xfd\x1f")
-        rig.settle()
-        client.send(b"\xff\xfb\x1f\xff\xfa\x1f\0P\0\x18\xff\xf0")
-        rig.settle()
-        rig.down()
-        rig.found("life 2")
+        rig, client, link = self.player()
+        link.says(b"\xff\xfd\x1f")
+        client.says(b"\xff\xfb\x1f\xff\xfa\x1f\0P\0\x18\xff\xf0")
+        rig.restart("life 2")
         link = rig.game.accept()
         rig.let_in(link)
         rig.upgrade()
         client.read()
         for seconds, shown in ((0, b""), (0, b""), (11, b"\xff\xfd\x1f")):
             rig.pass_time(seconds)
-            link.send(b"\xff\xfd\x1f")
-            rig.settle()
+            link.says(b"\xff\xfd\x1f")
             self.assertEqual(client.read(), shown)
 
     def test_answers_that_nobody_waits_for_are_not_awaited_for_ever(self):
-        rig = self.rig()
-        client, link = rig.player()
-        link.send(b"\xff\xfb\x01")
-        rig.settle()
-        client.send(b"\xff\xfd\x01")
-        rig.settle()
+        rig, client, link = self.player()
+        link.says(b"\xff\xfb\x01")
+        client.says(b"\xff\xfd\x01")
         rig.down()                                  # HAS: WONT ECHO; it never answers
         self.assertIn(b"\xff\xfc\x01", client.read())
         self.assertEqual(client.session.telnet.agreement.ignore, {b"\xfe\x01"})
@@ -7475,25 +7143,22 @@ class TakenOver(RigCase):
         rig.pass_time(has.ANSWER_SECONDS + 1)
         rig.found("life 2")
         link = rig.game.accept()
-        link.send(b"\xff\xfb\x01")
-        rig.settle()
+        link.says(b"\xff\xfb\x01")
         rig.let_in(link)
         link.read()
-        client.send(b"\xff\xfe\x01")               # its answer to the new world
-        rig.settle()
+        client.says(b"\xff\xfe\x01")               # its answer to the new world
         self.assertEqual(link.read(), b"\xff\xfe\x01")
 
     def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        game = Game(path=folder + "/game.sock")
-        self.addCleanup(game.close)
         rig = self.rig("pennmush", up=False)
+        game = Game(rig.settle, path=folder + "/game.sock")
+        self.addCleanup(game.close)
         rig.found("life 1", game, has.Address(None, 0, folder + "/game.sock"))
         client = rig.client()
         rig.settle()
-        client.send(b"\xff\xfb\x18")
-        rig.settle()
+        client.says(b"\xff\xfb\x18")
         rig.upgrade()
         link = game.accept()
         self.assertEqual(link.read(), b"203.0.113.9^203.0.113.9\r\n")
@@ -7512,8 +7177,7 @@ class Died(RigCase):
     def talk(self, rig, client, link):
         for here, there in ((client, link), (link, client)):
             there.read()
-            here.send("hello\r\n")
-            rig.settle()
+            here.says("hello\r\n")
             self.assertEqual(there.read(), b"hello\r\n")
 
     def test_in_each_state(self):
@@ -7558,13 +7222,10 @@ class Died(RigCase):
                 client.session.end()
                 rig.settle()
             elif how == "world ends":
-                client.send("QUIT\r\n")
-                rig.settle()
-                link.sock.close()
-                rig.settle()
+                client.says("QUIT\r\n")
+                link.hangs_up()
             else:
-                client.sock.close()
-                rig.settle()
+                client.hangs_up()
                 rig.pass_time(has.FLUSH_SECONDS + 1)
             (link if how == "client ends" else client).read()
             self.assertTrue((link if how == "client ends" else client).ended, how)
@@ -7581,16 +7242,12 @@ class Died(RigCase):
         self.assertGreater(newcomer.session.number, clients[-1].session.number)
 
     def test_a_mark_that_comes_after_the_death_is_not_shown(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        rig, client, link = self.newcomer()
+        client.says("connect Alice pw\r\n")
         asked = link.read()
         rig.die()
-        link.send(b"Welcome\r\n" + re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1)
+        link.says(b"Welcome\r\n" + re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", asked).group(1)
                   + b"\r\n")
-        rig.settle()
         self.assertEqual((state_of(client), client.read()), ("PLAYING", b"Welcome\r\n"))
 
     def test_a_login_is_not_lost_wherever_it_dies(self):
@@ -7605,8 +7262,7 @@ class Died(RigCase):
             return rig
 
         def act(rig):
-            rig.alice.send("connect Alice pw\r\n")
-            rig.settle()
+            rig.alice.says("connect Alice pw\r\n")
             self.answer(rig)
         for rig in deaths(has.Scribe, ["write"], prepare, act):
             count += 1
@@ -7622,8 +7278,7 @@ class Died(RigCase):
         answered, rig.asked = rig.asked, rig.asked + rig.link.read()
         if rig.asked and not answered:
             mark = re.search(rb"OUTPUTPREFIX (=\w+=)\r\n", rig.asked).group(1)
-            rig.link.send(b"Welcome\r\n" + mark + b"\r\n")
-            rig.settle()
+            rig.link.says(b"Welcome\r\n" + mark + b"\r\n")
 
     def test_a_client_just_accepted_is_let_in_by_the_next(self):
         rig = self.rig()
@@ -7642,21 +7297,16 @@ class Died(RigCase):
         self.assertEqual([it.state.name for number, it in rig.hub.sessions.items()
                           if number not in known], ["LOGIN"])
         link = rig.game.accept()
-        link.send("Hello\r\n")
-        rig.settle()
+        link.says("Hello\r\n")
         client.settimeout(5)
         self.assertEqual(client.recv(99), b"Hello\r\n")
 
     def test_a_login_whose_answer_the_dead_has_read_is_tried_on_return(self):
-        rig = self.rig()
-        client = rig.client()
-        rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        rig, client, _ = self.newcomer()
+        client.says("connect Alice pw\r\n")
         rig.die()
         rig.pass_time(40)
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         rig.let_in(rig.game.accept())
         self.assertEqual(state_of(client), "PLAYING")
 
@@ -7670,8 +7320,7 @@ class Died(RigCase):
             return rig
 
         def act(rig):
-            rig.alice.send("\r\n".join(lines) + "\r\n")
-            rig.settle()
+            rig.alice.says("\r\n".join(lines) + "\r\n")
         for rig in deaths(has.Scribe, ["write"], prepare, act):
             count += 1
             rig.die()
@@ -7687,15 +7336,13 @@ class Died(RigCase):
         def prepare():
             rig = self.rig()
             rig.alice, rig.link = rig.returning()
-            rig.alice.send("one\r\ntwo\r\nthree\r\n")
-            rig.settle()
+            rig.alice.says("one\r\ntwo\r\nthree\r\n")
             return rig
 
         def act(rig):
             rig.let_in(rig.link)
             for _ in range(4):
-                rig.link.send("answer\r\n")
-                rig.settle()
+                rig.link.says("answer\r\n")
         for rig in deaths(has.Scribe, ["write"], prepare, act):
             count += 1
             got = rig.link.lines()
@@ -7715,20 +7362,16 @@ class Died(RigCase):
         client, link = rig.player(tcp=True)
         client.reset()
         rig.settle()
-        link.send("missed\r\n")
-        rig.settle()
+        link.says("missed\r\n")
         rig.pass_time(has.Scribe.LOOK_SECONDS + 1)
         rig.die()
-        link.send("missed too\r\n")
-        rig.settle()
+        link.says("missed too\r\n")
         again = rig.client(tcp=True)
-        again.send("connect Alice pw\r\n")
-        rig.settle()
+        again.says("connect Alice pw\r\n")
         rig.pass_time(*[0.3] * 20)
         self.assertIn(b"missed\r\nmissed too\r\n", again.read())
         link.read()
-        again.send("hello\r\n")
-        rig.settle()
+        again.says("hello\r\n")
         self.assertEqual(link.read(), b"hello\r\n")
 
     def test_listeners_and_world_are_known(self):
@@ -7763,8 +7406,7 @@ class Died(RigCase):
 
     def test_what_is_packed_is_what_is_watched(self):
         """Nothing survives whose change is not seen, but for what is PASSING."""
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         for part in has.Passage(client.session).parts:
             self.assertLessEqual(set(part.PASSING), set(part.SURVIVES))
         session, draft = client.session, has.Draft(client.session)
@@ -7793,8 +7435,7 @@ class Died(RigCase):
 
 class NothingIsAskedTwice(RigCase):
     def test_what_was_asked_for_a_return_is_not_asked_again_in_a_new_process(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         rig.down()
         character = client.session.character
         character.previous = has.Credentials(b"connect", b"Alice", b"older")
@@ -7852,8 +7493,7 @@ class TakenOverWhateverTheDisk(RigCase):
     def goes_on(self, rig, client, link):
         for here, there in ((client, link), (link, client)):
             there.read()
-            here.send("hello\r\n")
-            rig.settle()
+            here.says("hello\r\n")
             self.assertEqual(there.read(), b"hello\r\n")
 
     def test_a_certificate_that_is_half_renewed(self):
@@ -7983,15 +7623,13 @@ class TakenOverInPart(RigCase):
                         rig.let_in(link)
                         bob.read()
                     link.read()
-                    bob.send("hello\r\n")
-                    rig.settle()
+                    bob.says("hello\r\n")
                     self.assertEqual(link.read(), b"hello\r\n")
                     rig.upgrade()
                     self.assertEqual(len(rig.hub.sessions), 2)
 
     def test_while_rehearsed_it_is_a_failure(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         with self.assertRaises(RuntimeError):
             rig.upgrade(lambda state: state["sessions"][0].update(state="DANCING"))
 
@@ -8105,14 +7743,12 @@ class NoSpinning(RigCase):
         self.assertGreater(time.monotonic() - start, 0.08)
 
     def test_half_closed_client(self):
-        rig = self.rig()
-        client, _ = rig.player(tcp=True)
+        rig, client, _ = self.player(tcp=True)
         client.sock.shutdown(socket.SHUT_WR)
         self.assert_idle(rig)
 
     def test_output_blocked_and_the_link_gone(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         StuckClient.fill(self, rig, client, link)
         self.assert_idle(rig)
         link.reset()
@@ -8121,12 +7757,10 @@ class NoSpinning(RigCase):
     def test_input_blocked(self):
         """The world does not read, the user types on; then a verdict is awaited and he still
         types."""
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         try:
             while True:
-                client.send(b"x" * 70000 + b"\n")
-                rig.settle()
+                client.says(b"x" * 70000 + b"\n")
         except BlockingIOError:
             pass
         self.assert_idle(rig)
@@ -8148,8 +7782,7 @@ class FairTurns(RigCase):
         return client, link
 
     def test_a_flood_of_lines_is_read_in_parts_and_in_order(self):
-        rig = self.rig()
-        bob, bobs_link = rig.player("Bob")
+        rig, bob, bobs_link = self.player("Bob")
         _, link = self.flood(rig)
         read = []
         for _ in range(2 * len(self.LINES) // has.PATIENCE):
@@ -8162,13 +7795,10 @@ class FairTurns(RigCase):
         self.assertEqual(read, self.LINES)
 
     def test_after_a_flood_of_any_length_the_client_is_read_again(self):
-        rig = self.rig()
-        client, link = rig.player("Alice")
+        rig, client, link = self.player("Alice")
         for count in range(1, 3 * has.PATIENCE):
-            client.send("".join(f"line {n}\r\n" for n in range(count)) + "half a")
-            rig.settle()
-            client.send(" line\r\n")
-            rig.settle()
+            client.says("".join(f"line {n}\r\n" for n in range(count)) + "half a")
+            client.says(" line\r\n")
             self.assertEqual(link.lines(), [f"line {n}" for n in range(count)] + ["half a line"])
 
     def test_nothing_overtakes_what_is_left_for_later_turns(self):
@@ -8207,8 +7837,7 @@ class OneCharacterTwice(RigCase):
         second = rig.client()
         rig.pass_time(101)
         link = rig.game.accept()
-        second.send("connect Alice pw\r\n")
-        rig.settle()
+        second.says("connect Alice pw\r\n")
         rig.let_in(link)
         rig.down()
         rig.pass_time(101)
@@ -8230,29 +7859,24 @@ class OneCharacterTwice(RigCase):
 
     def test_the_second_leaves_meanwhile(self):
         rig, first, link, second = self.first_is_in()
-        second.sock.close()
-        rig.settle()
-        link.send(self.INFO)
-        rig.settle()
+        second.hangs_up()
+        link.says(self.INFO)
         self.assertEqual((state_of(first), first.lines()), ("PLAYING", ["# ONLINE"]))
 
     def test_the_second_takes_too_long(self):
         rig, first, link, _ = self.first_is_in()
         first.session.lines.settings = {b"SCREENWIDTH": b"90", b"OUTPUTPREFIX": b">"}
         rig.pass_time(10.1)
-        link.send("after it\r\n")
-        rig.settle()
+        link.says("after it\r\n")
         self.assertEqual((state_of(first), first.lines()), ("PLAYING", ["# ONLINE", "after it"]))
         self.assertIn("OUTPUTPREFIX >", link.lines())
 
 
 class Guests(RigCase):
     def test_a_login_typed_by_a_waiting_guest_is_tried(self):
-        rig = self.rig()
-        client, _ = rig.player("guest")
+        rig, client, _ = self.player("guest")
         rig.down()
-        client.send("connect Bob bobpw\r\n")
-        rig.settle()
+        client.says("connect Bob bobpw\r\n")
         self.assertIn("You will be logged in", client.lines()[-1])
         rig.found("life 2")
         self.assertIn("connect Bob bobpw", rig.game.accept().lines())
@@ -8286,21 +7910,15 @@ class WhatWasTyped(RigCase):
 
     def test_settings_are_bounded(self):
         rig = self.rig("pennmush")
-        client = rig.client()
-        rig.game.accept()
+        client, _ = rig.newcomer()
         for number in range(400):
-            client.send(f"SOCKSET X{number}={'x' * 100}\r\n")
-            rig.settle()
-        client.send("SCREENWIDTH " + "9" * 3000 + "\r\n")
-        rig.settle()
+            client.says(f"SOCKSET X{number}={'x' * 100}\r\n")
+        client.says("SCREENWIDTH " + "9" * 3000 + "\r\n")
         self.assertEqual(len(client.session.lines.settings), 40)
 
     def test_a_login_that_was_refused_is_not_tried_again(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Alice wrong\r\n")
-        rig.settle()
+        rig, client, link = self.newcomer()
+        client.says("connect Alice wrong\r\n")
         rig.let_in(link, None)
         rig.down()
         self.assertEqual((state_of(client), client.session.character.pending), ("WAITING", None))
@@ -8310,28 +7928,20 @@ class WhatWasTyped(RigCase):
                        "yer with that name, or that name is illegal.\r\n"],
                       ["Guest logins are disabled.\r\n"], ["Pay your bill first.\r\n"]):
             with self.subTest(words):
-                rig = self.rig()
-                client = rig.client()
-                link = rig.game.accept()
-                link.send("Welcome\r\n")
-                rig.settle()
-                client.send("create Alice pw\r\n")
-                rig.settle()
+                rig, client, link = self.newcomer()
+                link.says("Welcome\r\n")
+                client.says("create Alice pw\r\n")
                 rig.pass_time(0.1)
                 for piece in words:
-                    link.send(piece)
-                    rig.settle()
+                    link.says(piece)
                 rig.pass_time(1.1)
                 rig.down()
                 self.assertEqual((state_of(client), client.session.character.pending),
                                  ("WAITING", None))
 
     def test_a_late_login_screen_is_no_answer(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        rig, client, link = self.newcomer()
+        client.says("connect Alice pw\r\n")
         rig.pass_time(0.1)
         link.send("Welcome\r\n")
         rig.pass_time(1.1)
@@ -8341,19 +7951,15 @@ class WhatWasTyped(RigCase):
     def test_a_refusal_by_a_world_that_refuses_the_heartbeat_too_says_nothing(self):
         """Its database may be broken: the login is tried again in its next life, and forgotten if
         that refuses it."""
-        rig = self.rig()
-        client, _ = rig.player()
-        rig.down()
-        rig.found("life 2", shut=True)
+        rig, client, _ = self.player()
+        rig.restart("life 2", shut=True)
         client.read()
         link = rig.game.accept()
         rig.let_in(link, None)
         self.assertEqual((state_of(client), client.lines()[0]), ("LOGIN", "# REFUSED"))
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
         rig.let_in(link, None)
-        rig.down()
-        rig.found("life 3")
+        rig.restart("life 3")
         link = rig.game.accept()
         self.assertIn("connect Alice pw", link.lines())
         client.session.character.trials and link.send(nonce_of(rig, client)
@@ -8363,66 +7969,51 @@ class WhatWasTyped(RigCase):
                          ("PLAYING", b"pw"))
 
     def test_the_time_of_a_broken_worlds_login_screen_costs_nobody_his_login(self):
-        rig = self.rig()
-        client, _ = rig.player()
-        rig.down()
-        rig.found("life 2", shut=True)
+        rig, client, _ = self.player()
+        rig.restart("life 2", shut=True)
         link = rig.game.accept()
         rig.let_in(link, None)
         client.read()
         rig.pass_time(120)
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.answer()
         self.assertEqual((state_of(client), rig.game.accept().lines()), ("LOGIN", []))
-        rig.down()
-        rig.found("life 3")
+        rig.restart("life 3")
         self.assertIn("connect Alice pw", rig.game.accept().lines())
 
     def test_a_login_refused_by_a_sound_world_is_forgotten(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         for life, shut, wanted in (("life 2", True, b"pw"), ("life 3", False, None)):
-            rig.down()
-            rig.found(life, shut=shut)
+            rig.restart(life, shut=shut)
             rig.let_in(rig.game.accept(), None)
             pending = client.session.character.pending
             self.assertEqual((state_of(client), pending and pending.password), ("LOGIN", wanted))
 
     def test_the_login_typed_behind_a_refused_one_is(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Alice wrong\r\nconnect Alice pw\r\n")
-        rig.settle()
+        rig, client, link = self.newcomer()
+        client.says("connect Alice wrong\r\nconnect Alice pw\r\n")
         rig.let_in(link, None)
         rig.down()
         self.assertEqual((state_of(client), client.session.character.pending.password),
                          ("WAITING", b"pw"))
 
     def test_logout_behind_an_endless_line_is_seen(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         for text in ("x" * 20000, "y\r\n", "LOGOUT\r\n"):
-            client.send(text)
-            rig.settle()
+            client.says(text)
         self.assertEqual((state_of(client), client.session.character.login), ("LOGIN", None))
 
     def test_logout_forgets_every_pair(self):
-        rig = self.rig()
-        client, link = rig.returning()
+        rig, client, link = self.returning()
         rig.let_in(link)
-        client.send("LOGOUT\r\n")
-        rig.settle()
+        client.says("LOGOUT\r\n")
         session = client.session
         self.assertEqual((session.character.login, session.character.trials,
                           session.character.checked), (None, [], None))
 
     def test_a_client_that_half_closes_right_after_its_return_has_said_all(self):
-        rig = self.rig()
-        client, link = rig.returning()
-        client.send("one\r\ntwo\r\nthree\r\n")
-        rig.settle()
+        rig, client, link = self.returning()
+        client.says("one\r\ntwo\r\nthree\r\n")
         rig.let_in(link)
         client.sock.shutdown(socket.SHUT_WR)
         rig.settle()
@@ -8433,12 +8024,10 @@ class WhatWasTyped(RigCase):
         rig = self.rig("pennmush", up=False)
         client = rig.client()
         rig.down()
-        client.send("connect Alice pw\r\n")
-        rig.settle()
+        client.says("connect Alice pw\r\n")
         rig.found("life 1", checks=True)
         (number, serial, pairs), = rig.beat.checks
-        client.send("connect Bob bobpw\r\n")
-        rig.settle()
+        client.says("connect Bob bobpw\r\n")
         rig.post(rig.hub.on_checked, number, serial, [False])
         self.assertEqual([pair.name for pair in rig.beat.checks[-1][2]], [b"Bob"])
         rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [True])
@@ -8461,12 +8050,10 @@ class WhatWasTyped(RigCase):
                          ([session.character.previous], 2))
 
     def test_telnet_of_a_client_that_does_not_read_reaches_the_world(self):
-        rig = self.rig()
-        client, link = rig.player()
+        rig, client, link = self.player()
         client.session.client.full = True
         size = b"\xff\xfa\x1f\x00\x50\x00\x18\xff\xf0"
-        client.send(b"\xff\xfb\x1f" + size)
-        rig.settle()
+        client.says(b"\xff\xfb\x1f" + size)
         self.assertEqual(link.read(), b"\xff\xfb\x1f" + size)
 
 
@@ -9169,13 +8756,10 @@ class BoundMarks(RigCase):
         """A Rig's session at the login screen that typed a login; the world sends these marks of
         it."""
         rig = self.rig(family)
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Wizard wrong\r\n")
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says("connect Wizard wrong\r\n")
         number = re.search(rb"(=[0-9a-f]{8}00=)", link.read()).group(1)
-        link.send(b"".join(number + mark + b"\r\n" if len(mark) < 2 else mark for mark in marks))
-        rig.settle()
+        link.says(b"".join(number + mark + b"\r\n" if len(mark) < 2 else mark for mark in marks))
         return client.session
 
     def test_a_user_who_was_in_already_did_not_log_in_by_this_line(self):
@@ -9195,15 +8779,12 @@ class BoundMarks(RigCase):
     def behind(self, *lines, family="tinymux"):
         """A user of a Rig who has typed these lines in one packet, which begin with a login."""
         rig = self.rig(family, admins="Wizard")
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("".join(line + "\r\n" for line in lines))
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says("".join(line + "\r\n" for line in lines))
         numbers = re.findall(rb"OUTPUTPREFIX (=[0-9a-f]{10}=)\r", link.read())
 
         def world(text, number=None):
-            link.send(text + (numbers[number] + b"\r\n" if number is not None else b""))
-            rig.settle()
+            link.says(text + (numbers[number] + b"\r\n" if number is not None else b""))
         return client, link, world
 
     def test_what_is_typed_behind_a_login_is_read_in_the_game(self):
@@ -9280,14 +8861,11 @@ class BoundMarks(RigCase):
     def test_settings_are_repeated_as_they_were_typed(self):
         """The byte 255 is no telnet in them."""
         rig = self.rig("tinymux")
-        client = rig.client()
-        link = rig.game.accept()
-        client.send(b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\nconnect Alice pw\r\n")
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says(b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\nconnect Alice pw\r\n")
         self.assertTrue(link.read(
             ).endswith(b"\r\nconnect Alice pw\r\nOUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n"))
-        link.send(client.session.feed.proof._secret + b"00=\r\n")
-        rig.settle()
+        link.says(client.session.feed.proof._secret + b"00=\r\n")
         self.assertEqual(client.session.lines.setting_lines(False),
                          b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n")
 
@@ -9302,12 +8880,9 @@ class BoundMarks(RigCase):
     def test_a_denied_check_clears_everything(self):
         rig = self.rig("teenymush", up=False, admins="Wizard")
         rig.found("life 1", checks=True)
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect Wizard wrong\r\n")
-        rig.settle()
-        link.send("Last connect was from h on x\n")         # he has had it printed in the game
-        rig.settle()
+        client, link = rig.newcomer()
+        client.says("connect Wizard wrong\r\n")
+        link.says("Last connect was from h on x\n")         # he has had it printed in the game
         session = client.session
         self.assertEqual(session.character.proven, b"")
         rig.post(rig.hub.on_checked, *rig.beat.checks[-1][:2], [False])
@@ -9325,10 +8900,8 @@ class LoginBrake(RigCase):
     def test_many_logins_in_one_packet_go_on_one_by_one(self):
         rig = self.rig()
         for host in ("203.0.113.9", "2001:db8:1:2::1"):
-            client = rig.client(host=host)
-            link = rig.game.accept()
-            client.send("connect bob x\r\n" * 50)
-            rig.settle()
+            client, link = rig.newcomer(host=host)
+            client.says("connect bob x\r\n" * 50)
             self.assertEqual(self.guesses(link), self.FREE)
             for wait in (3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30):
                 rig.pass_time(wait - 0.1)
@@ -9339,14 +8912,11 @@ class LoginBrake(RigCase):
     def test_a_new_connection_is_braked_too(self):
         rig = self.rig()
         for expected in (1, 1, 1, 0):
-            client = rig.client()
-            link = rig.game.accept()
-            client.send("connect bob x\r\n")
-            rig.settle()
+            client, link = rig.newcomer()
+            client.says("connect bob x\r\n")
             self.assertEqual(self.guesses(link), expected)
             if expected:
-                client.sock.close()
-                rig.settle()
+                client.hangs_up()
         rig.pass_time(3.1)
         self.assertEqual(self.guesses(link), 1)
 
@@ -9354,71 +8924,54 @@ class LoginBrake(RigCase):
         """PennMUSH counts them: ten, and it bars the address of all (worlds/pennmush.md h)."""
         for family in FAMILIES[1:]:
             rig = self.rig(family)
-            client = rig.client()
-            link = rig.game.accept()
-            client.send('connect bob\r\nconnect "bob\r\n' * 20)
-            rig.settle()
+            client, link = rig.newcomer()
+            client.says('connect bob\r\nconnect "bob\r\n' * 20)
             self.assertEqual(len(re.findall("connect .?bob", link.read().decode())), self.FREE)
             self.doCleanups()
 
     def test_a_guesser_with_a_character_of_his_own(self):
         rig = self.rig()
         for count in range(3):
-            client = rig.client()
-            link = rig.game.accept()
-            client.send("connect bob x\r\n")
-            rig.settle()
+            client, link = rig.newcomer()
+            client.says("connect bob x\r\n")
             link.read()
-        mallory = rig.client()
-        own = rig.game.accept()
+        mallory, own = rig.newcomer()
         mallory.send("connect Mallory pw\r\n")
         rig.pass_time(3.1)
         rig.let_in(own)
-        client.send("connect bob x\r\n" * 3)
-        rig.settle()
+        client.says("connect bob x\r\n" * 3)
         # his own took none of the guesses away: one in 3 s
         self.assertEqual(self.guesses(link), 1)
         rig.pass_time(5.9)
         self.assertEqual(self.guesses(link), 0)
 
     def test_who_mistyped_and_then_gets_in_keeps_nobody_waiting(self):
-        rig = self.rig()
-        alice = rig.client()
-        link = rig.game.accept()
+        rig, alice, link = self.newcomer()
         for password in ("a", "b", "pw"):
-            alice.send(f"connect Alice {password}\r\n")
-            rig.settle()
+            alice.says(f"connect Alice {password}\r\n")
             if password != "pw":
                 link.send("Either that player does not exist, or has a different password.\r\n")
-        other = rig.client()
-        other_link = rig.game.accept()
-        other.send("connect bob x\r\n")
-        rig.settle()
+        other, other_link = rig.newcomer()
+        other.says("connect bob x\r\n")
         self.assertEqual(self.guesses(other_link), 0)
         asked = re.findall(rb"OUTPUTPREFIX (\S+)\r\n", link.read())
-        link.send(b"Welcome\r\n" + asked[-1] + b"\r\n")
-        rig.settle()
+        link.says(b"Welcome\r\n" + asked[-1] + b"\r\n")
         self.assertEqual((state_of(alice), self.guesses(other_link)), ("PLAYING", 1))
 
     def test_a_login_that_waits_when_the_world_dies_is_tried_on_return(self):
-        rig = self.rig()
-        client = rig.client()
-        rig.game.accept()
-        client.send("connect bob x\r\n" * 3 + "connect Alice secret\r\nWHO\r\n")
-        rig.settle()
+        rig, client, _ = self.newcomer()
+        client.says("connect bob x\r\n" * 3 + "connect Alice secret\r\nWHO\r\n")
         rig.down()
         self.assertNotIn(b"secret", client.read())
         rig.found("life 2")
         self.assertIn("connect Alice secret", rig.game.accept().lines())
 
     def test_logins_behind_a_logout_in_one_packet_wait_in_order(self):
-        rig = self.rig()
-        alice, link = rig.player("Alice")
+        rig, alice, link = self.player("Alice")
         link.read()
         typed = [line for n in range(6) for line in (f"connect bob x{n}", f"WHO {n}")]
         alice.send("LOGOUT\r\n" + "".join(line + "\r\n" for line in typed[:9]))
-        alice.send(b"\xff\xf1" + "".join(line + "\r\n" for line in typed[9:]).encode())
-        rig.settle()
+        alice.says(b"\xff\xf1" + "".join(line + "\r\n" for line in typed[9:]).encode())
         read = []
         for wait in (0.1, 3, 6, 9):
             rig.pass_time(wait)
@@ -9429,17 +8982,13 @@ class LoginBrake(RigCase):
     def test_logins_typed_before_the_link_is_open_are_braked_too(self):
         rig = self.rig(up=False)
         client = rig.client()
-        client.send("connect bob x\r\n" * 50)
-        rig.settle()
+        client.says("connect bob x\r\n" * 50)
         rig.found("life 1")
         self.assertEqual(self.guesses(rig.game.accept()), self.FREE)
 
     def test_the_brake_holds_over_an_upgrade(self):
-        rig = self.rig()
-        client = rig.client()
-        link = rig.game.accept()
-        client.send("connect bob x\r\n" * 7)
-        rig.settle()
+        rig, client, link = self.newcomer()
+        client.says("connect bob x\r\n" * 7)
         self.assertEqual(self.guesses(link), self.FREE)
         rig.upgrade()
         client.sock.shutdown(socket.SHUT_WR)
@@ -9448,14 +8997,12 @@ class LoginBrake(RigCase):
         rig.pass_time(3.1, 6.1, 9.1, 12.1, 12.1)
         self.assertEqual((self.guesses(link), link.ended), (4, True))
         client = rig.client()
-        client.send("connect bob x\r\n")
-        rig.settle()
+        client.says("connect bob x\r\n")
         self.assertEqual(self.guesses(rig.game.accept()), 0)
 
     def test_another_address_of_the_same_64_is_the_same_guesser(self):
         rig = self.rig()
-        rig.client(host="2001:db8:1:2::1").send("connect bob x\r\n" * 4)
-        rig.settle()
+        rig.client(host="2001:db8:1:2::1").says("connect bob x\r\n" * 4)
         self.assertEqual([rig.hub.logins.left(host)
                           for host in ("2001:db8:1:2::2", "2001:db8:1:3::2")], [0, self.FREE])
 
@@ -9467,7 +9014,7 @@ class Lobby(RigCase):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         rig.hub.door.on_accept(theirs, host, tls)
-        peer = Peer(ours)
+        peer = Peer(ours, rig.settle)
         rig.settle()
         return peer
 
@@ -9483,8 +9030,7 @@ class Lobby(RigCase):
         plain = rig.client()
         self.assertEqual(state_of(plain), "LOGIN")
         late = self.arrive(rig, "192.0.2.1")
-        late.send("PROXY TCP6 ::ffff:198.51.100.1 ::1 1 2\r\nWHO\r\n")
-        rig.settle()
+        late.says("PROXY TCP6 ::ffff:198.51.100.1 ::1 1 2\r\nWHO\r\n")
         self.assertEqual(list(rig.hub.sessions.values())[-1].host, "198.51.100.1")
 
     def test_a_front_that_says_nothing_has_a_client_of_its_own(self):
@@ -9500,8 +9046,7 @@ class Lobby(RigCase):
         peer = self.arrive(rig, "192.0.2.1")
         peer.send("PROXY TCP4 ")
         rig.pass_time(*[0.5] * 6)
-        peer.send("198.51.100.1 127.0.0.1 1 2\r\n")
-        rig.settle()
+        peer.says("198.51.100.1 127.0.0.1 1 2\r\n")
         self.assertEqual([it.host for it in rig.hub.sessions.values()], ["198.51.100.1"])
         peer = self.arrive(rig, "192.0.2.1")
         peer.send("PROXY TCP4 ")
@@ -9513,8 +9058,7 @@ class Lobby(RigCase):
     def test_a_broken_header_is_not_served(self):
         rig = self.front()
         peer = self.arrive(rig, "192.0.2.1")
-        peer.send("PROXY TCP4 nobody 127.0.0.1 1 2\r\nWHO\r\n")
-        rig.settle()
+        peer.says("PROXY TCP4 nobody 127.0.0.1 1 2\r\nWHO\r\n")
         peer.read()
         self.assertEqual((peer.ended, len(rig.hub.sessions)), (True, 0))
 
@@ -9523,8 +9067,7 @@ class Lobby(RigCase):
         with self.assertLogs(has.log, "WARNING") as logged:
             for head in (b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\r\n", TestProxyHeader.version_2(),
                          b"PROXY UNKNOWN\r\n"):
-                rig.client().send(head)
-                rig.settle()
+                rig.client().says(head)
         warned = [line for line in logged.output if "proxy_from" in line]
         self.assertEqual(len(warned), 1, logged.output)
 
@@ -9534,13 +9077,11 @@ class Lobby(RigCase):
         rig = self.rig(max_clients=1)
         rig.client(tcp=True)
         refused = rig.client(tcp=True)
-        refused.send("connect Alice pw\r\n")
-        rig.settle()
+        refused.says("connect Alice pw\r\n")
         self.assertEqual(refused.lines(),
                          ["# NOTICE # Too many users are connected now. Please try again later."])
         self.assertTrue(refused.ended)
-        refused.sock.close()
-        rig.settle()
+        refused.hangs_up()
         self.assertEqual(len(rig.hub.door.refused), 0)
 
     def test_who_is_refused_and_stays_is_closed(self):
@@ -9586,10 +9127,8 @@ class StrangersInTheLog(RigCase):
         def visits():
             for _ in range(300):
                 client = rig.client()
-                client.send("x")
-                rig.settle()
-                client.sock.close()
-                rig.settle()
+                client.says("x")
+                client.hangs_up()
         said = self.log_of(rig, visits)
         self.assertEqual(len(said), 2 * 60 + 1)
         self.assertIn("clients from 203.0.113.9 connected and spoke or stayed: 240 more in the "
@@ -9603,8 +9142,7 @@ class StrangersInTheLog(RigCase):
 
         def guesses():
             for _ in range(300):
-                client.send("connect Wizard wrong\r\n")
-                rig.settle()
+                client.says("connect Wizard wrong\r\n")
                 rig.let_in(link, None)
         said = self.log_of(rig, guesses)
         self.assertEqual(len([line for line in said if "world refused a login" in line]), 60)
@@ -9612,16 +9150,13 @@ class StrangersInTheLog(RigCase):
                       said)
 
     def test_who_logs_in_and_out_for_ever(self):
-        rig = self.rig()
-        client, link = rig.player(host="127.0.0.1")
+        rig, client, link = self.player(host="127.0.0.1")
 
         def round_and_round():
             for _ in range(400):
-                client.send("@name me=[x]\r\nLOGOUT\r\n")
-                rig.settle()
+                client.says("@name me=[x]\r\nLOGOUT\r\n")
                 self.assertEqual(state_of(client), "LOGIN")
-                client.send("connect Alice pw\r\n")
-                rig.settle()
+                client.says("connect Alice pw\r\n")
                 rig.let_in(link)
         said = self.log_of(rig, round_and_round)
         counts = [len([line for line in said if what in line])
@@ -9686,12 +9221,10 @@ class Listeners(RigCase):
 
 class OtherAddresses(RigCase):
     def test_why_another_address_does_not_answer_says_nothing_of_this_world(self):
-        rig = self.rig()
-        first, link = rig.player()
+        rig, first, link = self.player()
         second, _ = rig.player("Bob")
         rig.heard("lost", "booted", False)
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         rig.heard("unreachable", AWAY, "refused", False)
         self.assertEqual((state_of(first), state_of(second)), ("ASKING", "PLAYING"))
         rig.heard("unreachable", HOME, "refused", False)
@@ -9806,8 +9339,7 @@ class ManyAtOnce(RigCase):
         try:
             for number in range(3):
                 client, link = rig.player(f"u{number}")
-                client.sock.close()
-                rig.settle()
+                client.hangs_up()
             rig.peers.clear()
             del client, link
             rig.pass_time(20, 700, has.FORGOTTEN_SECONDS + 1)
@@ -9864,8 +9396,7 @@ class Turns(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
 
     def test_a_stream_taken_over_is_read_again(self):
-        rig = self.rig()
-        client, _ = rig.player()
+        rig, client, _ = self.player()
         session = client.session
         session.client.full = True
         session.on_stream_full(session.client)
@@ -9990,8 +9521,7 @@ class Orders(RigCase):
                     self.assertEqual((client.lines(), client.ended), ([self.DENIED], True))
 
     def test_deny_for_a_while_over_an_upgrade_and_no_more(self):
-        rig = self.rig()
-        alice, _ = rig.player()
+        rig, alice, _ = self.player()
         self.assertEqual(self.order(rig, "deny", address="203.0.113.9", seconds=3600),
                          "nobody comes in from 203.0.113.9/32 for 1h 0m; closed: 1 user")
         self.assertEqual(alice.lines(), [self.DENIED])
@@ -10060,10 +9590,8 @@ class Outages(RigCase):
         with mock.patch("time.time", return_value=time.time() + 100) as now:
             rig.down()
             now.return_value += 30
-            peers["Carol"].send("QUIT\r\n")
-            rig.settle()
-            peers["Dave"].sock.close()
-            rig.settle()
+            peers["Carol"].says("QUIT\r\n")
+            peers["Dave"].hangs_up()
             self.assertEqual(self.history(rig)["waiting"], ["Alice", "Bob", "Eve"])
             rig.upgrade()                       # it survives, and who is awaited, too
             rig.found("life 2")
@@ -10141,8 +9669,7 @@ class Outages(RigCase):
         rig = self.rig(mush_address="unix:/a\"b\\c")
         (alice, link), (bob, _) = rig.player("Alice"), rig.player("Bob")
         before = rig.hub.control.status()["bytes"]
-        bob.sock.close()
-        rig.settle()
+        bob.hangs_up()
         rig.pass_time(11)
         self.assertEqual(len(rig.hub.sessions), 1)
         rig.upgrade()
@@ -10237,8 +9764,7 @@ class OnEvent(RigCase):
     def test_one_of_a_kind_in_ten_seconds_and_the_newest_of_those_held(self):
         rig = self.rig_that_tells()
         for life in ("life 2 second", "life 3 third", "life 4 fourth"):
-            rig.down()
-            rig.found(life)
+            rig.restart(life)
         self.assertEqual(set(self.told(rig, 2)), {"down", "up"})
         self.assertEqual(set(rig.hub.hook.held_events), {"down", "up"})
         rig.pass_time(9)
@@ -10434,8 +9960,7 @@ class WordsOfTheSite(RigCase):
 
     def waiting(self, **settings):
         rig = self.rig(**settings, **self.WORDS)
-        client = rig.client(host="203.0.113.9")
-        link = rig.game.accept()
+        client, link = rig.newcomer(host="203.0.113.9")
         rig.settle()
         return rig, client, link
 
@@ -10443,11 +9968,9 @@ class WordsOfTheSite(RigCase):
         rig, client, _ = self.waiting()
         rig.down()
         client.read()
-        client.send(b"\xff\xf6")
-        rig.settle()
+        client.says(b"\xff\xf6")
         self.assertEqual(client.read(), "\r\nS\u00ed <3\r\n".encode())
-        client.send("connect Alice secret\r\n" + "x\r\n" * 12)
-        rig.settle()
+        client.says("connect Alice secret\r\n" + "x\r\n" * 12)
         self.assertEqual(client.lines(), ["Desat"] + ["# UNSENT x"] * 10)
         rig.pass_time(1.1)
         self.assertEqual(client.lines(), ["# UNSENT i 2 m\u00c3\u00a9s"])         # UTF-8
@@ -10460,8 +9983,7 @@ class WordsOfTheSite(RigCase):
         second = rig.client()
         # UTF-8
         self.assertEqual((second.lines(), second.ended), (["Ple, \u00c3\u00a9s nit"], True))
-        client.send("connect Alice secret\r\n" * 4)
-        rig.settle()
+        client.says("connect Alice secret\r\n" * 4)
         self.assertEqual(client.lines(), ["Espera 3 segons"])
         rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         rig.settle()
@@ -10474,13 +9996,10 @@ class WordsOfTheSite(RigCase):
         rig = self.rig(reattach=300, reattach_limit=4096, **{
             f"reattach_{name}_notice".replace("__", "_"): text for name, text in words.items()})
         client, link = rig.player(tcp=True, host="203.0.113.1")
-        client.sock.close()
-        rig.settle()
-        link.send(b"".join(b"line %04d\r\n" % number for number in range(2000)))
-        rig.settle()
+        client.hangs_up()
+        link.says(b"".join(b"line %04d\r\n" % number for number in range(2000)))
         again = rig.client(tcp=True, host="203.0.113.2")
-        again.send("connect Alice pw\r\n")
-        rig.settle()
+        again.says("connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         lines = [line for line in again.lines() if not line.startswith("line ")]
         self.assertRegex("|".join(lines[-5:]), r"\A\d+s\|from 203\.0\.113\.1 203\.0\.113\.2\|"
@@ -10547,8 +10066,7 @@ class Limits(RigCase):
         for _ in range(3):
             client = rig.client()
             self.assertIsNotNone(client.session)
-            client.sock.close()
-            rig.settle()
+            client.hangs_up()
             rig.pass_time(10.1)
 
     def test_accept_failures_pause_the_listener_a_second(self):
