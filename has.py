@@ -3393,6 +3393,7 @@ AT_LOGIN = {State.OPENING, State.LOGIN}
 AWAY = {State.WAITING, State.BACKOFF}           # what he types now is not sent
 COMING_BACK = {State.REOPENING, State.RETURNING}
 LINKED = {State.LOGIN, State.PLAYING}           # he and the world can talk
+RELAYS = {State.PLAYING, State.CLOSING}         # what he sends is not written down
 PLACES_TO_TAKE = {State.PLAYING} | AWAY         # a user who was away can go on in these
 PLACES = {State.ASKING} | PLACES_TO_TAKE | COMING_BACK
 
@@ -4353,21 +4354,23 @@ _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 
 
 class Peek:
-    """At the login screen what comes is looked at first, and taken when it is written down: a line
-    or an answer that a process which dies has taken is not said again."""
+    """Where no line goes on at once, what comes is looked at first, and taken when it is written
+    down: a line or an answer that a process which dies has taken is not said again. What the world
+    says on the way back is: it begins anew."""
 
     __slots__ = ("session", "_shown")
 
     def __init__(self, session):
         self.session, self._shown = session, None           # (stream, number of bytes)
 
-    def update(self, peeks):
-        """Whether that is so now; for the client, and the link, if there is one."""
+    def update(self, state):
+        """Whether that is so in this state, for the client, and for the link, if there is one."""
         session, inbox = self.session, self.session.inbox
-        peeks = peeks and session.hub.is_kept and not inbox.first.is_raw
+        is_kept = session.hub.is_kept and not inbox.first.is_raw
+        peeks = is_kept and state not in RELAYS
         if session.client.peek(peeks):
             session.client.on_data = self.on_client_data if peeks else inbox.on_data
-        if session.link and session.link.peek(peeks):
+        if session.link and session.link.peek(is_kept and state in AT_LOGIN):
             session.link.on_data = session.screen.reader
 
     def on_client_data(self, data):
@@ -6103,7 +6106,7 @@ class Session(Survivor):
         fast = (state is State.PLAYING and self.linked and inbox.is_fast
                 and not self.hold.silent and not self.dialect.capped)
         inbox.forward = self.link.send if fast else None
-        inbox.peek.update(state in AT_LOGIN)
+        inbox.peek.update(state)
         screen.careful = bool(
             state in (State.LOGIN, State.RETURNING) or screen.stuck or screen.hidden
             or screen.expected or self.hub.links.noise or inbox.kept or self.character.changing
@@ -8935,6 +8938,14 @@ class Door:
         self.listeners = kept + new
         self.hub.changed.add(self.hub)
 
+    def listen_again(self):
+        """Another process has died in changing the listeners: open what is missing."""
+        try:
+            self.listen()
+        except OSError as error:
+            log.error("cannot listen on %s: %s; mend that, then kill -HUP", error.filename,
+                      error.strerror)
+
     def _wanted(self):
         settings = self.hub.settings
         ports = [(settings.local_port, False)] * (
@@ -11168,6 +11179,17 @@ def unpack_world(packed, settings):
                     "word": packed.get("word", settings.remotehostname_cmd)})
 
 
+def take_or_ended(take, name):
+    """take(name); where there is none, the socket had ended before that was written down: another
+    one that has."""
+    try:
+        return take(name)
+    except KeyError:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours
+
+
 def is_open_tls(stream):
     """Whether it is a stream whose TLS has been agreed on."""
     return isinstance(stream, TLSStream) and not stream.connecting
@@ -11186,6 +11208,7 @@ class Survival(Survivor):
         self.guard = None                       # a Guard, where there is a keeper
         self.take_up_now = lambda number: None  # told which session is being taken up
         self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
+        self._has_lost_listeners = False
 
     def _rooms(self):
         """Whose SURVIVES are packed together: no name stands in two of them."""
@@ -11240,13 +11263,12 @@ class Survival(Survivor):
         hub.health.condition = Condition[state["health"]]
         hub.health.world = state["world"] and unpack_world(state["world"], hub.settings)
         hub.door.next_number = state["next_number"]
-        hub.door.listeners = [
-            Listener(hub, take(it["fd"]), it["tls"], tuple(it["wanted"]))
-            for it in state["listeners"]]
+        hub.door.listeners = list(self._listeners(state["listeners"], take))
         control = state["control"]
         if control:
             hub.control.listener = ControlListener(hub, control["path"], take(control["fd"]),
                                                    unpack(control.get("identity")))
+        take = functools.partial(take_or_ended, take)
         for packed in state["sessions"]:
             try:
                 self.take_up_now(packed["values"]["number"])
@@ -11257,6 +11279,16 @@ class Survival(Survivor):
                 if whole:
                     raise RuntimeError("a session could not be taken over") from error
                 self._close_packed(packed, number, take)
+
+    def _listeners(self, packed, take):
+        """Those that still listen: a process may have died in closing one."""
+        for it in packed:
+            sock = take_or_ended(take, it["fd"])
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                yield Listener(self.hub, sock, it["tls"], tuple(it["wanted"]))
+            else:
+                sock.close()
+                self._has_lost_listeners = True
 
     def _unpack_session(self, packed, take):
         hub, values = self.hub, packed["values"]
@@ -11290,6 +11322,8 @@ class Survival(Survivor):
             hub.heard("lost", "it could not be handed over", False)
         hub.heard("go_on")
         hub.hook.go_on()
+        if self._has_lost_listeners:
+            hub.door.listen_again()
         if hub.links.noise:
             hub.links.prune_noise()
         for session in list(hub.sessions.values()):
@@ -11406,7 +11440,7 @@ class Scribe:
 
     LOOK_SECONDS, BEAT_SECONDS = 10, 2
     # What was written before does as well: the next process finds the link ended, or opens one.
-    PASSING = {State.OPENING, State.CLOSING} | COMING_BACK
+    PASSING = {State.OPENING} | COMING_BACK
 
     def __init__(self, survival):
         self._survival, self.hub, self._vault = survival, survival.hub, survival.vault
@@ -12697,7 +12731,7 @@ def take_parked(parked, take):
     if not parked or "connection" not in parked:
         return parked, parked
     connection = parked["connection"]
-    sock = take(connection["fd"])
+    sock = take_or_ended(take, connection["fd"])
     return ({**parked, "connection": {**connection, "fd": os.dup(sock.fileno())}},
             {**parked, "connection": {**connection, "fd": sock}})
 
