@@ -8247,7 +8247,7 @@ class Record(Survivor):
         self.round_trip = None                  # seconds, of the last answered probe
         self.bytes_in = self.bytes_out = 0      # of sessions that have ended
         self.takeovers = 0                      # processes that have taken over since the start
-        self.fell_back = False                  # the last one by the program of before: see resume
+        self.fell_back = False                  # to the program of before, for another has failed
         self.wish = None                        # what the settings ask for in vain: "address: why"
 
     def became(self, was, condition, ago):
@@ -8265,7 +8265,7 @@ class Record(Survivor):
         self.outage_seconds += seconds
 
     def taken_over(self, fell_back):
-        """A new process goes on with this; of the program of before, if another has failed."""
+        """A new process goes on with this."""
         self.takeovers, self.fell_back = self.takeovers + 1, fell_back
 
     def lost_seconds(self, condition):
@@ -8648,10 +8648,12 @@ class Listener:
         try:
             self.hub.door.put_out(self.hub.selector.get_key(sock).data)
         except (KeyError, ValueError):
-            sock.close()                        # no stream was made of it yet
+            hang_up(sock)                       # no stream was made of it yet
 
     def on_accepted(self, sock, peer):
         """A client."""
+        if not self.tls:
+            self.hub.catch(sock)                # at once: as far as he knows he is connected
         self.hub.door.on_accept(sock, unmapped(peer[0]), self.tls)
 
     def _again(self):
@@ -8990,15 +8992,14 @@ class Door:
         if sock.fileno() > self.most_files - 20:        # the rest: links, the heartbeat, --status
             self.quiet.note(host, "refused: no descriptors left: raise the limit (ulimit -n)",
                             level=logging.ERROR)
-            sock.close()
+            hang_up(sock)
         elif tls and not hub.settings.server_tls:
             self.quiet.note(host, "refused: TLS is off; its listener is only left because another "
                             "could not be had")
-            sock.close()
+            hang_up(sock)
         elif tls or self._is_front(host):
             self._await(Arrival(hub, sock, host, tls))
         else:
-            hub.catch(sock)
             self.on_client(Stream(hub.selector, sock, None, None), host, False)
 
     def _await(self, arrival):
@@ -9885,6 +9886,7 @@ class Caller:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             answer = {"error": f"bad request: {error}"}
         if answer is not None:
+            self.hub.keep(self.hub)             # what is done outlives us
             self.answer(answer)
 
     def answer(self, answer, finish=True):
@@ -10068,7 +10070,6 @@ class Control(Survivor):
                 "notice": self._notice, "maintenance": self._maintenance,
                 "kick": self._kick, "deny": self._deny}
         name = request.get("do")
-        self.hub.changed.add(self.hub)          # most of them are to outlive this process
         return does[name](request) if name in does else {
             "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
 
@@ -10298,10 +10299,10 @@ class Hub(Loop):
         if self.scribe:
             self.scribe.catch(sock)
 
-    def keep(self, session):
-        """This session must not wait for the end of the turn to be written down."""
+    def keep(self, it):
+        """A session, or the hub, that must not wait for the end of the turn to be written down."""
         if self.scribe:
-            self.scribe.write((session,), at_once=True)
+            self.scribe.write((it,), at_once=True)
 
     @property
     def is_up(self):
@@ -10526,6 +10527,8 @@ class Hub(Loop):
             return
         log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
         self.stopping = True
+        if self.scribe:
+            self.scribe.farewell()
         for listener in self.door.listeners:
             listener.close()
         self.control.close()
@@ -10566,6 +10569,7 @@ class Board:
     LOG, SHELF, PROGRAM = range(3)              # bytes: which of two counts, of logs, shelves, ...
     TRIAL = 3                                   # 1: that program must still prove itself
     SERVING, FAREWELL, STATUS = 4, 5, 6         # 1: all is in the vault; see end(), its status
+    FELL_BACK = 7                               # 1: another had to take that program's place
     WORKER, KEEPER, DEATHS, LAST = 16, 20, 24, 28       # words: two pids, deaths, the last's status
     NUMBER, BEAT = 32, 36                       # the next session's; counted up while it turns
     TAKING_UP, SUSPECT, STRIKES = 40, 44, 48    # a session; one at which several have died
@@ -10952,7 +10956,7 @@ class Vault:
             file.truncate(0)
             file.seek(0)
             file.write(source)
-        self.board[Board.TRIAL] = 0
+        self.board[Board.TRIAL] = self.board[Board.FELL_BACK] = 0
         self.board[Board.PROGRAM] = other
         self.board[Board.TRIAL] = int(trial)
 
@@ -10962,7 +10966,13 @@ class Vault:
         if on_trial:
             self.board[Board.TRIAL] = 0
             self.board[Board.PROGRAM] ^= 1
+            self.board[Board.FELL_BACK] = 1
         return bool(on_trial)
+
+    @property
+    def fell_back(self):
+        """Whether the program that runs is the one before another that has failed."""
+        return bool(self.board[Board.FELL_BACK])
 
     @property
     def is_last(self):
@@ -11180,8 +11190,8 @@ def unpack_world(packed, settings):
 
 
 def take_or_ended(take, name):
-    """take(name); where there is none, the socket had ended before that was written down: another
-    one that has."""
+    """take(name); where there is none, for the socket had ended before that was written down, or
+    this is a rehearsal: another one that has ended."""
     try:
         return take(name)
     except KeyError:
@@ -11255,7 +11265,7 @@ class Survival(Survivor):
         `take` gives the socket of a name. `whole`: a session that cannot be taken up is an
         exception; else, for no other program could do better, it ends.
         """
-        hub, values = self.hub, state["values"]
+        hub, values, take = self.hub, state["values"], functools.partial(take_or_ended, take)
         for room in self._rooms():
             room.take_up(values)
         if values.get("_lost_at") is not None:
@@ -11268,7 +11278,6 @@ class Survival(Survivor):
         if control:
             hub.control.listener = ControlListener(hub, control["path"], take(control["fd"]),
                                                    unpack(control.get("identity")))
-        take = functools.partial(take_or_ended, take)
         for packed in state["sessions"]:
             try:
                 self.take_up_now(packed["values"]["number"])
@@ -11283,7 +11292,7 @@ class Survival(Survivor):
     def _listeners(self, packed, take):
         """Those that still listen: a process may have died in closing one."""
         for it in packed:
-            sock = take_or_ended(take, it["fd"])
+            sock = take(it["fd"])
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 yield Listener(self.hub, sock, it["tls"], tuple(it["wanted"]))
             else:
@@ -11470,6 +11479,10 @@ class Scribe:
         self.hub.sweep((self.write, ((session,), False, True))
                        for session in list(self.hub.places.sessions.values()))
 
+    def farewell(self):
+        """Nobody is to go on, however this process ends."""
+        self._vault.end(0)
+
     def park(self, parked):
         """What a new process would need of the heartbeat now, with a socket of our own."""
         old, self._parked = self._parked, dict(parked or {})
@@ -11573,7 +11586,8 @@ def proof_of_rehearsal(nonce, sessions):
 
 
 class Rehearsal:
-    """A child that restores a copy of the real state with a new program, while nobody waits for it.
+    """A child that restores a copy of the real state, all but its sockets, with a new program,
+    while nobody waits for it.
 
     The program may be any file: only one that says the nonce in the state, and how many sessions it
     has restored from it, has proved that it can take over. `done(trouble)` is called at its end,
@@ -11584,9 +11598,9 @@ class Rehearsal:
 
     def __init__(self, survival, program, arguments, done):
         self.hub, self._done, self._said, self._over = survival.hub, done, b"", False
-        nonce = secrets.token_hex(16)
+        nonce, names = secrets.token_hex(16), itertools.count(1)
         with contextlib.closing(Vault.make()) as vault:     # its own: ours is not to be disturbed
-            state = survival.pack(vault.shelf.name)
+            state = survival.pack(lambda sock: next(names))     # no sockets: see take_or_ended
             self._proof = proof_of_rehearsal(nonce, len(state["sessions"]))
             vault.store({**state, "nonce": nonce})
             vault.install(program)
@@ -11652,6 +11666,7 @@ class Upgrade:
     """
 
     ARRIVAL_SECONDS, LOOK_SECONDS, RESCUES, RESCUE_SECONDS = 3, 0.05, 3, 600
+    AGAIN_SECONDS = 5                           # between looks at a program that could not go on
     TRIAL_SECONDS = 60
 
     def __init__(self, survival, script, arguments):
@@ -11659,6 +11674,7 @@ class Upgrade:
         self.script, self._arguments = script, arguments
         self._program = None                    # the new one, from USR2 on
         self._told = []                         # callables: to be told if there is no upgrade
+        self._told_trouble = ""                 # why the program on disk cannot go on
 
     def begin(self, *told):
         """USR2: rehearse; go() follows if that went well. `told` as answer in Control.command; an
@@ -11714,9 +11730,37 @@ class Upgrade:
             self.go()
 
     def leave(self):
-        """QUIT: end, so that systemd starts the program on disk, which goes on from its store."""
-        log.info("QUIT: HAS ends, and all sessions wait in the store of systemd")
-        self.go(self._leave)
+        """QUIT: end, so that systemd starts the program on disk, which goes on from its store; not
+        before that can, and until then users play."""
+        tell_systemd("EXTEND_TIMEOUT_USEC=60000000")
+        if self._program is not None:
+            self.hub.later(self.AGAIN_SECONDS, self.leave)      # one is being rehearsed
+            return
+        try:
+            with open(self.script, "rb") as file:
+                self._program = file.read()
+        except OSError as error:
+            self._stay(str(error))
+            return
+        try:
+            Rehearsal(self.survival, self._program, self._arguments, self._stay)
+        except Exception as error:              # says nothing of the program
+            log.error("QUIT: %s could not be rehearsed: %s", self.script, error)
+            self._stay("")
+
+    def _stay(self, trouble):
+        """The program on disk cannot go on, or has no `trouble`: leave."""
+        self._program = None
+        if not trouble:
+            log.info("QUIT: HAS ends, and all sessions wait in the store of systemd")
+            self.go(self._leave)
+            return
+        self.hub.later(self.AGAIN_SECONDS, self.leave)
+        if trouble != self._told_trouble:
+            self._told_trouble = trouble
+            self._fail(f"QUIT: {self.script} cannot go on: mend it; HAS ends then, or by --stop; "
+                       f"until then users play on: {trouble}")
+            tell_systemd(f"STATUS={self.script} cannot go on, so HAS stays: see its log")
 
     def _leave(self):
         self.vault.board[Board.FAREWELL] = Vault.LEAVE
@@ -11927,6 +11971,16 @@ class Keeper:
             self._pass_on(number, None)
 
 
+def know_keeper(hub, vault):
+    """Admins know the keeper, if there is one."""
+    board = vault.board
+    if vault.link:
+        board.put(Board.WORKER, os.getpid())
+        if not board.word(Board.KEEPER):
+            board.put(Board.KEEPER, os.getppid())
+        hub.control.pid = lambda: board.word(Board.KEEPER)
+
+
 class Guard:
     """In the worker: replaces the keeper when that has died."""
 
@@ -11936,7 +11990,10 @@ class Guard:
     def __init__(self, hub, vault, arguments):
         self.owner, self.hub, self._vault, self._arguments = self, hub, vault, arguments
         self._next_at = 0.0
-        hub.selector.register(vault.link[1], READ, self)
+        if vault.link:
+            hub.selector.register(vault.link[1], READ, self)
+        else:                                   # an older program had none
+            self._replace()
 
     def ready(self, events):
         """The keeper has ended."""
@@ -11969,6 +12026,7 @@ class Guard:
         else:
             vault.board.put(Board.KEEPER, child.pid)
             vault.link = life_end, guard_end
+            know_keeper(hub, vault)
             hub.selector.register(guard_end, READ, self)
             log.info("the keeper is pid %d now: send signals there", child.pid)
         for fd in life, guard:
@@ -12494,8 +12552,12 @@ def ask_running(options, path, request):
     try:
         if request["do"] == "upgrade":
             return ask_for_upgrade(options, path)
-        answer = {"error": "it has ended the connection", "status": 1}
+        answer = None
         for answer in answers_of(options, path, request):
+            print_answer(answer, request, options)
+        if answer is None:
+            answer = {"error": "HAS has died, or was stopped, before it answered: see --status, "
+                               "its log, and whether that was done", "status": 1}
             print_answer(answer, request, options)
     except NotRunning as error:
         print(f"has.py: {error}", file=sys.stderr)
@@ -12585,6 +12647,10 @@ def ask_for_upgrade(options, path):
         time.sleep(0.1)
     else:
         raise NotRunning(f"no HAS answers at {path} since the upgrade: see its log")
+    if after.get("worker") != before.get("worker", after.get("worker")):
+        print(f"has.py: HAS has died in the upgrade (see the log), and goes on as HAS "
+              f"{after['version']}", file=sys.stderr)
+        return 1
     print(f"pid {after['pid']}: HAS {before['version']} became {after['version']}, "
           f"{len(after['sessions'])} of {len(before['sessions'])} sessions go on")
     if after.get("fell_back"):
@@ -12603,7 +12669,8 @@ def start_has(settings, remarks, load, options, vault):
         raise_limits(settings)
         hub = Hub(settings, load)
         survival = Survival(hub, vault)
-        take_pid(survival)
+        if vault:
+            know_keeper(hub, vault)
         log.info("HAS %s, pid %d, Python %s, world %s", VERSION, hub.control.pid(),
                  sys.version.split()[0], ", ".join(map(str, settings.mush_address)))
         hub.heartbeat = Heartbeat(hub, hub.mailbox, settings)
@@ -12623,16 +12690,6 @@ def start_has(settings, remarks, load, options, vault):
     if why_no_keeper(settings):
         log.info("a kill -9 of HAS would end every session: %s", why_no_keeper(settings))
     return serve(survival, handler, options)
-
-
-def take_pid(survival):
-    """Admins know the keeper, if there is one."""
-    if survival.vault and survival.vault.link:
-        board = survival.vault.board
-        board.put(Board.WORKER, os.getpid())
-        if not board.word(Board.KEEPER):
-            board.put(Board.KEEPER, os.getppid())
-        survival.hub.control.pid = lambda: board.word(Board.KEEPER)
 
 
 class Handed:
@@ -12667,6 +12724,8 @@ class Handed:
         kept = self._state.get("kept")
         return kept is not None and own_memory_file() == kept
 
+    fell_back = is_last                         # it executes none again but for that
+
     def keep(self, source):
         """Nothing can fail any more: the Vault to go on with, with our own program in it."""
         own = own_memory_file()
@@ -12698,7 +12757,8 @@ def resume(options, source, load, vault=None):
         if isinstance(vault, Vault):
             survival.take_up_now = vault.take_up
         survival.unpack(state, vault.take, whole=options.rehearse or not last)
-        hub.record.taken_over(last)
+        failed = vault.fell_back and not hub.record.fell_back
+        hub.record.taken_over(vault.fell_back)
         if options.rehearse:
             os.write(1, proof_of_rehearsal(state.get("nonce"), len(hub.sessions)))
             os._exit(0)                         # no goodbye: the connections are another process's
@@ -12709,13 +12769,16 @@ def resume(options, source, load, vault=None):
             vault.go_back(own_arguments(options))
         raise
     survival.vault = vault = vault.keep(source)
-    take_pid(survival)
+    know_keeper(hub, vault)
 
     def go_on():
         raise_limits(settings)
         log.info("HAS %s goes on where %s left off, pid %d: %d sessions", VERSION,
                  state["version"], hub.control.pid(), len(hub.sessions))
         tell_death(vault.board)
+        if failed:
+            log.error("the new has.py has failed within a minute: the one before it goes on, until "
+                      "the next upgrade")
         if was_started:
             hub.later(0, hub.reload.run)
         else:
@@ -12790,7 +12853,7 @@ def serve(survival, handler, options, go_on=None, parked=None):
     except Exception:
         log.exception("a fault in the main loop of HAS")
         upgrade.rescue()
-        if hub.scribe:
+        if hub.scribe and not hub.stopping:
             log.error("HAS ends by the fault above (report it), and its keeper starts it anew")
             raise SystemExit(1) from None
         log.error("HAS stops: see the fault above, and report it")
@@ -12807,12 +12870,12 @@ def watch_over(survival, arguments, parked):
     if not vault:
         return
     hub.later(Upgrade.TRIAL_SECONDS, vault.prove)
-    if vault.link or Store.is_there():
+    if vault.link or Store.is_there() or not why_no_keeper(hub.settings):
         hub.scribe = Scribe(survival)
         hub.scribe.begin(parked)
     else:
         vault.clear()
-    if vault.link:
+    if hub.scribe and not Store.is_there():
         survival.guard = Guard(hub, vault, arguments)
 
 

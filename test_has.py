@@ -7367,14 +7367,17 @@ class Died(RigCase):
             rig.link.says(b"Welcome\r\n" + mark + b"\r\n")
 
     def test_a_client_just_accepted_is_let_in_by_the_next(self):
+        for place in "on_accept", "on_client":
+            self.accepted_and_killed(place)
+
+    def accepted_and_killed(self, place):
         rig = self.rig()
         rig.hub.door.listen()
         rig.settle()
         known, address = set(rig.hub.sessions), rig.hub.door.listeners[0].sock.getsockname()
         client = socket.create_connection(address)
         self.addCleanup(client.close)
-        with mock.patch.object(has.Door, "on_client", side_effect=Killed), \
-                self.assertRaises(Killed):
+        with mock.patch.object(has.Door, place, side_effect=Killed), self.assertRaises(Killed):
             rig.settle()
         gone = socket.create_connection(address)
         gone.close()
@@ -9577,16 +9580,21 @@ class Orders(RigCase):
 
     DENIED = "# NOTICE # This world takes no connections from your address."
 
-    def test_what_was_ordered_is_written_down_at_once(self):
+    def test_what_was_ordered_is_written_down_before_that_is_said(self):
         """A kill -9 just behind it forgets nothing."""
         rig = self.rig()
         for request in ({"do": "deny", "address": "10.0.0.0/8"},
                         {"do": "maintenance", "text": "x"}):
-            rig.hub.scribe = scribe = mock.Mock()
-            rig.hub.mailbox.post(rig.hub.control.command, request, None)
+            ours, theirs = socket.socketpair()
+            self.addCleanup(theirs.close)
+            rig.hub.scribe, written = mock.Mock(), []
+            caller = has.Caller(rig.hub, ours)
+            caller.answer = lambda answer: written.append(
+                rig.hub.scribe.write.call_args_list[0][0][0])
+            theirs.send(json.dumps(request).encode() + b"\n")
             rig.settle()
             rig.hub.scribe = None
-            self.assertTrue(any(rig.hub in call[0][0] for call in scribe.write.call_args_list))
+            self.assertEqual(written, [(rig.hub,)])
 
     def test_deny_by_the_settings(self):
         rig = self.rig()
@@ -14597,6 +14605,8 @@ class TestUpgradeKept(TestUpgrade):
         self.has.signal(signal.SIGUSR1)
         self.has.wait_log(rb"HAS 1\.0 goes on where 1\.0c left off", 10, after)
         self.has.wait_log(rb"HAS was killed by SIGABRT; its users were kept", 10, after)
+        self.has.wait_log(rb"the new has.py has failed within a minute", 10, after)
+        self.assertTrue(json.loads(self.has.ask("--status", "--json").stdout)["fell_back"])
         alice.barrier()
         self.has.signal(signal.SIGUSR1)
         self.has.wait_log(rb"INFO pid \d+ \(worker \d+\): HAS", 10, after)
@@ -14718,6 +14728,62 @@ class TestKeeper(Case):
         self.has.signal(signal.SIGINT)
         alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
         self.assertEqual(self.has.process.wait(10), 0)
+
+    def test_who_is_killed_while_he_says_goodbye_stays_dead(self):
+        self.start()
+        alice = self.player("Alice", "alicepw")
+        alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.mush.emit("Alice", b"x" * 78 * 40000)      # she does not read: HAS waits for her
+        poll_until(lambda: re.search(r'"bytes_out": \d{7}', self.has.ask("--status", "--json").stdout),
+                   lambda: "the world's flood does not come", 0.05)
+        worker = self.pids()[1]
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(self.has.folder + "/has.sock")
+            sock.sendall(b'{"do": "stop"}\n')
+            self.assertIn(b"goodbye", sock.recv(999))
+            self.has.wait_log(rb"stopping: ")
+        os.kill(worker, signal.SIGKILL)
+        self.assertEqual(self.has.process.wait(10), 0)
+
+    def test_an_order_that_is_not_answered(self):
+        """HAS dies, or ends, while it carries it out."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        with open(folder + "/has.conf", "w"):
+            pass
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(folder + "/has.sock")
+            listener.listen()
+
+            def die():
+                sock, _ = listener.accept()
+                with sock:
+                    sock.recv(999)
+            thread = threading.Thread(target=die)
+            thread.start()
+            done = run_main("--config", folder + "/has.conf", "--notice", "x")
+            thread.join()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("before it answered", done.stderr)
+
+    def test_an_upgrade_in_which_it_dies(self):
+        self.start()
+        self.has.faults = True
+        before = json.loads(self.has.ask("--status", "--json").stdout)
+        self.assertFalse(before["fell_back"])
+
+        def kill():
+            self.has.wait_log(rb"rehearsing the upgrade")
+            os.kill(before["worker"], signal.SIGKILL)
+        thread = threading.Thread(target=kill)
+        thread.start()
+        done = self.has.ask("--upgrade")
+        thread.join()
+        self.assertEqual((done.returncode, "has died in the upgrade" in done.stderr), (1, True),
+                         done)
+        after = json.loads(self.has.ask("--status", "--json").stdout)
+        self.assertEqual((after["takeovers"], after["fell_back"]), (1, False))
 
     def test_what_cannot_start_ends_with_its_status(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -14954,6 +15020,30 @@ class TestSystemd(Case):
         self.assertEqual(len(self.service.store), 11)
         self.assertEqual(len([it for it in self.service.told if "REMOVE" in it]), 11)
         self.player()
+
+    def test_a_restart_with_a_file_that_cannot_go_on(self):
+        """It waits until that is mended, and users play."""
+        self.service.start()
+        alice = self.player()
+        text = read_text(self.script)
+        for broken in ("", "def broken(:\n", None):
+            if broken is None:
+                os.unlink(self.script)
+            else:
+                with open(self.script, "w") as file:
+                    file.write(broken)
+            before = self.log().count("cannot go on")
+            self.service.process.send_signal(signal.SIGQUIT)
+            poll_until(lambda: self.log().count("cannot go on") > before, self.log)
+            self.service.wait("EXTEND_TIMEOUT")
+            self.service.wait("STATUS=")
+            alice.barrier()
+        with open(self.script, "w") as file:
+            file.write(text)
+        self.assertEqual(self.service.process.wait(20), 0)
+        self.service.start()
+        alice.barrier()
+        self.assertEqual(len(self.mush.logins), 2)
 
     def test_a_restart_with_a_file_that_crashes(self):
         self.service.start()
