@@ -11732,6 +11732,9 @@ class Upgrade:
     def leave(self):
         """QUIT: end, so that systemd starts the program on disk, which goes on from its store; not
         before that can, and until then users play."""
+        if self.hub.stopping:
+            self._stay("")
+            return
         tell_systemd("EXTEND_TIMEOUT_USEC=60000000")
         if self._program is not None:
             self.hub.later(self.AGAIN_SECONDS, self.leave)      # one is being rehearsed

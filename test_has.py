@@ -14734,7 +14734,8 @@ class TestKeeper(Case):
         alice = self.player("Alice", "alicepw")
         alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.mush.emit("Alice", b"x" * 78 * 40000)      # she does not read: HAS waits for her
-        poll_until(lambda: re.search(r'"bytes_out": \d{7}', self.has.ask("--status", "--json").stdout),
+        poll_until(lambda: re.search(r'"bytes_out": \d{7}',
+                                     self.has.ask("--status", "--json").stdout),
                    lambda: "the world's flood does not come", 0.05)
         worker = self.pids()[1]
         with socket.socket(socket.AF_UNIX) as sock:
