@@ -536,9 +536,9 @@ def _cannot_be_read(path, error):
 
 
 def read_constants(path):
-    """Read the block of constants in the has.py at `path` as data.
+    """Read the block of constants in the has.py at `path` as data, never executed.
 
-    Returns ({key: (text, "file:line")}, problems). Never executes the file.
+    Returns ({key: (text, "file:line")}, problems).
     """
     try:
         lines = _lines_of(path)
@@ -621,11 +621,8 @@ def _beside(where, path):
 
 
 def load_settings(script, conf):
-    """Read the constants in `script` and the file `conf` over them.
-
-    Returns (Settings, remarks): remarks are lines for the log. Raises SettingsError with every
-    problem found.
-    """
+    """Read the constants in `script` and the file `conf` over them: (Settings, log lines).
+    SettingsError has every problem found."""
     constants, problems = read_constants(script)
     if not problems:
         problems = [f"{script}: {key.upper()} is missing from the constants: put it back"
@@ -677,8 +674,7 @@ def _comment_behind(key, text):
 
 
 def control_path(script, conf):
-    """The path of the control socket, whatever else is wrong with the settings: a running HAS must
-    be reachable."""
+    """The path of the control socket, whatever else is wrong: a running HAS must be reachable."""
     texts = {**read_constants(script)[0], **read_conf(conf)[0]}
     text, where = texts.get("control_socket", ("", ""))
     return _beside(where, text) if text else default_control_path(conf)
@@ -700,8 +696,7 @@ def settings_of(texts, files, conf):
 
 
 def _parsed(key, text, default):
-    """The value of a setting that an older program took, and that may be refused today; the next
-    HUP says so."""
+    """The value of a setting that an older program took; if it is refused today, HUP says so."""
     try:
         return SETTINGS[key](text)
     except ValueError:
@@ -1080,8 +1075,7 @@ class Agreement:
         return self.settled(SIDE[piece[1]], piece[2]) is (piece[1] in (WONT, DONT))
 
     def ask(self, piece):
-        """What the client says about an option goes on to a world: that answers, unless it has
-        asked itself."""
+        """A command of the client's goes to a world, which answers, unless it has asked itself."""
         verb, option = piece[1], piece[2]
         if verb not in OTHER or not self.world.get((OTHER[verb], option)):
             self.asked[SIDE[verb], option] = piece
@@ -1539,10 +1533,8 @@ class Dialect:
         return Credentials(verb.group(1), name, b"") if name else None
 
     def is_handover(self, line, word):
-        """Whether the server could read this finished line as the hand-over of a user's address.
-
-        It errs on the safe side: other builds may drop or erase more.
-        """
+        """Whether the server could read this finished line as the hand-over of a user's address; on
+        the safe side: other builds may drop or erase more."""
         own = (word.encode(),) if word not in ("auto", "none") else ()
         words = [it.lower() for it in self.handover_words + own]
         if not any(it[0] in line or it[:1].upper()[0] in line for it in words):
@@ -3897,8 +3889,7 @@ class Screen(Part):
         self.session.later(EXPECT_SECONDS, self.expected.clear)
 
     def without_hidden(self, text):
-        """`text` without arrivals of users that HAS is bringing back (rule 6), nor answers to
-        its own lines."""
+        """`text` without arrivals of those HAS brings back (rule 6), or answers to its lines."""
         noise = self.session.hub.links.noise
         if not text or not (noise or self.hidden or self.expected):
             return text
@@ -4470,8 +4461,7 @@ class Inbox(Part):
         return b"".join(rest)
 
     def _read_in_turn(self, data):
-        """Read what this turn of the hub still has time for; the rest in later turns, with those
-        of others between."""
+        """Read what this turn of the hub still has time for; the rest in later turns."""
         session, hub = self.session, self.hub
         if data and not self.announced and self.bytes_in == len(data):
             session.announce()
@@ -4775,8 +4765,7 @@ class Lines(Part):
         return self._pass_on(line, raw)
 
     def _spells_out(self):
-        """Whether the world gets finished lines only, as HAS has understood them: then it reads
-        the same."""
+        """Whether the world gets finished lines only, as HAS has read them: it reads the same."""
         session = self.session
         return session.dialect.capped or session.state is State.LOGIN and (
             session.dialect.logs_in or self.has_secret_word)
@@ -4871,8 +4860,7 @@ class Lines(Part):
         return word.split()[0] + (b" " + unspelled(value) if value else b"") + b"\r\n"
 
     def setting_lines(self, held):
-        """The lines that repeat his settings: those whose answers can be held back, or the
-        others, which do no harm."""
+        """The lines that repeat his settings: whose answers can be `held` back, or the others."""
         is_held = self.session.dialect.settings_held
         return b"".join(
             self._setting_line(word, value) for word, value in self.settings.items()
@@ -5060,10 +5048,8 @@ class Lines(Part):
 
 
 class Return(Part):
-    """A user's way back into the world: from the notice that it is up to his own screen (rule 4).
-
-    It ends in the game, at the login screen, or with another wait.
-    """
+    """A user's way back into the world (rule 4): from the notice that it is up to the game, the
+    login screen, or another wait."""
 
     SURVIVES = ("greeting", "words", "words_due")
     __slots__ = SURVIVES + ("character", "settled")
@@ -5167,8 +5153,7 @@ class Return(Part):
                 session.inbox.send_kept()
 
     def settle(self):
-        """The last session of this character is in: what came here of its login is dropped with
-        one more end marker."""
+        """The last of this character's is in: one more end marker, and what came is dropped."""
         session, proof = self.session, self.session.feed.proof
         returning = session.link and session.state is State.RETURNING
         if returning and self.settled and proof.ended:
@@ -5287,8 +5272,7 @@ class Hold(Part):
         session.inbox.read(session.lines.take_iced() + session.inbox.release())
 
     def look(self, since):
-        """Close the client if it was held long enough; else look again later, for a HUP may bring
-        another limit."""
+        """Close the client if it was held long enough; else look later: HUP may change that."""
         session, hub = self.session, self.hub
         if session.client.closed or self.held_since != since or (
                 session.state not in AWAY | COMING_BACK):
@@ -5562,8 +5546,7 @@ class Opening(Part):
         session.refresh()
 
     def failed(self, reason):
-        """The world did not take a link, or ended one that was to bring the user back: try again,
-        ever more slowly."""
+        """The world did not take a link, or ended that of a return: try again, ever more slowly."""
         session = self.session
         if session.inbox.first.is_http:
             session.end_with_world()
@@ -6159,15 +6142,13 @@ class Session(Survivor):
         return self.hub.door.visits.note(self.host, what, f"{self}: {line or what}", free)
 
     def announce(self):
-        """Say in the log that he is here, when he has spoken or stayed; of too many a minute only
-        the number."""
+        """Say in the log that he is here, when he has spoken or stayed."""
         if not self.inbox.announced and not self.client.closed:
             how = "connected (TLS)" if self.tls else "connected"
             self.inbox.announced = self.note("connected and spoke or stayed", how)
 
     def status(self):
-        """What is told of this session: plain values, nothing secret, nothing that could steer a
-        terminal."""
+        """This session for admins: plain values, nothing secret, nothing that steers a terminal."""
         login, inbox, place = self.character.login, self.inbox, self.place
         away = int(self.hub.now - place.gone_at) if place.away_at else None
         return {"id": self.number, "name": printable(login.name) if login else "",
@@ -6261,8 +6242,7 @@ class Session(Survivor):
             self.hub.links.settle(self)
 
     def wait_again(self, state):
-        """A return has failed: what was typed meanwhile is answered like anything typed while
-        waiting."""
+        """A return has failed: what was typed meanwhile is answered as in a wait."""
         self.enter(state)
         self.inbox.read(self.inbox.release())
 
@@ -6623,8 +6603,7 @@ class Context:
         self.tell(self.hub.heard, event, *arguments)
 
     def log_change(self, level, subject, text):
-        """Log a text about a subject, at DEBUG if it is what was said of that the last time: so as
-        not to repeat it for years."""
+        """Log a text about a subject; at DEBUG, if that is what was said of it the last time."""
         log.log(logging.DEBUG if self.said.get(subject) == text else level, "%s", text)
         self.said[subject] = text
 
@@ -6762,8 +6741,7 @@ class Talk:
 
 
 class Quota:
-    """The commands a world still takes at once, `most` (None: any number), then one a second: a
-    token bucket. Pure."""
+    """A token bucket: a world takes `most` commands (None: any), then one a second. Pure."""
 
     def __init__(self, most, clock, tokens=None):
         self._most, self._clock, self._filled = most, clock, clock()
@@ -7024,8 +7002,7 @@ class Connection:
         return line if line is not None and len(line) <= self.dialect.longest_line else None
 
     def verdicts(self, pairs):
-        """Ask about all pairs in one line; a list as long as `pairs` of True, False or None
-        (unknown)."""
+        """Ask about all `pairs` in one line; for each of them True, False or None (unknown)."""
         nonce = _new_nonce()
         line = self._check_line(pairs, nonce)
         answer = line and self._think(line, nonce)
@@ -7252,9 +7229,8 @@ def _age_by_start_id(life):
 class Lives(Survivor):
     """The names of the lives of worlds: start ids, unless those prove nothing. Pure.
 
-    A world that dies in the second in which it was started, and is started again at once, has the
-    same start id: what follows such a life gets another name, and what follows one behind which
-    nobody listened.
+    A world that dies in the second of its start, and is started again at once, has the same start
+    id: what follows such a life has another name, and what follows one behind which none listened.
     """
 
     SURVIVES = "life", "renamed"
@@ -7288,8 +7264,7 @@ class Lives(Survivor):
 
 
 class LoginPause(Survivor):
-    """When a login may be tried: not before `login_after` in the life of the world in which one was
-    not taken. Pure."""
+    """When a login may be tried: after `login_after`, or in another life of the world. Pure."""
 
     SURVIVES = "login_after", "login_life", "login_refused"
 
@@ -7579,8 +7554,7 @@ class Search:
             connection.close()
 
     def try_beside(self, address, old=None):
-        """A connection to another world, or another one to the same, no worse than the `old` one;
-        None (logged) where that cannot be had."""
+        """Another connection, no worse than the `old` one; None (logged) if it cannot be had."""
         try:
             connection = self._entrance.establish(address)
             new, before = connection.world, (old or connection).world
@@ -7623,8 +7597,7 @@ class Probes(Survivor):
         self.round_trip = 0.0      # of the last probe that was answered at once, in seconds
 
     def probe(self, connection):
-        """One probe serves all who asked before it was sent. Lost when the world has been silent
-        for dead_after."""
+        """One probe serves all who asked before it was sent. Lost after dead_after of silence."""
         asks, self.asks = self.asks, []
         try:
             started = self._await_answer(connection)
@@ -7772,8 +7745,7 @@ class Heartbeat:
     # ---- the thread
 
     def try_once(self, address):
-        """Log in to a world once, without the thread; return its World, or Lost. For --check
-        --probe."""
+        """Log in to a world once, without the thread; return its World, or Lost (--probe)."""
         connection = self._entrance.establish(address)
         connection.close()
         return connection.world
@@ -7883,8 +7855,7 @@ class Heartbeat:
                 context.wait(min(beat_at, context.clock() + LOOK_SECONDS) if soon else beat_at)
 
     def _renew_where_due(self, connection):
-        """Moved to another connection to the same world, if the settings or its login screen want
-        one."""
+        """Moved to another connection to this world, if settings or its login screen want one."""
         if self._renew:
             self._renew = False                 # before: a HUP may come in the middle of it
             better = self._search.try_beside(connection.address, connection)
@@ -8077,8 +8048,7 @@ class Health(Survivor):
         return effects
 
     def answered(self, asks, life, now):
-        """The world, in its life `life`, answered a probe that was sent after these links ended:
-        (session number, link serial)."""
+        """The world, in that life, answered a probe sent behind these (session, serial)."""
         effects = []
         for number, serial in asks:
             if not self.endings.is_asking(number, serial):
@@ -8120,8 +8090,7 @@ class Health(Survivor):
         return effects + self.judge(now)
 
     def unreachable(self, address, reason, accepted, now):
-        """The heartbeat could not get (back) to a world, which took the connection (`accepted`) or
-        not even that."""
+        """The heartbeat could not get (back) to a world, even if that took the connection."""
         effects = []
         if reason != self.reasons.get(address):
             effects = [("say", logging.INFO, f"the world at {address} cannot be reached: {reason}; "
@@ -8275,8 +8244,7 @@ class Record(Survivor):
 
 
 class History(Survivor):
-    """The last outages, and what became of the users who were in the game, for admins. Pure, but
-    for the wall clock."""
+    """The last outages, and what became of the users who were in the game, for admins."""
 
     SURVIVES = "history_text", "returns", "failures"
     MOST, MOST_NAMES = 50, 50
@@ -8292,8 +8260,7 @@ class History(Survivor):
 
     @property
     def history_text(self):
-        """The outages and who is missing as one text: thousands of names are packed at once, and
-        only when there is news."""
+        """All of it as one text: thousands of names are packed at once, only when there is news."""
         if self._text is None:
             self._text = json.dumps([self.past_outages, list(self.missing.items())])
         return self._text
@@ -8403,11 +8370,6 @@ def users(count):
 def host_group(host):
     """What counts as one address: of IPv6 a /64, for a whole one belongs to one household."""
     return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
-
-
-def unmapped(host):
-    """A numeric address as HAS writes it: see address_of."""
-    return str(address_of(host))
 
 
 class Loop:
@@ -8536,10 +8498,8 @@ class QuietLog:
         self._counts, self._others, self._told = {}, 0, set()
 
     def note(self, host, what, line="", free=1, level=logging.INFO):
-        """Log `line`, or what a client from `host` did, the first `free` times of a minute.
-
-        Returns whether it was logged.
-        """
+        """Log `line`, or what a client from `host` did, the first `free` times of a minute. Returns
+        whether it was logged."""
         key = host_group(host), what
         if not (self._counts or self._others):
             self._later(self.MINUTE, self._sum_up)
@@ -8654,7 +8614,7 @@ class Listener:
         """A client."""
         if not self.tls:
             self.hub.catch(sock)                # at once: as far as he knows he is connected
-        self.hub.door.on_accept(sock, unmapped(peer[0]), self.tls)
+        self.hub.door.on_accept(sock, str(address_of(peer[0])), self.tls)
 
     def _again(self):
         if not self.closed and self.sock not in self.hub.selector.get_map():
@@ -9016,11 +8976,9 @@ class Door:
 
     def most_of(self, host):
         """How many clients may come from this address; 0: no limit."""
-        return 0 if self._has_many(host) else self.hub.settings.max_per_host
-
-    def _has_many(self, host):
-        """Whether many people may come from an address: this machine's own, or a front's."""
-        return ipaddress.ip_address(host).is_loopback or self._is_front(host)
+        # many people may come from this machine's own, or a front's
+        has_many = ipaddress.ip_address(host).is_loopback or self._is_front(host)
+        return 0 if has_many else self.hub.settings.max_per_host
 
     def on_client(self, stream, host, tls):
         """A client is let in: make it a session and return that; None if there is no room."""
@@ -9387,11 +9345,8 @@ class Suspects:
         return self._streak > 1 and who in self._strikes
 
     def wait(self, who, now):
-        """Seconds until this suspect may come.
-
-        The calm before grows with his strikes: a world that always dies at the same age dies
-        without him then. Others' logins do not put him off for ever.
-        """
+        """Seconds until this suspect may come. The calm before grows with his strikes: a world that
+        always dies at the same age dies without him then. Others do not put him off for ever."""
         strikes = len(self._strikes.get(who, ()))
         calm = min(self.CALM, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
         return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
@@ -10098,9 +10053,8 @@ class Control(Survivor):
         return {"done": f"told {users(len(sessions))}"}
 
     def _found(self, who):
-        """The sessions an admin means: of that number, else of that character, else from that
-        address."""
-        who = unmapped(who) if _is_numeric(who) else who
+        """The sessions an admin means: of that number, else character, else address."""
+        who = str(address_of(who)) if _is_numeric(who) else who
         told = [(session, session.status()) for session in self.hub.sessions.values()]
         for name in "id", "name", "host":
             found = [it for it, status in told if str(status[name]).lower() == who.lower()]
@@ -10148,8 +10102,7 @@ class Control(Survivor):
         return {"done": f"closed: {', '.join(map(str, sessions))}"}
 
     def _deny(self, request):
-        """{"do": "deny", "address": ..., "seconds": ... or None}: nobody comes in from there any
-        more; 0: again."""
+        """{"do": "deny", "address": ..., "seconds": ... or None}: nobody comes in; 0: again."""
         denials, seconds = self.hub.door.denials, request.get("seconds")
         network = _network(str(request["address"]))
         if seconds == 0:
@@ -12066,8 +12019,8 @@ class LogHandler(logging.Handler):
             return 2
 
     def reload(self, settings):
-        """Take the log file of these settings, opened anew (logrotate), if it can be, and level.
-        Returns why it cannot be, or ""."""
+        """Take the level and the file of these settings, opened anew (logrotate). Returns why that
+        cannot be, or ""."""
         log.setLevel(settings.log_level.upper())
         self._path = settings.log_file
         with self.lock:
@@ -12214,7 +12167,7 @@ exit status:
   3  HAS is not running
 """
 FLAGS = ("check", "status", "history", "reload", "upgrade", "stop")
-ORDERS = ("notice", "maintenance", "kick", "deny")
+ORDERS = {"notice": "text", "maintenance": "text", "kick": "who", "deny": "address"}
 GOES_WITH = {"probe": ("check",), "json": ("status", "history"), "prometheus": ("status",),
              "to": ("notice",), "reason": ("kick",), "for": ("deny",)}
 
@@ -12258,6 +12211,11 @@ def new_parser():
     return parser
 
 
+def is_given(options, name):
+    """Whether an argument stands in the command line."""
+    return getattr(options, name) not in (None, False)
+
+
 def parse_arguments(arguments):
     """The command line; argparse ends the program where it is wrong."""
     parser = new_parser()
@@ -12266,8 +12224,7 @@ def parse_arguments(arguments):
     if options.config and not options.goes_on and not os.path.exists(options.config):
         parser.error(f"--config {options.config}: there is no such file")
     for name, orders in GOES_WITH.items():
-        if getattr(options, name) not in (None, False) and not any(
-                getattr(options, order) not in (None, False) for order in orders):
+        if is_given(options, name) and not any(is_given(options, order) for order in orders):
             parser.error(f"--{name} goes with --{' or --'.join(orders)}")
     for name in ("notice", "maintenance", "to", "kick", "reason", "deny"):
         text = getattr(options, name)
@@ -12354,7 +12311,7 @@ def main(arguments=None):
         for fd in link:
             os.set_inheritable(fd, False)
         return Keeper(Vault(options.vault), own_arguments(options), worker, *link).run()
-    orders = [name for name in FLAGS + ORDERS if getattr(options, name) not in (None, False)]
+    orders = [name for name in (*FLAGS, *ORDERS) if is_given(options, name)]
     vault = None if options.goes_on or orders else take_from_store(options, source)
     if options.goes_on or vault:
         return resume(options, source, load, vault)
@@ -12418,8 +12375,7 @@ def why_no_keeper(settings):
 
 
 def start_trouble(settings):
-    """What in this machine would keep HAS from starting, a line each. (Its ports may be taken: by
-    the HAS that runs.)"""
+    """What in this machine would keep HAS from starting. (The HAS that runs may have its ports.)"""
     trouble, path = [], settings.log_file
     if path and not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
         trouble.append(f"log_file = {path}: cannot be written: make the folder, or mend its rights")
@@ -12508,16 +12464,13 @@ def user_name(number):
 
 def request_of(options):
     """What the command line asks of the running HAS (Control.command), or None."""
-    for name in ("status", "history", "reload", "upgrade", "stop"):
-        if getattr(options, name):
+    for name in FLAGS[1:]:                      # --check asks nobody
+        if is_given(options, name):
             return {"do": name}
-    for name in ("notice", "maintenance"):
-        if getattr(options, name) is not None:
-            return {"do": name, "text": getattr(options, name), "to": options.to}
-    if options.kick is not None:
-        return {"do": "kick", "who": options.kick, "reason": options.reason}
-    if options.deny is not None:
-        return {"do": "deny", "address": options.deny, "seconds": getattr(options, "for")}
+    more = {"to": options.to, "reason": options.reason, "seconds": getattr(options, "for")}
+    for name, what in ORDERS.items():
+        if is_given(options, name):
+            return {"do": name, what: getattr(options, name), **more}
     return None
 
 
@@ -12526,8 +12479,7 @@ class NotRunning(Exception):
 
 
 def answers_of(options, path, request):
-    """The answers of the HAS that runs to a request, dictionaries, one after the other until it
-    ends the connection. NotRunning."""
+    """Yields the answers of the HAS that runs, dictionaries, until it hangs up. NotRunning."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(10)

@@ -2178,7 +2178,7 @@ class TestProxyHeader(unittest.TestCase):
                             ("::FFFF:c633:6401", "198.51.100.1"),
                             ("2001:DB8:0:0::7", "2001:db8::7"), ("fe80::1%eth0", "fe80::1"),
                             ("127.0.0.1", "127.0.0.1")):
-            self.assertEqual(has.unmapped(text), value)
+            self.assertEqual(str(has.address_of(text)), value)
 
 
 class TestPump(unittest.TestCase):
@@ -9609,7 +9609,7 @@ class Orders(RigCase):
                              ("2001:db8:5::9", False), ("2001:db8:6::9", True),
                              ("203.0.114.1", True)):
             with self.subTest(host=host):
-                client = rig.client(has.unmapped(host))
+                client = rig.client(str(has.address_of(host)))
                 self.assertEqual(client.session is not None, let_in)
                 if not let_in:
                     self.assertEqual((client.lines(), client.ended), ([self.DENIED], True))
@@ -10128,7 +10128,7 @@ class Limits(RigCase):
         """For each host in turn: was it taken? The refused get one line and are closed."""
         found = []
         for host in hosts:
-            client = rig.client(host=has.unmapped(host))
+            client = rig.client(host=str(has.address_of(host)))
             found.append(client.session is not None)
             if not client.session:
                 lines = client.lines()
