@@ -825,7 +825,8 @@ ESCAPE = 27
 UNREADABLE = {19, 38, 46, 85, 86, 87}
 # On or off is all there is to these: nothing has to be set up anew in front of a new world.
 PLAIN_OPTIONS = {BINARY, ECHO, SGA, STATUS, TIMING_MARK, EOR, MSSP}
-LONGEST_SB, LONGEST_KEPT = 65536, 1024          # of a sub-negotiation: read; remembered
+LONGEST_SB, LONGEST_STRICT, LONGEST_KEPT = 65536, 4096, 1024     # of a sub-negotiation: read of a
+                                                # world's, of a client's; remembered
 _TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)*")                          # up to a command
 _DETAILS = re.compile(rb"(?:[^\xff]+|\xff[^\xf0])*", re.S)              # up to IAC SE
 _COMMAND = re.compile(rb"\xff(?:[\xfb-\xfe].|[^\xfa-\xff])", re.S)
@@ -868,7 +869,8 @@ class Scanner:
     than LONGEST_SB is let through as it comes, in pieces whose is_command is None, read by nobody.
 
     No two servers agree on IAC and another byte than IAC or SE inside a sub-negotiation
-    (worlds/bytes.md): if `strict`, it ends there, and only of a long one anything is returned.
+    (worlds/bytes.md): if `strict`, it ends there, and only of a long one anything is returned; long
+    is LONGEST_STRICT then.
     """
 
     __slots__ = ("held", "_looked", "inside_long", "strict")
@@ -910,7 +912,8 @@ class Scanner:
                 pieces.append((None, data[start:end] + bytes((IAC, SE))))
             self._looked, self.inside_long = 0, False
             return end
-        if not self.inside_long and len(data) - start <= LONGEST_SB:
+        longest = LONGEST_STRICT if self.strict else LONGEST_SB
+        if not self.inside_long and len(data) - start <= longest:
             self.held, self._looked = data[start:], end - start
             return len(data)
         if end > start:
@@ -2659,7 +2662,7 @@ NOT_NOW = (BlockingIOError, InterruptedError) + (
     (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
 CHUNK = 65536
-LOOK_BYTES = 1024                  # shown at a time of what must be written down before it is taken
+LOOK_BYTES = 1024                  # read at a time of what may have to be written down
 LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
@@ -2772,13 +2775,13 @@ class Stream:
     missed = 0                     # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "trail", "recent", "peeks", "_receive", "_paused",
+                 "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "_receive", "_paused",
                  "_finishing", "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False):
         sock.setblocking(False)
         self.selector, self.sock, self.owner, self.on_data = selector, sock, owner, on_data
-        self.peeks, self._receive = False, sock.recv
+        self.peeks, self.chunk, self._receive = False, CHUNK, sock.recv
         self.out = b""             # a bytearray while something waits to be sent
         self.connecting = connecting
         self.ended = self.closed = self.full = False
@@ -2824,7 +2827,7 @@ class Stream:
                 return
         if events & READ:
             try:
-                data = self._receive(CHUNK)
+                data = self._receive(self.chunk)
             except NOT_NOW:
                 return
             except OSError as error:
@@ -2937,12 +2940,26 @@ class Stream:
         """Deliver what the other side sent before it ended, as far as it has arrived."""
         while not (self.closed or self.ended or self.connecting):
             try:
-                data = self._receive(CHUNK)
+                data = self._receive(self.chunk)
             except OSError:
                 return
             if not data:
                 return
             self.on_data(data)
+
+    def read_little(self):
+        """Read no more at a time than may be written down in each turn while it waits: the rest
+        waits in the kernel, which forgets nothing if this process dies."""
+        self.chunk = LOOK_BYTES
+
+    def rest_of_line(self):
+        """What stands behind the last read up to the end of its line, if that is here: else the
+        two parts of a line would be two turns' affair."""
+        try:
+            more = self.sock.recv(LOOK_BYTES, socket.MSG_PEEK)
+        except OSError:                         # nothing, or the end: that will be heard
+            return b""
+        return self.sock.recv(more.find(b"\n") + 1)
 
     def peek(self, peeks):
         """Whether on_data(), which must be another now, is shown what came and must take() it: so
@@ -3037,6 +3054,13 @@ class TLSStream(Stream):
         self._receive = self.sock.recv
         self._handshake = WRITE
         self._finish_connect()
+
+    def read_little(self):
+        """What OpenSSL holds of a record is not seen by the selector: each is read whole."""
+
+    def rest_of_line(self):
+        """The same."""
+        return b""
 
     def peek(self, peeks):
         """What was decrypted cannot be left where it was."""
@@ -4435,6 +4459,8 @@ class Inbox(Part):
                 self.quit_at = 0
                 forward(data)
                 return
+        if len(data) == LOOK_BYTES and not self.client.peeks:
+            data += self.client.rest_of_line()
         if self.first.is_http is None:
             self._read_first_line(data)
         if self.first.is_raw:
@@ -4471,9 +4497,10 @@ class Inbox(Part):
         if session.state in AT_LOGIN:           # what comes behind a login that may have to wait
             stop = min(stop, end_of_nth(b"\r\n", data, max(1, hub.logins.left(session.host))))
         data, self.backlog = data[:stop], data[stop:]
-        if self.backlog:
+        if self.backlog or stop >= LOOK_BYTES:              # there may be more
             self.client.pause()
             self.queue()
+        if self.backlog:
             session.refresh()
         hub.patience -= 1 + len(data) - len(data.translate(None, b"\r\n\xff")) + len(data) // 1024
         if not data or session.state is State.CLOSING:
@@ -4484,8 +4511,8 @@ class Inbox(Part):
             self.keep(data)
 
     def queue(self):
-        """Ask the hub for another turn, if there is something for it."""
-        if self.backlog and self.session not in self.hub.backlogs:
+        """Ask the hub for another turn."""
+        if self.session not in self.hub.backlogs:
             self.hub.backlogs.append(self.session)
 
     def take_turn(self):
@@ -5639,7 +5666,7 @@ class Absent:
     def resume(self):
         """Nobody types."""
 
-    peek = pause
+    peek = read_little = pause
 
     def pack(self, name, held=True):
         """For another process: it has no descriptor. Of what is written down for it again and
@@ -6056,6 +6083,7 @@ class Session(Survivor):
         self.opening = Opening(self)
         self.place = Place(self)
         client.owner, client.on_data = self, self.inbox.on_data
+        client.read_little()
 
     def __str__(self):
         login = self.character.login
@@ -6421,6 +6449,7 @@ class Passage(Part):
         packed = {**old.pack(socket.socket.fileno), "out": pack(b""), "broken": False}
         old.leave()
         if name == "client":
+            new.read_little()
             session.place.take_client(new)
         else:
             session.link = new
@@ -8332,6 +8361,7 @@ SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds
 WAKE_SECONDS = 0.3, 2, 2           # ... may not have been accepted: then the world is woken
 GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
 PATIENCE = 14                      # line ends, and as many kilobytes, read with care in one turn
+BREATH_SECONDS = 0.001             # between turns, while there is such a rest
 NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
@@ -8397,7 +8427,9 @@ class Loop:
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.patience, self.ends = PATIENCE, 0
         timers = self._timers
-        if self.backlogs or self.changed:
+        if self.backlogs:           # no flood has this process busy all the time
+            longest = BREATH_SECONDS
+        if self.changed:
             longest = 0
         elif timers:                # counted from the last look at the clock: late by a turn's work
             due = max(0.0, timers[0][0] - self.now)
