@@ -8426,8 +8426,8 @@ class Loop:
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.patience, self.ends = PATIENCE, 0
-        timers = self._timers
-        if self.backlogs:           # no flood has this process busy all the time
+        timers, left = self._timers, len(self.backlogs)
+        if left:                    # no flood has this process busy all the time
             longest = BREATH_SECONDS
         if self.changed:
             longest = 0
@@ -8445,9 +8445,9 @@ class Loop:
                 self.fault(stream.owner)
         if timers and timers[0][0] <= self.now:
             self._run_timers()
-        while self.backlogs and self.patience > 0:
-            session = self.backlogs.popleft()
-            self.safely(session.inbox.take_turn)
+        while left and self.patience > 0:       # who was left in this turn is read in the next
+            left -= 1
+            self.safely(self.backlogs.popleft().inbox.take_turn)
         if self.changed:
             self.write_down()
 

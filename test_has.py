@@ -7893,6 +7893,46 @@ class FairTurns(RigCase):
             client.says(" line\r\n")
             self.assertEqual(link.lines(), [f"line {n}" for n in range(count)] + ["half a line"])
 
+    def test_between_the_turns_of_a_flood_others_are_waited_for(self):
+        """Or it would have HAS busy all the time. Nobody who has something to say waits for it."""
+        for unit, count in ((b"x\r\n", 500), (b"a\xff\xf1", 500), (b"long", 999)):
+            with self.subTest(unit):
+                rig, waited = self.rig(), []
+                bob, bobs_link = rig.player("Bob")
+                alice, _ = rig.player("Alice")
+                select = rig.hub.selector.select
+                rig.hub.selector.select = lambda longest: waited.append(longest) or select(longest)
+                alice.sock.send(unit * count)
+                rig.hub.turn(0)
+                for _ in range(2 + count * len(unit) // has.LOOK_BYTES):
+                    bob.send("say hello\r\n")
+                    rig.hub.turn(5)
+                    self.assertEqual(bobs_link.lines(), ["say hello"])
+                    rig.hub.turn(5)
+                rig.settle()
+                self.assertGreaterEqual(waited.count(has.BREATH_SECONDS),
+                                        count * len(unit) // has.LOOK_BYTES)
+
+    def test_what_is_written_down_of_a_flood_is_small(self):
+        """In the game, too, and whatever is in it: all of it is written down, turn after turn."""
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        for unit in (b"x\r\n", b"look\x01\r\n", b"a\xff\xf1", b"\xff\xfb\x2a",
+                     b"\xff\xfa\x2ax\xff\xf0", b"\xff\xfa\xc9" + b"x" * 8900 + b"\xff\xf0"):
+            with self.subTest(unit[:9]), mock.patch.object(
+                    has.Vault, "write", autospec=True, side_effect=has.Vault.write) as write:
+                rig = self.rig().keep()
+                client, link = rig.player("Alice")
+                client.sock.send(unit * (9000 // len(unit)))
+                rig.settle(lambda: not client.session.inbox.backlog)
+                sizes = [len(record) for call in write.call_args_list
+                         for number, record in call[0][1].items() if number and record]
+                self.assertGreater(len(sizes), 5)
+                self.assertLess(max(sizes), 8 * has.LOOK_BYTES)
+                got = link.read()
+                if unit.endswith(b"\n"):
+                    self.assertEqual(got, unit * (9000 // len(unit)))
+
     def test_nothing_overtakes_what_is_left_for_later_turns(self):
         """After an upgrade a client with such a rest is read at once."""
         rig = self.rig()
