@@ -8446,8 +8446,8 @@ class Loop:
         if timers and timers[0][0] <= self.now:
             self._run_timers()
         while left and self.patience > 0:       # who was left in this turn is read in the next
-            left -= 1
-            self.safely(self.backlogs.popleft().inbox.take_turn)
+            session, left = self.backlogs.popleft(), left - 1
+            self.safely(session.inbox.take_turn)
         if self.changed:
             self.write_down()
 

@@ -7908,7 +7908,7 @@ class FairTurns(RigCase):
                     bob.send("say hello\r\n")
                     rig.hub.turn(5)
                     self.assertEqual(bobs_link.lines(), ["say hello"])
-                    rig.hub.turn(5)
+                    rig.hub.turn(0)
                 rig.settle()
                 self.assertGreaterEqual(waited.count(has.BREATH_SECONDS),
                                         count * len(unit) // has.LOOK_BYTES)
