@@ -8361,7 +8361,7 @@ SILENT_LINK_SECONDS = 0.05         # a link that shows nothing for so long holds
 WAKE_SECONDS = 0.3, 2, 2           # ... may not have been accepted: then the world is woken
 GOODBYE_SECONDS, FLUSHED_SECONDS = 3, 0.1      # to send the goodbyes; between looks who has his
 PATIENCE = 14                      # line ends, and as many kilobytes, read with care in one turn
-BREATH_SECONDS = 0.001             # between turns, while there is such a rest
+BREATH_SECONDS = 0.001             # for others, between two such parts of what came at once
 NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
@@ -8419,6 +8419,7 @@ class Loop:
         self._timers, self._timer_numbers = [], itertools.count()
         self.patience = PATIENCE                # what may still be read with care in this turn
         self.backlogs = collections.deque()     # sessions with more to be read
+        self._breath_over = 0                   # ... and from when on that is done
         self.changed = set()                    # sessions, or the hub: perhaps, in this turn
         self.ends, self._left = 0, frozenset()  # streams in this turn; who was ready, not served
         self._sweeps = collections.deque()      # see sweep()
@@ -8427,7 +8428,7 @@ class Loop:
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
         self.patience, self.ends = PATIENCE, 0
         timers, left = self._timers, len(self.backlogs)
-        if left:                    # no flood has this process busy all the time
+        if left:
             longest = BREATH_SECONDS
         if self.changed:
             longest = 0
@@ -8445,11 +8446,18 @@ class Loop:
                 self.fault(stream.owner)
         if timers and timers[0][0] <= self.now:
             self._run_timers()
-        while left and self.patience > 0:       # who was left in this turn is read in the next
-            session, left = self.backlogs.popleft(), left - 1
-            self.safely(session.inbox.take_turn)
+        if left and (not ready or self.now >= self._breath_over):
+            self._read_on(left)
         if self.changed:
             self.write_down()
+
+    def _read_on(self, left):
+        """Read more of the first `left` that were left for later: not in every turn, or one flood
+        would have this process busy all the time."""
+        while left and self.patience > 0:
+            session, left = self.backlogs.popleft(), left - 1
+            self.safely(session.inbox.take_turn)
+        self._breath_over = self.now + BREATH_SECONDS
 
     def write_down(self):
         """At the end of a turn, what has `changed` in it."""

@@ -7879,11 +7879,12 @@ class FairTurns(RigCase):
         read = []
         for _ in range(2 * len(self.LINES) // has.PATIENCE):
             bob.send("say hello\r\n")
-            rig.hub.turn(5)
-            self.assertEqual(bobs_link.lines(), ["say hello"])
-            part = link.lines()
-            self.assertLessEqual(len(part), has.PATIENCE)
-            read += part
+            for said in ["say hello"], []:
+                rig.hub.turn(0)
+                self.assertEqual(bobs_link.lines(), said)
+                part = link.lines()
+                self.assertLessEqual(len(part), has.PATIENCE)
+                read += part
         self.assertEqual(read, self.LINES)
 
     def test_after_a_flood_of_any_length_the_client_is_read_again(self):
