@@ -103,6 +103,8 @@ try:
     import ssl
 except ImportError:                             # no TLS; said when it is asked for
     ssl = None
+if sys.version_info < (3, 8):
+    sys.exit(f"has.py: HAS needs Python 3.8 or newer, and this is {sys.version.split()[0]}")
 
 # ---- BEGIN CONFIGURATION: edit these, then `kill -HUP` the running HAS ----
 MUSH_ADDRESS = "127.0.0.1:4096"   # the MUSH: host:port, [v6]:port or unix:/path; several: commas
@@ -206,8 +208,15 @@ class SettingsError(Exception):
     """The settings cannot be used; `problems` holds one line of text for each reason."""
 
     def __init__(self, problems):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [_readable(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
+
+
+def _readable(problem, most=1000):
+    """A problem in one line that fits a screen: it may quote a file that is no has.conf at all."""
+    problem = re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", "?", problem)
+    return problem if len(problem) <= most else (
+        f"{problem[:most // 2]} (and so on) {problem[-most // 2:]}")
 
 
 # sun_path, with a NUL behind it (unix(7))
@@ -521,8 +530,13 @@ def world_context(verify, ca_file, files):
 
 
 def _lines_of(path):
-    """The lines of a file in UTF-8, whatever the locale; UnicodeDecodeError if it is none."""
-    with open(path, encoding="utf-8-sig") as file:
+    """The lines of a file in UTF-8, whatever the locale; UnicodeDecodeError if it is none. Never
+    waits: a pipe, which nobody may fill, is an OSError."""
+    def opener(path, flags):
+        return os.open(path, flags | os.O_NONBLOCK)
+    with open(path, encoding="utf-8-sig", opener=opener) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no ordinary file", path)
         return file.read().split("\n")
 
 
@@ -606,8 +620,8 @@ def read_conf(path):
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            shown = "(hidden)" if line.lower().startswith("hb_p") else repr(line.strip())
-            problems.append(f"{where}: {shown} is not `key = value`")
+            # what stands there may be a password
+            problems.append(f"{where}: this line is not `key = value`")
             key = None
         else:
             _put_down(found, problems, (key, key), value, where)
@@ -639,12 +653,13 @@ def load_settings(script, conf):
         try:
             values[key], texts[key], places[key] = SETTINGS[key](text), text, where
         except ValueError as error:
-            shown = "(hidden)" if key == "hb_pass" else text.replace("\n", " (goes on, indented) ")
+            shown = re.sub(r".+", "(hidden)", text) if key == "hb_pass" else text
+            shown = shown.replace("\n", " (goes on, indented) ")
             problems.append(f"{where}: {key} = {shown}: {error}" + (
                 f"; {COMMENT_BEHIND}" if key in overrides and _comment_behind(key, text) else ""))
     if problems:
         raise SettingsError(problems)
-    problems = _conflicts(values)
+    problems = _conflicts(values) + _taken_files(values, script, conf)
     try:
         settings = Settings(values, texts, conf=conf if overrides else "")
     except ValueError as error:
@@ -765,6 +780,20 @@ def _conflicts(values):
         f"mush_address = {address}: that is HAS itself (local_port, local_port_ssl): "
         "give the port of the MUSH" for address in values["mush_address"]
         if address.host and address.port in ports and _is_ours(address.host, values)]
+
+
+def _taken_files(values, script, conf):
+    """What HAS would write into a file that is another's."""
+    taken = {os.path.realpath(path): what for path, what in (
+        (script, "HAS itself"), (conf, "the file with the settings"),
+        *((values[key], key) for key in CERTIFICATES)) if path}
+    problems = []
+    for key, path in (("control_socket", values["control_socket"] or default_control_path(conf)),
+                      ("log_file", values["log_file"])):
+        if path and taken.setdefault(os.path.realpath(path), key) != key:
+            problems.append(f"{key} = {path}: that is {taken[os.path.realpath(path)]}: "
+                            "give it a file of its own")
+    return problems
 
 
 HOSTS_FILE = "/etc/hosts"
@@ -10010,8 +10039,9 @@ class Control(Survivor):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-            log.warning("no control socket at %s (%s): --status, --notice and --kick are off", path,
-                        error.strerror or error)
+            log.warning("no control socket at %s (%s): users are served, but --status and the other "
+                        "orders do not come in: mend control_socket, and start anew",
+                        path, error.strerror or error)
         except AttributeError:
             log.warning("no control socket: this platform has no unix sockets")
 
@@ -12045,6 +12075,7 @@ class LogHandler(logging.Handler):
     def __init__(self, path=""):
         super().__init__()
         self._path, self._waiting, self._dropped = path, b"", 0
+        self._torn = False                      # what was written last is the beginning of a line
         self._fd = self._open()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
                                             "%Y-%m-%d %H:%M:%S"))
@@ -12083,16 +12114,19 @@ class LogHandler(logging.Handler):
             self._dropped += 1
         else:
             if self._dropped and not self._waiting:
-                line = b"(%d log lines were dropped)\n" % self._dropped + line
+                line = b"%s(%d log lines were dropped)\n%s" % (
+                    b"\n" * self._torn, self._dropped, line)
                 self._dropped = 0
             self._waiting += line
         try:
             while self._waiting and self._writable():
                 written = os.write(self._fd, self._waiting[:select.PIPE_BUF])
+                self._torn = self._waiting[written - 1:written] != b"\n"
                 self._waiting = self._waiting[written:]
         except OSError:
             told = re.findall(rb"(?m)^\((\d+) log lines were dropped\)\n", self._waiting)
-            self._dropped += self._waiting.count(b"\n") - len(told) + sum(map(int, told))
+            lines = self._waiting.count(b"\n") - self._waiting.startswith(b"\n") - len(told)
+            self._dropped += lines + sum(map(int, told))
             self._waiting = b""
 
     def _writable(self):
@@ -12101,7 +12135,10 @@ class LogHandler(logging.Handler):
 
 def start_log(settings):
     """Begin to log as the settings say; OSError if the file cannot be opened."""
-    return install_log(LogHandler(settings.log_file), settings.log_level)
+    try:
+        return install_log(LogHandler(settings.log_file), settings.log_level)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"log_file = {settings.log_file}") from None
 
 
 def install_log(handler, level):
@@ -12261,7 +12298,7 @@ def parse_arguments(arguments):
     parser = new_parser()
     options = parser.parse_args(arguments)
     options.goes_on = options.vault is not None or options.resume is not None
-    if options.config and not options.goes_on and not os.path.exists(options.config):
+    if options.config is not None and not (options.goes_on or os.path.exists(options.config)):
         parser.error(f"--config {options.config}: there is no such file")
     for name, orders in GOES_WITH.items():
         if is_given(options, name) and not any(is_given(options, order) for order in orders):
@@ -12380,7 +12417,7 @@ def carry_out(options, load, source):
         return 2
     if options.check:
         print("\n".join([*remarks, *too_few_files(settings, files_allowed(1))]))
-        trouble = start_trouble(settings)
+        trouble = start_trouble(settings, options.config)
         print("\n".join(trouble or ["has.py: the settings are right"]))
         return 2 if trouble else probe(settings) if options.probe else 0
     return keep_or_start(settings, options, source,
@@ -12414,11 +12451,28 @@ def why_no_keeper(settings):
              if os.environ.get("NOTIFY_SOCKET") and not Store.is_there() else ""))
 
 
-def start_trouble(settings):
-    """What in this machine would keep HAS from starting. (The HAS that runs may have its ports.)"""
+def why_no_control(path):
+    """Why no control socket can be made at `path`, "" if one can, or the HAS that runs has it."""
+    if len(os.fsencode(path)) > LONGEST_UNIX_PATH:
+        return f"a path of more than {LONGEST_UNIX_PATH} bytes: take a shorter one"
+    if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+        return "there is a file that is no socket: take another path"
+    if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+        return "cannot be made: make the folder, or mend its rights"
+    return ""
+
+
+def start_trouble(settings, conf):
+    """What in this machine would keep HAS from starting, or from taking orders. (The HAS that runs
+    may have its ports.)"""
     trouble, path = [], settings.log_file
-    if path and not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
+    if os.path.isdir(path):
+        trouble.append(f"log_file = {path}: is a folder: name a file in it")
+    elif path and not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
         trouble.append(f"log_file = {path}: cannot be written: make the folder, or mend its rights")
+    path = settings.control_socket or default_control_path(conf)
+    if why_no_control(path):
+        trouble.append(f"control_socket = {path}: {why_no_control(path)}")
     try:
         for sock in open_listeners(settings.local_address, 0):
             sock.close()
@@ -12535,6 +12589,10 @@ def answers_of(options, path, request):
                 yield from map(json.loads, answers)
     except ConnectionResetError:
         pass                                    # it has ended with us waiting
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotRunning(f"no HAS runs with {options.config}: nobody listens at {path}") from None
+    except PermissionError:
+        raise NotRunning(f"{path} is only for the user who runs HAS, and for root") from None
     except (OSError, ValueError) as error:
         raise NotRunning(f"no HAS answers at {path}: {error}") from None
 

@@ -345,7 +345,10 @@ class TestSettings(SettingsCase):
                 ("LOCAL_PORT = 1", "C:1: LOCAL_PORT: no such setting; did you mean local_port?"),
                 ("zzz = 1", "C:1: zzz: no such setting"),
                 ("= 1", "C:1: : no such setting"),
-                ("beat 10", "C:1: 'beat 10' is not `key = value`"),
+                ("hb_pass Secret", "C:1: this line is not `key = value`"),
+                ("hb_pass = a\n b", "C:1: hb_pass = (hidden) (goes on, indented) (hidden): "
+                                    "must be one word without blanks"),
+                ("b\x1b[31mt = 1", "C:1: b?[31mt: no such setting"),
                 (" beat = 1", "C:1: this indented line continues nothing: start keys in column 1"),
                 ("beat = 1\n\n# x\nbeat = 2",
                  "C:4: beat is set a second time (first at C:1): delete one"),
@@ -390,6 +393,40 @@ class TestSettings(SettingsCase):
             "C:1: local_port = 4000: local_port_ssl is the same port",
             "C:2: local_port_ssl needs ssl_cert"])
 
+    def test_a_problem_fits_a_screen_whatever_the_file_holds(self):
+        for conf in ("x" * 100000 + " = 1", "mush_address = " + "x" * 100000, "\0" * 100000,
+                     "list_heading_notice = " + "x\n " * 100000):
+            only, = self.wrong(conf)
+            self.assertLess(len(only), 1200)
+            self.assertRegex(only, r"\AC:1: .*[a-z0-9`](?:, .*)?\Z")
+
+    def test_a_has_conf_that_is_no_ordinary_file_is_refused_at_once(self):
+        os.mkfifo(self.conf)
+        self.assertEqual(self.wrong(), ["C: cannot be read: [Errno 22] is no ordinary file: 'C'"])
+        os.unlink(self.conf)
+        os.symlink("/dev/zero", self.conf)
+        self.assertEqual(self.wrong(), ["C: cannot be read: [Errno 22] is no ordinary file: 'C'"])
+
+    def test_has_writes_into_no_file_of_another_kind(self):
+        own = ": give it a file of its own"
+        for conf, message in (
+                ("log_file = has.conf", "log_file = C: that is the file with the settings"),
+                ("log_file = x/../has.py", None),
+                ("log_file = has.py", "log_file = S: that is HAS itself"),
+                ("log_file = has.sock", "log_file = SOCK: that is control_socket"),
+                ("control_socket = x\nlog_file = x", "log_file = X: that is control_socket"),
+                ("control_socket = has.conf",
+                 "control_socket = C: that is the file with the settings"),
+                ("ssl_cert = has.py\nlog_file = c", None)):
+            with self.subTest(conf):
+                problem = "".join(self.wrong(conf) if message else ())
+                folder = os.path.dirname(self.conf)
+                problem = problem.replace(folder + "/has.sock", "SOCK").replace(folder + "/x", "X")
+                self.assertEqual(problem.partition(": ")[2], message + own if message else "")
+        os.symlink(self.conf, self.conf + ".link")
+        self.assertIn("that is the file with the settings",
+                      self.wrong("log_file = has.conf.link")[0])
+
     def test_bad_lines_of_the_constants_have_exact_messages(self):
         literal = 'only lines like NAME = "text" or NAME = 123 may stand here'
         newer = "if the has.py on disk is newer than the one that runs: kill -USR2"
@@ -429,7 +466,7 @@ class TestSettings(SettingsCase):
             [key for key in self.values if key != "hold"], 3)}
         self.assertEqual(self.wrong("nothing\nbeat = x\n", retry="y", hold=None, max_clients=-1), [
             "S: HOLD is missing from the constants: put it back",
-            "C:1: 'nothing' is not `key = value`",
+            "C:1: this line is not `key = value`",
             f"S:{lines['retry']}: retry = y: is not a number",
             f"S:{lines['max_clients']}: max_clients = -1: is not between 0 and 1000000",
             "C:2: beat = x: is not a number"])
@@ -10282,6 +10319,28 @@ class TestPartsOfTheProgram(unittest.TestCase):
                          "caf\u00e9")
         self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
 
+    def test_who_cannot_be_asked_is_told_apart(self):
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as dead:
+            path, options = folder + "/has.sock", types.SimpleNamespace(config="C", json=False)
+            for said, fault in (("no HAS runs with C: nobody listens at", None),
+                                ("no HAS runs with C: nobody listens at", "dead"),
+                                ("is only for the user who runs HAS", PermissionError)):
+                if fault == "dead":
+                    dead.bind(path)
+                with mock.patch("sys.stderr", io.StringIO()) as told, mock.patch.object(
+                        socket.socket, "connect", side_effect=fault) if fault == PermissionError \
+                        else contextlib.nullcontext():
+                    self.assertEqual(has.ask_running(options, path, {"do": "status"}), 3)
+                self.assertIn(said, told.getvalue())
+
+    def test_an_older_python_is_told_so(self):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.version_info = (3, 6, 8, 'final', 0); "
+             f"exec(compile(open({HAS!r}, encoding='utf-8').read(), 'has.py', 'exec'))"],
+            stderr=subprocess.PIPE, universal_newlines=True, timeout=20)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("has.py: HAS needs Python 3.8 or newer, and this is", done.stderr)
+
     def test_the_owner_of_a_socket_is_looked_at_before_it_is_believed(self):
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
             path = folder + "/has.sock"
@@ -10330,6 +10389,24 @@ class TestPartsOfTheProgram(unittest.TestCase):
         self.assertEqual((int(dropped) + len(numbers), numbers[-1]), (last, last - 1))
         self.assertEqual(numbers, sorted(set(numbers)))
         self.assertEqual(numbers[:600], list(range(600)))           # more than the pipe holds
+
+    def test_a_full_disk_tears_a_line_and_the_next_begins_anew(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "has.log")
+            _, say = self.handler(path)
+            real, room = os.write, [28, 0, 0]
+
+            def write(fd, data):
+                if room and not room[0]:
+                    del room[0]
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                size = min(room.pop(0), len(data)) if room else len(data)
+                return real(fd, data[:size])
+            with mock.patch.object(os, "write", write):
+                for text in ("torn", "lost", "kept", "last"):
+                    say(text)
+            self.assertRegex(read_text(path), r"\A[-0-9: ]+ INFO tor\n\(2 log lines were "
+                                              r"dropped\)\n.* kept\n.* last\n\Z")
 
     def test_a_log_file_that_cannot_be_opened_anew_costs_no_line(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -13805,15 +13882,21 @@ class TestProgram(Case):
 
     def test_check_tries_what_a_start_needs(self):
         has = Has(self, mush_address="127.0.0.1:1").wait_down()
+        usual = dict(log_file="", control_socket="", local_address="127.0.0.1")
         for settings, text in ((dict(log_file="/nonexistent/has.log"),
                                 "log_file = /nonexistent/has.log: cannot be written"),
-                               (dict(log_file="", local_address="192.0.2.1"),
-                                "local_address = 192.0.2.1: ")):
-            has.configure(**settings)
+                               (dict(log_file="/tmp"), "log_file = /tmp: is a folder"),
+                               (dict(control_socket="/nonexistent/x"),
+                                "control_socket = /nonexistent/x: cannot be made: make the folder"),
+                               (dict(control_socket="/tmp"), "control_socket = /tmp: there is a "
+                                                             "file that is no socket"),
+                               (dict(control_socket=f"/tmp/{'x' * 200}"), "a path of more than"),
+                               (dict(local_address="192.0.2.1"), "local_address = 192.0.2.1: ")):
+            has.configure(**{**usual, **settings})
             done = has.ask("--check")
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, done.stdout)
-        has.configure(local_address="127.0.0.1")
+        has.configure(**usual)
         self.assertEqual(has.ask("--check").returncode, 0)
 
     def test_a_file_at_the_control_socket_s_path_is_left_alone(self):
@@ -13896,6 +13979,7 @@ class TestProgram(Case):
                                 (("--json",), "--json goes with --status or --history"),
                                 (("--prometheus", "--history"), "--prometheus goes with --status"),
                                 (("--config", "/nonexistent/has.conf"), "there is no such file"),
+                                (("--config", "", "--stop"), "there is no such file"),
                                 (("--notice", " "), "say something"),
                                 (("--maintenance", ""), "say something"),
                                 (("--to", "Alice", "--status"), "--to goes with --notice"),
