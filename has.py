@@ -10039,7 +10039,7 @@ class Control(Survivor):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-            log.warning("no control socket at %s (%s): users are served, but --status and the other "
+            log.warning("no control socket at %s (%s): users are served, but --status and other "
                         "orders do not come in: mend control_socket, and start anew",
                         path, error.strerror or error)
         except AttributeError:
