@@ -5370,8 +5370,10 @@ class Hold(Part):
         if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:
             self.told = False
         if session.state in (State.ASKING, State.OPENING) or (
-                session.state is State.LOGIN and not session.feed.spoke_at):
-            self.tell_silence()                 # he sees nothing, and may type nothing
+                session.state is State.LOGIN and not session.feed.spoke_at) or (
+                session.state is State.PLAYING
+                and self.hub.now - session.inbox.typed_at < settings.hb_timeout):
+            self.tell_silence()                 # he sees nothing, and may type nothing any more
         session.refresh()
 
     def tell_silence(self):

@@ -2745,6 +2745,7 @@ def bring_to(rig, column):
         client = rig.client(tcp=True)
         return client, rig.game.accept() if column == "LOGIN" else None
     client, link = rig.player(tcp=True)
+    rig.pass_time(10)                           # what he typed was answered
     if column == "CLOSING":
         client.send("QUIT\r\n")
         rig.settle(lambda: b"QUIT" in link.read())
@@ -4134,7 +4135,7 @@ class Waiting(RigCase):
         link.says(command(WILL, 3))
         client.read()
         rig.heard("silent")
-        self.assertEqual(client.read(), command(WONT, 6))
+        self.assertEqual(client.read(), command(WONT, 6) + b"# SILENT\r\n")
         link.send(command(WONT, 6))             # late
         client.says(command(DONT, 3))
         self.assertEqual(client.read(), b"")
@@ -4363,9 +4364,21 @@ class Silence(RigCase):
         self.assertEqual([client.lines() for client in (early, greeted, late)],
                          [["# SILENT"], ["Welcome"], ["# SILENT"]])
 
+    def test_who_typed_since_it_answered_last_is_told_when_that_is_known(self):
+        rig = self.rig()
+        (early, _), (late, _) = rig.player(), rig.player("Bob")
+        rig.pass_time(rig.hub.settings.hb_timeout)
+        late.says("say into the ice\r\n")
+        rig.pass_time(rig.hub.settings.hb_timeout - 1)
+        rig.heard("silent")
+        self.assertEqual((early.lines(), late.lines()), ([], ["# SILENT"]))
+        rig.heard("answering")
+        self.assertEqual((early.lines(), late.lines()), ([], []))
+
     def test_lines_typed_at_a_silent_world_come_back_unsent_when_it_is_given_up(self):
         rig = self.rig()
         (client, link), (other, _) = rig.player(), rig.player("Bob")
+        rig.pass_time(rig.hub.settings.hb_timeout)
         rig.heard("silent")
         for line in ("one", "@@", "two"):
             client.says(line + "\r\n")
