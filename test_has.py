@@ -266,10 +266,9 @@ class TestSettings(SettingsCase):
                          set(has.SETTINGS))
 
     def test_hosts_that_no_resolver_could_take_are_refused(self):
-        for host in ("mush..example.org", ".example.org", "a" * 64 + ".org",
-                     "a" * 64, ".".join(["a" * 60] * 5), "..", ".",
-                     "300.1.1.1", "1.2.3", "1.2.3.4.5", "[1.2.3.4]", "[::zz]",
-                     "[:::1]", "[::1.2.3.4.5]"):
+        for host in ("mush..example.org", ".example.org", "a" * 64 + ".org", "a" * 64,
+                     ".".join(["a" * 60] * 5), "..", ".", "300.1.1.1", "1.2.3", "1.2.3.4.5",
+                     "[1.2.3.4]", "[::zz]", "[:::1]", "[::1.2.3.4.5]"):
             with self.subTest(host):
                 problem, = self.wrong(f"mush_address = {host}:4096")
                 self.assertRegex(problem, "is no host name|is no IPv[46] address|is not host:port")
@@ -740,11 +739,10 @@ class TestScanner(unittest.TestCase):
         self.assertEqual([len(piece) for _, piece in scanner.feed(b"\xf0")], [64005])
 
     def test_unfinished_ends_what_an_escape_left_open(self):
-        for tail, end in ((b"", b""), (b"text", b""), (b"\x1b[0m", b""),
-                          (b"\x1b", b"[0m"), (b"a\x1b[", b"m"),
-                          (b"\x1b[1;3", b"m"), (b"\x1b[0 ", b"m"), (b"\x1b]0;tit\x07", b""),
-                          (b"\x1b]0;t\x1b\\", b""),
-                          (b"\x1bM", b""), (b"\x1b[31mred", b"")):
+        for tail, end in ((b"", b""), (b"text", b""), (b"\x1b[0m", b""), (b"\x1b", b"[0m"),
+                          (b"a\x1b[", b"m"), (b"\x1b[1;3", b"m"), (b"\x1b[0 ", b"m"),
+                          (b"\x1b]0;tit\x07", b""), (b"\x1b]0;t\x1b\\", b""), (b"\x1bM", b""),
+                          (b"\x1b[31mred", b"")):
             self.assertEqual(has.unfinished(tail), end, tail)
         self.assertIn(has.unfinished(b"\x1b]0;tit"), (b"\x07", b"\x1b\\"))
         for opener in b"PX^_":                                  # only ST ends these (ECMA-48 5.6)
@@ -934,16 +932,14 @@ class TestReplay(unittest.TestCase):
         def gmcp(text):
             return b"\xff\xfa\xc9" + text + b"\xff\xf0"
         said = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]",
-                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
-                b"Char.Login {secret}", b"Char.Skills.Get 1", b"Core.Ping",
-                b"Char.Skills.Get 2", b"IRE.Rift.Request"]
+                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1", b"Char.Login {secret}",
+                b"Char.Skills.Get 1", b"Core.Ping", b"Char.Skills.Get 2", b"IRE.Rift.Request"]
         agreement = agreed(subs=map(gmcp, said[:-1]))
         self.assertFalse(agreement.partly)
         agreement.from_client(gmcp(said[-1]))
         self.assertTrue(agreement.partly)
         kept = [b"Core.Hello {}", b"Core.Supports.Set []", b"Core.Supports.Add [1]",
-                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1",
-                b"Char.Skills.Get 2"]
+                b"Core.Supports.Add [2]", b"Comm.Channel.Enable 1", b"Char.Skills.Get 2"]
         self.assertEqual(agreement.gmcp, list(map(gmcp, kept)))
 
     def test_a_character_set_that_no_world_asked_for_is_volunteered_again(self):
@@ -983,12 +979,10 @@ class TestReplay(unittest.TestCase):
         self.assertEqual(has.Replay(agreement).answer(offer), (b"", command(WONT, GMCP) + offer))
 
     def test_the_character_set_that_was_agreed(self):
-        for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"),
-                            (b"ISO-8859-1", "iso8859-1"), (b"US-ASCII", "ascii"),
-                            (b"CP437", "cp437"), (b"x-unheard-of", "ascii"),
-                            (b"\xe9", "ascii"), (b"hex", "ascii"),
-                            (b"utf-16", "ascii"), (b"ISO-8859-99", "ascii"),
-                            (b"undefined", "ascii"), (b"", "ascii")):
+        for name, codec in ((b"UTF-8", "utf-8"), (b"utf-8", "utf-8"), (b"ISO-8859-1", "iso8859-1"),
+                            (b"US-ASCII", "ascii"), (b"CP437", "cp437"), (b"x-unheard-of", "ascii"),
+                            (b"\xe9", "ascii"), (b"hex", "ascii"), (b"utf-16", "ascii"),
+                            (b"ISO-8859-99", "ascii"), (b"undefined", "ascii"), (b"", "ascii")):
             accepted = b"\xff\xfa\x2a\x02" + name + b"\xff\xf0"
             self.assertEqual(agreed(subs=[accepted]).codec, codec)
             asked = agreed(subs=[b"\xff\xfa\x2a\x01;" + name + b"\xff\xf0"])
@@ -1055,7 +1049,6 @@ class TestSpelling(unittest.TestCase):
         spelling.coloured = True
         self.assertEqual((spelling.end(b"\x1b[3"), told_of(b"\n", spelling)),
                          (b"m\x1b[0m", b"\x1b[0m<output lost: 1 lines>\r\n"))
-
 
     def test_lines_lost_in_words_of_the_site(self):
         spelling, words = has.Spelling(), "{lines} l\u00ednies\nperdudes"
@@ -1209,8 +1202,7 @@ class TestLogin(unittest.TestCase):
 
     def test_rubbing_out(self):
         for typed, left in ((b"ab\bc", b"ac"), (b"\b\bab", b"ab"), (b"abc\b\b\b\bd", b"d"),
-                            (b"ab\x7f\bc", b"c"),
-                            (b"a\bb\bc\b", b""), (b"no", b"no")):
+                            (b"ab\x7f\bc", b"c"), (b"a\bb\bc\b", b""), (b"no", b"no")):
             self.assertEqual(has.rub_out(typed), left)
         self.assertEqual(has.rub_out(b"ab\bc\x7f", b"\b"), b"ac\x7f")
 
@@ -1232,11 +1224,10 @@ class TestLogin(unittest.TestCase):
 
     def test_handover_words_are_seen_through_every_disguise(self):
         teeny, rhost = b"@remotehostname", b"PROXY"
-        for line in (teeny + b" h=1", b"  @RemoteHostname h", b"@remote h",
-                     b"@re h", b"@remo\0tehostname h",
-                     b"@remo\rtehostname h", b"@remotx\behostname h",
-                     b"@remote\xff\xc3hostname h", teeny + b"=h",
-                     b"\t@remotehostname h", b"@remo\x01tehostname h"):
+        for line in (teeny + b" h=1", b"  @RemoteHostname h", b"@remote h", b"@re h",
+                     b"@remo\0tehostname h", b"@remo\rtehostname h", b"@remotx\behostname h",
+                     b"@remote\xff\xc3hostname h", teeny + b"=h", b"\t@remotehostname h",
+                     b"@remo\x01tehostname h"):
             self.assertTrue(DIALECTS["teenymush"].is_handover(line, "auto"), line)
             self.assertTrue(DIALECTS["teenymush"].is_handover(line, "none"), line)
         for line in (rhost + b" TCP4 1.2.3.4 127.0.0.1 1 2", b"  proxy x",
@@ -1269,11 +1260,9 @@ class TestLogin(unittest.TestCase):
                 ("rhostmush", ("203.0.113.9", 17, "sesame", None), b"sesame 203.0.113.9\r\n")):
             self.assertEqual(DIALECTS[family].address_line(*arguments), line)
 
-
     def test_a_login_at_a_world_never_seen_is_kept_whatever_its_family_will_be(self):
-        for line in (b"connect Alice pw", b"co Alice pw", b"c Alice pw",
-                     b"CD Alice pw", b"ch Alice pw", b"cv Alice pw",
-                     b"create Alice pw", b" c Alice pw"):
+        for line in (b"connect Alice pw", b"co Alice pw", b"c Alice pw", b"CD Alice pw",
+                     b"ch Alice pw", b"cv Alice pw", b"create Alice pw", b" c Alice pw"):
             login = has.UNKNOWN.read_login(line)
             self.assertEqual((login.name, login.password), (b"Alice", b"pw"), line)
         for line in (b"c", b"look Alice pw", b"call Alice pw"):
@@ -2201,12 +2190,10 @@ class TestProxyHeader(unittest.TestCase):
 
     def test_broken(self):
         for head in (b"PROXY TCP4 nobody x 1 2\r\n", b"PROXY TCP4 1.2.3 127.0.0.1 1 2\r\n",
-                     b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n",
-                     b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\n", b"PROXY " + b"x" * 200,
-                     self.version_2(command=0x11),
+                     b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n", b"PROXY TCP4 1.2.3.4 127.0.0.1 1 2\n",
+                     b"PROXY " + b"x" * 200, self.version_2(command=0x11),
                      self.version_2(command=0x22), self.version_2(family=0x41),
-                     self.version_2(family=0x13),
-                     self.version_2(addresses=b"\1\2\3\4")):
+                     self.version_2(family=0x13), self.version_2(addresses=b"\1\2\3\4")):
             with self.assertRaises(ValueError, msg=head):
                 has.read_proxy_header(head)
 
@@ -2621,9 +2608,8 @@ class Rig:
         self.hub.selector.close()
         if self.hub.scribe:
             self.vault.close()
-        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer,
-                      self.game, self.other, self.full] + [
-                peer.sock for peer in self.peers]:
+        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other,
+                      self.full] + [peer.sock for peer in self.peers]:
             thing.close()
 
 
@@ -2775,15 +2761,13 @@ def cause(rig, event, client, link):
         client.send("two\r\n")
     else:
         {"client text": lambda: client.send("hello\r\n"),
-         "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR),
-         "client reset": client.reset, "world text": lambda: link.send("text\r\n"),
-         "ten seconds": lambda: rig.clock.advance(10.1),
-         "silent": lambda: rig.heard("silent"),
+         "client EOF": lambda: client.sock.shutdown(socket.SHUT_WR), "client reset": client.reset,
+         "world text": lambda: link.send("text\r\n"),
+         "ten seconds": lambda: rig.clock.advance(10.1), "silent": lambda: rig.heard("silent"),
          "verdict: left": lambda: rig.answer([(number, serial)], client.session.life),
          "verdict: other life": lambda: rig.answer([(number, serial)], "life 9"),
-         "world down": rig.down,
-         "world up": lambda: rig.found(life), "world reborn": lambda: rig.found("life 9"),
-         "HUP": rig.hub.reload.run,
+         "world down": rig.down, "world up": lambda: rig.found(life),
+         "world reborn": lambda: rig.found("life 9"), "HUP": rig.hub.reload.run,
          "address moved": lambda: rig.found("life 9", rig.other, AWAY)}[event]()
 
 
@@ -4088,11 +4072,9 @@ class Waiting(RigCase):
         """telnet(1) shows nothing more until its TIMING-MARK is answered (Ctrl-C)."""
         rig, client = self.waiting()
         for asked, answer in ((b"\xff\xf4\xff\xfd\x06", b"\xff\xfc\x06"),
-                              (b"\xff\xf6", b"\r\n[Yes]\r\n"),
-                              (b"\xff\xfd\x45", b"\xff\xfc\x45"),
-                              (b"\xff\xfb\x5b", b"\xff\xfe\x5b"),
-                              (b"\xff\xfe\x03", b""), (b"\xff\xfc\x1f", b""),
-                              (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
+                              (b"\xff\xf6", b"\r\n[Yes]\r\n"), (b"\xff\xfd\x45", b"\xff\xfc\x45"),
+                              (b"\xff\xfb\x5b", b"\xff\xfe\x5b"), (b"\xff\xfe\x03", b""),
+                              (b"\xff\xfc\x1f", b""), (b"\xff\xfb\x1f", b""), (b"\xff\xf1", b"")):
             with self.subTest(asked):
                 client.says(asked)
                 self.assertEqual(client.read(), answer)
@@ -4805,10 +4787,9 @@ class Pace(RigCase):
     def test_resume_rate(self):
         """How many of 12 are on their way after each quarter of a second, while none of them is
         through."""
-        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]),
-                                      ("auto", 1, [1, 1, 1, 1]), (0, 1, [12, 12, 12, 12]),
-                                      (4, 64, [1, 2, 3, 4]), (2, 64, [1, 1, 2, 2]),
-                                      (4, 2, [1, 2, 2, 2])):
+        for rate, at_once, wanted in (("auto", 64, [12, 12, 12, 12]), ("auto", 1, [1, 1, 1, 1]),
+                                      (0, 1, [12, 12, 12, 12]), (4, 64, [1, 2, 3, 4]),
+                                      (2, 64, [1, 1, 2, 2]), (4, 2, [1, 2, 2, 2])):
             with self.subTest(resume_rate=rate, at_once=at_once):
                 rig = self.rig(resume_rate=rate)
                 clients = [rig.pass_time(1) or rig.player(f"u{number}")[0] for number in range(12)]
@@ -4820,7 +4801,6 @@ class Pace(RigCase):
                     self.assertEqual([state_of(c) for c in clients],
                                      ["RETURNING"] * count + ["WAITING"] * (12 - count))
                     rig.pass_time(0.25)
-
 
     def away(self, count, **family):
         """Users of a world that is down, and will come back with a family of such limits."""
@@ -5053,9 +5033,8 @@ class Reattach(ReattachCase):
 
     def test_what_opens_a_place(self):
         for line, opens in (("con *aLiCe pw", True), ('connect "Alice" pw', True),
-                            ("co alice pw", True),
-                            ("connect Alice Pw", False), ("connect Alice wrong", False),
-                            ("cd Alice pw", False),
+                            ("co alice pw", True), ("connect Alice Pw", False),
+                            ("connect Alice wrong", False), ("cd Alice pw", False),
                             ("connect Alicia pw", False), ("create Alice pw", False),
                             ("connect Alice", False)):
             with self.subTest(line):
@@ -5997,8 +5976,7 @@ class AnotherClient(RigCase):
         rig, link, again = self.joined(self.FULL, None)
         sent = link.read()
         for piece in (command(DONT, 25), command(DONT, GMCP), sub(TTYPE, b"\0UNKNOWN"),
-                      sub(NAWS, b"\0\x4e\0\x18"),
-                      sub(CHARSET, b"\x02ISO-8859-1")):
+                      sub(NAWS, b"\0\x4e\0\x18"), sub(CHARSET, b"\x02ISO-8859-1")):
             self.assertEqual(sent.count(piece), 1, piece)
         self.assertNotIn(command(DO, CHARSET), sent)
         self.assertNotIn(b"\xff", again.read())
@@ -6014,9 +5992,8 @@ class AnotherClient(RigCase):
 
     def test_the_character_set_of_what_was_missed(self):
         for first, second, wanted in ((b"UTF-8", b"ISO-8859-1",
-                                       "caf\xe9 \"so\" -".encode("latin-1")),
-                                      (b"ISO-8859-1", b"UTF-8", "caf\xe9".encode()),
-                                      (b"UTF-8", b"UTF-8",
+                                       "caf\xe9 \"so\" -".encode("latin-1")), (b"ISO-8859-1",
+                                       b"UTF-8", "caf\xe9".encode()), (b"UTF-8", b"UTF-8",
                                        "caf\xe9 \u201cso\u201d \u2013".encode())):
             rig = self.rig(reattach=300)
             client, link = self.client(rig, **dict(self.FULL, charset=first))
@@ -6487,9 +6464,8 @@ class ArrivalNoise(RigCase):
     def test_which_lines(self):
         rig, client, link = self.start()
         for line, shown in ((b"BOB has reconnected.", 0), (b"Bob has disconnected.", 0),
-                            (b"Bobby has connected.", 1),
-                            (b"Bob has connected. Not!", 1), (b"Dora: Bob has connected.", 1),
-                            (b"Bob has", 1)):
+                            (b"Bobby has connected.", 1), (b"Bob has connected. Not!", 1),
+                            (b"Dora: Bob has connected.", 1), (b"Bob has", 1)):
             link.says(line + b"\r\n")
             self.assertEqual(client.read(), (line + b"\r\n") * shown)
 
@@ -10141,12 +10117,10 @@ class WordsOfTheSite(RigCase):
     """Every text that users read can be the site's own."""
 
     WORDS = dict(full_notice="Ple, \u00e9s nit", are_you_there_notice="S\u00ed <3",
-                 login_kept_notice="Desat",
-                 unsent_more_notice="i {lines} m\u00e9s", still_offline_notice="Fa {time}",
-                 kicked_notice="Fora",
+                 login_kept_notice="Desat", unsent_more_notice="i {lines} m\u00e9s",
+                 still_offline_notice="Fa {time}", kicked_notice="Fora",
                  list_heading_notice="n nom lloc estat edat quiet entra surt tls mida",
-                 goodbye_notice="",
-                 login_brake_notice="Espera {seconds} segons")
+                 goodbye_notice="", login_brake_notice="Espera {seconds} segons")
 
     def waiting(self, **settings):
         rig = self.rig(**settings, **self.WORDS)
@@ -10667,9 +10641,8 @@ class TestFiles(unittest.TestCase):
         self.assertEqual([line for line in lines if len(line) > 80], [])
         self.assertEqual(self.help(), has.HELP)
         known = {option for action in has.new_parser()._actions for option in action.option_strings}
-        self.assertEqual(known - {"-h", "--script", "--vault", "--link",
-                                  "--keep", "--resume", "--rehearse"},
-                         set(re.findall(r"--[a-z]+", has.HELP)))
+        self.assertEqual(known - {"-h", "--script", "--vault", "--link", "--keep", "--resume",
+                                  "--rehearse"}, set(re.findall(r"--[a-z]+", has.HELP)))
 
     def test_the_readme_names_every_signal(self):
         told = self.help().partition("signals:")[2].partition("exit status:")[0]
@@ -10705,8 +10678,7 @@ class TestFiles(unittest.TestCase):
 
     def test_the_top_level_is_what_it_should_be(self):
         listed = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL,
-                                universal_newlines=True).stdout.split()
+                                stderr=subprocess.DEVNULL, universal_newlines=True).stdout.split()
         if not listed:
             self.skipTest("not a git checkout")
         self.assertEqual(sorted(name for name in listed if not name.startswith(".")),
@@ -12457,7 +12429,6 @@ class TestTeeny(Scenarios, unittest.TestCase):
         client.expect(re.escape(ONLINE))
         self.world.wait(lambda w: w.online("Alicia"), what="Alicia is in")
 
-
     def logs_in_behind(self, line, answer):
         """Alice, whose login comes behind a line that brings no outcome, is brought back."""
         client = self.has.client()
@@ -14061,8 +14032,7 @@ class TestProgram(Case):
         done = self.shell(f"--config {has.conf} --status --json")
         status = json.loads(done.stdout)
         self.assertEqual((done.returncode, status["world"]["health"],
-                          [s["name"] for s in status["sessions"]]),
-                         (0, "up", ["Alice", "Bob"]))
+                          [s["name"] for s in status["sessions"]]), (0, "up", ["Alice", "Bob"]))
         self.assertEqual(has.ask("--notice", "Cake \x1b[2J at nine").returncode, 0)
         for client in (alice, bob):
             client.expect(r"Cake \?\[2J at nine\r\n")
@@ -14554,10 +14524,9 @@ class TestUpgrade(Case):
             whole = file.read()
         hollow = rb"failed its rehearsal \(it ended without a proof"
         for text, expect in ((whole.replace("class Hub(Loop):", "class Hub(Loop)"),
-                              rb"failed its rehearsal \(status 1"),
-                             ("", hollow), (whole[:whole.index("if __name__ ==")], hollow),
-                             ("print('hello')\n", hollow),
-                             ("print('HAS took over 1 sessions: 0')\n", hollow)):
+                              rb"failed its rehearsal \(status 1"), ("", hollow),
+                              (whole[:whole.index("if __name__ ==")], hollow), ("print('hello')\n",
+                              hollow), ("print('HAS took over 1 sessions: 0')\n", hollow)):
             with open(self.script, "w") as file:
                 file.write(text)
             self.upgrade(expect)
@@ -15400,10 +15369,9 @@ class Router:
         """A Client in the far namespace."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            subprocess.run(["ip", "netns", "exec", self.far, sys.executable,
-                            "-c", self._HAND_OVER, str(theirs.fileno()),
-                            self.here, str(port), str(receive_buffer)],
-                           pass_fds=[theirs.fileno()], check=True)
+            subprocess.run(["ip", "netns", "exec", self.far, sys.executable, "-c", self._HAND_OVER,
+                            str(theirs.fileno()), self.here, str(port), str(receive_buffer)],
+                            pass_fds=[theirs.fileno()], check=True)
             _, passed, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
         client = Client.__new__(Client)
         client.sock = socket.socket(fileno=struct.unpack("i", passed[0][2][:4])[0])
@@ -15426,8 +15394,7 @@ class TestCutLine(Case):
         self.mush = self.world()
         self.mush.quota = None
         self.has = Has(self, mush_address=self.mush.address, reattach=60,
-                       local_address=self.router.here,
-                       reattach_limit=1 << 20).wait_up()
+                       local_address=self.router.here, reattach_limit=1 << 20).wait_up()
         self.bob = self.far("Bob")
 
     def far(self, name, **how):
