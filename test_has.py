@@ -129,6 +129,19 @@ def is_command(token):
     return token[:1] == b"\xff" and token != b"\xff\xff"
 
 
+def new_folder(case, **how):
+    """A folder that goes when the test ends."""
+    folder = tempfile.mkdtemp(**how)
+    case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def patched(case, patch):
+    """Start a patch that ends with the test."""
+    case.addCleanup(patch.stop)
+    return patch.start()
+
+
 def read_text(path):
     with open(path) as file:
         return file.read()
@@ -228,10 +241,8 @@ class SettingsCase(unittest.TestCase):
     """A has.py and a has.conf in a directory of their own."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.script, self.conf = (os.path.join(folder.name, name)
-                                  for name in ("has.py", "has.conf"))
+        folder = new_folder(self)
+        self.script, self.conf = (os.path.join(folder, name) for name in ("has.py", "has.conf"))
         with open(os.path.join(HERE, "has.py"), encoding="utf-8") as file:
             shipped, self.problems = has.read_constants(file.name)
         self.values = {key: text for key, (text, _) in shipped.items()}
@@ -566,8 +577,7 @@ class TestSettings(SettingsCase):
         patches = mock.patch.object(has, "HOSTS_FILE", hosts), mock.patch("socket.gethostname",
                                                                           lambda: "Thisbox.example")
         for patch in patches:
-            patch.start()
-            self.addCleanup(patch.stop)
+            patched(self, patch)
         for local, host, refused in (
                 ("", "mybox", True), ("", "MYBOX.example.", True), ("", "elsewhere", False),
                 ("", "far", False), ("", "off", False),
@@ -1603,9 +1613,7 @@ def answer(family, right, number=0, end=b""):
 
 class TestProof(unittest.TestCase):
     def setUp(self):
-        patch = unittest.mock.patch("has.secrets.token_hex", lambda size: "0123abcd")
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, mock.patch("has.secrets.token_hex", lambda size: "0123abcd"))
 
     @staticmethod
     def typed(family, *logins):
@@ -1901,7 +1909,6 @@ class TestMailbox(unittest.TestCase):
         self.assertEqual(self.ran, list(range(20000)))
         with self.assertRaises(BlockingIOError):
             self.box.reader.recv(1)
-
 
 
 class Selector(selectors.DefaultSelector):
@@ -2665,7 +2672,7 @@ class RigCase(unittest.TestCase):
 # ---- 1. the state table
 
 COLUMNS = tuple(state.name for state in has.State)
-SAME, OPEN_LINK, ONLY = "the same", "LOGIN PLAYING RETURNING", "-"
+SAME, ONLY = "the same", "-"
 REST = "OPENING ASKING WAITING BACKOFF REOPENING CLOSING"
 # event: {states: (new state, the link: SAME, none, new or shut, what the client is sent, what the
 # world is sent)};
@@ -5492,9 +5499,7 @@ class LivingClients(ReattachCase):
         for name, stand_in in (("acknowledged_ago", lambda sock: math.inf
                                 if sock in self.dead else 0),
                                ("can_tell_life", lambda sock: sock is not None)):
-            patch = mock.patch.object(has, name, stand_in)
-            patch.start()
-            self.addCleanup(patch.stop)
+            patched(self, mock.patch.object(has, name, stand_in))
 
     def logs_in(self, rig):
         again, own = rig.newcomer(tcp=True)
@@ -5819,8 +5824,7 @@ class AwayInAnyOrder(ReattachCase):
                                   lambda sock: self.random.choice((0, 0, math.inf)))
         can = mock.patch.object(has, "can_tell_life", lambda sock: sock is not None)
         for patch in (lives, can):
-            patch.start()
-            self.addCleanup(patch.stop)
+            patched(self, patch)
 
     def test_random_steps(self):
         back, real = [], has.Place.take_over
@@ -5828,9 +5832,7 @@ class AwayInAnyOrder(ReattachCase):
         def take_over(place, newcomer):
             back.append(place.session.state.name)
             real(place, newcomer)
-        patch = mock.patch.object(has.Place, "take_over", take_over)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, mock.patch.object(has.Place, "take_over", take_over))
         for seed in range(120):
             self.random, life = random.Random(seed), itertools.count(2)
             rig = self.rig()
@@ -6293,10 +6295,8 @@ class WhatWasOnTheWayInTLS(unittest.TestCase):
     """The same inside TLS, where the kernel counts records, and one that has only begun."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(*certificate(folder.name))
+        self.context.load_cert_chain(*certificate(new_folder(self)))
 
     def connected(self, version):
         """A TLSStream with a trail, and what reads at the other end: (stream, socket, TLS, its
@@ -7176,8 +7176,7 @@ class TakenOver(RigCase):
         self.assertEqual(link.read(), b"\xff\xfe\x01")
 
     def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         rig = self.rig("pennmush", up=False)
         game = Game(rig.settle, path=folder + "/game.sock")
         self.addCleanup(game.close)
@@ -7574,8 +7573,7 @@ class TakenOverWhateverTheDisk(RigCase):
     def setUp(self):
         if not shutil.which("openssl"):
             self.skipTest("needs openssl")
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(self)
         self.cert, self.key = certificate(self.folder)
         self.log = os.path.join(self.folder, "logs", "has.log")
         os.mkdir(os.path.dirname(self.log))
@@ -8614,12 +8612,9 @@ class Front:
             setattr(self, name, getattr(owner, name))
             patch = unittest.mock.patch.object(owner, name, (
                 lambda value: lambda *arguments: value(*arguments))(value))
-            patch.start()
-            case.addCleanup(patch.stop)
+            patched(case, patch)
         for name, value in (("_WATCHED", re.compile(b"")), ("_WATCHED_FIRST", bytes(range(256)))):
-            patch = unittest.mock.patch.object(has, name, value)            # no line goes by unread
-            patch.start()
-            case.addCleanup(patch.stop)
+            patched(case, mock.patch.object(has, name, value))      # no line goes by unread
         self.reader, self.understood, self.refused = Reader(family), [], []
         self.rig = case.rig(family)
         self.client = self.rig.client()
@@ -9861,8 +9856,7 @@ class OnEvent(RigCase):
     TELL = "env | grep ^HAS_ >{0}/new.$$ && mv {0}/new.$$ {0}/$HAS_EVENT.$$"
 
     def setUp(self):
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(self)
         os.environ["NOTIFY_SOCKET"], kept = "/nonexistent", os.environ.get("NOTIFY_SOCKET")
         self.addCleanup(lambda: os.environ.pop("NOTIFY_SOCKET") if kept is None
                         else os.environ.update(NOTIFY_SOCKET=kept))
@@ -10801,9 +10795,7 @@ class StillCase(unittest.TestCase):
     NONCE = b"=0123abcd="
 
     def setUp(self):
-        patch = mock.patch("has.secrets.token_hex", lambda size: "0123abcd")
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, mock.patch("has.secrets.token_hex", lambda size: "0123abcd"))
 
     def context(self, world=lambda sent: b"", **settings):
         made = StillContext(world, **settings)
@@ -12552,8 +12544,7 @@ class TestPennUnix(TestPenn):
     """Its opening bytes and the order of the telnet differ."""
 
     def make_world(self, **quirks):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         return super().make_world(unix_path=folder + "/netmush.sock", address_window=5, **quirks)
 
 
@@ -13048,7 +13039,6 @@ class TelnetFamily:
     """Shared by the five families: one world and one HAS for the whole class."""
     family, quirks, knows, offers, gmcp = None, {}, (), (), False
     first = b""                                     # what the client says unasked
-    address_kept = True
 
     @classmethod
     def setUpClass(cls):
@@ -13364,8 +13354,7 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
 class TestTelnetPennUnix(TestTelnetPenn):
     @classmethod
     def make_world(cls, owner):
-        folder = tempfile.mkdtemp()
-        owner.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(owner)
         return WORLDS[cls.family](quota=False, unix_path=folder + "/netmush.sock", address_window=5,
                                   **cls.quirks)
 
@@ -13769,8 +13758,7 @@ class TestAddress(Case):
                         self.assertFalse(world.forged)
 
     def test_pennmush_by_its_unix_socket(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         world = self.world("pennmush", silent_start=0.1, unix_path=folder + "/netmush.sock",
                            address_window=5)
         has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
@@ -13783,8 +13771,7 @@ class TestAddress(Case):
     def test_the_scripted_pennmush_takes_an_address_only_at_once(self):
         """As the real one, within 0.1 s; 5 s in other tests, where a busy machine must not decide.
         """
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         for window, host, heard in ((5, "h", [b"WHO"]), (-1, "(Unknown)", [b"1.2.3.4^h", b"WHO"])):
             world = self.world("pennmush", unix_path=f"{folder}/{window}.sock",
                                address_window=window)
@@ -13827,8 +13814,7 @@ class TestProgram(Case):
             **more)
 
     def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         conf = os.path.join(folder, "has.conf")
         with open(conf, "w") as file:
             file.write("beet = 5\nlocal_port = many\nmush_type = mushy\n")
@@ -13843,8 +13829,7 @@ class TestProgram(Case):
     def test_port_taken(self):
         """It says so, and leaves no dead control socket."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            folder = tempfile.mkdtemp()
-            self.addCleanup(shutil.rmtree, folder)
+            folder = new_folder(self)
             conf = os.path.join(folder, "has.conf")
             with open(conf, "w") as file:
                 file.write(
@@ -13884,8 +13869,7 @@ class TestProgram(Case):
         self.assertEqual(has.ask("--check").returncode, 0)
 
     def test_a_file_at_the_control_socket_s_path_is_left_alone(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         path = os.path.join(folder, "players.log")
         with open(path, "w") as file:
             file.write("precious\n")
@@ -13900,8 +13884,7 @@ class TestProgram(Case):
     def test_a_control_socket_that_was_deleted_comes_back(self):
         rig = Rig()
         self.addCleanup(rig.close)
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         path = folder + "/has.sock"
         control = has.ControlListener(rig.hub, path)
         for _ in range(2):
@@ -13996,8 +13979,7 @@ class TestProgram(Case):
             has.wait_log(rb"INFO stopped\n")
 
     def test_systemd_is_told_when_it_serves(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         for path in (folder + "/notify", "@" + folder)[:2 if sys.platform == "linux" else 1]:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
                 systemd.bind(path.replace("@", "\0"))
@@ -14236,8 +14218,7 @@ class TestProgram(Case):
 
 class TestTLS(Case):
     def setUp(self):
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(self)
         self.cert, self.key = certificate(self.folder)
         self.mush = self.world("tinymux")
         self.has = Has(self, mush_address=self.mush.address, local_port=free_port(),
@@ -14375,8 +14356,7 @@ class TestUpgrade(Case):
     """USR2: another program in the same process, and nobody notices."""
 
     def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="has-upgrade-")
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(self, prefix="has-upgrade-")
         self.script = shutil.copy(HAS, self.folder)
         self.mush = self.world()
         self.mush.quota = None
@@ -14861,8 +14841,7 @@ class TestKeeper(Case):
 
     def test_an_order_that_is_not_answered(self):
         """HAS dies, or ends, while it carries it out."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         with open(folder + "/has.conf", "w"):
             pass
         with socket.socket(socket.AF_UNIX) as listener:
@@ -14900,8 +14879,7 @@ class TestKeeper(Case):
 
     def test_what_cannot_start_ends_with_its_status(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            folder = tempfile.mkdtemp()
-            self.addCleanup(shutil.rmtree, folder)
+            folder = new_folder(self)
             conf = os.path.join(folder, "has.conf")
             with open(conf, "w") as file:
                 file.write(f"local_address = 127.0.0.1\nlocal_port = {taken.getsockname()[1]}\n"
@@ -14921,8 +14899,7 @@ class TestKeeper(Case):
         self.assertEqual(self.has.process.wait(10), 0)
 
     def test_a_loop_that_turns_no_more_is_replaced(self):
-        script = shutil.copy(HAS, tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, os.path.dirname(script))
+        script = shutil.copy(HAS, new_folder(self))
         with open(script) as file:
             text = file.read()
         text = text.replace("WEDGED_SECONDS = 5, 60", "WEDGED_SECONDS = 0.3, 3")
@@ -14946,8 +14923,7 @@ class TestKeeper(Case):
 
     def test_a_session_that_kills_who_takes_it_up(self):
         """The third time it is given up; a kill from outside is no sign."""
-        script = shutil.copy(HAS, tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, os.path.dirname(script))
+        script = shutil.copy(HAS, new_folder(self))
         with open(script) as file:
             text = file.read()
         text = text.replace("        Passage(session).unpack(packed, take)\n",
@@ -15017,8 +14993,7 @@ class Manager:
     """Stands for systemd: starts HAS as a service of Type=notify with a descriptor store."""
 
     def __init__(self, case, arguments):
-        self.folder = tempfile.mkdtemp(prefix="has-systemd-")
-        case.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(case, prefix="has-systemd-")
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.sock.bind(self.folder + "/notify")
         self.sock.settimeout(20)
@@ -15072,8 +15047,7 @@ class TestSystemd(Case):
             self.skipTest(has.why_no_vault() or "needs bash")
         self.mush = self.world()
         self.mush.quota = None
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = new_folder(self)
         self.port, self.script = free_port(), shutil.copy(HAS, self.folder)
         self.configure()
         self.service = Manager(self, [self.script, "--config", self.folder + "/has.conf"])
@@ -15294,8 +15268,7 @@ class TestReattach(Case):
 
     def test_tls(self):
         """With close_notify and without, and another kind of client behind it."""
-        folder = tempfile.mkdtemp(prefix="has-tls-")
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self, prefix="has-tls-")
         cert, key = certificate(folder)
         tls_port = free_port()
         world, served, alice, bob = self.playing(
@@ -15511,8 +15484,7 @@ class TestTelnetRealTinyMUX(TelnetCase):
     """Size, terminal, character set and a password with an accent survive a kill -9."""
 
     def test_return(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        folder = new_folder(self)
         mux = RealMux(folder)
         mux.start()
         self.addCleanup(mux.close)
@@ -15537,8 +15509,7 @@ class TestTelnetRealTinyMUX(TelnetCase):
             self.assertEqual(alice.commands[count:], [])
 
     def test_a_password_with_an_accent_and_utf_8_by_lang(self):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        folder = new_folder(self)
         mux = RealMux(folder)
         mux.start()
         self.addCleanup(mux.close)
@@ -15924,8 +15895,7 @@ class Has:
     faults = False                  # True: the test has planted one
 
     def __init__(self, case, python=sys.executable, script=None, arguments=(), **settings):
-        self.folder = tempfile.mkdtemp(prefix="has-test-")
-        case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = new_folder(case, prefix="has-test-")
         self.conf = os.path.join(self.folder, "has.conf")
         self.settings = {"local_address": "127.0.0.1", "local_port": 0, "beat": 1, "retry": 0.1,
                          "hb_timeout": 2, "max_per_host": 0, "log_level": "debug", "login_hold": 0,
@@ -16155,7 +16125,6 @@ class Connection:
         # partial: one entry a character
         self.partial, self.queue, self.out = [], collections.deque(), bytearray()
         self.telnet_state, self.telnet_sub, self.begun = "text", bytearray(), b""
-        self.tail = b""                                 # the beginning of a telnet sequence
         self.failures, self.login_number, self.used = 0, 0, 0
         self.tokens, self.refilled = 100, time.monotonic()
         self.greeted = self.offered = self.telnet_ok = self.spoken = self.proxied = False
@@ -16194,7 +16163,6 @@ class World:
     ON_CONNECT = ()             # telnet offers, one write each
     EMPTY_LINES = KEEPS_PLAYERS = HAS_TELNET = GHOSTS = QUOTA = False
     MAX_LINE = 8000
-    TERM_TEXT = ""              # (everybody, logged in only) texts are in the families
     # with `paced`: seconds a login takes the real server, and more for each who is in already
     PACE = 0, 0                 # (worlds/return-speed.md; TinyMUX: less than this program needs)
     LOOK_UP_SECONDS = 5         # until a question that the name server has dropped is given up
@@ -16293,9 +16261,6 @@ class World:
         """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running).
         """
         self._do(self._shutdown, by, self.shutdown_delay if delay is None else delay)
-
-    def sigterm(self):
-        self._do(self._sigterm)
 
     def restart_in_place(self, by="Wizard"):
         """@restart, @reboot, @shutdown/reboot: the sockets survive; back when it is finished."""
@@ -16517,9 +16482,6 @@ class World:
             os.unlink(self.unix_path)
 
     def _shutdown(self, by, delay):
-        self._clean_exit()
-
-    def _sigterm(self):
         self._clean_exit()
 
     def _pause(self, frozen):
@@ -17500,9 +17462,6 @@ class TeenyMUSH(Mush):
             self._boot(name, by, False)
         self._clean_exit()
 
-    def _sigterm(self):
-        self._die()                                     # silent, nothing saved
-
 
 # ---- What the four C servers share
 
@@ -17718,15 +17677,6 @@ class CMush(Mush):
             conn.finish()
         self._clean_exit()
 
-    def _sigterm(self):
-        self._broadcast(self.TERM_TEXT)
-        for conn in list(self.connections):
-            conn.finish(self.term_bye(conn))
-        self._clean_exit()
-
-    def term_bye(self, conn):
-        return ""
-
 
 # ---- PennMUSH
 
@@ -17761,7 +17711,6 @@ class PennMUSH(CMush):
     QUIT_TEXT = LOGOUT_TEXT = ("Thank you for visiting.\r\n\r\nPlease return soon.\r\n\r\n"
                                "*********** D I S C O N N E C T E D ***********\r\n\r\n")
     DOWN_TEXT, BOOTED = "", "You are politely shown to the door.\r\n"
-    TERM_TEXT = "EMERGENCY SHUTDOWN: BAILOUT: caught signal 15\r\n"
     ENDS, DROPPED, ERASERS, MAX_LINE = b"\r\n", b"", {8: b""}, 4095
     OFFERS = offer((DO, TTYPE), (DO, NAWS), (WILL, CHARSET), (WILL, MSSP), (WILL, GMCP))
     ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (DO, TTYPE): SEND_TTYPE,
@@ -18069,9 +18018,6 @@ class PennMUSH(CMush):
                 other.tell("" if other is conn else "MAIL: Mailbox purged.\r\n")
         super()._leave(conn)
 
-    def term_bye(self, conn):
-        return self.BYE
-
     # -- in the game --
 
     def play(self, conn, line):
@@ -18121,7 +18067,6 @@ class TinyMUSH(CMush):
     NEWUSER = "Welcome to the world of TinyMUSH.  Explore places.  Meet people.  Have fun!\r\n"
     QUIT_TEXT = DOWN_TEXT = "*** TinyMUSH Disconnected ***\r\n"
     LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
-    TERM_TEXT = "GAME: Caught signal SIGTERM, shutting down gracefully.\r\n"
     ENDS, ERASERS, MAX_LINE = b"\r\n", {127: b"\b \b"}, 16375
     DROPPED = bytes(n for n in range(256) if n < 32 and n not in (7, 9, 10, 13, 27) or n > 127)
     ANSWERS = {(DO, 0): b"", (DO, 3): b"", (DO, LINEMODE): offer((WILL, LINEMODE)),
@@ -18215,7 +18160,6 @@ class TinyMUX(CMush):
     QUIT_TEXT = DOWN_TEXT = "*** TinyMUX Disconnected ***\r\n"
     LOGOUT_TEXT, FINAL_MAIL = "", "MAIL: Mailbox purged.\r\n"
     BOOTED = "{by} gently shows you the door.\r\n"
-    TERM_TEXT = "GAME: Caught signal SIGTERM, exiting.\r\n"
     ON_CONNECT = (offer((WILL, 25), (DO, 25), (DO, 3), (DO, TTYPE), (DO, NAWS), (DO, 39),
                         (WILL, CHARSET), (DO, CHARSET)),)
     BINARY = offer((WILL, 0), (DO, 0))
@@ -18438,9 +18382,6 @@ class RhostMUSH(CMush):
                              "((\r\n((" + " " * 73 + "))\r\n" + BOTTOM)
     LOGOUT_TEXT, BOOTED = "", "{by} gently shows you the door.\r\n"
     SHUTDOWN_TEXT = "Game: Shutdown by {by}\r\n"
-    TERM_TEXT = ("Game: Immediately shutting down due to signal SIGTERM!\r\n"
-                 "Game: This might be caused by the hosting server going down.\r\n"
-                 "Game: Emergency dump complete, exiting...\r\n")
     OFFERS = (offer((DO, NAWS)), offer((DO, TTYPE)), sub(CHARSET, b"\x01 UTF-8"))
     ANSWERS = {(WILL, TTYPE): SEND_TTYPE, (WILL, NAWS): b"", (WILL, CHARSET): offer((DO, CHARSET))}
     RESTART = (0.04,
@@ -18821,8 +18762,7 @@ class RealWorld:
     """A real TinyMUX with the manners of a scripted world."""
 
     def __init__(self, case, players=(), conf=None):
-        folder = tempfile.mkdtemp(prefix="has-mux-")
-        case.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        folder = new_folder(case, prefix="has-mux-")
         self.mux = RealMux(folder, players=dict(players), conf=conf)
         case.addCleanup(self.mux.close)
         self.address, self.kill, self.stop = self.mux.address, self.mux.kill, self.mux.close
