@@ -142,6 +142,11 @@ def patched(case, patch):
     return patch.start()
 
 
+def write_text(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def read_text(path):
     with open(path) as file:
         return file.read()
@@ -466,8 +471,7 @@ class TestSettings(SettingsCase):
                  "each: put them back")
         for extra in (has.BEGIN_MARK, has.END_MARK):
             self.assertEqual(self.wrong(extra=extra), [marks])
-        with open(self.script, "w") as file:
-            file.write("MUSH_ADDRESS = 'a:1'\n")
+        write_text(self.script, "MUSH_ADDRESS = 'a:1'\n")
         self.assertEqual(has.read_constants(self.script),
                          ({}, [marks.replace("S:", self.script + ":")]))
 
@@ -527,8 +531,7 @@ class TestSettings(SettingsCase):
         for text, path in (("beet = 5\n", self.conf[:-5] + ".sock"),
                            ("nonsense\ncontrol_socket = x.sock\n",
                            os.path.join(os.path.dirname(self.conf), "x.sock"))):
-            with open(self.conf, "w") as file:
-                file.write(text)
+            write_text(self.conf, text)
             self.assertEqual(has.control_path(self.script, self.conf), path)
 
     def test_hb_pass_is_never_shown(self):
@@ -7645,8 +7648,7 @@ class TakenOverWhateverTheDisk(RigCase):
                     self.assertEqual(self.certificate_shown(rig), before)
                     self.goes_on(rig, client, link)
                 for path, text in ((self.cert, certificate_then), (self.key, key_then)):
-                    with open(path, "w") as file:
-                        file.write(text)
+                    write_text(path, text)
                 os.unlink(self.log)
 
     def test_the_folder_of_the_log_has_gone(self):
@@ -10574,8 +10576,7 @@ class TestFiles(unittest.TestCase):
     def test_has_conf_uncommented_is_right(self):
         with tempfile.TemporaryDirectory() as folder:
             conf = os.path.join(folder, "has.conf")
-            with open(conf, "w") as file:
-                file.write(re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
+            write_text(conf, re.sub(r"^#(\w+ =)", r"\1", self.read("has.conf"), flags=re.M))
             self.assertEqual(set(has.load_settings(HAS, conf)[0].texts), set(has.SETTINGS))
 
     def readme(self):
@@ -10684,6 +10685,16 @@ class TestFiles(unittest.TestCase):
 #
 # Its thread in this process, in front of a scripted world (Tools); a Witness in place of the hub.
 # ======================================================================
+
+def restart(world, *clients):
+    """The world dies and comes back; clients are told."""
+    world.kill()
+    for client in clients:
+        client.expect(re.escape(OFFLINE))
+    world.start()
+    for client in clients:
+        client.expect(re.escape(ONLINE))
+
 
 class Case(unittest.TestCase):
     """A test with scripted worlds and a HAS in front of them."""
@@ -12426,9 +12437,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
         client = self.has.client()
         self.addCleanup(client.close)
         client.send(line + "\r\n").expect(answer)
-        client.send("connect Alice alicepw\r\n")
-        self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
-        client.barrier()
+        client.log_in(self.world)
         self.rides_through(client)
         self.assertTrue(self.world.online("Alice"))
         return client
@@ -12783,10 +12792,7 @@ class TestWorldHealth(Case):
                 bob = self.client(has, "connect Bob bobpw", world, "Bob")
                 world.boot("Bob")
                 bob.expect_end()
-                world.kill()
-                alice.expect(re.escape(OFFLINE))
-                world.start()
-                alice.expect(re.escape(ONLINE))
+                restart(world, alice)
                 alice.barrier()
 
     def test_heartbeat_without_rights(self):
@@ -12797,10 +12803,7 @@ class TestWorldHealth(Case):
                 has = Has(self, mush_address=world.address, beat=0.1).wait_up()
                 has.wait_log(rb"may not check passwords: set its (WIZARD|ROYALTY or IMMORTAL) flag")
                 alice = self.client(has, "connect Alice alicepw", world, "Alice")
-                world.kill()
-                alice.expect(re.escape(OFFLINE))
-                world.start()
-                alice.expect(re.escape(ONLINE))
+                restart(world, alice)
 
     def test_heartbeat_without_the_flag_it_needs_while_logins_are_disabled(self):
         for family in ("tinymux", "tinymush"):
@@ -12867,12 +12870,7 @@ class TestWorldHealth(Case):
             "teenymush", players={"heartbeat": "heartbeat", **{f"u{n}": "pw" for n in range(40)}})
         has = Has(self, mush_address=world.address).wait_up()
         users = [self.client(has, f"connect u{n} pw", world, f"u{n}") for n in range(40)]
-        world.kill()
-        for user in users:
-            user.expect(re.escape(OFFLINE))
-        world.start()
-        for user in users:
-            user.expect(re.escape(ONLINE))
+        restart(world, *users)
         world.wait(lambda w: all(w.online(f"u{n}") for n in range(40)), what="all are in")
         for user in users:
             self.assertNotRegex(user.barrier(), rb" has (re-?)?connected")
@@ -12885,10 +12883,7 @@ class TestWorldHealth(Case):
         one, two = self.client(has), self.client(has)
         one.expect("Welcome"), two.expect("Welcome")
         one.send("QUIT\r\n").expect_end()
-        world.kill()
-        two.expect(re.escape(OFFLINE))
-        world.start()
-        two.expect(re.escape(ONLINE))
+        restart(world, two)
         two.expect("Welcome")
 
 
@@ -12982,12 +12977,7 @@ class TestCrashes(Case):
             user.send(f"connect u{number} pw\r\n")
         world.wait(lambda w: len(w.logins) == count + 1, 20, "all in")
         has.wait_count(b": logged in", count)
-        world.kill()
-        for user in users:
-            user.expect(re.escape(OFFLINE))
-        world.start()
-        for user in users:
-            user.expect(re.escape(ONLINE))
+        restart(world, *users)
 
 
 # ---- Telnet: what a new world must be told, and what a client must not see twice
@@ -13671,12 +13661,7 @@ class TestRelay(Case):
         for text in ("### PING ###", "=0123456789ab=", "1"):
             bob.send(f"@pemit *heartbeat={text}\r\n")
         bob.barrier()
-        world.kill()
-        for client in (alice, bob):
-            client.expect(re.escape(OFFLINE))
-        world.start()
-        for client in (alice, bob):
-            client.expect(re.escape(ONLINE))
+        restart(world, alice, bob)
 
 
 class TestAddress(Case):
@@ -13707,10 +13692,7 @@ class TestAddress(Case):
                 warning += re.escape(words)
                 has.wait_log(warning)
                 alice = self.client(has, "connect Alice alicepw", world, "Alice")
-                world.kill()
-                alice.expect(re.escape(OFFLINE))
-                world.start()
-                alice.expect(re.escape(ONLINE))
+                restart(world, alice)
                 alice.barrier()
                 newcomer = self.client(has)
                 newcomer.expect("Welcome to RhostMUSH")
@@ -13725,10 +13707,7 @@ class TestAddress(Case):
         first = world.online("Alice")[0].address_given
         self.assertEqual(first[0], "127.0.0.1")
         self.assertLess(abs(int(first[1]) - time.time()), 60)
-        world.kill()
-        alice.expect(re.escape(OFFLINE))
-        world.start()
-        alice.expect(re.escape(ONLINE))
+        restart(world, alice)
         self.assertEqual(world.online("Alice")[0].address_given, first)
 
     def test_the_word_cannot_be_typed(self):
@@ -13816,8 +13795,7 @@ class TestProgram(Case):
     def test_wrong_settings_end_it_with_status_2_and_all_reasons(self):
         folder = new_folder(self)
         conf = os.path.join(folder, "has.conf")
-        with open(conf, "w") as file:
-            file.write("beet = 5\nlocal_port = many\nmush_type = mushy\n")
+        write_text(conf, "beet = 5\nlocal_port = many\nmush_type = mushy\n")
         for arguments in (("--check",), ()):
             done = run_main("--config", conf, *arguments)
             self.assertEqual(done.returncode, 2)
@@ -13871,8 +13849,7 @@ class TestProgram(Case):
     def test_a_file_at_the_control_socket_s_path_is_left_alone(self):
         folder = new_folder(self)
         path = os.path.join(folder, "players.log")
-        with open(path, "w") as file:
-            file.write("precious\n")
+        write_text(path, "precious\n")
         control = has.Control(None)
         with self.assertLogs(has.log, "WARNING") as said:
             control.open(path)
@@ -13895,8 +13872,7 @@ class TestProgram(Case):
             with socket.socket(socket.AF_UNIX) as caller:
                 caller.connect(path)
         os.unlink(path)
-        with open(path, "w") as file:
-            file.write("precious")
+        write_text(path, "precious")
         with self.assertLogs(has.log, "WARNING") as logged:
             rig.pass_time(*[5.1] * 3)
         self.assertEqual(len(logged.output), 1)
@@ -14166,9 +14142,7 @@ class TestProgram(Case):
             clients.append(client)
         last = Client(port)
         self.addCleanup(last.close)
-        last.send("connect Alice alicepw\r\n")
-        world.wait(lambda w: w.online("Alice"), what="Alice is in")
-        last.barrier()
+        last.log_in(world)
         process.terminate()
         self.assertEqual(process.wait(6), 0)
 
@@ -14228,15 +14202,10 @@ class TestTLS(Case):
     def test_tls_clients_ride_through_a_crash(self):
         client = TLSClient(self.port)
         self.addCleanup(client.close)
-        client.send("connect Alice alicepw\r\n")
-        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
-        client.barrier()
+        client.log_in(self.mush)
         self.mush.emit("Alice", b"big " * 100000 + b"\r\n")
         client.expect(rb"(?:big ){100000}\r\n")
-        self.mush.kill()
-        client.expect(re.escape(OFFLINE))
-        self.mush.start()
-        client.expect(re.escape(ONLINE))
+        restart(self.mush, client)
         client.send("QUIT\r\n")
         self.assertIn(b"Disconnected", client.expect_end())
 
@@ -14292,8 +14261,7 @@ class TestTLS(Case):
         self.has.signal(signal.SIGHUP)
         self.has.wait_log(rb"HUP: settings read")
         self.assertNotEqual(ssl.get_server_certificate(("127.0.0.1", self.port)), first)
-        with open(self.key, "w") as file:
-            file.write("broken\n")
+        write_text(self.key, "broken\n")
         second = ssl.get_server_certificate(("127.0.0.1", self.port))
         self.has.signal(signal.SIGHUP)
         self.has.wait_log(rb"no usable pair(?s:.*)old settings stay")
@@ -14303,9 +14271,7 @@ class TestTLS(Case):
         """A client that half-closes is answered: nothing comes as ciphertext, nothing is lost."""
         client = outer.client()
         self.addCleanup(client.close)
-        client.send("connect Bob bobpw\r\n")
-        self.mush.wait(lambda w: w.online("Bob"), what="Bob is in")
-        client.barrier()
+        client.log_in(self.mush, "Bob", "bobpw")
         client.send("say last words\r\n")
         client.sock.shutdown(socket.SHUT_WR)
         self.assertIn(b'"last words"', client.expect_end())
@@ -14316,9 +14282,7 @@ class TestTLS(Case):
                     mush_ssl_ca=self.cert, mush_type="tinymux").wait_up()
         client = outer.client()
         self.addCleanup(client.close)
-        client.send("connect Alice alicepw\r\n")
-        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
-        client.barrier()
+        client.log_in(self.mush)
         client.send("QUIT\r\n").expect_end()
         for _ in range(5):
             self.says_its_last_words(outer)
@@ -14382,8 +14346,7 @@ class TestUpgrade(Case):
         with open(self.script) as file:
             text = file.read()
         self.assertIn(old, text)
-        with open(self.script, "w") as file:
-            file.write(text.replace(old, new, 1))
+        write_text(self.script, text.replace(old, new, 1))
 
     def upgrade(self, expect=rb"goes on where"):
         after = len(self.has.log)
@@ -14404,9 +14367,7 @@ class TestUpgrade(Case):
         self.assertEqual(len(self.mush.logins), 3)      # heartbeat, Alice, Bob: once each
         for client in (plain, tls, lurker):
             self.assertNotIn(b"NOTICE", client.seen)
-        lurker.send("connect Carol carolpw\r\n")
-        self.mush.wait(lambda w: w.online("Carol"), what="Carol is in")
-        lurker.barrier()
+        lurker.log_in(self.mush, "Carol", "carolpw")
         self.mush.kill()
         for client in (plain, tls, lurker):
             client.expect(re.escape(OFFLINE))
@@ -14507,8 +14468,7 @@ class TestUpgrade(Case):
                               rb"failed its rehearsal \(status 1"), ("", hollow),
                               (whole[:whole.index("if __name__ ==")], hollow), ("print('hello')\n",
                               hollow), ("print('HAS took over 1 sessions: 0')\n", hollow)):
-            with open(self.script, "w") as file:
-                file.write(text)
+            write_text(self.script, text)
             self.upgrade(expect)
             alice.barrier()
         os.unlink(self.script)
@@ -14524,8 +14484,7 @@ class TestUpgrade(Case):
         after = len(self.has.log)
         self.has.signal(signal.SIGUSR2)
         self.has.wait_log(rb"rehearsing the upgrade", 20, after)
-        with open(self.script, "w") as file:
-            file.write("raise SystemExit\n")
+        write_text(self.script, "raise SystemExit\n")
         self.has.wait_log(rb"HAS 1\.0b goes on where HAS|HAS 1\.0b goes on where 1\.0 left off", 20,
                           after)
         alice.barrier()
@@ -14758,9 +14717,7 @@ class TestKeeper(Case):
         self.assertEqual(len(workers), 4)
         self.assertEqual(self.pids()[0], self.has.process.pid)
         alice.barrier()
-        lurker.send("connect Carol carolpw\r\n")
-        self.mush.wait(lambda w: w.online("Carol"), what="Carol is in")
-        lurker.barrier()
+        lurker.log_in(self.mush, "Carol", "carolpw")
         self.assertEqual(len(self.mush.logins), 3)      # heartbeat, Alice, Carol: once each
         for client in (alice, lurker):
             self.assertNotIn(b"NOTICE", client.seen)
@@ -14905,8 +14862,7 @@ class TestKeeper(Case):
         text = text.replace("WEDGED_SECONDS = 5, 60", "WEDGED_SECONDS = 0.3, 3")
         text = text.replace("    def log_status(self):\n", "    def log_status(self):\n"
                             "        while True:\n            pass\n", 1)
-        with open(script, "w") as file:
-            file.write(text)
+        write_text(script, text)
         self.start(script=script)
         self.has.faults = True
         alice = self.player("Alice", "alicepw")
@@ -14931,8 +14887,7 @@ class TestKeeper(Case):
                             "        if session.character.login and (\n"
                             "                session.character.login.name == b'Bob'):\n"
                             "            os.abort()\n", 1)
-        with open(script, "w") as file:
-            file.write(text)
+        write_text(script, text)
         self.start(script=script)
         self.has.faults = True
         alice, bob = self.player("Alice", "alicepw"), self.player("Bob", "bobpw")
@@ -15065,9 +15020,7 @@ class TestSystemd(Case):
     def player(self):
         client = Client(self.port)
         self.addCleanup(client.close)
-        client.send("connect Alice alicepw\r\n")
-        self.mush.wait(lambda w: w.online("Alice"), what="Alice is in")
-        client.barrier()
+        client.log_in(self.mush)
         return client
 
     def again(self, number):
@@ -15088,8 +15041,7 @@ class TestSystemd(Case):
         self.service.wait("WATCHDOG=1")
         with open(self.script) as file:
             text = file.read()
-        with open(self.script, "w") as file:
-            file.write(text.replace('VERSION = "1.0"', 'VERSION = "1.0s"', 1))
+        write_text(self.script, text.replace('VERSION = "1.0"', 'VERSION = "1.0s"', 1))
         self.configure(admins="Alice")
         self.assertEqual(self.again(signal.SIGQUIT), 0)         # systemctl restart
         alice.barrier()
@@ -15117,16 +15069,14 @@ class TestSystemd(Case):
             if broken is None:
                 os.unlink(self.script)
             else:
-                with open(self.script, "w") as file:
-                    file.write(broken)
+                write_text(self.script, broken)
             before = self.log().count("cannot go on")
             self.service.process.send_signal(signal.SIGQUIT)
             poll_until(lambda: self.log().count("cannot go on") > before, self.log)
             self.service.wait("EXTEND_TIMEOUT")
             self.service.wait("STATUS=")
             alice.barrier()
-        with open(self.script, "w") as file:
-            file.write(text)
+        write_text(self.script, text)
         self.assertEqual(self.service.process.wait(20), 0)
         self.service.start()
         alice.barrier()
@@ -15256,10 +15206,7 @@ class TestReattach(Case):
     def test_a_crash_with_somebody_away(self):
         world, served, alice, bob = self.playing()
         self.drop(served, alice)
-        world.kill()
-        bob.expect(re.escape(OFFLINE))
-        world.start()
-        bob.expect(re.escape(ONLINE))
+        restart(world, bob)
         world.wait(lambda w: w.online("Alice"), what="HAS has brought Alice back, too")
         alice = self.back(served)
         self.assertRegex(alice.expect("That is all. You are back.").decode(),
@@ -15626,6 +15573,12 @@ class Client:
         before = self.send(f"say {mark}\r\n").expect(rb'"?%s"?\r?\n' % mark.encode())
         return before.rpartition(b"You say")[0]
 
+    def log_in(self, world, name="Alice", password="alicepw"):
+        """Log in; the game has it so."""
+        self.send(f"connect {name} {password}\r\n")
+        world.wait(lambda w: w.online(name), what=f"{name} is in")
+        self.barrier()
+
     def reset(self):
         """Close with RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -15927,8 +15880,7 @@ class Has:
     def configure(self, **settings):
         """Write has.conf anew."""
         self.settings.update(settings)
-        with open(self.conf, "w") as file:
-            file.write("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
+        write_text(self.conf, "".join(f"{key} = {value}\n" for key, value in self.settings.items()))
         os.chmod(self.conf, 0o600)
 
     def _read_log(self):
