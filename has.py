@@ -3438,7 +3438,6 @@ AT_LOGIN = {State.OPENING, State.LOGIN}
 AWAY = {State.WAITING, State.BACKOFF}           # what he types now is not sent
 COMING_BACK = {State.REOPENING, State.RETURNING}
 LINKED = {State.LOGIN, State.PLAYING}           # he and the world can talk
-RELAYS = {State.PLAYING, State.CLOSING}         # what he sends is not written down
 PLACES_TO_TAKE = {State.PLAYING} | AWAY         # a user who was away can go on in these
 PLACES = {State.ASKING} | PLACES_TO_TAKE | COMING_BACK
 
@@ -3603,14 +3602,16 @@ class Character(Survivor):
     """Who a user is for the world, was, and may be again: pure, no streams, no clocks.
 
     `login` is confirmed. `previous` is the pair before a change of name or password: kill -9
-    reverts a world to its last dump. `pending` was typed while no world could answer it.
+    reverts a world to its last dump. `doubtful` is the pair behind a change that was not answered,
+    by a world that died, or to a HAS that died. `pending` was typed while no world could answer it.
     """
 
-    __slots__ = SURVIVES = ("login", "previous", "pending", "unanswered", "trials", "changing",
-                            "proven", "checked")
+    __slots__ = SURVIVES = ("login", "previous", "doubtful", "pending", "unanswered", "trials",
+                            "changing", "proven", "checked")
 
     def __init__(self):
-        self.login = self.previous = self.pending = None        # Credentials, or None
+        # Credentials, or None
+        self.login = self.previous = self.doubtful = self.pending = None
         self.unanswered = []       # (login, typed at, greeted by then), neither taken nor refused
         self.trials = []           # Credentials to try on return, best first
         self.changing = None       # a Change typed and not yet answered by the world
@@ -3656,7 +3657,7 @@ class Character(Survivor):
         """A typed login took; `proven`: beyond doubt. Returns the pairs that may be right."""
         login, others = login.made, [other.made for other in others]
         self.login, self.previous = login, others[-1] if others else None
-        self.pending, self.unanswered = None, []
+        self.pending, self.doubtful, self.unanswered = None, None, []
         self.proven = login.character if proven else b""
         return [login, *others]
 
@@ -3673,7 +3674,7 @@ class Character(Survivor):
 
     def forget(self, pending=None):
         """Nobody is logged in here; `pending` is for the world's next life."""
-        self.login = self.previous = self.checked = None
+        self.login = self.previous = self.doubtful = self.checked = None
         self.pending, self.trials, self.proven = pending, [], b""
 
     def log_out(self):
@@ -3697,12 +3698,18 @@ class Character(Survivor):
         for change, changed in outcomes:
             if changed and self.login:
                 confirmed.append((change, self.login))
-                self.previous, self.login = before, change.of(self.login)
+                self.previous, self.login, self.doubtful = before, change.of(self.login), None
         left = [change for change, changed in outcomes if changed is None]
         self.changing = left[-1] if left else None
         if left:
             left[-1].other = left[0] if len(left) > 1 else None
         return confirmed
+
+    def give_up_change(self):
+        """No answer comes any more to what he has typed: perhaps it was done."""
+        change, self.changing = self.changing, None
+        if change and self.login:
+            self.doubtful = change.of(change.other.of(self.login) if change.other else self.login)
 
     # ---- while the world is away
 
@@ -3728,7 +3735,9 @@ class Character(Survivor):
 
     def plan_return(self, logs_in):
         """The pairs to try, best first: none for guests, nor where nobody logs in."""
-        pairs = [pair for pair in (self.login or self.pending, self.previous) if pair]
+        self.give_up_change()
+        pairs = [pair for pair in (self.login or self.pending, self.previous, self.doubtful)
+                 if pair]
         self.trials = pairs if logs_in and not self.is_guest else []
 
     def must_be_checked(self, counts_failures):
@@ -3757,7 +3766,8 @@ class Character(Survivor):
         lost_change = self.previous is not None and login == self.previous
         others = [pair for pair in (self.login, self.previous) if pair and pair != login]
         self.login, self.previous = login, others[0] if others else None
-        self.pending, self.checked, self.proven = None, None, login.character
+        self.pending, self.checked, self.doubtful = None, None, None
+        self.proven = login.character
         return first, lost_change
 
     def was_answered_in_words(self):
@@ -4398,9 +4408,8 @@ _QUIT_LAST = re.compile(rb"(?i)(?:\A|[\r\n])\s*quit\s*[\r\n]\Z")
 
 
 class Peek:
-    """Where no line goes on at once, what comes is looked at first, and taken when it is written
-    down: a line or an answer that a process which dies has taken is not said again. What the world
-    says on the way back is: it begins anew."""
+    """Off the fast path what comes is looked at first, and taken when it is written down: a line,
+    or an answer at the login screen, that a process which dies has taken is not said again."""
 
     __slots__ = ("session", "_shown")
 
@@ -4408,10 +4417,10 @@ class Peek:
         self.session, self._shown = session, None           # (stream, number of bytes)
 
     def update(self, state):
-        """Whether that is so in this state, for the client, and for the link, if there is one."""
+        """Whether that is so now: for the client, and for the link, if there is one."""
         session, inbox = self.session, self.session.inbox
         is_kept = session.hub.is_kept and not inbox.first.is_raw
-        peeks = is_kept and state not in RELAYS
+        peeks = is_kept and not inbox.forward and state is not State.CLOSING
         if session.client.peek(peeks):
             session.client.on_data = self.on_client_data if peeks else inbox.on_data
         if session.link and session.link.peek(is_kept and state in AT_LOGIN):
@@ -5407,7 +5416,8 @@ class Feed(Part):
         """Nothing was said on this link yet."""
         world = self.hub.world
         self.proof, self.spoke_at = proof_for(world.dialect, returning, world.telnet), 0
-        self.character.changing, self.screen.hidden, self.screen.expected = None, b"", []
+        self.character.give_up_change()
+        self.screen.hidden, self.screen.expected = b"", []
 
     def read(self, data):
         """The careful way to take what the world sent."""
@@ -5421,7 +5431,7 @@ class Feed(Part):
             session.inbox.send_kept()           # the world has answered the one before
         self.screen.shorten()
         if self.character.changing and self.hub.now > self.character.changing.until:
-            self.character.changing = None
+            self.character.give_up_change()
         session.refresh()
 
     def _read_pieces(self, data):
@@ -10263,9 +10273,9 @@ class Reload:
     @staticmethod
     def _changes(old, settings):
         """More remarks: on what does not take effect at once."""
-        for key in "control_socket", "keeper":
+        for key, when in ("control_socket", "start only"), ("keeper", "start; auto: upgrade"):
             if getattr(old, key) != getattr(settings, key):
-                yield f"WARNING: HUP: {key} takes effect at the next start only"
+                yield f"WARNING: HUP: {key} takes effect at the next {when}"
         if old.mush_address != settings.mush_address:
             new = ", ".join(map(str, settings.mush_address))
             yield f"HUP: mush_address is now {new}; users move when it is confirmed"

@@ -7336,6 +7336,30 @@ class Died(RigCase):
                   + b"\r\n")
         self.assertEqual((state_of(client), client.read()), ("PLAYING", b"Welcome\r\n"))
 
+    def test_a_change_of_password_that_was_not_answered_is_tried_too(self):
+        """The world died of it, or HAS had read the answer and died."""
+        for dies, late in ((False, 0), (True, 0), (True, 40)):
+            with self.subTest(dies=dies, late=late):
+                rig = self.rig()
+                client, link = rig.player()
+                client.send("@password pw=new\r\n")
+                rig.settle()
+                if dies:
+                    rig.die()
+                if late:
+                    rig.pass_time(late)
+                    link.send("text\r\n")
+                    rig.settle()
+                rig.down()
+                rig.found("life 2")
+                rig.let_in(rig.game.accept(), None)
+                link = rig.game.accept()
+                rig.settle()
+                self.assertIn(b"connect Alice new\r\n", link.sock.recv(999, socket.MSG_PEEK))
+                rig.let_in(link)
+                self.assertEqual((state_of(client), client.lines()[-1]), ("PLAYING", "# ONLINE"))
+                self.assertEqual(client.session.character.login.password, b"new")
+
     def test_a_login_is_not_lost_wherever_it_dies(self):
         """What comes at the login screen is taken when it is written down."""
         count = 0
@@ -14731,6 +14755,24 @@ class TestKeeper(Case):
             client.expect(re.escape(ONLINE))
             client.barrier()
         alice.send("QUIT\r\n").expect_end()
+
+    def test_where_there_was_none_an_upgrade_makes_one(self):
+        self.has = Has(self, mush_address=self.mush.address, beat=0.3).wait_up()
+        alice, worker = self.player("Alice", "alicepw"), self.has.process.pid
+        self.has.configure(keeper="auto")
+        self.has.signal(signal.SIGHUP)
+        self.has.wait_log(rb"HUP: settings read")
+        self.has.signal(signal.SIGUSR2)
+        keeper = int(self.has.wait_log(rb"the keeper is pid (\d+) now").group(1))
+        self.assertEqual(self.pids(), (keeper, worker))
+        for _ in range(2):
+            self.kill_worker()
+            alice.barrier()
+        self.assertEqual(self.pids()[0], keeper)
+        os.kill(keeper, signal.SIGTERM)
+        alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
+        alice.expect_end()
+        self.has.faults = True                  # the process that was started was killed
 
     def test_keeper_and_worker_killed_in_turns(self):
         self.start()
