@@ -6466,10 +6466,14 @@ class Passage(Part):
             session.inbox.from_client.strict = True     # older programs had no such thing
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
-        if packed["link"]:
-            session.link = Stream(session.hub.selector, take(packed["link"]["fd"]), session,
-                                  session.screen.reader)
-            session.link.take_up(packed["link"])
+        link = packed["link"]
+        try:
+            sock = link and take(link["fd"])
+        except KeyError:                        # it had ended, and that was still to be written
+            sock, session.state = None, State.ASKING
+        if sock:
+            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
+            session.link.take_up(link)
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
 
@@ -10636,16 +10640,16 @@ class Records:
     """A log of records, each under a number: the last one counts; an empty one: it is gone.
 
     A death while writing costs the record being written at most: reading stops at the first that
-    is cut off or wrong. There are two files: what counts is copied to the other one when the log
-    has grown, and one byte of the board says that this is now the log.
+    is cut off or wrong. There are two files: when the log has grown, what counts is copied to the
+    other one, a part with each write, and one byte of the board says that this is now the log.
     """
 
     HEAD = struct.Struct("<III")                # length, CRC-32 (begun with the number), number
-    SLACK = 1 << 20
+    SLACK, PART = 1 << 20, 1 << 17
 
     def __init__(self, board, files):
         self._board, self._files = board, files
-        self._places, self._end, self._live = {}, 0, 0          # number -> (offset, size)
+        self.clear(False)
 
     def read(self):
         """{number: record}, of what has been written by whomever."""
@@ -10669,45 +10673,70 @@ class Records:
             self._places[number] = at, size
             self._live += size
 
-    def clear(self):
+    def clear(self, truncate=True):
         """There are no records."""
-        self._places, self._end, self._live = {}, 0, 0
-        for file in self._files:
+        self._places, self._end, self._live = {}, 0, 0          # number -> (offset, size)
+        self._copy, self._copied, self._left = {}, 0, None      # the same there; still to be copied
+        for file in self._files * truncate:
             os.ftruncate(file, 0)
 
     def write(self, records):
         """Write {number: record}; OSError if there is no room, and nothing has changed."""
-        pieces, places, at = [], [], self._end
+        pieces, places, size = [], {}, 0
         for number, record in records.items():
             check = binascii.crc32(record, number)
             pieces += [self.HEAD.pack(len(record), check, number), record]
-            size = self.HEAD.size + len(record)
-            places.append((number, at, size, len(record)))
-            at += size
-        self._write(self._files[self._board[Board.LOG]], b"".join(pieces), self._end)
-        self._end = at
-        for place in places:
-            self._note(*place)
-        if self._end > self.SLACK + 3 * self._live:
-            self._renew()
+            places[number] = size, self.HEAD.size + len(record)
+            size += self.HEAD.size + len(record)
+        data = b"".join(pieces)
+        self._write(self._files[self._board[Board.LOG]], data, self._end)
+        for number, (at, length) in places.items():
+            self._note(number, self._end + at, length, len(records[number]))
+        self._end += size
+        try:
+            self._renew(data, places)
+        except OSError:                         # no room for two
+            self._left = None
+            raise
 
     @staticmethod
     def _write(file, data, at):
         if os.pwrite(file, data, at) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _renew(self):
-        this = self._board[Board.LOG]
-        data, pieces, places, at = read_memory_file(self._files[this]), [], {}, 0
-        for number, (offset, size) in self._places.items():
-            pieces.append(data[offset:offset + size])
-            places[number] = at, size
-            at += size
-        os.ftruncate(self._files[1 - this], 0)
-        self._write(self._files[1 - this], b"".join(pieces), 0)
-        self._board[Board.LOG] = 1 - this
-        self._places, self._end, self._live = places, at, at
-        os.ftruncate(self._files[this], 0)
+    def _renew(self, data, places):
+        """Go on with the other file, where one is made: what was written goes there, too."""
+        if self._left is not None:
+            self._add_to_copy(data, places)
+        elif self._end > self.SLACK + 3 * self._live:
+            self._copy, self._copied, self._left = {}, 0, list(self._places)
+            os.ftruncate(self._files[1 - self._board[Board.LOG]], 0)
+        if self._left is not None:
+            self._copy_some()
+
+    def _add_to_copy(self, data, places):
+        self._write(self._files[1 - self._board[Board.LOG]], data, self._copied)
+        for number, (at, size) in places.items():
+            self._copy[number] = self._copied + at, size
+        self._copied += len(data)
+
+    def _copy_some(self):
+        """Copy what was not written anew meanwhile, a part of it; behind the last one the other
+        file is the log."""
+        this, pieces, places, size = self._board[Board.LOG], [], {}, 0
+        while self._left and size < self.PART:
+            number = self._left.pop()
+            if number in self._places and number not in self._copy:
+                at, length = self._places[number]
+                pieces.append(os.pread(self._files[this], length, at))
+                places[number] = size, length
+                size += length
+        self._add_to_copy(b"".join(pieces), places)
+        if not self._left:
+            self._board[Board.LOG] = 1 - this
+            self._places = {number: self._copy[number] for number in self._places}
+            self._end, self._left, self._copy = self._copied, None, {}
+            os.ftruncate(self._files[this], 0)
 
 
 def _too_many_in_flight():
@@ -10726,16 +10755,20 @@ class Shelf:
     each lives as long as somebody has that pair, whoever it is.
 
     A message has their names, numbers that are never used again. New ones come one at a time into
-    a pair of their own; when that is full, all that count go to one of two others, many in a
-    message, and one byte of the board says that this now counts. Reading changes nothing.
+    a pair of their own; when these are many, they join the old ones in one of two other pairs, many
+    in a message. When many of those are dead, all that count go to the other of the two, a message
+    at a time, and one byte of the board says that this now counts. Reading changes nothing.
     """
 
     BATCH = 250                                 # in one message; the kernel takes 253 (SCM_MAX_FD)
+    YOUNG = 2 * BATCH
 
     def __init__(self, board, pairs):
         self._board, (self._new, *self._old) = board, pairs
         self._socks, self._names = {}, {}       # name -> socket, and back: objects, not numbers
         self._last_name, self._dead = 0, 0
+        self._young = []                        # names that are in the new pair
+        self._coming, self._renewal = [], None  # to the other pair: names still to go; the steps
         self._left = set()                      # names that were read and not taken yet
 
     def name(self, sock):
@@ -10750,17 +10783,35 @@ class Shelf:
                 raise
             if sock not in self._names:
                 raise _too_many_in_flight()
+            self._go_on()
         return self._names[sock]
 
     def _add(self, name):
+        self._young.append(name)
+        if self._renewal:
+            self._coming.append(name)
         try:
             self._send(self._new, [name])
+            if len(self._young) >= self.YOUNG:
+                self._join()
         except OSError as error:
-            if _is_limit(error) and not self._dead:
+            if _is_limit(error) and not (self._dead or self._renewal):
                 raise _too_many_in_flight() from None
             if not (isinstance(error, BlockingIOError) or _is_limit(error)):
                 raise
+            if _is_limit(error):
+                self._renew()
+            else:
+                self._join()
+
+    def _join(self):
+        """The new ones join the old."""
+        try:
+            self._fill(self._old[self._board[Board.SHELF]], self._young)
+        except OSError:                         # no room, or too many for a moment
             self._renew()
+        self._drain(self._new)
+        self._young = []
 
     def drop(self, sock):
         """No other process will ask for this socket."""
@@ -10770,9 +10821,25 @@ class Shelf:
             self._dead += 1
 
     def tidy(self, at_once=False):
-        """Let go of what was dropped, once that is worth it."""
-        if self._dead > (0 if at_once else len(self._socks) + 200):
+        """Let go of what was dropped, once that is worth it; `at_once`: now, else step by step."""
+        if at_once and self._renewal:
             self._renew()
+        if self._dead > (0 if at_once else len(self._socks) + 200):
+            self._renewal = self._renewal or self._renew_in_steps()
+            if at_once:
+                self._renew()
+        self._go_on()
+
+    def _go_on(self):
+        """The next step, if there is one."""
+        if self._renewal and next(self._renewal, self) is self:
+            self._renewal = None
+
+    def _renew(self):
+        """All steps."""
+        steps, self._renewal = self._renewal or self._renew_in_steps(), None
+        for _ in steps:
+            pass
 
     def _send(self, pair, names):
         socks = [self._socks[name] for name in names]
@@ -10780,27 +10847,37 @@ class Shelf:
         pair[0].sendmsg([" ".join(map(str, names)).encode()],
                         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
 
-    def _renew(self):
+    def _renew_in_steps(self):
         """Have what counts, and nothing else, in flight in the other pair of the two old ones."""
-        for sock in [sock for sock in self._names if sock.fileno() < 0]:
-            self.drop(sock)
         this = self._board[Board.SHELF]
-        try:
-            self._fill(self._old[1 - this])
-        except OSError as error:
-            if not _is_limit(error):
-                raise
-            # An ordinary user may have no more in flight than open: for a moment there are none.
-            self._drain(self._new)
-            self._drain(self._old[this])
-            self._fill(self._old[1 - this], as_far_as_it_goes=True)
-        self._board[Board.SHELF], self._dead = 1 - this, 0
-        self._drain(self._old[this])
+        other, self._coming, self._dead = self._old[1 - this], list(self._socks), 0
+        self._drain(other)
+        while self._coming:
+            some = self._coming[:self.BATCH]
+            del self._coming[:self.BATCH]
+            try:
+                self._fill(other, some)
+            except OSError as error:
+                if not _is_limit(error):
+                    raise
+                # An ordinary user may have no more in flight than open: for a moment there are none
+                for pair in self._new, *self._old:
+                    self._drain(pair)
+                self._fill(other, list(self._socks), as_far_as_it_goes=True)
+                self._coming = []
+            yield
+        self._board[Board.SHELF] = 1 - this
         self._drain(self._new)
+        self._young = []
+        while self._let_go(self._old[this]):
+            yield
 
-    def _fill(self, pair, as_far_as_it_goes=False):
-        self._drain(pair)
-        names = list(self._socks)
+    def _fill(self, pair, names, as_far_as_it_goes=False):
+        """Put in those of `names` that are still open."""
+        names = [name for name in names if name in self._socks]
+        for name in [name for name in names if self._socks[name].fileno() < 0]:
+            self.drop(self._socks[name])
+            names.remove(name)
         for start in range(0, len(names), self.BATCH):
             batch = names[start:start + self.BATCH]
             try:
@@ -10813,11 +10890,16 @@ class Shelf:
 
     @staticmethod
     def _drain(pair):
-        try:
-            while pair[1].recv(1, socket.MSG_DONTWAIT):
-                pass                            # no room for descriptors: the kernel closes them
-        except BlockingIOError:
+        while Shelf._let_go(pair):
             pass
+
+    @staticmethod
+    def _let_go(pair):
+        """Drop a message; whether there was one."""
+        try:
+            return bool(pair[1].recv(1, socket.MSG_DONTWAIT))   # no room for descriptors: the
+        except BlockingIOError:                                 # kernel closes them
+            return False
 
     def read(self):
         """Open all that is in flight, for take(); False: some could not be opened."""
@@ -10825,7 +10907,8 @@ class Shelf:
         self._drain(self._old[1 - this])
         for pair in self._old[this], self._new:
             for data, rights, flags in self._peek(pair[1]):
-                names = map(int, data.split())
+                names = list(map(int, data.split()))
+                self._young += names * (pair is self._new)
                 for name, fd in zip(names, struct.unpack(f"{len(rights) // 4}i", rights)):
                     if name in fds:
                         os.close(fd)            # a death in the middle of _renew()
@@ -10869,6 +10952,7 @@ class Shelf:
     def clear(self):
         """Nothing is in flight any more."""
         self._socks, self._names, self._dead = {}, {}, 0
+        self._young, self._renewal = [], None
         for pair in [self._new, *self._old]:
             self._drain(pair)
 

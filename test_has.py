@@ -6848,7 +6848,7 @@ class TestRecords(VaultCase):
         for deadly in ("pwrite", "ftruncate"):
             def prepare():
                 vault = self.vault()
-                vault.records.SLACK, vault.written = 2000, -1
+                vault.records.SLACK, vault.records.PART, vault.written = 2000, 100, -1
                 return vault
 
             def act(vault):
@@ -6862,6 +6862,44 @@ class TestRecords(VaultCase):
                     self.assertIn(found[number % 5], newer)
                 count += 1
         self.assertGreater(count, 100)
+
+    def test_what_goes_while_it_is_renewed(self):
+        """Records that are written, or gone, before or behind their copy; each write does a part."""
+        vault = self.vault()
+        records, expected = vault.records, {}
+        records.SLACK, records.PART, sizes = 3000, 300, []
+        for step in range(400):
+            number = step * 7 % 40
+            record = b"" if step % 3 == 0 else b"%d" % step * 9
+            with mock.patch.object(has.os, "pread", wraps=os.pread) as read:
+                records.write({number: record})
+            sizes.append(read.call_count)
+            expected.pop(number, None)
+            if record:
+                expected[number] = record
+            self.assertEqual(self.another(vault).records.read(), expected)
+        self.assertGreater(sum(sizes), 20)
+        self.assertLess(max(sizes), 14)
+
+    def test_no_room_for_a_copy_costs_nothing(self):
+        vault, real = self.vault(), os.pwrite
+        vault.records.SLACK = 1000
+
+        def pwrite(fd, data, at):
+            return real(fd, data, at) if fd == vault.fds[1] else 0
+        with mock.patch.object(has.os, "pwrite", pwrite):
+            for step in range(60):
+                with contextlib.suppress(OSError):          # all of it is there all the same
+                    vault.records.write({step % 3: b"%d" % step * 40})
+                found = self.another(vault).records.read()
+                self.assertEqual(found[step % 3], b"%d" % step * 40)
+                self.assertEqual(len(found), min(3, step + 1))
+        logs = set()
+        for step in range(60):
+            vault.records.write({step % 3: b"%d" % step * 40})
+            logs.add(vault.board[has.Board.LOG])
+        self.assertEqual(logs, {0, 1})
+        self.assertEqual(len(self.another(vault).records.read()), 3)
 
     def test_it_does_not_grow_for_ever(self):
         vault = self.vault()
@@ -6922,7 +6960,8 @@ class TestShelf(VaultCase):
             theirs.close()
             self.assertFalse(self.closed(ours))
             vault.shelf.drop(theirs)
-        vault.shelf.tidy()
+        for _ in range(3):                      # a step each time
+            vault.shelf.tidy()
         self.assertTrue(all(self.closed(ours) for ours, _ in pairs))
         self.check(vault, {name: kept})
 
@@ -6959,11 +6998,62 @@ class TestShelf(VaultCase):
             vault.named.update({vault.shelf.name(theirs): ours for ours, theirs in pairs[4:]})
             vault.shelf.BATCH = 2
             return vault
-        for methods in (["_send"], ["_drain"]):
+        for methods in (["_send"], ["_let_go"]):
             for vault in deaths(has.Shelf, methods, prepare, lambda vault: vault.shelf._renew()):
                 self.check(vault, vault.named)
                 count += 1
         self.assertGreater(count, 12)
+
+    def test_a_death_while_it_is_renewed_step_by_step(self):
+        """Some come and some go meanwhile, and the new ones join the old."""
+        count = 0
+
+        def prepare():
+            vault = self.vault()
+            vault.shelf.BATCH, vault.shelf.YOUNG, vault.named = 2, 3, {}
+            vault.pairs = [self.pair() for _ in range(24)]
+            return vault
+
+        def act(vault):
+            shelf, pairs = vault.shelf, vault.pairs
+            for ours, theirs in pairs[:8]:
+                vault.named[shelf.name(theirs)] = ours
+            shelf._renewal = shelf._renew_in_steps()
+            for (ours, theirs), (_, old) in zip(pairs[8:], pairs[:8]):
+                vault.named[shelf.name(theirs)] = ours
+                vault.named.pop(shelf.name(old))
+                shelf.drop(old)
+                shelf.tidy()
+            self.assertIsNone(shelf._renewal)
+            shelf.tidy(at_once=True)
+        for methods in (["_send"], ["_let_go"]):
+            for vault in deaths(has.Shelf, methods, prepare, act):
+                self.check(vault, vault.named)
+                count += 1
+        self.assertGreater(count, 100)
+        self.assertTrue(all(self.closed(ours) for ours, theirs in vault.pairs[:8]
+                            if not theirs.close()))
+
+    def test_many_stop_nobody(self):
+        """What counts goes over a message at a time, and what is new never waits for all."""
+        vault, most, sent = self.vault(), 0, []
+        real = has.Shelf._send
+
+        def send(shelf, pair, names):
+            sent.append(len(names))
+            real(shelf, pair, names)
+        vault.shelf.BATCH, vault.shelf.YOUNG = 4, 8
+        with mock.patch.object(has.Shelf, "_send", send):
+            socks = [self.pair() for _ in range(150)]
+            for step in range(3):
+                for _, theirs in socks:
+                    del sent[:]
+                    vault.shelf.name(theirs)
+                    most = max(most, sum(sent))
+                vault.shelf._renewal = vault.shelf._renew_in_steps()
+                for _, theirs in socks:
+                    vault.shelf.drop(theirs)
+        self.assertLess(most, 20)
 
     def test_a_limit_of_what_may_be_in_flight(self):
         """Some are not kept, and say so; those that are live on; nothing breaks."""
@@ -7240,6 +7330,20 @@ class Died(RigCase):
                     if column == "CLOSING":
                         rig.pass_time(has.FLUSH_SECONDS + 1)
                         self.assertTrue(is_gone(client))
+
+    def test_a_link_that_is_kept_no_more(self):
+        """It ended and was let go, and then HAS died before it wrote down that it had ended."""
+        rig = self.rig()
+        (alice, link), (bob, other) = rig.player("Alice"), rig.player("Bob")
+        with mock.patch.object(rig.hub.scribe, "write"):
+            link.sock.close()
+            rig.settle()
+        rig.vault.shelf._renew()
+        rig.die()
+        self.assertEqual((state_of(alice), state_of(bob)), ("ASKING", "PLAYING"))
+        self.talk(rig, bob, other)
+        rig.down()
+        self.assertEqual((state_of(alice), alice.lines()), ("WAITING", ["# OFFLINE"]))
 
     def test_closing_is_seen_at_once_though_there_are_copies(self):
         rig = self.rig()
