@@ -1194,6 +1194,7 @@ class Replay:
 
     __slots__ = ("agreement", "had", "met", "said", "typed", "waits", "late", "early", "requested",
                  "offers", "own")
+    ELSEWHERE = "agreement",       # is packed there, see Passage.unpack
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -1212,6 +1213,7 @@ class Replay:
     def grow_old(self):
         """What is offered again from now on comes of a world that was started anew in place."""
         self.early = False
+        return False                            # see Session.later: another process counts anew
 
     def spoke(self, piece):
         """The client says this to the new world itself: the answer is for the client."""
@@ -2576,7 +2578,8 @@ def _slots_of(value):
 def _blank(kind):
     """What the slots of a new object of this class hold: {name: (value, packed)}."""
     blank = PACKED[kind.__name__]()
-    return {name: (getattr(blank, name), pack(getattr(blank, name))) for name in _slots_of(blank)}
+    names = _slots_of(blank) - set(getattr(kind, "ELSEWHERE", ()))
+    return {name: (getattr(blank, name), pack(getattr(blank, name))) for name in names}
 
 
 def unpack(value):
@@ -2610,10 +2613,9 @@ class Survivor:
     PASSING = ()                   # of these: changes so often that it is written down with others
 
     @classmethod
-    @functools.lru_cache(None)
     def watched(cls):
         """The names of which a change is worth a record."""
-        return tuple([name for name in cls.SURVIVES if name not in cls.PASSING])
+        return [name for name in cls.SURVIVES if name not in cls.PASSING]
 
     def survivors(self):
         """What a new process takes over, for JSON: {name: value}; what is nothing is left out."""
@@ -2638,18 +2640,16 @@ def snapshot(value):
         return value
     if kind is dict:
         return tuple(value.items())
+    if not value:
+        return ()
     items = value if kind in KINDS else _attributes(kind)(value)
     return tuple([it if type(it) in FIXED else snapshot(it) for it in items])
 
 
 @functools.lru_cache(None)
 def _attributes(kind):
-    return _all_of(tuple(_blank(kind)))
-
-
-@functools.lru_cache(None)
-def _all_of(names):
-    """What takes the attributes of these names out of an object, as a tuple."""
+    """What takes the attributes of such an object that are packed, as a tuple."""
+    names = tuple(_blank(kind))
     getter = operator.attrgetter(*names)
     return getter if len(names) > 1 else lambda it: (getter(it),)
 
@@ -3023,6 +3023,11 @@ class Stream:
         find a socket. `held`: with what waits to be sent."""
         return {"fd": name(self.sock), "out": pack(bytes(self.out) if held else b""),
                 "ended": self.ended, "finishing": self._finishing, "broken": self._broken}
+
+    @property
+    def marks(self):
+        """What of that changes, but for what is held."""
+        return self.ended, self._finishing, self._broken
 
     def take_up(self, packed):
         """Go on where the packed stream was."""
@@ -3796,7 +3801,7 @@ class Screen(Part):
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
-        self.careful = False       # what the world sends must be read; see Session.refresh
+        self.careful = False       # what the world sends must be read; see choose_path()
         self.bytes_out = 0
         self.tail = b""            # the unfinished line the client was sent last
         self.notices = []          # (text, more), waiting for the end of that line
@@ -3809,6 +3814,19 @@ class Screen(Part):
         self.batch = None          # what is to be sent in one piece; None: send at once
 
     # ---- the world's text
+
+    def choose_path(self):
+        """Compute the two flags of the fast path from all they depend on."""
+        session = self.session
+        state, inbox = session.state, session.inbox
+        fast = (state is State.PLAYING and session.linked and inbox.is_fast
+                and not session.hold.silent and not session.dialect.capped)
+        inbox.forward = session.link.send if fast else None
+        inbox.peek.update(state)
+        self.careful = bool(
+            state in (State.LOGIN, State.RETURNING) or self.stuck or self.hidden or self.expected
+            or session.hub.links.noise or inbox.kept or session.character.changing
+            or session.feed.proof and session.feed.proof.live or session.telnet.is_held)
 
     def on_link_data(self, data):
         """The world sent `data`: the fast path."""
@@ -4459,7 +4477,7 @@ class Inbox(Part):
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
-        self.forward = None        # the fast path: what sends to the world; see Session.refresh
+        self.forward = None        # the fast path: what sends to the world; see Screen.choose_path
         self.typed_at, self.bytes_in = self.hub.now, 0
         self.announced = False     # the log has a line about him: who says nothing may be a probe
         self.quit_at = 0           # when his last line was QUIT; 0: it was another
@@ -4744,11 +4762,11 @@ class Inbox(Part):
             self.from_client = Scanner(strict=True)
         pieces = iter(self.from_client.feed(data) if self.from_client else [(False, data)])
         out = b"".join(self._read_piece(is_command, piece, pieces) for is_command, piece in pieces)
+        session.refresh()
         if out and session.link:
             self.hub.keep(session)              # before: what was sent is not sent again
             self.peek.take()
             session.link.send(out)
-        session.refresh()
 
     def _read_piece(self, is_command, piece, others):
         """One piece, before the `others`; returns what the world gets of it now."""
@@ -5432,7 +5450,7 @@ class Feed(Part):
         self.screen.shorten()
         if self.character.changing and self.hub.now > self.character.changing.until:
             self.character.give_up_change()
-        session.refresh()
+        session.note_changes(before)
 
     def _read_pieces(self, data):
         telnet, screen = self.session.telnet, self.screen
@@ -5515,6 +5533,8 @@ class Feed(Part):
     def _retire(self, login):
         if self.proof.login is login:           # else marks of others may come
             self.proof.retire()
+            self.screen.choose_path()
+        return False                            # another process waits for them anew
 
     def on_logout(self):
         """The world has read his LOGOUT."""
@@ -5569,8 +5589,9 @@ class Opening(Part):
 
     def _overdue(self):
         link = self.session.link
-        if link and link.connecting:
-            self.session.handle(Event.FAILED, "no answer to the connect")
+        if not (link and link.connecting):
+            return False
+        return self.session.handle(Event.FAILED, "no answer to the connect")
 
     def opened(self):
         """Hand over the address first, then log in or let the user type."""
@@ -5643,7 +5664,7 @@ class Absent:
     what he misses, the newest lines of it."""
 
     closed = full = connecting = False
-    committed, trail, sock = 0, None, None
+    committed, trail, sock, marks = 0, None, None, ()
 
     def __init__(self, limit, grew):
         self.limit, self._grew = limit, grew
@@ -6137,10 +6158,9 @@ class Session(Survivor):
         """Do what the table says."""
         handler = self.TABLE.get((self.state, event))
         if handler:
-            handler(self, *arguments)
-        else:
-            log.error("%s: a fault of HAS: %s while %s: ignored", self, event.value,
-                      self.state.value)
+            return handler(self, *arguments)    # see later()
+        log.error("%s: a fault of HAS: %s while %s: ignored", self, event.value, self.state.value)
+        return False
 
     def enter(self, state):
         """Go to another state."""
@@ -6148,21 +6168,11 @@ class Session(Survivor):
             log.debug("%s: %s -> %s", self, self.state.name, state.name)
         self.state = state
         self.refresh()
-        if state is State.PLAYING:
-            self.hub.keep(self)                 # at once: the world does not say it again
 
     def refresh(self):
-        """Something has changed: compute the two flags of the fast path from all they depend on."""
+        """Something has changed that may be worth a record, or the two flags of the fast path."""
         self.hub.changed.add(self)
-        state, screen, inbox = self.state, self.screen, self.inbox
-        fast = (state is State.PLAYING and self.linked and inbox.is_fast
-                and not self.hold.silent and not self.dialect.capped)
-        inbox.forward = self.link.send if fast else None
-        inbox.peek.update(state)
-        screen.careful = bool(
-            state in (State.LOGIN, State.RETURNING) or screen.stuck or screen.hidden
-            or screen.expected or self.hub.links.noise or inbox.kept or self.character.changing
-            or self.feed.proof and self.feed.proof.live or self.telnet.is_held)
+        self.screen.choose_path()
 
     @property
     def dialect(self):
@@ -6196,13 +6206,22 @@ class Session(Survivor):
         return self.character.who(self.number, self.state in AWAY | COMING_BACK)
 
     def later(self, seconds, action, *arguments):
-        """Do that then, if the link is still the same."""
+        """Do that then, if the link is still the same. The action returns False where that has
+        changed nothing that is worth a record."""
         self.hub.later(seconds, self._due, self.serial, action, *arguments)
 
     def _due(self, serial, action, *arguments):
         if serial == self.serial and not self.client.closed:
-            action(*arguments)
-            self.refresh()
+            before = self.state
+            if action(*arguments) is not False:
+                self.note_changes(before)
+
+    def note_changes(self, before):
+        """Something has changed; `before`: the state before that. Who is in the game since then is
+        written down at once: the world does not say it again."""
+        self.refresh()
+        if self.state is State.PLAYING and before is not State.PLAYING:
+            self.hub.keep(self)
 
     # ---- life
 
@@ -6298,8 +6317,9 @@ class Session(Survivor):
     # ---- the link
 
     def arrived(self):
-        """His link is no more in the way of the next one's."""
+        """His link is no more in the way of the next one's: no change of his own."""
         self.hub.links.arrived(self)
+        return False
 
     def drop_link(self):
         """Close the link, if there is one."""
@@ -6372,8 +6392,10 @@ class Session(Survivor):
         told = self.state in COMING_BACK or self.way_back.greeting
         self.hold.begin("" if told else notice)
 
-    def _ignore(self, *_):
+    @staticmethod
+    def _ignore(*_):
         """Nothing is to be done."""
+        return False
 
     # What happens when: {event: {states: handler}}. No row: it cannot happen.
     TABLE = {(State[name], event): handler for event, rows in {
@@ -6411,13 +6433,15 @@ class Session(Survivor):
 class Passage(Part):
     """How a session goes on in another process: one list for each of its parts (SURVIVES)."""
 
-    __slots__ = ("parts",)
+    __slots__ = ()
+    ROOMS = {"character": Character, "screen": Screen, "telnet": Telnet, "inbox": Inbox,
+             "lines": Lines, "way_back": Return, "hold": Hold, "feed": Feed, "opening": Opening,
+             "place": Place}
 
-    def __init__(self, session):
-        super().__init__(session)
-        self.parts = (session, session.character, session.screen, session.telnet, session.inbox,
-                      session.lines, session.way_back, session.hold, session.feed,
-                      session.opening, session.place)
+    @property
+    def parts(self):
+        """Whose SURVIVES are packed together: no name stands in two of them."""
+        return self.session, *[getattr(self.session, name) for name in self.ROOMS]
 
     def pack(self, name, held=True):
         """The session as plain values. What is under way is begun anew in the other process;
@@ -6427,32 +6451,27 @@ class Passage(Part):
             values.update(part.survivors())
         if not held:
             values.pop("tail", None)            # who knows what he was sent since
-        return {"state": self._state(held).name, "values": values,
+        return {"state": self._state(link).name, "values": values,
                 "client": self.session.client.pack(name, held),
                 "link": link and link.pack(name, held)}
 
     def _link(self, held):
         """The link, if there is one that another process can go on with; TLS cannot be left."""
-        session = self.session
-        usable = session.linked and session.state is not State.RETURNING and (
-            held or not isinstance(session.link, TLSStream))
-        return session.link if usable else None
+        session, link = self.session, self.session.link
+        if link is None or link.connecting or session.state is State.RETURNING:
+            return None
+        return link if held or not isinstance(link, TLSStream) else None
 
-    def _state(self, held):
-        """In which state another process takes it up."""
+    def _state(self, link):
+        """In which state another process takes it up, with that link."""
         state = self.session.state
-        is_left = state in LINKED and not self._link(held)
-        return State.WAITING if state in COMING_BACK or is_left else state
+        is_left = not link and state in LINKED
+        return State.WAITING if is_left or state in COMING_BACK else state
 
     def head(self):
         """What is to be known of the session beside what its parts know."""
         client, link = self.session.client, self._link(False)
-        return self._state(False).name, client, client.ended, link, link and link.ended
-
-    def streams(self, name):
-        """Its client and its link, for JSON, without what waits to be sent."""
-        link = self._link(False)
-        return self.session.client.pack(name, False), link and link.pack(name, False)
+        return self._state(link), client, client.marks, link, link and link.marks
 
     def unpack(self, packed, take):
         """Take up what pack() gave, of this program or an older one; nothing is sent yet. `take`
@@ -6466,16 +6485,20 @@ class Passage(Part):
             session.inbox.from_client.strict = True     # older programs had no such thing
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
-        link = packed["link"]
-        try:
-            sock = link and take(link["fd"])
-        except KeyError:                        # it had ended, and that was still to be written
-            sock, session.state = None, State.ASKING
-        if sock:
-            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
-            session.link.take_up(link)
+        if packed["link"]:
+            self._unpack_link(packed["link"], packed["link"]["fd"], take)
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
+
+    def _unpack_link(self, packed, name, take):
+        session = self.session
+        try:
+            sock = take(name)
+        except KeyError:                        # it had ended, and that was still to be written
+            session.state = State.ASKING
+        else:
+            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
+            session.link.take_up(packed)
 
     def fall_apart(self):
         """The session has ended, and its last timers have run out: without circles it needs no
@@ -6534,37 +6557,43 @@ class Passage(Part):
 class Draft:
     """What is written down of a session, kept up to date piece by piece."""
 
-    __slots__ = ("_passage", "_getters", "_seen", "_missed", "_pieces")
+    __slots__ = ("_passage", "_seen", "_head", "_missed", "_streams", "_pieces")
+    PLACES = [("", Session), *[(name + ".", kind) for name, kind in Passage.ROOMS.items()]]
+    NAMES = [name for _, kind in PLACES for name in kind.watched()]
+    VALUES = operator.attrgetter(*[at + name for at, kind in PLACES for name in kind.watched()])
+    NUMBERS = [name for _, kind in PLACES for name in kind.PASSING if name != "tail"]
+    COUNTS = operator.attrgetter(*[at + name for at, kind in PLACES for name in kind.PASSING
+                                   if name != "tail"])          # who knows what he was sent since
 
     def __init__(self, session):
-        self._passage, self._seen, self._missed = Passage(session), None, None
-        self._getters = [(part, _all_of(part.watched())) for part in self._passage.parts]
+        self._passage, self._seen, self._head = Passage(session), None, None
+        self._missed, self._streams = None, ""
         self._pieces = {}          # name -> text of JSON
 
     def update(self, name, missed=False):
         """The record, as pack() and JSON would have it, if there is something new in it; else None.
         `name` as for Stream.pack(); OSError if that fails, and it is tried again. `missed`: what
         one who is away has missed is news, too."""
-        values, before, client = [], self._seen, self._passage.session.client
-        for part, getter in self._getters:
-            values += getter(part)
+        before, session = self._seen, self._passage.session
+        values, head, client = self.VALUES(session), self._passage.head(), session.client
         seen = [it if type(it) in FIXED else snapshot(it) for it in values]
-        seen.append(self._passage.head())
-        if seen == before and not (missed and client.missed != self._missed):
+        if seen == before and head == self._head and not (
+                missed and client.missed != self._missed):
             return None
-        names = [key for part, _ in self._getters for key in part.watched()]
-        for key, value, now, then in zip(names, values, seen, before or itertools.repeat(self)):
-            if now != then:
-                self._put(key, json.dumps(pack(value)) if value else "")
-        for part, _ in self._getters:
-            for key in part.PASSING:            # numbers
-                number = getattr(part, key)
-                self._put(key, repr(number) if number and key != "tail" else "")
-        self._missed = client.missed
-        client, link = map(json.dumps, self._passage.streams(name))
-        self._seen = seen
-        return (f'{{"state": "{seen[-1][0]}", "client": {client}, "link": {link}, '
-                f'"values": {{{", ".join(self._pieces.values())}}}}}').encode()
+        if seen != before:
+            for key, value, now, then in zip(self.NAMES, values, seen,
+                                             before or itertools.repeat(self)):
+                if now != then:
+                    self._put(key, json.dumps(pack(value)) if value else "")
+        for key, number in zip(self.NUMBERS, self.COUNTS(session)):
+            self._put(key, repr(number) if number else "")
+        if head != self._head or not client.sock:           # what one misses grows
+            link = head[3]
+            link = link and link.pack(name, False)
+            self._streams = (f'"state": "{head[0].name}", "link": {json.dumps(link)}, '
+                             f'"client": {json.dumps(client.pack(name, False))}')
+        self._seen, self._head, self._missed = seen, head, client.missed
+        return f'{{{self._streams}, "values": {{{", ".join(self._pieces.values())}}}}}'.encode()
 
     def _put(self, key, text):
         if text:
@@ -8432,8 +8461,8 @@ OF_SESSIONS = {
     "number", "host", "client", "link", "serial", "life", "state",
     "inbox.bytes_in", "screen.bytes_out",
     "linked", "wants_link", "who", "character", "way_back.settled",
-    "handle", "announce", "refresh", "status", "screen.notify", "close", "end", "on_checked",
-    "place", "hold.begin", "hold.on_silence", "way_back.settle", "lines.try_login",
+    "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
+    "on_checked", "place", "hold.begin", "hold.on_silence", "way_back.settle", "lines.try_login",
     "inbox.take_turn", "inbox.kept"}
 
 
@@ -9695,7 +9724,8 @@ class Links(Survivor):
         self.noise.expect(name, self.hub.now + NOISE_SECONDS)
         if quiet:
             self.hub.later(NOISE_SECONDS, self.prune_noise)
-            self.hub.each("refresh")
+            sessions = list(self.hub.sessions.values())
+            self.hub.sweep((session.screen.choose_path, ()) for session in sessions)
 
     def prune_noise(self):
         """Hide no more what has had its time."""
@@ -10341,6 +10371,7 @@ class Hub(Loop):
     def keep(self, it):
         """A session, or the hub, that must not wait for the end of the turn to be written down."""
         if self.scribe:
+            self.changed.discard(it)
             self.scribe.write((it,), at_once=True)
 
     @property
@@ -10861,7 +10892,7 @@ class Shelf:
                 if not _is_limit(error):
                     raise
                 # An ordinary user may have no more in flight than open: for a moment there are none
-                for pair in self._new, *self._old:
+                for pair in [self._new, *self._old]:
                     self._drain(pair)
                 self._fill(other, list(self._socks), as_far_as_it_goes=True)
                 self._coming = []
