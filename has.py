@@ -2547,12 +2547,12 @@ def pack(value):
         return value
     if kind is bytes or kind is bytearray:
         return {"bytes": value.decode("latin-1")}
-    if kind is list and all(type(item) in PLAIN_KINDS for item in value):
-        return list(value)
     if kind is dict:
         return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
     if kind in KINDS:
-        return {kind.__name__: [pack(item) for item in value]}
+        items = [item if type(item) in PLAIN_KINDS else pack(item) for item in value]
+        is_plain = kind is list and all(type(item) in PLAIN_KINDS for item in value)
+        return items if is_plain else {kind.__name__: items}
     if isinstance(value, (int, str)):           # an enum of theirs
         return value
     return {"dialect": value.name} if isinstance(value, Dialect) else _pack_object(value, kind)
@@ -8443,7 +8443,7 @@ EVENTS_A_TURN = 1000
 ENDS_A_TURN = 200                  # streams: at a crash of the world thousands end at once
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
 RECORDS_A_TURN = 25                # written down for the next process
-UNTIDY = 200                       # sessions that change leave new objects, for Python to look at
+UNTIDY = 100                       # sessions that change leave new objects, for Python to look at
 SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in one turn
 
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
@@ -9452,6 +9452,11 @@ class Suspects:
         self._came[who] = (now, alone)
         self._latest = now
 
+    def outlived(self, now):
+        """Forget who is nobody that died() would look at: he came too long ago."""
+        self._came = {who: came for who, came in self._came.items() if now - came[0] <= self.WINDOW
+                      or who in self._strikes or who in self.barred}
+
     def died(self, now):
         """The world has died; returns the set of those who are barred from now on."""
         if self._begun is None:
@@ -9777,6 +9782,7 @@ class Links(Survivor):
     def prune_noise(self):
         """Hide no more what has had its time."""
         ends = self.noise.forget(self.hub.now)
+        self.suspects.outlived(self.hub.now)
         if ends is not None:
             self.hub.later(max(0.1, ends - self.hub.now), self.prune_noise)
 
@@ -11656,8 +11662,8 @@ class Scribe:
     def __init__(self, survival):
         self._survival, self.hub, self._vault = survival, survival.hub, survival.vault
         self._drafts, self._socks = {}, {}      # number -> what was written of it, and put in
-        self._parked = None                     # of the heartbeat: plain values, and a socket
-        self._told = False
+        self._parked = self._parted = None      # of the heartbeat: plain values, and a socket; the
+        self._told = False                      # one before
 
     def begin(self, parked):
         """Write down all there is, as what has `parked` is known to it."""
@@ -11694,7 +11700,8 @@ class Scribe:
             sock = socket.socket(fileno=sock) if isinstance(sock, int) else sock
             self._parked["connection"] = {**connection, "fd": sock}
         if old and "connection" in old:
-            old["connection"]["fd"].close()     # the heartbeat has ended it, or goes on with it
+            self._parted = old["connection"]["fd"]
+            self._parted.close()                # the heartbeat has ended it, or goes on with it
         self.hub.changed.add(self.hub)
 
     def catch(self, sock):
@@ -11753,10 +11760,11 @@ class Scribe:
             gone = [sock for sock in self._socks.pop(number, ()) if sock.fileno() < 0]
             for sock in gone:
                 self._vault.shelf.drop(sock)
-            self._socks[number] = self._socks_of(number)
-            if not self._socks[number]:
-                del self._socks[number]
-            self._vault.shelf.tidy(at_once=gone and not number)     # a listener's port is free
+            socks = self._socks_of(number)
+            if socks:
+                self._socks[number] = socks
+            is_port = not number and any(sock is not self._parted for sock in gone)
+            self._vault.shelf.tidy(at_once=is_port)     # it is to be free for others
 
     def _socks_of(self, number):
         """All sockets that a record may name."""

@@ -4608,6 +4608,29 @@ class TestSuspects(unittest.TestCase):
     def setUp(self):
         has.Suspects.WINDOW = SUSPECT_SECONDS
 
+    def test_who_came_long_ago_need_not_be_remembered(self):
+        """outlived() changes nothing but the size."""
+        rng = random.Random(7)
+        for _ in range(60):
+            both, now = (has.Suspects(), has.Suspects()), 0.0
+            for _ in range(rng.randrange(2, 12)):
+                for it in both:
+                    it.found(now, set(range(9)))
+                for _ in range(rng.randrange(20)):
+                    now += rng.choice((0.1, 1, 4, 9))
+                    who, typed = rng.randrange(9), rng.random() < 0.3
+                    for it in both:
+                        it.came(who, now, typed)
+                    both[1].outlived(now)
+                now += rng.choice((0.05, 1, 6))
+                self.assertEqual(*[it.died(now) for it in both])
+                self.assertEqual(*[(it.barred, it._strikes, it._streak) for it in both])
+        for it in both:
+            it.found(now, set())
+            it.came(1, now + 1)
+            it.outlived(now + 9)
+            self.assertEqual(it._came, {})
+
     def lives(self, suspects, users, rng, rate, killer=None, after=0.0, most=80, start=0.0):
         """A world that dies at random, `rate` times a second, and `after` seconds behind the
         killer's coming; HAS brings all back as LinkQueue does. Returns (how often it died until
