@@ -3995,8 +3995,9 @@ class Screen(Part):
     def show_hidden(self):
         """The beginning of a line was no arrival."""
         hidden, self.hidden = self.hidden, b""
-        self.show(hidden)
-        self.session.refresh()
+        if hidden:
+            self.show(hidden)
+            self.session.refresh()
 
     # ---- a client that does not read
 
@@ -4711,7 +4712,8 @@ class Inbox(Part):
         """Take what was kept."""
         kept, self.kept = self.kept, b""
         self.resume()
-        self.session.refresh()
+        if kept:
+            self.session.refresh()
         return kept
 
     def read_kept(self):
@@ -6345,6 +6347,8 @@ class Session(Survivor):
             self.close("quit")
         elif self.inbox.first.is_http:
             self.end_with_world()
+        elif not self.hub.is_up:                # known by now, and he is about to be told
+            self._lose_link(self.hub.offline_notice)
         else:
             self.screen.show_hidden()
             self.enter(State.ASKING)
@@ -8440,7 +8444,7 @@ NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 EVENTS_A_TURN = 1000
-ENDS_A_TURN = 200                  # streams: at a crash of the world thousands end at once
+ENDS_A_TURN = 150                  # streams: at a crash of the world thousands end at once
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
 RECORDS_A_TURN = 25                # written down for the next process
 UNTIDY = 100                       # sessions that change leave new objects, for Python to look at

@@ -9585,6 +9585,34 @@ class ManyAtOnce(RigCase):
         self.assertEqual({state_of(client) for client in clients[:-2] + clients[-1:]},
                          {"RETURNING"})
 
+    def test_who_is_about_to_be_told_is_told_when_his_link_ends(self):
+        rig, clients, links = self.crowd(60)
+        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.turn(0)
+        clients[59].send("QUIT\r\n")
+        rig.hub.turn(0)
+        for link in links[55:]:
+            link.sock.close()
+        self.assertEqual([state_of(client) for client in clients[55:]], ["PLAYING"] * 5)
+        rig.hub.turn(0)
+        self.assertEqual([state_of(client) for client in clients[55:]],
+                         ["WAITING"] * 4 + ["CLOSING"])
+        rig.settle()
+        self.assertEqual([client.lines() for client in clients[:59]], [["# OFFLINE"]] * 59)
+        self.assertEqual(rig.beat.asks, [])
+
+    def test_what_the_heartbeat_says_comes_before_many_ends(self):
+        rig, clients, links = self.crowd(30)
+        with mock.patch.object(has, "ENDS_A_TURN", 3):
+            for link in links:
+                link.sock.close()
+            rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+            rig.hub.turn(0)
+            self.assertEqual(sum(state_of(client) == "ASKING" for client in clients), 0)
+            self.assertGreater(self.waiting(clients), 3)
+            rig.settle()
+        self.assertEqual([client.lines() for client in clients], [["# OFFLINE"]] * 30)
+
     def test_links_that_end_together_keep_nobody_waiting_for_all_of_them(self):
         rig, clients, links = self.crowd(40)
         with mock.patch.object(has, "ENDS_A_TURN", 10):
