@@ -6490,19 +6490,11 @@ class Passage(Part):
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
         if packed["link"]:
-            self._unpack_link(packed["link"], packed["link"]["fd"], take)
+            session.link = Stream(session.hub.selector, take(packed["link"]["fd"]), session,
+                                  session.screen.reader)
+            session.link.take_up(packed["link"])
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
-
-    def _unpack_link(self, packed, name, take):
-        session = self.session
-        try:
-            sock = take(name)
-        except KeyError:                        # it had ended, and that was still to be written
-            session.state = State.ASKING
-        else:
-            session.link = Stream(session.hub.selector, sock, session, session.screen.reader)
-            session.link.take_up(packed)
 
     def fall_apart(self):
         """The session has ended, and its last timers have run out: without circles it needs no

@@ -9587,7 +9587,7 @@ class ManyAtOnce(RigCase):
 
     def test_who_is_about_to_be_told_is_told_when_his_link_ends(self):
         rig, clients, links = self.crowd(60)
-        rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+        rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
         rig.hub.turn(0)
         clients[59].send("QUIT\r\n")
         rig.hub.turn(0)
@@ -9606,7 +9606,7 @@ class ManyAtOnce(RigCase):
         with mock.patch.object(has, "ENDS_A_TURN", 3):
             for link in links:
                 link.sock.close()
-            rig.hub.mailbox.post(rig.hub.on_heartbeat_lost, "no answer", True)
+            rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
             rig.hub.turn(0)
             self.assertEqual(sum(state_of(client) == "ASKING" for client in clients), 0)
             self.assertGreater(self.waiting(clients), 3)
