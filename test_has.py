@@ -20070,8 +20070,8 @@ class SoakSite:
 
     def check_process(self):
         assert self.has.process.poll() is None, "HAS has ended"
-        bad = re.search(rb".*( ERROR (?!HAS was killed by SIGKILL)|Traceback|a fault of HAS).*",
-                        self.has.log)
+        killed = rb"HAS was killed by SIGKILL|the new has.py has failed within a minute"
+        bad = re.search(rb".*( ERROR (?!%s)|Traceback|a fault of HAS).*" % killed, self.has.log)
         assert not bad, f"the log says: {bad.group().decode()}"
         assert not any(world.errors for world in self.worlds), [
             world.errors for world in self.worlds]
