@@ -4417,8 +4417,8 @@ class Telnet(Part):
 
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(
-    rb"[ \t]*(?:(?i:quit|logout|@pa|@new|@na)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
-_WATCHED_FIRST = b" \tqQlL@OSP#"                # where it can match at all
+    rb"[ \t]*(?:(?i:quit|logout|connect |@pa|@new|@na)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
+_WATCHED_FIRST = b" \tqQlLcC@OSP#"              # where it can match at all
 # ... unless it holds a byte that some server does not just keep (see LineReader): only its line
 # end may be one. For translate(): it changes text that holds one, and is twice as fast as a
 # regular expression.
@@ -4847,7 +4847,21 @@ class Lines(Part):
             return self._take_at_login(line, raw)
         if session.state is not State.LOGIN and self._asks_for_list(line):
             return raw if typed.sent else b""
-        return self._pass_on(line, raw)
+        login = self._logs_in_unseen(line)
+        return self._take_unseen(login, raw) if login else self._pass_on(line, raw)
+
+    def _logs_in_unseen(self, line):
+        """The Credentials of a login typed in the game: softcode may have logged him out
+        (`@force me=LOGOUT`), and then it counts. Where marks can tell."""
+        session = self.session
+        may_be = (session.state is State.PLAYING and session.dialect.mark_behind
+                  and not session.inbox.typed.sent and line.lstrip()[:8].lower() == b"connect ")
+        return session.dialect.read_login(line) if may_be else None
+
+    def _take_unseen(self, login, raw):
+        proof = self.session.feed.proof
+        self.session.later(MARK_SECONDS, proof.retire)
+        return self._take_login(login, raw, may_claim=False)
 
     def _spells_out(self):
         """Whether the world gets finished lines only, as HAS has read them: it reads the same."""
@@ -5049,7 +5063,7 @@ class Lines(Part):
         if not braked:
             return
         inbox.end_claim()
-        if session.state is State.LOGIN:
+        if session.state in LINKED:
             login = take(*braked)
             self.hub.keep(session)              # before: its mark must be known when it comes
             session.link.send(login)

@@ -8316,6 +8316,39 @@ class WhatWasTyped(RigCase):
             client.says(text)
         self.assertEqual((state_of(client), client.session.character.login), ("LOGIN", None))
 
+    def test_a_login_in_the_game_is_one_if_softcode_has_logged_him_out(self):
+        """`@force me=LOGOUT`, or somebody else's; nobody comes back as him who was there before."""
+        for out, words, name in ((True, "Welcome", "Bob"), (True, None, "Alice"),
+                                 (False, "Huh?", "Alice")):
+            with self.subTest(out=out, words=words):
+                rig, client, link = self.player()
+                client.read()
+                client.says("connect Bob bobpw\r\n")
+                front, before, line, behind = link.lines()
+                self.assertEqual(line, "connect Bob bobpw")
+                said = [front.split()[1]] * (not out) + [words or "No."]
+                said += [before.split()[1]] * bool(words)
+                link.send("".join(it + "\r\n" for it in said).encode())
+                rig.settle()
+                self.assertEqual(client.lines(), [words or "No."])
+                self.assertEqual((state_of(client), client.session.character.login.name.decode()),
+                                 ("PLAYING", name))
+                rig.pass_time(has.MARK_SECONDS + 1)
+                self.assertFalse(client.session.screen.careful)
+
+    def test_who_guesses_in_the_game_waits_like_others(self):
+        rig, client, link = self.player()
+        lines = [f"connect Wizard wrong{number}" for number in range(has.LoginBrake.FREE + 1)]
+        for line in lines:
+            client.says(line + "\r\n")
+        self.assertEqual([it for it in link.lines() if it in lines], lines[:-1])
+        client.says("the next\r\n")
+        self.assertEqual(link.lines(), [])
+        rig.pass_time(has.LoginBrake.FIRST + 1)
+        self.assertEqual([it for it in link.lines() if it in lines + ["the next"]],
+                         [lines[-1], "the next"])
+        self.assertEqual(state_of(client), "PLAYING")
+
     def test_logout_forgets_every_pair(self):
         rig, client, link = self.returning()
         rig.let_in(link)
@@ -15591,7 +15624,8 @@ class TestCutLine(Case):
 class TestRealTinyMUX(Scenarios, unittest.TestCase):
     """The same, in front of the real server."""
 
-    family, logouts = "tinymux", TestTinyMUX.logouts
+    family = "tinymux"
+    logouts = TestTinyMUX.logouts + ("@force me=LOGOUT", "@wait 0=logout")      # typed by nobody
     test_logins_disabled_after_return = None    # @disable does not outlive a real start
     test_full_is_no_refusal = None              # nor does a limit of players
 
