@@ -2495,25 +2495,40 @@ def proof_for(dialect, returning=False, telnet=True):
 class Change:
     """A typed change of a password or name, followed until the world answers (rule 7)."""
 
-    __slots__ = ("kind", "new", "until", "other", "_line")
+    MOST_BEHIND = 8
+    __slots__ = ("kind", "new", "until", "other", "behind", "_line")
 
     def __init__(self, kind, new, until, other=None):
         self.kind, self.new = kind, new         # "password" or "name"
         self.until = until         # no answer comes after this time
         self.other = other         # one of the other kind that is not answered yet either
-        self._line = b""           # an unfinished line of the world
+        self.behind = ()           # typed behind it, of the same kind: the answers come in order
+        self._line = b""           # text of the world that was not looked at: an unfinished line
 
     def outcome(self, dialect, text):
         """Take text of the world: True (changed), False (refused) or None (not answered yet)."""
         *lines, self._line = (self._line + text).split(b"\n")
-        self._line = self._line[-LONGEST_OUTCOME:]
         changed, kept = ((dialect.password_changed, dialect.password_kept)
                          if self.kind == "password" else (dialect.name_changed, dialect.name_kept))
-        for line in lines:
+        for number, line in enumerate(lines):
             line = line.strip(b" \b\r")         # blanks and BS answer the erasers he typed
             if changed.match(line) or kept.match(line):
+                self._line = b"\n".join(lines[number + 1:] + [self._line])
                 return bool(changed.match(line))
+        self._line = self._line[-LONGEST_OUTCOME:]
         return None
+
+    def next(self):
+        """The one typed behind it, once it is answered, or None."""
+        if not self.behind:
+            return None
+        change = Change(self.kind, self.behind[0], self.until)
+        change.behind, change._line = self.behind[1:], self._line
+        return change
+
+    def last_of(self, login):
+        """The Credentials that `login` has become if the last one behind it took."""
+        return (Change(self.kind, self.behind[-1], 0) if self.behind else self).of(login)
 
     def of(self, login):
         """The Credentials that `login` has become."""
@@ -3692,29 +3707,39 @@ class Character(Survivor):
     def change(self, kind, new, now):
         """A new password or name was typed; the world's answer comes within 30 s."""
         before = self.changing
-        other = before.other if before and before.kind == kind else before
-        self.changing = Change(kind, new, now + 30, other)
+        waiting = filter(None, (before, before and before.other))
+        same = next((it for it in waiting if it.kind == kind), None)
+        if same is None:
+            self.changing = Change(kind, new, now + 30, before)
+        elif len(same.behind) < Change.MOST_BEHIND:
+            same.behind += (new,)
+            before.until = now + 30
 
     def follow_change(self, dialect, text):
         """Text of the world while changes are asked for; those that it confirms, each with what
         the login was before."""
-        last, before, confirmed = self.changing, self.login, []
-        outcomes = [(it, it.outcome(dialect, text)) for it in (last.other, last) if it]
-        for change, changed in outcomes:
-            if changed and self.login:
-                confirmed.append((change, self.login))
-                self.previous, self.login, self.doubtful = before, change.of(self.login), None
-        left = [change for change, changed in outcomes if changed is None]
+        last, before, confirmed, left = self.changing, self.login, [], []
+        for change in filter(None, (last.other, last)):
+            changed = change.outcome(dialect, text)
+            while changed is not None:
+                if changed and self.login:
+                    confirmed.append((change, self.login))
+                    self.previous, self.login, self.doubtful = before, change.of(self.login), None
+                change = change.next()
+                changed = change.outcome(dialect, b"") if change else None
+            left += [change] * (change is not None)
         self.changing = left[-1] if left else None
         if left:
             left[-1].other = left[0] if len(left) > 1 else None
+            left[-1].until = last.until
         return confirmed
 
     def give_up_change(self):
         """No answer comes any more to what he has typed: perhaps it was done."""
         change, self.changing = self.changing, None
         if change and self.login:
-            self.doubtful = change.of(change.other.of(self.login) if change.other else self.login)
+            before = change.other.last_of(self.login) if change.other else self.login
+            self.doubtful = change.last_of(before)
 
     # ---- while the world is away
 

@@ -1527,17 +1527,20 @@ class TestChange(unittest.TestCase):
 
     def test_a_name_and_a_password_at_once(self):
         old = has.Credentials(b"connect", b"Alice", b"pw")
+        changed, kept = b"Password changed.\r\n", b"Sorry.\r\n"
         for name, password, expected in (
-                (b"Name set.\r\n", b"Password changed.\r\n", (b"Eve", b"new")),
-                (b"Name set.\r\n", b"Sorry.\r\n", (b"Eve", b"pw")),
-                (b"You can't use that name.\r\n", b"Password changed.\r\n", (b"Alice", b"new")),
-                (b"", b"Password changed.\r\n", (b"Alice", b"new")),
+                (b"Name set.\r\n", kept + changed, (b"Eve", b"new")),
+                (b"Name set.\r\n", kept + kept, (b"Eve", b"pw")),
+                (b"You can't use that name.\r\n", kept + changed, (b"Alice", b"new")),
+                (b"Name set.\r\n", changed + kept, (b"Eve", b"first")),
+                (b"Name set.\r\n", changed + changed, (b"Eve", b"new")),
+                (b"", kept + changed, (b"Alice", b"new")),
                 (b"Name set.\r\n", b"", (b"Eve", b"pw"))):
             for texts in ([name + password], [name, password]):
                 character = has.Character()
                 character.login = old
                 character.change("name", b"Eve", 0)
-                character.change("password", b"wrong", 0)
+                character.change("password", b"first", 0)
                 character.change("password", b"new", 0)
                 for text in texts:
                     if character.changing:
@@ -1546,6 +1549,26 @@ class TestChange(unittest.TestCase):
                 self.assertEqual(bool(character.changing), not (name and password))
                 if len(texts) == 1:
                     self.assertEqual(character.previous, old)
+
+    def test_the_world_answers_in_order_however_that_comes(self):
+        text = b"Sorry.\r\nPassword changed.\r\nSorry.\r\nPassword changed.\r\nSorry.\r\n"
+        for cut in range(len(text) + 1):
+            character = has.Character()
+            character.login = has.Credentials(b"connect", b"Alice", b"0")
+            for number in range(5):
+                character.change("password", b"%d" % (number + 1), 0)
+            for part in (text[:cut], text[cut:]):
+                if part:
+                    character.follow_change(DIALECTS["tinymux"], part)
+            self.assertEqual((character.login.password, character.changing), (b"4", None), cut)
+
+    def test_changes_without_end_take_no_room(self):
+        character = has.Character()
+        character.login = has.Credentials(b"connect", b"Alice", b"0")
+        for number in range(1000):
+            character.change("password", b"%d" % (number + 1), 0)
+        character.follow_change(DIALECTS["tinymux"], b"Password changed.\r\n" * 1000)
+        self.assertEqual(character.login.password, b"%d" % (has.Change.MOST_BEHIND + 1))
 
     def test_what_becomes_of_the_login(self):
         old = has.Credentials(b"cd", b"Alice", b"one")
