@@ -136,6 +136,12 @@ def new_folder(case, **how):
     return folder
 
 
+def closed_after(case, thing):
+    """`thing`, which is closed when the test ends."""
+    case.addCleanup(thing.close)
+    return thing
+
+
 def patched(case, patch):
     """Start a patch that ends with the test."""
     case.addCleanup(patch.stop)
@@ -2117,8 +2123,7 @@ class TestStream(unittest.TestCase):
             self.assertEqual((dict(self.selector.get_map()), stream.sock.fileno()), ({}, -1))
 
     def listener(self):
-        listener = socket.socket()
-        self.addCleanup(listener.close)
+        listener = closed_after(self, socket.socket())
         listener.bind(("127.0.0.1", 0))
         return listener
 
@@ -2137,8 +2142,7 @@ class TestStream(unittest.TestCase):
         self.turn()
         self.assertEqual((self.said, stream.connecting), (["open"], False))
         stream.send(b"late")
-        other = listener.accept()[0]
-        self.addCleanup(other.close)
+        other = closed_after(self, listener.accept()[0])
         self.assertEqual(self.drain(stream, other), b"early late")
 
     def test_finish_while_connecting_ends_the_writing_side_once_open(self):
@@ -2149,8 +2153,7 @@ class TestStream(unittest.TestCase):
             self.on_stream_open = lambda stream: on_open()
             stream.finish()
             self.turn()
-            other = listener.accept()[0]
-            self.addCleanup(other.close)
+            other = closed_after(self, listener.accept()[0])
             other.settimeout(1)
             # what is said later goes nowhere
             self.assertEqual(b"".join(iter(lambda: other.recv(99), b"")), b"")
@@ -2247,8 +2250,7 @@ class TestPump(unittest.TestCase):
         self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
         # (the client, the program) of each
         self.ends = [[pairs[n][1], pairs[n + 1][1]] for n in (0, 2)]
-        selector = selectors.DefaultSelector()
-        self.addCleanup(selector.close)
+        selector = closed_after(self, selectors.DefaultSelector())
         streams = [has.Stream(selector, pairs[n][0], None, None) for n in (0, 2)]
         for stream in streams:
             selector.unregister(stream.sock)
@@ -2677,8 +2679,7 @@ def open_descriptors():
 
 class RigCase(unittest.TestCase):
     def rig(self, *arguments, **settings):
-        rig = Rig(*arguments, **settings)
-        self.addCleanup(rig.close)
+        rig = closed_after(self, Rig(*arguments, **settings))
         return rig
 
     def newcomer(self, **how):
@@ -2831,8 +2832,7 @@ class StateTable(unittest.TestCase):
         closes = {name for names, cell in TABLE["link closes"].items()
                   if cell is not ONLY for name in names.split()}
         self.assertEqual({state.name for state in rows[has.Event.ENDED]}, closes | {"CLOSING"})
-        rig = Rig()
-        self.addCleanup(rig.close)
+        rig = closed_after(self, Rig())
         client = rig.client()
         with self.assertLogs("has", "ERROR") as logged:
             client.session.handle(has.Event.LEFT)
@@ -6844,14 +6844,12 @@ class VaultCase(unittest.TestCase):
             self.skipTest(has.why_no_vault())
 
     def vault(self):
-        vault = has.Vault.make()
-        self.addCleanup(vault.close)
+        vault = closed_after(self, has.Vault.make())
         return vault
 
     def another(self, vault):
         """The same vault as another process has it."""
-        other = has.Vault([os.dup(fd) for fd in vault.fds])
-        self.addCleanup(other.close)
+        other = closed_after(self, has.Vault([os.dup(fd) for fd in vault.fds]))
         return other
 
     def pair(self):
@@ -7318,8 +7316,7 @@ class TakenOver(RigCase):
     def test_what_waits_for_a_server_that_must_speak_first_is_sent(self):
         folder = new_folder(self)
         rig = self.rig("pennmush", up=False)
-        game = Game(rig.settle, path=folder + "/game.sock")
-        self.addCleanup(game.close)
+        game = closed_after(self, Game(rig.settle, path=folder + "/game.sock"))
         rig.found("life 1", game, has.Address(None, 0, folder + "/game.sock"))
         client = rig.client()
         rig.settle()
@@ -7578,8 +7575,7 @@ class Died(RigCase):
         rig.hub.door.listen()
         rig.settle()
         known, address = set(rig.hub.sessions), rig.hub.door.listeners[0].sock.getsockname()
-        client = socket.create_connection(address)
-        self.addCleanup(client.close)
+        client = closed_after(self, socket.create_connection(address))
         with mock.patch.object(has.Door, place, side_effect=Killed), self.assertRaises(Killed):
             rig.settle()
         gone = socket.create_connection(address)
@@ -10942,8 +10938,7 @@ class Case(unittest.TestCase):
         return world
 
     def client(self, has, line=None, world=None, name=None, **more):
-        client = has.client(**more)
-        self.addCleanup(client.close)
+        client = closed_after(self, has.client(**more))
         if line:
             client.send(line + "\r\n")
             world.wait(lambda w: w.online(name), what=f"{name} is in")
@@ -12358,8 +12353,7 @@ class Scenarios:
         return WORLDS[self.family](**{**self.quirks, **quirks})
 
     def login(self, name="Alice", password="alicepw", line=None, expect=None):
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.send((line or f"connect {name} {password}") + "\r\n")
         self.world.wait(lambda w: w.online(expect or name), what=f"{name} is in")
         self.in_game(client)
@@ -12394,15 +12388,13 @@ class Scenarios:
         alice, bob = self.login(), self.login("Bob", "bobpw")
         alice.barrier()
         alice.text = b""
-        lurker = self.has.client()
-        self.addCleanup(lurker.close)
+        lurker = closed_after(self, self.has.client())
         lurker.expect(r"(?i)welcome|connect")
         lurker.text = b""
         self.world.kill()
         for client in (alice, bob, lurker):
             client.expect(re.escape(OFFLINE) + r"\r\n")
-        newcomer = self.has.client()
-        self.addCleanup(newcomer.close)
+        newcomer = closed_after(self, self.has.client())
         newcomer.expect(re.escape(OFFLINE))
         newcomer.send("connect Carol carolpw\r\n").expect("when the world returns")
         alice.send("say lost?\r\n").expect(re.escape(UNSENT) + r" say lost\?\r\n")
@@ -12443,8 +12435,7 @@ class Scenarios:
         self.came_back(alice)
 
     def test_wrong_then_right_in_one_packet(self):
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.send("connect Alice nope\r\nconnect Alice alicepw\r\n")
         self.world.wait(lambda w: w.online("Alice"), what="Alice is in")
         self.in_game(client)
@@ -12577,8 +12568,7 @@ class Scenarios:
         self.assertRegex(
             warning,
             rb"last words: \".*(logins are temporarily disabled|disabling of non-wizard logins)")
-        newcomer = self.has.client()
-        self.addCleanup(newcomer.close)
+        newcomer = closed_after(self, self.has.client())
         newcomer.expect("(?i)connect")
         alice.barrier()
         self.assertNotIn(b"# NOTICE #", alice.seen + newcomer.seen)
@@ -12654,8 +12644,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
         """The heartbeat asks about the old name when the world knows only the new one: that is no
         denial.
         """
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.send("connect Alice alicepw\r\n").expect("Last connect was from")
         client.send("@name me=Alicia\r\n").expect("Set")
         self.has.wait_log(rb"changed the name")
@@ -12670,8 +12659,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
 
     def logs_in_behind(self, line, answer):
         """Alice, whose login comes behind a line that brings no outcome, is brought back."""
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.send(line + "\r\n").expect(answer)
         client.log_in(self.world)
         self.rides_through(client)
@@ -12754,12 +12742,10 @@ class TestPenn(Scenarios, unittest.TestCase):
             client.expect("(?i)connect", 5)
 
     def test_a_connect_that_the_world_forgot(self):
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.expect("(?i)connect")
         self.world.strands = True
-        client = self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, self.has.client())
         client.expect("(?i)connect", 8)
         self.assertFalse(self.world.strands)
 
@@ -13232,8 +13218,7 @@ class TelnetCase(unittest.TestCase):
         return world
 
     def login(self, name="Alice", agrees=EVERYTHING, first=b"", has=None, world=None):
-        client = Terminal((has or self.has).port, agrees)
-        self.addCleanup(client.close)
+        client = closed_after(self, Terminal((has or self.has).port, agrees))
         client.send(first)
         client.expect("(?i)welcome|connect")
         client.send(f"connect {name} {name.lower()}pw\r\n")
@@ -13255,6 +13240,12 @@ class TelnetCase(unittest.TestCase):
         conn = (world or self.world).wait(lambda w: w.online(name), what=f"{name} is in")[0]
         self.assertEqual(re.sub(rb"\S+ says.*\r?\n", b"", client.barrier()).strip(), b"")
         return conn
+
+    def rides_through(self, client, *others, name="Alice"):
+        """The world crashes and returns; what it knows of the client's new link."""
+        self.crash(client, *others)
+        self.world.start()
+        return self.came_back(client, name=name)
 
     def read_by_has(self, bob):
         """HAS has read what other clients sent before: it answered one that sent later."""
@@ -13311,9 +13302,7 @@ class TelnetFamily:
         alice.barrier(), alice.barrier()
         told = {option: set(verbs) for option, verbs in before.options.items()}
         count, on = len(alice.commands), set(alice.on)
-        self.crash(alice)
-        self.world.start()
-        conn = self.came_back(alice)
+        conn = self.rides_through(alice)
         self.assertIs(self.settled(), conn)
         alice.barrier()
         asked = [c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))]
@@ -13355,9 +13344,7 @@ class TelnetFamily:
             client.wait(lambda c: (DO, ECHO) in c.on, "echo is on")
         self.world.wait(lambda w: "DO" in conn.options.get(ECHO, ()), what="echo was agreed")
         count = len(alice.commands)
-        self.crash(alice, lurker)
-        self.world.start()
-        conn = self.came_back(alice)
+        conn = self.rides_through(alice, lurker)
         alice.wait(lambda c: (DO, ECHO) not in c.on, "echo is off")
         alice.barrier()
         self.assertEqual([c for c in alice.commands[count:] if c[1:3] != bytes((SB, MSSP))],
@@ -13371,8 +13358,7 @@ class TelnetFamily:
         self.world.wait(lambda w: not set(c.player for c in w.online()) - {"heartbeat"},
                         what="all have left")
         twin = self.setup_world(self.family, **self.quirks)
-        beat = Terminal(twin.port, ())
-        self.addCleanup(beat.close)
+        beat = closed_after(self, Terminal(twin.port, ()))
         beat.send("connect heartbeat heartbeat\r\n")
         twin.wait(lambda w: w.online("heartbeat"), what="a heartbeat of its own")
         near, far = self.conversation(twin, twin.port), self.conversation(self.world, self.has.port)
@@ -13385,8 +13371,7 @@ class TelnetFamily:
         self.assertEqual(near, far)
 
     def conversation(self, world, port):
-        client = Terminal(port, ())
-        self.addCleanup(client.close)
+        client = closed_after(self, Terminal(port, ()))
         client.expect("(?i)welcome|connect")
         client.send("connect Carol wrong\r\n").expect("password")
         client.send("connect Carol carolpw\r\n")
@@ -13405,9 +13390,7 @@ class TelnetFamily:
     def test_silent_client_gets_no_telnet_on_return(self):
         alice = self.login(agrees=())
         count = len(alice.commands)
-        self.crash(alice)
-        self.world.start()
-        self.came_back(alice)
+        self.rides_through(alice)
         self.assertEqual(alice.commands[count:], [])
 
     def test_character_at_a_time(self):
@@ -13426,9 +13409,7 @@ class TelnetFamily:
             client.send(bytes([byte]))
         client.expect("by bytes")
         client.barrier()
-        self.crash(client, bob)
-        self.world.start()
-        self.came_back(client)
+        self.rides_through(client, bob)
         bob.expect(re.escape(ONLINE))
         self.settled()
 
@@ -13455,9 +13436,7 @@ class TelnetFamily:
                              expected)
             answers = [t for t in tokens(bytes(conn.raw[sent:]))[0] if is_command(t)]
             self.assertEqual(answers, [sub(CHARSET, b"\x02UTF-8")] if expected else [])
-            self.crash(alice)
-            self.world.start()
-            self.came_back(alice)
+            self.rides_through(alice)
 
     def test_compression_is_refused(self):
         alice, lurker = self.login(first=self.first), Terminal(self.has.port, {86})
@@ -13535,8 +13514,7 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
             def _answer(self, token):
                 self.on.clear()
                 return super()._answer(token)
-        eager = Eager(self.has.port)
-        self.addCleanup(eager.close)
+        eager = closed_after(self, Eager(self.has.port))
         eager.expect("(?i)connect")
         eager.send(self.first + b"connect Alice alicepw\r\n")
         self.world.wait(lambda w: w.online("Alice") and w.online("Alice")[0].utf8,
@@ -13548,9 +13526,7 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
             eager.barrier(), eager.barrier()
             eager.send(offer((DO, CHARSET)) + sub(CHARSET, b"\x02UTF-8") + offer((DO, CHARSET)))
             eager.barrier()
-            self.crash(eager)
-            self.world.start()
-            self.came_back(eager)
+            self.rides_through(eager)
         eager.close()
         self.world.wait(lambda w: not w.online("Alice"), what="Alice has left")
 
@@ -13561,17 +13537,14 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
         for name, read_as, agrees in (("Uma", "p?pin", EVERYTHING), ("Una", "p??pin", ())):
             with self.subTest(name):
                 self.world.players[name] = read_as
-                client = Terminal(self.has.port, agrees)
-                self.addCleanup(client.close)
+                client = closed_after(self, Terminal(self.has.port, agrees))
                 client.expect("(?i)connect")
                 self.world.wait(lambda w: w.connections[-1].utf8 == bool(agrees),
                                 what="CHARSET is settled")
                 client.send(f"connect {name} p\u00e9pin\r\n")
                 self.world.wait(lambda w: w.online(name), what=f"{name} is in")
                 client.barrier()
-                self.crash(client)
-                self.world.start()
-                conn = self.came_back(client, name=name)
+                conn = self.rides_through(client, name=name)
                 self.assertEqual(conn.utf8, bool(agrees))
                 client.close()
                 self.world.wait(lambda w: not w.online(name), what=f"{name} has left")
@@ -13761,8 +13734,7 @@ class TestStreams(TelnetCase):
         self.alice.expect(re.escape(OFFLINE) + r"\r\n")
 
     def test_rubbed_out_login_line(self):
-        client = Terminal(self.has.port, ())
-        self.addCleanup(client.close)
+        client = closed_after(self, Terminal(self.has.port, ()))
         client.expect("Welcome")
         for byte in b"c\bWHO\r\n":
             client.send(bytes([byte]))
@@ -13797,14 +13769,12 @@ class TestRelay(Case):
 
     def echo_world(self):
         """A world that is a bare socket: the test plays it."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
+        listener = closed_after(self, socket.create_server(("127.0.0.1", 0)))
         listener.settimeout(10)
         has = Has(self, mush_address=f"127.0.0.1:{listener.getsockname()[1]}", mush_type="plain")
         self.addCleanup(listener.accept()[0].close)     # the heartbeat's idle connection
         has.wait_up()
-        client = has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, has.client())
         link, _ = listener.accept()
         self.addCleanup(link.close)
         link.settimeout(5)
@@ -13977,8 +13947,7 @@ class TestAddress(Case):
         world = self.world("pennmush", silent_start=0.1, unix_path=folder + "/netmush.sock",
                            address_window=5)
         has = Has(self, mush_address=world.address, proxy_from="127.0.0.1").wait_up()
-        client = has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, has.client())
         client.send("PROXY TCP6 2001:db8::7 ::1 4000 4201\r\nconnect Alice alicepw\r\n")
         world.wait(lambda w: w.online("Alice"), what="Alice is in")
         self.assertEqual(world.online("Alice")[0].address_given[0], "2001:db8::7")
@@ -14095,8 +14064,7 @@ class TestProgram(Case):
             self.assertEqual((file.read(), control.listener), ("precious\n", None))
 
     def test_a_control_socket_that_was_deleted_comes_back(self):
-        rig = Rig()
-        self.addCleanup(rig.close)
+        rig = closed_after(self, Rig())
         folder = new_folder(self)
         path = folder + "/has.sock"
         control = has.ControlListener(rig.hub, path)
@@ -14314,8 +14282,7 @@ class TestProgram(Case):
 
     def test_who_has_said_goodbye_is_not_replaced(self):
         """A TERM during the rehearsal: its end, or a fault, must not bring HAS back."""
-        rig = Rig()
-        self.addCleanup(rig.close)
+        rig = closed_after(self, Rig())
         upgrade = has.Upgrade(has.Survival(rig.hub, mock.Mock()), HAS, [])
         rig.hub.stop()
         with self.assertLogs(has.log, "ERROR") as logged:
@@ -14327,8 +14294,7 @@ class TestProgram(Case):
         self.assertEqual(upgrade.vault.mock_calls, [])
 
     def test_who_asks_may_leave_and_an_older_has_may_not_know(self):
-        rig = Rig()
-        self.addCleanup(rig.close)
+        rig = closed_after(self, Rig())
         with self.assertLogs(has.log, "ERROR"):
             upgrade = has.Upgrade(has.Survival(rig.hub, mock.Mock()), "/nonexistent/has.py", "")
             rig.hub.control.upgrade = upgrade.begin
@@ -14376,8 +14342,7 @@ class TestProgram(Case):
             client = Client(port)
             client.close()
             clients.append(client)
-        last = Client(port)
-        self.addCleanup(last.close)
+        last = closed_after(self, Client(port))
         last.log_in(world)
         process.terminate()
         self.assertEqual(process.wait(6), 0)
@@ -14436,8 +14401,7 @@ class TestTLS(Case):
         self.port = int(self.has.settings["local_port_ssl"])
 
     def test_tls_clients_ride_through_a_crash(self):
-        client = TLSClient(self.port)
-        self.addCleanup(client.close)
+        client = closed_after(self, TLSClient(self.port))
         client.log_in(self.mush)
         self.mush.emit("Alice", b"big " * 100000 + b"\r\n")
         client.expect(rb"(?:big ){100000}\r\n")
@@ -14460,8 +14424,7 @@ class TestTLS(Case):
 
     def test_why_a_certificate_is_not_believed_is_said(self):
         mistrusted = has.world_context(True, "", {})
-        plain = socket.create_connection(("127.0.0.1", self.port), 5)
-        self.addCleanup(plain.close)
+        plain = closed_after(self, socket.create_connection(("127.0.0.1", self.port), 5))
         with self.assertRaises(OSError) as caught:
             mistrusted.wrap_socket(plain, server_hostname="localhost")
         self.assertRegex(has.tls_reason(caught.exception),
@@ -14484,8 +14447,7 @@ class TestTLS(Case):
         plain = Client(self.port).send("connect Alice alicepw\r\n")
         plain.expect_end()
         self.has.wait_log(rb"left before it was let in: TLS handshake failed")
-        client = TLSClient(self.port)
-        self.addCleanup(client.close)
+        client = closed_after(self, TLSClient(self.port))
         client.expect("Welcome")
         for one in silent + [plain]:
             one.close()
@@ -14505,8 +14467,7 @@ class TestTLS(Case):
 
     def says_its_last_words(self, outer):
         """A client that half-closes is answered: nothing comes as ciphertext, nothing is lost."""
-        client = outer.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, outer.client())
         client.log_in(self.mush, "Bob", "bobpw")
         client.send("say last words\r\n")
         client.sock.shutdown(socket.SHUT_WR)
@@ -14516,8 +14477,7 @@ class TestTLS(Case):
         """Another HAS with a TLS port is a fine world that speaks TLS."""
         outer = Has(self, mush_address=f"localhost:{self.port}", mush_ssl="yes",
                     mush_ssl_ca=self.cert, mush_type="tinymux").wait_up()
-        client = outer.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, outer.client())
         client.log_in(self.mush)
         client.send("QUIT\r\n").expect_end()
         for _ in range(5):
@@ -14571,8 +14531,7 @@ class TestUpgrade(Case):
         self.pid = self.has.process.pid
 
     def player(self, name, password, tls=False):
-        client = TLSClient(self.tls_port) if tls else self.has.client()
-        self.addCleanup(client.close)
+        client = closed_after(self, TLSClient(self.tls_port) if tls else self.has.client())
         client.send(f"connect {name} {password}\r\n")
         self.mush.wait(lambda w: w.online(name), what=f"{name} is in")
         client.barrier()
@@ -14593,8 +14552,7 @@ class TestUpgrade(Case):
     def test_plain_and_tls_users_notice_nothing(self, *python):
         self.start_with_tls(*python)
         plain, tls = self.player("Alice", "alicepw"), self.player("Bob", "bobpw", tls=True)
-        lurker = self.has.client()
-        self.addCleanup(lurker.close)
+        lurker = closed_after(self, self.has.client())
         lurker.expect("Welcome")
         plain.send("say half")
         self.upgrade()
@@ -15152,8 +15110,7 @@ class TestKeeper(Case):
         bob.send("connect Bob bobpw\r\n").expect("Bob|Welcome|connect")
 
     def test_strikes(self):
-        vault = has.Vault.make()
-        self.addCleanup(vault.close)
+        vault = closed_after(self, has.Vault.make())
         self.mush.stop()
 
         def die(at, status=-signal.SIGABRT):
@@ -15272,8 +15229,7 @@ class TestSystemd(Case):
         return read_text(self.folder + "/has.log")
 
     def player(self):
-        client = Client(self.port)
-        self.addCleanup(client.close)
+        client = closed_after(self, Client(self.port))
         client.log_in(self.mush)
         return client
 
@@ -15691,8 +15647,7 @@ class TestTelnetRealTinyMUX(TelnetCase):
         mux.start()
         self.addCleanup(mux.close)
         has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
-        alice = Terminal(has.port)
-        self.addCleanup(alice.close)
+        alice = closed_after(self, Terminal(has.port))
         alice.expect("Welcome")
         alice.wait(lambda c: {(WILL, NAWS), (WILL, BINARY), (DO, BINARY)} <= c.on,
                    "UTF-8 is agreed")
@@ -15716,8 +15671,7 @@ class TestTelnetRealTinyMUX(TelnetCase):
         mux.start()
         self.addCleanup(mux.close)
         has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
-        zoe = Client(has.port)
-        self.addCleanup(zoe.close)
+        zoe = closed_after(self, Client(has.port))
         zoe.expect("Welcome")
         zoe.send(b"\xff\xfb\x27\xff\xfa\x27\0\0LANG\1de_DE.UTF-8\xff\xf0create Zoe caf\xc3\xa9\r\n")
         zoe.expect("Limbo")
@@ -18970,8 +18924,7 @@ class RealWorld:
 
     def __init__(self, case, players=(), conf=None):
         folder = new_folder(case, prefix="has-mux-")
-        self.mux = RealMux(folder, players=dict(players), conf=conf)
-        case.addCleanup(self.mux.close)
+        self.mux = closed_after(case, RealMux(folder, players=dict(players), conf=conf))
         self.address, self.kill, self.stop = self.mux.address, self.mux.kill, self.mux.close
         self.crash_losing, self.command = self.mux.kill, self.mux.command
 
