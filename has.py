@@ -5118,7 +5118,7 @@ class Lines(Part):
 
     def answer_while_away(self, line):
         """Answer a line typed while no world reads it: nothing vanishes silently (rule 3)."""
-        session, dialect, screen = self.session, self.session.dialect, self.session.screen
+        session, dialect = self.session, self.session.dialect
         login = dialect.read_login(line) if len(line) <= dialect.longest_login else None
         if login and not (login.password or login.is_guest):
             login = None                        # it would be refused: he may correct it
@@ -5272,9 +5272,7 @@ class Return(Part):
             self.hub.links.settle(session)
         else:
             proof.retire()                      # all its marks came before the end marker
-            self._succeed(proof.login)
-            if session.inbox.kept:
-                session.inbox.send_kept()
+            self._succeed()
 
     def settle(self):
         """The last of this character's is in: one more end marker, and what came is dropped."""
@@ -5299,26 +5297,23 @@ class Return(Part):
             log.warning("%s: no end of the login seen in %d s; showing what came", session,
                         RETURN_SECONDS)
         if proof.login:
-            self._succeed(proof.login)
-            session.screen.show(held)
-            if session.inbox.kept:
-                session.inbox.send_kept()
+            self._succeed(held)
         else:
             session.enter(State.LOGIN)
             session.arrived()
             session.opening.show_login_screen(held)
 
-    def _succeed(self, login):
-        """The user is in the game again."""
-        session, screen = self.session, self.session.screen
-        first, lost_change = self.character.came_back(login)
+    def _succeed(self, held=b""):
+        """The user is in the game again, and sees what was `held`."""
+        session, screen, proof = self.session, self.session.screen, self.session.feed.proof
+        first, lost_change = self.character.came_back(proof.login)
         self.hub.history.returned(session.number)
         session.place.login_took()
         session.opening.failures, self.greeting, session.hold.told = 0, None, False
         screen.write(self.hub.settings.online_notice)
         session.telnet.leave_off()
         if first:
-            screen.show(session.feed.proof.words())     # room and news: only returns are silent
+            screen.show(proof.words())          # room and news: only returns are silent
         session.link.send(session.lines.setting_lines(False))
         answers = session.lines.setting_answers()
         if answers:
@@ -5327,6 +5322,9 @@ class Return(Part):
         session.enter(State.PLAYING)
         log.info("%s: is back in the game%s", session, " with the name and password of before the "
                  "last change of them, which the world has lost" if lost_change else "")
+        screen.show(held)
+        if session.inbox.kept:
+            session.inbox.send_kept()
 
     def _refused(self):
         """The world took the line and not the login: the other pair, or the user must log in."""
