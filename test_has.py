@@ -2679,21 +2679,24 @@ def open_descriptors():
 
 class RigCase(unittest.TestCase):
     def rig(self, *arguments, **settings):
-        rig = closed_after(self, Rig(*arguments, **settings))
-        return rig
+        return closed_after(self, Rig(*arguments, **settings))
 
-    def newcomer(self, **how):
+    def newcomer(self, **more):
         """Of a new rig: (that, client, world's end of the link), and so for the next two."""
-        rig = self.rig()
+        rig, how = self._rig_and_client(more)
         return (rig, *rig.newcomer(**how))
 
-    def player(self, *name, **how):
-        rig = self.rig()
+    def player(self, *name, **more):
+        rig, how = self._rig_and_client(more)
         return (rig, *rig.player(*name, **how))
 
-    def returning(self, **how):
-        rig = self.rig()
+    def returning(self, **more):
+        rig, how = self._rig_and_client(more)
         return (rig, *rig.returning(**how))
+
+    def _rig_and_client(self, more):
+        how = {key: more.pop(key) for key in ("host", "tcp") if key in more}
+        return self.rig(**more), how
 
 
 # ---- 1. the state table
@@ -3668,8 +3671,7 @@ class Timers(RigCase):
 
     def test_a_hold_ends_with_the_wait_it_was_for(self):
         """The next wait begins anew, also where the world was started anew and never seen down."""
-        rig = self.rig(hold=300)
-        client, link = rig.returning()
+        rig, client, link = self.returning(hold=300)
         rig.pass_time(1)
         rig.let_in(link)
         rig.pass_time(285)
@@ -3852,8 +3854,7 @@ class StuckClient(RigCase):
         return sent
 
     def start(self, **settings):
-        rig = self.rig(**settings)
-        client, link = rig.player()
+        rig, client, link = self.player(**settings)
         self.fill(rig, client, link)
         return rig, client, link
 
@@ -4031,8 +4032,7 @@ class Waiting(RigCase):
                 ("tinymush", "create Alice pw", "Online character creation is not allowed.")):
             for typed_at in ("before", "during"):
                 with self.subTest(typed, family=family, typed_at=typed_at):
-                    rig = self.rig(family)
-                    client, link = rig.newcomer()
+                    rig, client, link = self.newcomer(family=family)
                     if typed_at == "before":
                         client.says(typed + "\r\n")
                     rig.down()
@@ -4176,8 +4176,7 @@ class Waiting(RigCase):
         self.assertEqual(link.read(), b"WHO\r\n\xff\xf2INFO\r\n")
 
     def test_an_old_world_does_not_take_offers_for_text(self):
-        rig = self.rig("teenymush")
-        client, _ = rig.newcomer()
+        rig, client, _ = self.newcomer(family="teenymush")
         rig.down()
         client.says(b"\xff\xfb\x1f\xff\xfa\x2a\x02UTF-8\xff\xf0")
         rig.hub.mailbox.post(rig.hub.on_world_found,
@@ -4526,8 +4525,7 @@ class Returning(RigCase):
         """They have no password, or are not there yet: the heartbeat would find them wrong."""
         for typed in ("connect guest", "create Zed zedpw", "connect Alice pw"):
             with self.subTest(typed):
-                rig = self.rig("pennmush")
-                client, _ = rig.newcomer()
+                rig, client, _ = self.newcomer(family="pennmush")
                 rig.down()
                 client.says(typed + "\r\n")
                 rig.found("life 2", checks=True)
@@ -4536,8 +4534,7 @@ class Returning(RigCase):
                     self.assertIn(typed, rig.game.accept().lines())
 
     def test_a_guest_that_the_world_hung_up_on_gets_the_login_screen(self):
-        rig = self.rig("pennmush")
-        client, _ = rig.newcomer()
+        rig, client, _ = self.newcomer(family="pennmush")
         rig.down()
         client.says("connect guest\r\n")
         rig.found("life 2")
@@ -4807,8 +4804,7 @@ class SuspectsComeLast(RigCase):
             self.assertEqual(states().count("PLAYING"), count)
 
     def test_what_is_known_of_them_goes_over_an_upgrade(self):
-        rig = self.rig(suspicious=True)
-        client, _ = rig.player()
+        rig, client, _ = self.player(suspicious=True)
         for life in ("life 2", "life 3"):
             rig.restart(life)
             if life == "life 2":
@@ -5020,14 +5016,10 @@ class ReattachCase(RigCase):
         rig.pass_time(*SETTLED)
         return client, own
 
-    def lose(self, rig, client):
-        """The line of this client drops."""
-        client.hangs_up()
-
     def away(self, rig, name="Alice", **how):
         """Somebody whose line has dropped: (his client, the world's end of the link)."""
         client, link = rig.player(name, **how)
-        self.lose(rig, client)
+        client.hangs_up()
         self.assertTrue(client.session.place.away_at)
         return client, link
 
@@ -5084,7 +5076,7 @@ class Reattach(ReattachCase):
             client.says(f"connect {name}\r\n")
             rig.let_in(link)
             self.assertEqual(state_of(client), "PLAYING")
-            self.lose(rig, client)
+            client.hangs_up()
         self.assertFalse(rig.hub.places)
 
     def test_what_opens_a_place(self):
@@ -5118,8 +5110,7 @@ class Reattach(ReattachCase):
             again.hangs_up()
 
     def test_the_time_is_over(self):
-        rig = self.rig(reattach=60)
-        client, link = rig.player()
+        rig, client, link = self.player(reattach=60)
         client.hangs_up()
         # the clock on the wall is only for showing
         with mock.patch.object(has.time, "time", lambda: 5e9):
@@ -5245,8 +5236,7 @@ class Reattach(ReattachCase):
         self.assertLess(has.acknowledged_ago(sock), 0.5)
 
     def test_limits(self):
-        rig = self.rig(max_clients=1)
-        client, link = rig.player()
+        rig, client, link = self.player(max_clients=1)
         client.hangs_up()
         other, _ = rig.player("Bob")                            # a place counts as no client
         self.assertEqual(state_of(other), "PLAYING")
@@ -5266,7 +5256,7 @@ class Reattach(ReattachCase):
                          ["Alice", "User3", "User4"])
         for number in (3, 4):
             again, own = self.comes_back(rig, f"connect User{number} pw\r\n", host="2001:db8::1")
-            self.lose(rig, again)
+            again.hangs_up()
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
         rig.pass_time(*[10] * 31)
@@ -5288,8 +5278,7 @@ class Reattach(ReattachCase):
         self.assertLess(kept, (1 << 18) + (1 << 16))
 
     def test_what_was_lost_is_told(self):
-        rig = self.rig(reattach_limit=4096)
-        client, link = rig.player()
+        rig, client, link = self.player(reattach_limit=4096)
         client.hangs_up()
         for number in range(1000):
             link.send(b"line %03d\r\n" % number)
@@ -5346,8 +5335,7 @@ class Reattach(ReattachCase):
         self.assertFalse(link.ended)
 
     def test_off_by_default(self):
-        rig = self.rig(reattach=0)
-        client, link = rig.player()
+        rig, client, link = self.player(reattach=0)
         self.assertIs(type(client.session.client), has.Stream)
         self.assertIsNone(client.session.client.trail)
         client.hangs_up()
@@ -5366,7 +5354,7 @@ class WhosePlace(ReattachCase):
             guesser, own = self.comes_back(rig, f"connect Alice guess{number}\r\n",
                                            host="203.0.113.66")
             self.assertIn(b"guess", own.read())
-            self.lose(rig, guesser)
+            guesser.hangs_up()
         guesser, own = self.comes_back(rig, host="203.0.113.66")
         self.assertTrue(client.session.place.away_at)
         self.assertEqual(own.read(), b"")
@@ -5391,7 +5379,7 @@ class WhosePlace(ReattachCase):
         for _ in range(9):
             again, _ = rig.newcomer()
             again.says("connect Alice pw\r\n")
-            self.lose(rig, again)
+            again.hangs_up()
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
 
@@ -5406,13 +5394,13 @@ class WhosePlace(ReattachCase):
             rig.pass_time(*SETTLED)
             self.assertIn(b"Welcome back", again.read())
             self.assertEqual((link.read(), own.read()), (b"", b""))
-            self.lose(rig, again)
+            again.hangs_up()
 
     def test_the_old_password_after_a_change_in_another_session(self):
         """His sessions may spell his name in other ways."""
         rig, first, link = self.player("alice")
         second, other = rig.player('"*Alice"')
-        self.lose(rig, first)
+        first.hangs_up()
         second.says("@password pw=new\r\n")
         other.says("Password changed.\r\n")
         again, own = self.comes_back(rig)
@@ -5430,7 +5418,7 @@ class WhosePlace(ReattachCase):
             owner.says("connect Alice new\r\n")
             rig.let_in(own)
             if drops:
-                self.lose(rig, thief)
+                thief.hangs_up()
                 self.assertFalse(rig.hub.places)
             with mock.patch.object(has, "acknowledged_ago", lambda sock: math.inf):
                 again, own = self.comes_back(rig)
@@ -5476,7 +5464,7 @@ class WhosePlace(ReattachCase):
         client.says("connect Alice pw\r\n")
         link.says("Last connect was from home\r\n")
         client.session.character.checked = None
-        self.lose(rig, client)
+        client.hangs_up()
         return rig, client, link
 
     def test_a_link_that_ends_while_the_password_is_checked(self):
@@ -5527,8 +5515,8 @@ class WhosePlace(ReattachCase):
     def test_another_place_where_somebody_was_faster(self):
         rig = self.rig()
         (first, link), (second, other) = rig.player(), rig.player()
-        self.lose(rig, first)
-        self.lose(rig, second)
+        first.hangs_up()
+        second.hangs_up()
         newcomers = [rig.client() for _ in range(3)]
         links = [rig.game.accept() for _ in range(3)]
         for client in newcomers:
@@ -5607,7 +5595,7 @@ class LivingClients(ReattachCase):
             again, own = self.logs_in(rig)
             self.assertEqual(self.keepalive(client), (1, 1))
             if what == "he leaves":
-                self.lose(rig, again)
+                again.hangs_up()
             elif what == "the world dies":
                 rig.down()
                 self.dead.clear()
@@ -5621,7 +5609,7 @@ class LivingClients(ReattachCase):
         rig, client, link = self.player(tcp=True)
         self.dead.add(client.session.client.sock)
         again, own = self.logs_in(rig)
-        self.lose(rig, client)
+        client.hangs_up()
         rig.pass_time(*SETTLED)
         self.assertIn(b"Welcome back", again.read())
 
@@ -5649,7 +5637,7 @@ class PlaceInEveryState(ReattachCase):
             with self.subTest(column):
                 rig = self.rig()
                 client, link = bring_to(rig, column)
-                self.lose(rig, client)
+                client.hangs_up()
                 self.assertTrue(client.session.place.away_at)
                 check_consistent(self, rig)
                 again = rig.client()
@@ -5673,7 +5661,7 @@ class PlaceInEveryState(ReattachCase):
         for words, is_kept in (("say last\r\nhalf", True), ("say last\r\nQUIT\r\n", False)):
             rig, client, link = self.returning()
             client.send(words)
-            self.lose(rig, client)
+            client.hangs_up()
             self.assertEqual(bool(client.session.place.away_at), is_kept)
             if is_kept:
                 rig.let_in(link)
@@ -5688,7 +5676,7 @@ class PlaceInEveryState(ReattachCase):
         client.says("connect Alice pw\r\n")
         link.says("Last connect was from home\r\n")
         client.says("half")
-        self.lose(rig, client)
+        client.hangs_up()
         self.assertFalse(rig.hub.places)
 
     def test_refused_on_his_return(self):
@@ -5720,8 +5708,7 @@ class PlaceInEveryState(ReattachCase):
                 self.stuck_client(how)
 
     def stuck_client(self, how):
-        rig = self.rig(reattach_limit=1 << 20)
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True, reattach_limit=1 << 20)
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.session.client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         line, sent = b"x" * 98 + b"\r\n", 0
@@ -5750,13 +5737,12 @@ class PlaceInEveryState(ReattachCase):
 
     def test_hup(self):
         """On, off and on again: who is connected has a trail, or none, and places end."""
-        rig = self.rig(reattach=0)
-        client, link = rig.player()
+        rig, client, link = self.player(reattach=0)
         for seconds in (300, 0, 300):
             rig.hub.settings = settings_of((("reattach", seconds),))
             rig.hub.places.look()
             self.assertEqual(client.session.client.trail is not None, bool(seconds))
-        self.lose(rig, client)
+        client.hangs_up()
         self.assertTrue(client.session.place.away_at)
         rig.hub.settings = settings_of((("reattach", 0),))
         rig.hub.places.look()
@@ -5781,7 +5767,7 @@ class PlaceInEveryState(ReattachCase):
                     packed["values"].pop(name, None)
         rig, client, link = self.player()
         rig.upgrade(spoil)
-        self.lose(rig, client)
+        client.hangs_up()
         again, own = self.comes_back(rig)
         self.assertIn(b"Welcome back", again.read())
 
@@ -6164,8 +6150,7 @@ class AnotherClient(RigCase):
     def test_settings_typed_at_the_login_screen(self):
         """The link gets what the new client has set there, and a prefix that it has not is
         cleared."""
-        rig = self.rig(reattach=300)
-        client, link = rig.newcomer()
+        rig, client, link = self.newcomer(reattach=300)
         client.says("OUTPUTPREFIX <\r\nOUTPUTSUFFIX >\r\nSCREENWIDTH 120\r\nconnect Alice pw\r\n")
         mark = re.findall(rb"OUTPUTPREFIX (=\w+=)\r\n", link.read())[0]
         link.says(b"Welcome\r\n" + mark + b"\r\n")
@@ -6180,8 +6165,7 @@ class AnotherClient(RigCase):
     def test_pueblo(self):
         """Who reads tags cannot go on as one who does not, nor the other way round."""
         for first, second in itertools.product((True, False), repeat=2):
-            rig = self.rig(reattach=300)
-            client, link = rig.newcomer()
+            rig, client, link = self.newcomer(reattach=300)
             client.says("PUEBLOCLIENT 2.50\r\n" * first + "connect Alice pw\r\n")
             rig.let_in(link)
             client.hangs_up()
@@ -6605,8 +6589,7 @@ class Notices(RigCase):
                             (b"\xff\xfa\x2a\x02US-ASCII\xff\xf0", b"zuruck"),
                             (b"\xff\xfa\x2a\x02UTF-8\xff\xf0", "zur\u00fcck".encode())):
             with self.subTest(said):
-                rig = self.rig(online_notice="zur\u00fcck")
-                client, _ = rig.player()
+                rig, client, _ = self.player(online_notice="zur\u00fcck")
                 client.says(said + b"look\r\n")
                 rig.restart("life 2")
                 client.read()
@@ -6647,8 +6630,7 @@ class Browsers(RigCase):
     FRAMES = b"\x81\x86\xff\xfb\x56\n\xff\xff\xfa\rconnect a b\r\n\xff\xfd\x06QUIT\r\n\x08\x7f\xff"
 
     def browser(self, request=REQUEST, family="pennmush", **how):
-        rig = self.rig(family)
-        client, link = rig.newcomer(**how)
+        rig, client, link = self.newcomer(**how, family=family)
         client.says(request)
         return rig, client, link
 
@@ -6702,8 +6684,7 @@ class Browsers(RigCase):
         """Else it would be a way round rule 9, the brake and the line reader."""
         for family, pieces in (("rhostmush", [self.REQUEST, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"]),
                                ("teenymush", [self.REQUEST, b"@remotehostname evil\r\n"])):
-            rig = self.rig(family)
-            client, link = rig.newcomer()
+            rig, client, link = self.newcomer(family=family)
             for piece in pieces:
                 client.says(piece)
             self.assertNotIn(pieces[-1], link.read())
@@ -6711,8 +6692,7 @@ class Browsers(RigCase):
                             ([b"hello\r\n" + self.REQUEST], False),
                             ([b"hello\r\n", self.REQUEST], False),
                             ([b"GET me a drink\r\n"], False), ([b"get / HTTP/1.1\r\n"], False)):
-            rig = self.rig("pennmush")
-            client, _ = rig.newcomer()
+            rig, client, _ = self.newcomer(family="pennmush")
             for piece in pieces:
                 client.says(piece)
             self.assertIs(client.session.inbox.first.is_raw, raw, pieces)
@@ -6844,13 +6824,11 @@ class VaultCase(unittest.TestCase):
             self.skipTest(has.why_no_vault())
 
     def vault(self):
-        vault = closed_after(self, has.Vault.make())
-        return vault
+        return closed_after(self, has.Vault.make())
 
     def another(self, vault):
         """The same vault as another process has it."""
-        other = closed_after(self, has.Vault([os.dup(fd) for fd in vault.fds]))
-        return other
+        return closed_after(self, has.Vault([os.dup(fd) for fd in vault.fds]))
 
     def pair(self):
         """Two sockets, one of which goes into a vault."""
@@ -7259,8 +7237,7 @@ class TakenOver(RigCase):
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# UNSENT hello"]))
 
     def test_a_hold_goes_on(self):
-        rig = self.rig(hold=300)
-        client, _ = rig.player()
+        rig, client, _ = self.player(hold=300)
         rig.down()
         for _ in range(3):
             rig.pass_time(99)
@@ -7419,8 +7396,7 @@ class Died(RigCase):
     def test_who_has_quit_is_not_brought_back(self):
         for waits in (False, True):
             with self.subTest(waits=waits):
-                rig = self.rig()
-                client, link = rig.player()
+                rig, client, link = self.player()
                 if waits:
                     rig.down()
                 client.send("QUIT\r\n")
@@ -7649,8 +7625,7 @@ class Died(RigCase):
         self.assertGreater(count, 6)
 
     def test_a_place_of_one_who_is_away_is_kept(self):
-        rig = self.rig(reattach=300)
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True, reattach=300)
         client.reset()
         rig.settle()
         link.says("missed\r\n")
@@ -8241,8 +8216,7 @@ class WhatWasTyped(RigCase):
     """What a line was is not forgotten, and not taken for another one."""
 
     def test_settings_are_bounded(self):
-        rig = self.rig("pennmush")
-        client, _ = rig.newcomer()
+        rig, client, _ = self.newcomer(family="pennmush")
         for number in range(400):
             client.says(f"SOCKSET X{number}={'x' * 100}\r\n")
         client.says("SCREENWIDTH " + "9" * 3000 + "\r\n")
@@ -9117,8 +9091,7 @@ class BoundMarks(RigCase):
     def answer(self, family, marks):
         """A Rig's session at the login screen that typed a login; the world sends these marks of
         it."""
-        rig = self.rig(family)
-        client, link = rig.newcomer()
+        rig, client, link = self.newcomer(family=family)
         client.says("connect Wizard wrong\r\n")
         number = re.search(rb"(=[0-9a-f]{8}00=)", link.read()).group(1)
         link.says(b"".join(number + mark + b"\r\n" if len(mark) < 2 else mark for mark in marks))
@@ -9140,8 +9113,7 @@ class BoundMarks(RigCase):
 
     def behind(self, *lines, family="tinymux"):
         """A user of a Rig who has typed these lines in one packet, which begin with a login."""
-        rig = self.rig(family, admins="Wizard")
-        client, link = rig.newcomer()
+        rig, client, link = self.newcomer(family=family, admins="Wizard")
         client.says("".join(line + "\r\n" for line in lines))
         numbers = re.findall(rb"OUTPUTPREFIX (=[0-9a-f]{10}=)\r", link.read())
 
@@ -9222,8 +9194,7 @@ class BoundMarks(RigCase):
 
     def test_settings_are_repeated_as_they_were_typed(self):
         """The byte 255 is no telnet in them."""
-        rig = self.rig("tinymux")
-        client, link = rig.newcomer()
+        rig, client, link = self.newcomer(family="tinymux")
         client.says(b"OUTPUTPREFIX \xff\xff\xff\xff\xfa\r\nconnect Alice pw\r\n")
         self.assertTrue(link.read(
             ).endswith(b"\r\nconnect Alice pw\r\nOUTPUTPREFIX \xff\xff\xff\xff\xfa\r\n"))
@@ -9285,8 +9256,7 @@ class LoginBrake(RigCase):
     def test_names_without_a_password_are_tries_too(self):
         """PennMUSH counts them: ten, and it bars the address of all (worlds/pennmush.md h)."""
         for family in FAMILIES[1:]:
-            rig = self.rig(family)
-            client, link = rig.newcomer()
+            rig, client, link = self.newcomer(family=family)
             client.says('connect bob\r\nconnect "bob\r\n' * 20)
             self.assertEqual(len(re.findall("connect .?bob", link.read().decode())), self.FREE)
             self.doCleanups()
@@ -9765,8 +9735,7 @@ class Turns(RigCase):
         self.assertEqual([n for n in opened if n], [8, 16, 20])
 
     def test_a_hold_that_hup_brings_counts_for_those_who_wait(self):
-        rig = self.rig(hold=0, login_hold=0)
-        client, _ = rig.player()
+        rig, client, _ = self.player(hold=0, login_hold=0)
         rig.down()
         rig.pass_time(50)
         rig.hub.settings = settings_of((("hold", 100),))
@@ -9807,8 +9776,7 @@ class Orders(RigCase):
         return answer.get("done") or answer["error"]
 
     def test_maintenance_is_told_with_offline_until_the_world_is_back(self):
-        rig = self.rig(still_offline_every=90)
-        alice, _ = rig.player()
+        rig, alice, _ = self.player(still_offline_every=90)
         self.assertEqual(self.order(rig, "maintenance", text="Back at 18:00 \x1b[2J"),
                          "shown when the world is down, and until it is back")
         words = "# NOTICE # Back at 18:00 ?[2J"
@@ -9831,8 +9799,7 @@ class Orders(RigCase):
         self.assertEqual(rig.hub.control.status()["maintenance"], "")
 
     def test_maintenance_begun_and_ended_while_the_world_is_down(self):
-        rig = self.rig(offline_notice="")
-        alice, _ = rig.player()
+        rig, alice, _ = self.player(offline_notice="")
         rig.down()
         self.assertEqual(self.order(rig, "maintenance", text="Moving house"),
                          "shown until the world is back; told 1 user")
@@ -9843,8 +9810,7 @@ class Orders(RigCase):
     def test_how_often_who_waits_is_told(self):
         for every, times in ((0, 0), (5, 120), (30, 20), (90, 6), (300, 2)):
             with self.subTest(every=every):
-                rig = self.rig(still_offline_every=every)
-                alice, _ = rig.player()
+                rig, alice, _ = self.player(still_offline_every=every)
                 rig.down()
                 rig.pass_time(*[1] * 601)
                 told = [line for line in alice.lines() if "Still waiting" in line]
@@ -9870,8 +9836,7 @@ class Orders(RigCase):
                                  f"there is no {who}: see --status")
 
     def test_kick_of_one_who_is_away(self):
-        rig = self.rig(reattach=300)
-        client, link = rig.player(tcp=True)
+        rig, client, link = self.player(tcp=True, reattach=300)
         client.sock.close()
         rig.settle(lambda: rig.hub.places)
         self.assertIn("closed: session 1 Alice@", self.order(rig, "kick", who="alice"))
@@ -10351,8 +10316,7 @@ class WordsOfTheSite(RigCase):
                  goodbye_notice="", login_brake_notice="Espera {seconds} segons")
 
     def waiting(self, **settings):
-        rig = self.rig(**settings, **self.WORDS)
-        client, link = rig.newcomer(host="203.0.113.9")
+        rig, client, link = self.newcomer(host="203.0.113.9", **settings, **self.WORDS)
         rig.settle()
         return rig, client, link
 
