@@ -2774,6 +2774,16 @@ def hang_up(sock):
     sock.close()
 
 
+def has_ended(sock):
+    """Whether a socket that does not block has ended, and nothing more is to be read."""
+    try:
+        return not socket.socket.recv(sock, 1, socket.MSG_PEEK)     # below TLS, if there is any
+    except NOT_NOW:
+        return False
+    except OSError:
+        return True
+
+
 def is_connected_to_itself(sock):
     """Whether a connect to a dead local port met its own outgoing port (TCP simultaneous open)."""
     try:
@@ -11576,11 +11586,22 @@ class Survival(Survivor):
             hub.door.listen_again()
         if hub.links.noise:
             hub.links.prune_noise()
+        self._mend_history()
         for session in list(hub.sessions.values()):
             self.take_up_now(session.number)
             hub.safely(Passage(session).go_on)
         self.take_up_now(0)
         self._let_in(self.vault.left if self.vault else [])
+
+    def _mend_history(self):
+        """Who came back or left when the process before had no time any more to note that."""
+        sessions, history = self.hub.sessions, self.hub.history
+        for number in list(history.missing):
+            session = sessions.get(number)
+            if session is None:
+                history.gone(number, "the client left")
+            elif session.state is State.PLAYING and not has_ended(session.link.sock):
+                history.returned(number)
 
     def _let_in(self, socks):
         """Clients that were accepted by a process which died before it knew them."""

@@ -7484,6 +7484,26 @@ class Died(RigCase):
                 self.assertEqual((state_of(client), client.lines()[-1]), ("PLAYING", "# ONLINE"))
                 self.assertEqual(client.session.character.login.password, b"new")
 
+    def test_who_is_back_is_not_waited_for(self):
+        """The history is written down now and then; who came back or left since is known."""
+        rig = self.rig()
+        players = [rig.player(name, tcp=True) for name in ("Alice", "Bob", "Carol", "Dora")]
+        rig.down()
+        rig.found("life 2")
+        links = [rig.game.accept() for _ in players]
+        for link in links[:3]:
+            rig.let_in(link)
+        players[1][0].reset()
+        rig.settle()
+        with mock.patch.object(has.Scribe, "write"):
+            links[2].sock.close()                       # the world dies again: not told yet
+            rig.settle()
+        rig.die()
+        told = rig.hub.history.told()
+        outage = told["outages"][-1]
+        self.assertEqual((told["waiting"], outage["back"], outage["absent"]),
+                         (["Carol", "Dora"], 1, [["Bob", "the client left"]]))
+
     def test_a_login_is_not_lost_wherever_it_dies(self):
         """What comes at the login screen is taken when it is written down."""
         count = 0
