@@ -5111,8 +5111,13 @@ class Lines(Part):
         session.refresh()
 
     def go_on(self):
-        """In a new process: the login that waits goes on when its time has come."""
+        """In a new process: the login that waits goes on when its time has come, unless it opens a
+        place: that is to be seen when all are there."""
         if self.braked:
+            self.hub.later(0, self._claim_again)
+
+    def _claim_again(self):
+        if self.braked and not self._claims(*self.braked):
             wait = self.session.inbox.slow_until - self.hub.now
             self.hub.later(max(0.0, wait), self.try_login)
 

@@ -5622,7 +5622,7 @@ class LivingClients(ReattachCase):
             rig.upgrade()
             if not is_away:
                 self.dead.add(client.session.client.sock)
-            rig.pass_time(15.1, *[0.1] * 30)
+            rig.pass_time(*[0.1] * 60)
             self.assertFalse(client.session.place.away_at)
             self.assertIn(b"Welcome back", again.read())
 
@@ -7659,6 +7659,24 @@ class Died(RigCase):
         link.read()
         again.says("hello\r\n")
         self.assertEqual(link.read(), b"hello\r\n")
+
+    def test_a_login_that_waits_for_a_place_goes_on(self):
+        rig = self.rig(reattach=300)
+        client, _ = rig.player(tcp=True)
+        rig.found("life 1", checks=True)
+        client.reset()
+        rig.settle()
+        again = rig.client(tcp=True)
+        again.send("connect Alice pw\r\n")
+        rig.settle()
+        self.assertEqual(len(rig.beat.checks), 1)       # the answer comes to the next process
+        rig.die()
+        self.assertEqual(len(rig.beat.checks), 2)
+        number, serial, pairs = rig.beat.checks[-1]
+        rig.post(rig.hub.on_checked, number, serial, [True])
+        rig.pass_time(*[0.1] * 30)
+        self.assertEqual((len(rig.hub.places), len(rig.hub.sessions)), (0, 1))
+        self.assertIn(b"Welcome back", again.read())
 
     def test_listeners_and_world_are_known(self):
         rig = self.rig(local_port=0)
