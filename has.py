@@ -31,11 +31,12 @@ The parts, in reading order; each uses only the parts above it:
     7. Heartbeat      the thread that watches the world and checks passwords
     8. Health         what is known of the world, from what was heard of it
     9. Hub            the main loop: who is let in, whose link is next, what admins ask
-    10. Survival      what a new process takes over: upgrade, rescue
+    10. Survival      what a new process takes over; the processes beside the worker
     11. Command line  arguments, log, signals, exit status
 
-Two processes, where the system can (Keeper): one does all, the other only holds what must outlive
-it, and starts the next.
+Two processes, where the system can (Keeper): the worker does all, the other only holds what must
+outlive it, and starts the next. Where TLS is asked for, a third speaks it, and nothing else
+(TLSFront): the worker sends and receives plain text, and its users in TLS outlive it like all.
 
 Two threads: the main thread runs the hub, owns every session and never
 blocks; the heartbeat thread owns the one blocking connection and every DNS
@@ -62,6 +63,7 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import ipaddress
 import itertools
@@ -88,7 +90,6 @@ import threading
 import time
 import traceback
 import unicodedata
-import warnings
 
 try:
     import fcntl
@@ -408,8 +409,30 @@ SETTINGS = {
         ("kick_reason", "reason"), ("output_lost", "lines"))},
     "list_heading_notice": _headings,
 }
+TLS_KEYS = {"server": ("ssl_cert", "ssl_key"), "world": ("mush_ssl_verify", "mush_ssl_ca")}
 CERTIFICATES = ("mush_ssl_ca", "ssl_cert", "ssl_key")
 PATHS = CERTIFICATES + ("control_socket", "log_file")
+
+
+class Recipe:
+    """What a TLS context is made of, in whatever process: the values of TLS_KEYS, and the content
+    of the files they name, as far as it was read."""
+
+    def __init__(self, role, values, files):
+        self.role, self.values, self.files = role, values, files
+        content = repr((role, values, sorted(files.items()))).encode()
+        self.name = hashlib.sha256(content).hexdigest()[:16]
+
+    def __eq__(self, other):
+        return isinstance(other, Recipe) and self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def context(self):
+        """The context; ValueError says why there is none."""
+        return {"server": server_context, "world": world_context}[self.role](
+            *self.values, self.files)
 
 
 class Settings:
@@ -431,6 +454,12 @@ class Settings:
 
     def __repr__(self):
         return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
+
+    def recipe(self, role):
+        """What the TLS context of a role ("server", "world") is made of."""
+        keys = TLS_KEYS[role]
+        return Recipe(role, [getattr(self, key) for key in keys],
+                      {key: self.files[key] for key in keys if key in self.files})
 
 
 def _tuned(context):
@@ -2702,10 +2731,9 @@ class Mailbox:
 
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-NOT_NOW = (BlockingIOError, InterruptedError) + (
-    (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())
+NOT_NOW = BlockingIOError, InterruptedError
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
-CHUNK = 65536
+CHUNK, TLS_RECORD = 65536, 16384               # bytes read at a time; RFC 8446 5.1
 LOOK_BYTES = 1024                  # read at a time of what may have to be written down
 LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is noticed in 30 s
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
@@ -2825,14 +2853,14 @@ class Stream:
     reading it does, so that last words are not lost.
     """
 
-    committed = 0                  # bytes at the start of `out` that must stay as they are
-    missed = 0                     # see Absent
+    HIGH, LOW = HIGH_WATER, LOW_WATER
+    missed, settled = 0, True      # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "_receive", "_paused",
-                 "_finishing", "_broken", "_interest")
+                 "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "far", "_receive",
+                 "_paused", "_finishing", "_broken", "_interest")
 
-    def __init__(self, selector, sock, owner, on_data, connecting=False):
+    def __init__(self, selector, sock, owner, on_data, connecting=False, far=None):
         sock.setblocking(False)
         self.selector, self.sock, self.owner, self.on_data = selector, sock, owner, on_data
         self.peeks, self.chunk, self._receive = False, CHUNK, sock.recv
@@ -2841,22 +2869,28 @@ class Stream:
         self.ended = self.closed = self.full = False
         self.sent_bytes = 0        # progress: counts while something waits only
         self.trail = self.recent = None         # see follow()
+        self.far = far             # a FarEnd: in between lies the process that speaks TLS
         self._paused = self._finishing = self._broken = False
         self._interest = 0
         self._update()
 
     @classmethod
-    def connect(cls, selector, target, owner, on_data, **more):
+    def connect(cls, selector, target, owner, on_data):
         """Begin to connect to target = (family, address); OSError where that fails at once."""
-        return cls(selector, begin_connect(target), owner, on_data, connecting=True, **more)
+        return cls(selector, begin_connect(target), owner, on_data, connecting=True)
+
+    @property
+    def wire(self):
+        """The socket that leads to the peer's machine, None while that is not known."""
+        return self.far.sock if self.far else self.sock
 
     def _update(self):
         """Tell the selector what is wanted, if that changed."""
         wanted = 0
         if not (self.closed or self.connecting):
             wanted = (WRITE if self.out else 0) | (0 if self._paused or self.ended else READ)
-        elif not (self.closed or self.ended):
-            wanted = self._while_connecting()
+        elif not (self.closed or self.ended or self.far):       # who has that says it is open
+            wanted = WRITE
         if wanted == self._interest:
             return
         if not wanted:
@@ -2866,9 +2900,6 @@ class Stream:
         else:
             self.selector.modify(self.sock, wanted, self)
         self._interest = wanted
-
-    def _while_connecting(self):
-        return WRITE
 
     def ready(self, events):
         """The selector says that reading or writing would not block."""
@@ -2885,12 +2916,12 @@ class Stream:
             except NOT_NOW:
                 return
             except OSError as error:
-                self._end(error.strerror or str(error))
+                self.end(error.strerror or str(error))
                 return
             if data:
                 self.on_data(data)
             else:
-                self._end("")
+                self.end("")
 
     def _finish_connect(self):
         error = connect_error(self.sock)
@@ -2898,18 +2929,22 @@ class Stream:
             self.selector.unregister(self.sock)
             self._interest, self.closed = 0, True
             reset(self.sock)
-            self._end(error.strerror)
+            self.end(error.strerror)
         else:
-            self._opened()
+            self.opened()
 
-    def _opened(self):
+    def opened(self):
+        """It is connected."""
         self.connecting = False
         self._update()
         self.owner.on_stream_open(self)
 
-    def _end(self, reason):
+    def end(self, reason):
+        """Nothing more comes; `reason` is "" if the other side just ended it."""
         self.ended = True
         self._update()
+        if self.far:
+            reason = self.far.why(reason)
         self.owner.on_stream_end(self, reason)
 
     def send(self, data):
@@ -2933,7 +2968,7 @@ class Stream:
             self.out = bytearray()
         self.out += data
         self._update()
-        if len(self.out) > HIGH_WATER and not self.full:
+        if len(self.out) > self.HIGH and not self.full:
             self.full = True
             self.owner.on_stream_full(self)
 
@@ -2962,7 +2997,7 @@ class Stream:
             self.out = b""
             if self._finishing:
                 self._shut()
-        if self.full and len(self.out) < LOW_WATER:
+        if self.full and len(self.out) < self.LOW:
             self.full = False
             self.owner.on_stream_room(self)
         self._update()
@@ -2985,8 +3020,8 @@ class Stream:
         self._update()
 
     def _shut(self):
-        try:                                    # an SSLSocket's own would read on without TLS
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._broken = True                 # gone already; reading says so too
 
@@ -3032,22 +3067,18 @@ class Stream:
     def drop(self):
         """Close now. Harmless twice."""
         if not self.closed:
-            self._leave(hang_up)
-
-    def leave(self):
-        """Close our copy of the socket: the connection is another process's now."""
-        self._leave(socket.socket.close)
-
-    def _leave(self, close):
-        self.closed, self.out = True, b""
-        self._update()
-        close(self.sock)
+            self.closed, self.out = True, b""
+            self._update()
+            if self.far:
+                self.far.leave()
+            hang_up(self.sock)
 
     def pack(self, name, held=True):
         """What a new process needs to go on with this stream: `name` says under which name it will
         find a socket. `held`: with what waits to be sent."""
         return {"fd": name(self.sock), "out": pack(bytes(self.out) if held else b""),
-                "ended": self.ended, "finishing": self._finishing, "broken": self._broken}
+                "ended": self.ended, "finishing": self._finishing, "broken": self._broken,
+                "far": self.far and self.far.name}
 
     @property
     def marks(self):
@@ -3065,105 +3096,151 @@ class Stream:
             self.owner.on_stream_full(self)
 
 
-class TLSStream(Stream):
-    """A Stream inside TLS; on_stream_open comes when the handshake is done."""
+class FarEnd:
+    """What the worker knows of the far end of a stream whose peer speaks TLS: the process between
+    them (KnownFront) has the connection, and says how it goes."""
 
-    __slots__ = ("_context", "_server_name", "_handshake", "committed")
-    RECORD = 16384                 # bytes; a write is retried with no less than was offered
+    __slots__ = ("front", "name", "sock", "told", "_why", "_is_left")
+    LOST = "the process that speaks TLS has ended"
 
-    def __init__(self, selector, sock, owner, on_data, context, connecting=False, server_name=None):
-        self._context, self._server_name, self._handshake = context, server_name, 0
-        self.committed = 0         # what OpenSSL has begun to send
-        if not connecting:                      # an accepted client: HAS is the server
-            sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            self._handshake = READ
-        super().__init__(selector, sock, owner, on_data, connecting=True)
+    def __init__(self, front, number):
+        self.front, self.name, self._is_left = front, (front.name, number), False
+        self.sock = None           # a copy of the TCP socket that leads to the peer
+        self.told = None           # called with how much of what was sent has not been acknowledged
+        self._why = None           # it has ended, for this reason
+
+    def take(self, sock):
+        """This is that copy."""
+        if self._is_left or self.sock:
+            sock.close()
+        else:
+            self.sock = sock
+
+    def ended(self, why):
+        """It has ended; the stream itself does so behind that."""
+        self._why = self._why or why
+
+    def why(self, reason):
+        """Why the stream has ended, which says `reason` itself."""
+        if self._why is None:
+            self.front.hear()                   # it was said before
+        return self.LOST if self._why is None else self._why or reason
+
+    def over(self, unseen):
+        """The process between has read all that was sent here; `unseen` bytes of that have not been
+        acknowledged. None: it has died."""
+        told, self.told = self.told, None
+        if told:
+            told(unseen)
+
+    def leave(self):
+        """The stream is closed now, not only for writing."""
+        self._is_left = True
+        self.front.left(self.name[1])
+        if self.sock:
+            self.sock.close()
+            self.sock = None
+
+
+class Channel:
+    """Messages between two processes, plain values and descriptors, over one end of a socketpair.
+    Never blocks: what does not fit waits. Its owner has on_message(descriptors, message) and
+    on_channel_end()."""
+
+    MOST = 2                       # descriptors of a message
+    closed = False
+
+    def __init__(self, selector, sock, owner):
+        sock.setblocking(False)
+        self._selector, self.sock, self.owner, self._interest = selector, sock, owner, READ
+        self.waiting = collections.deque()     # [bytes, message, descriptors, then]
+        self._came, self._rights = b"", collections.deque()
+        selector.register(sock, READ, self)
+
+    def send(self, message, fds=(), then=None):
+        """Send it, with descriptors, which are closed; call `then` when it was sent. A message that
+        comes without them could not have them."""
+        self.waiting.append([self._line(message, fds), message, fds, then])
+        self._flush()
+
+    @staticmethod
+    def _line(message, fds):
+        return json.dumps({**message, "fds": len(fds)}).encode() + b"\n"
+
+    def _flush(self):
+        while self.waiting and self._send_one():
+            pass
+        wanted = READ | (WRITE if self.waiting else 0)
+        if not self.closed and wanted != self._interest:
+            self._selector.modify(self.sock, wanted, self)
+            self._interest = wanted
+
+    def _send_one(self):
+        """Send the message that waits first; whether it is gone."""
+        it = self.waiting[0]
+        line, message, fds, then = it
+        rights = struct.pack(f"{len(fds)}i", *fds)
+        try:
+            sent = self.sock.sendmsg(
+                [line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else [])
+        except NOT_NOW:
+            return False
+        except OSError:             # too many in flight; or nobody is there, which will be heard
+            sent = 0 if fds else len(line)
+            it[0] = self._line(message, ())
+        else:
+            it[0] = line[sent:]
+        it[2] = ()
+        for fd in fds:
+            os.close(fd)
+        if sent == len(line):
+            self.waiting.popleft()
+            if then:
+                then()
+        return True
 
     def ready(self, events):
         """The selector says that reading or writing would not block."""
-        if self.connecting:
-            self._finish_connect()              # a handshake may wait for either
-        else:
-            super().ready(events)
-
-    def _while_connecting(self):
-        return self._handshake or WRITE
-
-    def _finish_connect(self):
-        if not self._handshake:
-            super()._finish_connect()
-            return
-        try:
-            self.sock.do_handshake()
-        except NOT_NOW as error:
-            self._handshake = READ if isinstance(error, ssl.SSLWantReadError) else WRITE
-            self._update()
-        except OSError as error:
-            self._end(f"TLS handshake failed: {tls_reason(error)}")
-        else:
-            self._handshake = 0
-            super()._opened()
-
-    def _opened(self):
-        """TCP is connected: the handshake follows."""
-        self.selector.unregister(self.sock)
-        self._interest = 0
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name,
-                                              do_handshake_on_connect=False)
-        self._receive = self.sock.recv
-        self._handshake = WRITE
-        self._finish_connect()
-
-    def read_little(self):
-        """What OpenSSL holds of a record is not seen by the selector: each is read whole."""
-
-    def rest_of_line(self):
-        """The same."""
-        return b""
-
-    def peek(self, peeks):
-        """What was decrypted cannot be left where it was."""
-        return False
-
-    def send(self, data):
-        """Send now what the socket takes and keep the rest in order."""
-        if self.out or self.connecting or self._broken:
-            self._hold(data)
-        else:
-            self.out = bytearray(data)
+        if events & WRITE:
             self._flush()
+        if events & READ:
+            for fds, message in self.read() or ():
+                self.owner.on_message(fds, message)
 
-    def _flush(self):
+    def read(self):
+        """What has come, as a list of (descriptors, message), or None: nothing."""
         try:
-            while self.out:
-                self.committed = self.committed or min(len(self.out), self.RECORD)
-                sent = self.sock.send(bytes(self.out[:self.committed]))
-                self.committed = 0
-                self._took(sent)
+            data, control, flags, _ = self.sock.recvmsg(
+                CHUNK, socket.CMSG_SPACE(4 * self.MOST), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         except NOT_NOW:
-            pass
+            return None
         except OSError:
-            self._fail()
-        self._flushed()
+            data, control, flags = b"", [], 0
+        if not data:
+            self._end()
+            return None
+        if control or flags & socket.MSG_CTRUNC:            # of one message at most (unix(7))
+            rights = control[0][2] if control else b""
+            self._rights.append([fd for fd, in struct.iter_unpack("i", rights)])
+        *lines, self._came = (self._came + data).split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        return [(self._rights.popleft() if it.pop("fds") else (), it) for it in messages]
 
-    def _shut(self):
-        # From a client nothing more is wanted; a world still answers what was sent to it.
-        if self.sock.server_side:
-            self._say_goodbye()
-        super()._shut()
+    def _end(self):
+        if not self.closed:
+            self.close()
+            self.owner.on_channel_end()
 
-    def _say_goodbye(self):
-        """Send close_notify. unwrap() reads on, too, and what comes then is lost."""
-        try:
-            self.sock.unwrap()
-        except (OSError, ValueError):
-            pass                                # sent or not, the end of file follows
-
-    def drop(self):
-        """Close now, so that the other side can tell the end from a cut (RFC 8446 6.1)."""
-        if not (self.closed or self.connecting or self.out or self._broken):
-            self._say_goodbye()
-        super().drop()
+    def close(self):
+        """Close our end. Harmless twice."""
+        if not self.closed:
+            self.closed = True
+            self._selector.unregister(self.sock)
+            self.sock.close()
+            for _, _, fds, _ in self.waiting:
+                for fd in fds:
+                    os.close(fd)
+            self.waiting.clear()
 
 
 def unacknowledged(sock):
@@ -3184,43 +3261,25 @@ _UNSENT = (termios.TIOCOUTQ if termios and sys.platform == "linux" else
 CAN_TELL_UNSEEN = _UNSENT is not None or sys.platform == "darwin"
 
 
-def ever_written(sock):
-    """How many bytes the kernel was ever given for this TCP connection, but for a constant; 0 where
-    it does not say (tcpi_bytes_acked and tcpi_last_ack_recv of linux/tcp.h)."""
-    if not can_tell_life(sock):
-        return 0
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-    acknowledged = struct.unpack_from("Q", info, 120)[0] if len(info) >= 128 else 0
-    return acknowledged and acknowledged + unacknowledged(sock)
-
-
-def record_overhead(sock):
-    """Bytes that TLS adds to each record (RFC 8446 5.2, 5288, 7905); CBC: about so many."""
-    if sock.version() == "TLSv1.3":
-        return 22
-    return 21 if "CHACHA20" in sock.cipher()[0] else 29
-
-
 class Trail:
     """The newest bytes that were handed to the kernel for a client: what of them it never got is
-    shown to it when it comes back. `ask` says how many were not acknowledged, `overhead` is what
-    TLS adds to each record.
+    shown to it when it comes back. `ask` says how many were not acknowledged, or more; `slack` how
+    many it may not count.
 
     The end of what was acknowledged is kept, too, for the beginning of a line and for what a kernel
     has acknowledged and its program has never read: ADMITTED bytes, RESTING of an idle client.
     """
 
     ADMITTED, RESTING = 2048, 384
-    __slots__ = ("limit", "overhead", "ask", "chunks", "lost", "lost_lines", "whole", "written",
-                 "_many", "_much", "_grown", "_cut")
+    __slots__ = ("limit", "ask", "slack", "chunks", "lost", "lost_lines", "whole", "_many", "_much",
+                 "_grown", "_cut")
 
-    def __init__(self, limit, overhead, ask):
-        self.limit, self.overhead, self.ask = limit, overhead, ask
+    def __init__(self, limit, ask, slack=0):
+        self.limit, self.ask, self.slack = limit, ask, slack
         self.chunks = []           # as written, oldest first: always this list (see TrailedStream)
         self.lost = b""            # what came when nothing could be sent any more
         self.lost_lines = 0        # of that, which was too much
         self.whole = True          # the first chunk begins with the start of a line
-        self.written = 0           # bytes that the kernel was given, TLS's included
         self._many, self._much = MANY_CHUNKS, MUCH  # chunks; bytes more: it is time to trim()
         self._grown = 0
         self._cut = ()             # (bytes, lines) left out, perhaps before they were acknowledged
@@ -3228,7 +3287,6 @@ class Trail:
     def add(self, data):
         """The kernel took `data`, in one write."""
         self.chunks.append(data)
-        self.written += len(data) + self.overhead
         self._grown += len(data)
         if self._grown > self._much or len(self.chunks) > self._many:
             self.trim()
@@ -3242,7 +3300,7 @@ class Trail:
 
     def trim(self):
         """Forget what was acknowledged long ago, and of the others what is too much."""
-        left = self.ask()
+        left = self.ask() + self.slack
         self._shorten(min(self.limit, left) + self.ADMITTED, left)
 
     def rest(self):
@@ -3251,99 +3309,49 @@ class Trail:
             self._shorten(self.RESTING, 0)
 
     def _shorten(self, keep, left):
-        """Leave at least `keep` bytes, of which `left` are not acknowledged."""
-        gone, size = self._whole_records(keep) if self.overhead else self._whole_lines(keep)
-        if any(gone):
-            self.whole = gone[-1].endswith(b"\n")
-        cut = self._cut
+        """Leave at least `keep` bytes, from the start of a line; `left` are not acknowledged."""
+        data = b"".join(self.chunks)
+        start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
+        start = start if len(data) - start <= 2 * keep else len(data) - keep
+        gone, size, cut = data[:start], len(data) - start, self._cut
+        self.chunks[:] = [data[start:]] if data else []
+        if gone:
+            self.whole = gone.endswith(b"\n")
         if left > size and gone:
-            cut = (*cut, (sum(map(len, gone)) + len(gone) * self.overhead,
-                          sum(it.count(b"\n") for it in gone)))
+            cut = (*cut, (len(gone), gone.count(b"\n")))
         while cut and left <= size + sum(size for size, _ in cut[1:]):
             cut = cut[1:]
         self._cut, self._grown = cut, 0
         self._many, self._much = max(MANY_CHUNKS, 2 * len(self.chunks)), max(MUCH, size)
 
-    def _whole_lines(self, keep):
-        """One write is like another: leave them out from the start of a line. Returns what was
-        left out, and how much was not."""
-        data = b"".join(self.chunks)
-        start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
-        start = start if len(data) - start <= 2 * keep else len(data) - keep
-        self.chunks[:] = [data[start:]] if data else []
-        return [data[:start]] * bool(start), len(data) - start
-
-    def _whole_records(self, keep):
-        """The same inside TLS, where the bounds of records are needed."""
-        chunks, at = self.chunks, 0
-        size = sum(map(len, chunks)) + len(chunks) * self.overhead
-        while at < len(chunks) and size - len(chunks[at]) - self.overhead >= keep:
-            size -= len(chunks[at]) + self.overhead
-            at += 1
-        gone = chunks[:at]
-        del chunks[:at]
-        return gone, size
-
-    def _unseen(self, left):
-        """How many of the newest bytes the client has not got, `left` being those the kernel
-        counts; a TLS record counts whole. And how many lines of them are not here any more."""
-        count = lines = 0
-        for data in reversed(self.chunks):
-            if left <= 0:
-                break
-            count += len(data) if self.overhead else min(left, len(data))
-            left -= len(data) + self.overhead
+    def _lost_of(self, left):
+        """How many lines of the `left` bytes before those that are here are so not any more."""
+        lines = 0
         for size, ends in reversed(self._cut):
             if left <= 0:
                 break
             lines += ends * min(left, size) // size
             left -= size
-        return count, lines
+        return lines
 
-    def read(self, more=False):
+    def read(self, left, more=False, doubted=0):
         """(the last lines that were acknowledged, what was not: from the start of its line, how
-        many lines of that are lost). `more`: there is something that the kernel was not given."""
+        many lines of that are lost). `left` are not acknowledged; `more`: there is something that
+        the kernel was not given; so many are `doubted`, at least."""
         data = b"".join(self.chunks)
-        count, lines = self._unseen(self.ask())
-        start = len(data) - count
+        start = max(0, len(data) - left)
         begin = data.rfind(b"\n", 0, start) + 1
-        if count or self.lost or more:
+        if left or self.lost or more:
             start = begin
         first = 0 if self.whole else min(data.find(b"\n") + 1 or begin, begin)
-        admitted = data[first:begin].split(b"\n")[-1 - DOUBTFUL_LINES:]
-        return b"\n".join(admitted), data[start:] + self.lost, lines + self.lost_lines
+        doubted = data.count(b"\n", max(first, start - doubted), begin)
+        admitted = data[first:begin].split(b"\n")[-1 - max(DOUBTFUL_LINES, doubted):]
+        return (b"\n".join(admitted), data[start:] + self.lost,
+                self._lost_of(left - len(data)) + self.lost_lines)
 
 
-class Trailed:
-    """What a stream to a client does besides while it leaves a Trail."""
-
-    __slots__ = ()
-
-    def _took(self, sent):
-        self.trail.add(bytes(self.out[:sent]))
-        super()._took(sent)
-
-    def _fail(self):
-        self.trail.add_lost(bytes(self.out))
-        super()._fail()
-
-    def _hold(self, data):
-        if self._broken:
-            self.trail.add_lost(data)
-        super()._hold(data)
-
-    def drop(self):
-        """Close now. Harmless twice."""
-        super().drop()
-        follow(self, 0)                         # it holds on to this stream
-
-    def unacknowledged(self):
-        """How many bytes of whole writes are not acknowledged."""
-        return unacknowledged(self.sock)
-
-
-class TrailedStream(Trailed, Stream):
-    """A plain one."""
+class TrailedStream(Stream):
+    """A stream to a client that leaves a Trail."""
 
     __slots__ = ()
 
@@ -3366,42 +3374,48 @@ class TrailedStream(Trailed, Stream):
             self.trail.add(data[:sent])
         self._hold(data[sent:])
 
+    def _took(self, sent):
+        self.trail.add(bytes(self.out[:sent]))
+        super()._took(sent)
 
-class TrailedTLSStream(Trailed, TLSStream):
-    """One inside TLS."""
+    def _fail(self):
+        self.trail.add_lost(bytes(self.out))
+        super()._fail()
 
-    __slots__ = ()
+    def _hold(self, data):
+        if self._broken:
+            self.trail.add_lost(data)
+        super()._hold(data)
+
+    def drop(self):
+        """Close now. Harmless twice."""
+        super().drop()
+        follow(self, 0)                         # it holds on to this stream
 
     def unacknowledged(self):
-        """The same; what the kernel was given of a record that has only begun does not count."""
-        left = unacknowledged(self.sock)
-        if not (self.committed and left):
-            return left
-        begun = ever_written(self.sock) - self.trail.written
-        return left - max(0, min(begun, left, self.committed + self.trail.overhead))
-
-
-TRAILED = {Stream: TrailedStream, TLSStream: TrailedTLSStream}
+        """How many bytes are not acknowledged; at most so many, where TLS lies between."""
+        if not self.far:
+            return unacknowledged(self.sock)
+        if not self.far.sock:
+            return self.trail.limit             # nobody has said yet
+        return unacknowledged(self.sock) + unacknowledged(self.far.sock)
 
 
 def follow(stream, limit):
     """From now on this open stream leaves a trail of at most `limit` bytes; 0: none any more. So
     streams without one are spared even the question."""
-    plain = {trailed: kind for kind, trailed in TRAILED.items()}.get(type(stream), type(stream))
-    if plain not in TRAILED:
+    if not isinstance(stream, Stream):
         return                                  # nobody is there
     if limit and stream.trail:
         stream.trail.limit = limit
         return
-    stream.__class__, stream.trail, stream.recent = plain, None, None
+    stream.__class__, stream.trail, stream.recent = Stream, None, None
     if limit:
-        is_tls = plain is TLSStream
-        stream.__class__ = TRAILED[plain]
-        stream.trail = Trail(limit, record_overhead(stream.sock) if is_tls else 0,
-                             stream.unacknowledged)
+        stream.__class__ = TrailedStream
+        # the process between has read so much, and not yet sent
+        slack = TLS_RECORD if stream.far else 0
+        stream.trail = Trail(limit, stream.unacknowledged, slack)
         stream.recent = stream.trail.chunks
-        if is_tls:
-            stream.trail.written = ever_written(stream.sock)
 
 
 # ======================================================================
@@ -3535,10 +3549,10 @@ class FirstLine:
 TYPED_LINE = FirstLine(is_http=False)           # of all the others
 
 
-def shorten(out, limit, lost, committed=0):
+def shorten(out, limit, lost):
     """Cut the oldest whole lines not yet begun from `out`, the bytes held for a client, to leave
     `limit` bytes. One visible line says how many were lost; telnet commands are kept."""
-    begun = out.find(b"\n", max(0, committed - 1), committed + limit // 2) + 1 or committed
+    begun = out.find(b"\n", 0, limit // 2) + 1
     begun -= len(_unfinished_command(out[:begun]))
     start = out.find(b"\n", len(out) - limit) + 1 or len(out) - limit
     cut = bytes(out[begun:start])
@@ -4069,8 +4083,8 @@ class Screen(Part):
     def shorten(self):
         """Keep what is held for a client that does not read within output_limit."""
         limit, client = self.session.hub.settings.output_limit, self.client
-        if self.stuck and len(client.out) > limit + client.committed:
-            client.out = shorten(client.out, limit * 3 // 4, self._lost, client.committed)
+        if self.stuck and len(client.out) > limit:
+            client.out = shorten(client.out, limit * 3 // 4, self._lost)
 
     def _lost(self, cut):
         """What is shown in place of `cut`."""
@@ -5498,7 +5512,7 @@ class Feed(Part):
         if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
             self.hub.links.spoke(session)
         if session.state is State.RETURNING and session.link:
-            acknowledge(session.link.sock)
+            acknowledge(session.link.wire)
         if session.inbox.kept and before is session.state is State.PLAYING:
             session.inbox.send_kept()           # the world has answered the one before
         self.screen.shorten()
@@ -5718,10 +5732,11 @@ class Absent:
     what he misses, the newest lines of it."""
 
     closed = full = connecting = False
-    committed, trail, sock, marks = 0, None, None, ()
+    trail = sock = wire = None
 
     def __init__(self, limit, grew):
         self.limit, self._grew = limit, grew
+        self.settled = True        # it is known what his last client has not got
         self.out, self.lost = bytearray(), 0    # text; lines that had to be left out
         self.doubtful = b""        # the last lines that his kernel took: he may have seen them
         self.ended = False
@@ -5729,18 +5744,25 @@ class Absent:
         self.owner = self.on_data = None
         self._scanner = Scanner()
 
-    @classmethod
-    def of(cls, client, limit, grew, doubtful):
-        """In place of `client`, with what that was sent and has not got; `doubtful`: its kernel may
-        have taken what no program has read."""
-        admitted, missed, lost = client.trail.read(bool(client.out)) if client.trail else (b"",) * 3
-        absent = cls(limit, grew)
-        if doubtful:
-            absent.send(admitted)
-            absent.doubtful, absent.out = bytes(absent.out), bytearray()
-        absent.lost = lost or 0
-        absent.send(missed + client.out)
-        return absent
+    def settle(self, trail, out, unseen, doubtful, most=0):
+        """His last client had this trail, and `out` was held for it: `unseen` bytes were sent and
+        not acknowledged. `doubtful`: its kernel may have taken what no program has read. None:
+        nobody knows how many, perhaps `most`."""
+        if self.closed:
+            return
+        admitted, missed, lost = trail.read(unseen or 0, bool(out), most if unseen is None else 0)
+        before = Absent(self.limit, self._grew)
+        if doubtful or unseen is None:
+            before.send(admitted)
+            self.doubtful, before.out = bytes(before.out), bytearray()
+        before.send(missed + out)
+        self.out, self.lost = before.out + self.out, lost + before.lost + self.lost
+        self.settled = True
+
+    @property
+    def marks(self):
+        """As of a Stream."""
+        return self.settled
 
     def send(self, data):
         """Keep text; telnet is noted elsewhere, and nobody is there to answer it."""
@@ -5819,7 +5841,7 @@ class Claim:
             self.hub.later(0, self._check)
             return True
         living = self.hub.places.living_for(self.session, self.login)
-        self._asked = [(it, it.client) for it in living if can_tell_life(it.client.sock)]
+        self._asked = [(it, it.client) for it in living if can_tell_life(it.client.wire)]
         if self._asked:
             self._since = self._asked_at = self.hub.clock()
             self._ask()
@@ -5834,14 +5856,14 @@ class Claim:
     def _ask(self):
         for _, client in self._asked:
             if not client.closed:
-                ask_for_life(client.sock)
+                ask_for_life(client.wire)
         self.hub.later(LIFE_POLL_SECONDS, self._look_for_life)
 
     def _look_for_life(self):
         """Who acknowledges lives, and keeps his place: two clients have two links."""
         now = self.hub.clock()
         silent = [(it, client) for it, client in self._asked if not client.closed
-                  and acknowledged_ago(client.sock) > now - self._since + TICK_SECONDS]
+                  and acknowledged_ago(client.wire) > now - self._since + TICK_SECONDS]
         is_one_away = any(it.place.away_at for it, _ in self._asked)
         if self._is_over:
             self._ask_no_more()
@@ -5862,7 +5884,7 @@ class Claim:
     def _ask_no_more(self):
         for _, client in self._asked:
             if not client.closed:
-                tune(client.sock, *CLIENT_KEEPALIVE)
+                tune(client.wire, *CLIENT_KEEPALIVE)
         self._asked = []
 
     def _look_again(self, may_be_kept):
@@ -5900,7 +5922,8 @@ class Claim:
             return
         if not (other.place.away_at and other.place.opens_to(session, self.login)):
             self._look_again(True)              # somebody was faster, its time or its word over
-        elif (other.place.is_busy or other.state not in PLACES_TO_TAKE
+        elif (other.place.is_busy or not other.client.settled
+              or other.state not in PLACES_TO_TAKE
               or session.telnet.is_settling and self._tries > PLACE_TRIES - SETTLE_TRIES):
             self._tries -= 1
             if self._tries:
@@ -5950,11 +5973,8 @@ class Place(Part):
         session.inbox.read_last()               # in which there may be QUIT or LOGOUT
         if not self._is_one:
             return False
-        limit = hub.settings.reattach_limit
-        absent = Absent.of(client, limit, hub.places.grew, doubtful or bool(reason))
-        self.take_client(absent)
-        client.send(session.screen.spell(farewell) if farewell else b"")
-        client.drop()
+        self._leave_client(client, doubtful or bool(reason),
+                           session.screen.spell(farewell) if farewell else b"")
         self.away_at, self.gone_at, self.away_host = time.time(), hub.now, session.host
         why = f" ({reason})" if reason else ""
         session.note("lost the line, and their places are kept", f"the line dropped{why}; his "
@@ -5963,6 +5983,27 @@ class Place(Part):
         session.refresh()
         self.look_anew()
         return True
+
+    def _leave_client(self, client, doubtful, farewell):
+        """From now on nobody is in front. What was on the way is known at once, or when the process
+        that speaks TLS has said it."""
+        absent = Absent(self.hub.settings.reattach_limit, self.hub.places.grew)
+        self.take_client(absent)
+        trail, out, far = client.trail, bytes(client.out), client.far
+        most = client.unacknowledged() + trail.slack if trail else 0
+        follow(client, 0)
+        client.send(farewell)
+        if trail and far:
+            absent.settled, sent = False, 0 if out else len(farewell)
+
+            def settle(unseen):
+                unseen = None if unseen is None else max(0, unseen - sent)
+                absent.settle(trail, out, unseen, doubtful, most)
+                self.session.refresh()
+            far.told = settle
+        elif trail:
+            absent.settle(trail, out, most, doubtful)
+        client.drop()
 
     @property
     def _is_one(self):
@@ -6331,7 +6372,7 @@ class Session(Survivor):
 
     def on_stream_open(self, link):
         """The link is open."""
-        tune(link.sock, *LINK_KEEPALIVE, self.hub.settings.dead_after + 10)
+        tune(link.wire, *LINK_KEEPALIVE, self.hub.settings.dead_after + 10)
         self.handle(Event.OPENED)
 
     def on_stream_full(self, stream):
@@ -6355,7 +6396,11 @@ class Session(Survivor):
         elif stream is self.link:
             event = Event.FAILED if self.link.connecting else Event.ENDED
             self.drop_link()
-            self.handle(event, reason or "closed by the world")
+            if event is Event.ENDED and reason == FarEnd.LOST:      # that says nothing of the world
+                self.handle(Event.DOWN, self.hub.offline_notice)
+                self.hub.later(0, self.handle, Event.RETRY)
+            else:
+                self.handle(event, reason or "closed by the world")
 
     def note_client_gone(self, reason=""):
         """Say in the log that he has left."""
@@ -6502,7 +6547,7 @@ class Passage(Part):
     def pack(self, name, held=True):
         """The session as plain values. What is under way is begun anew in the other process;
         `name` and `held` as for Stream.pack()."""
-        values, link = {}, self._link(held)
+        values, link = {}, self._link()
         for part in self.parts:
             values.update(part.survivors())
         if not held:
@@ -6511,12 +6556,11 @@ class Passage(Part):
                 "client": self.session.client.pack(name, held),
                 "link": link and link.pack(name, held)}
 
-    def _link(self, held):
-        """The link, if there is one that another process can go on with; TLS cannot be left."""
-        session, link = self.session, self.session.link
-        if link is None or link.connecting or session.state is State.RETURNING:
-            return None
-        return link if held or not isinstance(link, TLSStream) else None
+    def _link(self):
+        """The link, if there is one that another process can go on with."""
+        session = self.session
+        usable = session.linked and session.state is not State.RETURNING
+        return session.link if usable else None
 
     def _state(self, link):
         """In which state another process takes it up, with that link."""
@@ -6526,7 +6570,7 @@ class Passage(Part):
 
     def head(self):
         """What is to be known of the session beside what its parts know."""
-        client, link = self.session.client, self._link(False)
+        client, link = self.session.client, self._link()
         return self._state(link), client, client.marks, link, link and link.marks
 
     def unpack(self, packed, take):
@@ -6542,8 +6586,8 @@ class Passage(Part):
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
         if packed["link"]:
-            session.link = Stream(session.hub.selector, take(packed["link"]["fd"]), session,
-                                  session.screen.reader)
+            session.link = session.hub.stream_of(packed["link"], take)
+            session.link.owner, session.link.on_data = session, session.screen.reader
             session.link.take_up(packed["link"])
         elif session.state is State.LOGIN:
             session.state = State.OPENING       # one name for both, in older programs
@@ -6556,24 +6600,6 @@ class Passage(Part):
         for part in self.parts + (self,):
             if isinstance(part, Part):
                 part.session = None
-
-    def replace_stream(self, name, sock):
-        """Another process took over the TLS of a stream: its plain side is `sock`. What was held
-        went along."""
-        session, old = self.session, getattr(self.session, name)
-        new = Stream(session.hub.selector, sock, session, old.on_data)
-        packed = {**old.pack(socket.socket.fileno), "out": pack(b""), "broken": False}
-        old.leave()
-        if name == "client":
-            new.read_little()
-            session.place.take_client(new)
-        else:
-            session.link = new
-        new.take_up(packed)
-        if packed["finishing"]:
-            new.finish()
-        session.on_stream_room(new)             # what the old one held is not held here
-        session.refresh()
 
     def go_on(self):
         """Begin anew what was under way: timers, questions, connects."""
@@ -6673,7 +6699,7 @@ life: the life it is in, by its start id; one that begins with "?" is unknown, a
 blind: the heartbeat could not log in; shut: it was refused, so the database may be broken
 checks: the heartbeat may check passwords; rights: it has the flag it should have
 told: the world understands the address line; telnet: it knows telnet from text
-tls, word: what links need to be opened as the heartbeat's was: a TLS context or None, the
+tls, word: what links need to be opened as the heartbeat's was: a Recipe of TLS or None, the
     remotehostname_cmd
 looks: the name of the family it looks like, if that is another than mush_type says
 """
@@ -6917,7 +6943,8 @@ class Connection:
 
     def __init__(self, talk, address, target, settings):
         self.talk, self.settings = talk, settings
-        self.world = World(address, target, PLAIN, None, False, False, tls=settings.world_tls,
+        self.world = World(address, target, PLAIN, None, False, False,
+                           tls=settings.recipe("world") if settings.world_tls else None,
                            word=settings.remotehostname_cmd)
         self.quota = Quota(None, talk.clock)
         self._was_deaf = False     # see identify()
@@ -8497,11 +8524,11 @@ SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in o
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
 # source for `hub.` in part 6, and for `session.` and `other.` below it.
 FOR_SESSIONS = {
-    "now", "clock", "later", "selector", "patience", "backlogs", "ends",    # the loop
+    "now", "clock", "later", "patience", "backlogs", "ends",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
     "history.gone", "changed", "keep", "is_kept",           # to outlive this process
-    "connect", "ask", "check", "forget", "control.status",      # what it does for one of them
+    "connect", "stream_of", "ask", "check", "forget", "control.status",     # what it does for one
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
     "logins.left", "logins.may_go", "logins.wait", "logins.took",       # logins, by address
@@ -8688,8 +8715,9 @@ class Loop:
             self.fault(getattr(call, "__self__", self))
 
     def fault(self, owner):
-        """An exception (the one being handled) ends its owner, for a room of a session the session;
-        one of the hub goes on up."""
+        """An exception (the one being handled) ends its owner: of a stream that, of a room of a
+        session the session; one of the hub goes on up."""
+        owner = getattr(owner, "owner", owner)
         owner = getattr(owner, "session", owner)
         if not hasattr(owner, "on_error"):
             raise
@@ -8842,11 +8870,12 @@ class Listener:
 class Lobby:
     """Connections that are no sessions: a few for each port, none for long, the oldest make room.
 
-    So whoever fills it with silence keeps nobody out who speaks. Members have hub, port, host,
-    drop() and overdue().
+    So whoever fills it with silence keeps nobody out who speaks. Members have port, host, overdue()
+    and turn_away(why).
     """
 
     LOOK_SECONDS = 0.2
+    NO_ROOM = "made room for newer ones before it was let in"
 
     def __init__(self, hub):
         self.hub = hub
@@ -8865,9 +8894,9 @@ class Lobby:
             self.hub.later(self.LOOK_SECONDS, self._look)
         here, key = self._ports.setdefault(member.port, {}), self._key(member)
         if most_of_host and self._hosts[key] >= most_of_host:
-            self._make_room(next(it for it in here if self._key(it) == key))
+            next(it for it in here if self._key(it) == key).turn_away(self.NO_ROOM)
         elif len(here) >= most:
-            self._make_room(next(iter(here)))
+            next(iter(here)).turn_away(self.NO_ROOM)
         here[member] = self.hub.now + seconds
         self._hosts[key] += 1
 
@@ -8882,10 +8911,6 @@ class Lobby:
     @staticmethod
     def _key(member):
         return member.port, host_group(member.host)
-
-    def _make_room(self, member):
-        self.hub.door.quiet.note(member.host, "made room for newer ones before it was let in")
-        member.drop()
 
     def _look(self):
         """End the time of those who are overdue; they come first."""
@@ -8946,25 +8971,19 @@ def _proxy_block(head):
 
 
 class Arrival:
-    """A client that is no session yet: its TLS handshake, or a front's PROXY header, is awaited."""
+    """A client that is no session yet: a front's PROXY header is awaited."""
 
-    SECONDS = 10                   # for the handshake, and for a header that has begun
+    port = "PROXY"
+    SECONDS = 10                   # for a header that has begun
     NO_HEADER_SECONDS = 1          # a front silent for so long has a client of its own, or none
 
-    def __init__(self, hub, sock, host, tls):
-        self.hub, self.host, self.tls, self.head = hub, host, tls, b""
-        self.port, self.since = "TLS" if tls else "PROXY", hub.now
-        self.stream = (TLSStream(hub.selector, sock, self, self.on_data, hub.settings.server_tls)
-                       if tls else Stream(hub.selector, sock, self, self.on_data))
-
-    def on_stream_open(self, stream):
-        """The handshake is done."""
-        self.hub.door.arrivals.discard(self)
-        self.hub.door.on_client(stream, self.host, True)
+    def __init__(self, hub, sock, host):
+        self.hub, self.host, self.head, self.since = hub, host, b"", hub.now
+        self.stream = Stream(hub.selector, sock, self, self.on_data)
 
     def on_stream_end(self, stream, reason):
         """It ended before it was a session."""
-        self._turn_away(f"left before it was let in{f': {reason}' if reason else ''}")
+        self.turn_away(f"left before it was let in{f': {reason}' if reason else ''}")
 
     def on_data(self, data):
         """Bytes that should be a PROXY header."""
@@ -8972,7 +8991,7 @@ class Arrival:
         try:
             header = read_proxy_header(self.head)
         except ValueError as error:
-            self._turn_away(f"sent a broken PROXY header: {error}")
+            self.turn_away(f"sent a broken PROXY header: {error}")
             return
         # a header of the front's own with nothing behind it: most often its health check: overdue()
         if header and (header.host or header.size < len(self.head)):
@@ -8982,13 +9001,11 @@ class Arrival:
         """Nothing more came for a while."""
         if self not in self.hub.door.arrivals:
             return
-        header = None if self.tls else read_proxy_header(self.head)
-        begun = self.tls or self.head.startswith((PROXY_1, PROXY_2))
-        if header or not begun:
+        header = read_proxy_header(self.head)
+        if header or not self.head.startswith((PROXY_1, PROXY_2)):
             self._let_in(header or Header(0, None))
         elif self.hub.now - self.since >= self.SECONDS:
-            self._turn_away(f"{'no TLS handshake' if self.tls else 'no whole PROXY header'} "
-                            f"within {self.SECONDS} s")
+            self.turn_away(f"no whole PROXY header within {self.SECONDS} s")
 
     def _let_in(self, header):
         self.hub.door.arrivals.discard(self)
@@ -8996,7 +9013,8 @@ class Arrival:
         if session and self.head[header.size:]:
             self.stream.on_data(self.head[header.size:])
 
-    def _turn_away(self, why):
+    def turn_away(self, why):
+        """End it, and say why in the log."""
         self.hub.door.quiet.note(self.host, why)
         self.drop()
 
@@ -9028,6 +9046,11 @@ class Refused:
         """The notice fits always."""
 
     def on_stream_end(self, stream, reason):
+        self.drop()
+
+    def turn_away(self, why):
+        """Close it, and say why in the log."""
+        self.hub.door.quiet.note(self.host, why)
         self.drop()
 
     def drop(self):
@@ -9166,18 +9189,19 @@ class Door:
             self.quiet.note(host, "refused: TLS is off; its listener is only left because another "
                             "could not be had")
             hang_up(sock)
-        elif tls or self._is_front(host):
-            self._await(Arrival(hub, sock, host, tls))
+        elif tls:
+            hub.fronts.accept(sock, host, *self._bounds(host))
+        elif self._is_front(host):
+            self.arrivals.add(Arrival(hub, sock, host), Arrival.NO_HEADER_SECONDS,
+                              *self._bounds(host))
         else:
             self.on_client(Stream(hub.selector, sock, None, None), host, False)
 
-    def _await(self, arrival):
-        """Bounds for each port and host; a share of the descriptors: other ports have some, too."""
-        settings = self.hub.settings
-        most = min(max(100, settings.max_clients), self.most_files // 8)
-        of_host = self.most_of(arrival.host)
-        seconds = arrival.SECONDS if arrival.tls else arrival.NO_HEADER_SECONDS
-        self.arrivals.add(arrival, seconds, most, of_host)
+    def _bounds(self, host):
+        """How many may be no sessions yet, at a port and from this host: of the descriptors a
+        share, for other ports have some, too."""
+        most = min(max(100, self.hub.settings.max_clients), self.most_files // 8)
+        return most, self.most_of(host)
 
     def _is_front(self, host):
         address = ipaddress.ip_address(host)
@@ -9304,6 +9328,11 @@ class Places:
             largest = max((session.client for session in self.sessions.values()),
                           key=lambda client: len(client.out))
             largest.shorten(len(largest.out) // 2)
+
+    @property
+    def are_settled(self):
+        """Whether it is known what all had not got when their lines dropped."""
+        return all(session.client.settled for session in self.sessions.values())
 
     def kept_for(self, newcomer, login):
         """The oldest place that this login, typed by `newcomer`, opens, or None."""
@@ -9835,6 +9864,301 @@ class Links(Survivor):
             self.hub.later(max(0.1, ends - self.hub.now), self.prune_noise)
 
 
+# ---- what is in TLS, which another process speaks
+
+class KnownFront:
+    """A TLSFront, as the worker knows it: is given clients, and what is to be connected, and gives
+    back plain streams. The next worker goes on with it."""
+
+    MOST_WAITING = 100             # messages: it does not read, or has still to be started
+
+    def __init__(self, fronts, name, sock, program):
+        self.fronts, self.hub, self.name, self.program = fronts, fronts.hub, name, program
+        self.pid, self.since, self.is_retired = 0, self.hub.now, False
+        self.channel = Channel(self.hub.selector, sock, self)
+        self._recipes = set()      # names of those that it was given
+        self._opening = {}         # number -> stream
+        self.fars = {}             # number -> FarEnd
+        self._late = collections.deque()        # messages that were read while there was no time
+
+    def __str__(self):
+        return f"the process that speaks TLS (pid {self.pid})"
+
+    def far_end(self, number):
+        """The far end of a stream that leads there."""
+        return self.fars.setdefault(number, FarEnd(self, number))
+
+    # ---- what is asked of it
+
+    def _ask(self, what, number, recipe, fds, **values):
+        if recipe.name not in self._recipes:
+            self._recipes.add(recipe.name)
+            files = sorted(recipe.files) if MEMORY_FILES else []
+            self.channel.send(
+                {"do": "recipe", "name": recipe.name, "role": recipe.role, "values": recipe.values,
+                 "files": files}, [memory_file(recipe.files[key]) for key in files])
+        self.channel.send({"do": what, "number": number, "recipe": recipe.name, **values}, fds)
+
+    def accept(self, sock, host, most, of_host):
+        """Have it speak TLS with this client, and bound how many do not answer."""
+        if len(self.channel.waiting) > self.MOST_WAITING:
+            sock.close()
+            self.hub.door.quiet.note(host, f"refused: {self} does not keep up")
+        else:
+            self._ask("accept", secrets.randbits(48), self.hub.settings.recipe("server"),
+                      [sock.detach()], host=host, most=most, of_host=of_host)
+
+    def connect(self, world, owner, on_data):
+        """As Stream.connect, in TLS."""
+        ours, theirs = socket.socketpair()
+        number, (family, target) = secrets.randbits(48), world.target
+        stream = Stream(self.hub.selector, ours, owner, on_data, connecting=True,
+                        far=self.far_end(number))
+        self._opening[number] = stream
+        self._ask("connect", number, world.tls, [theirs.detach()], family=int(family),
+                  target=list(target), host=world.address.host)
+        return stream
+
+    def left(self, number):
+        """Nobody reads that stream any more."""
+        self.channel.send({"do": "left", "number": number})
+
+    def ask_for_wires(self):
+        """Have it give a copy of every connection: this is another worker."""
+        for number in self.fars:
+            self.channel.send({"do": "wire", "number": number})
+
+    def retire(self):
+        """Have it end with its last connection."""
+        if not self.is_retired:
+            self.is_retired = True
+            self.channel.send({"do": "retire"})
+
+    # ---- what it says
+
+    def on_message(self, fds, message):
+        """It says something."""
+        socks = [socket.socket(fileno=fd) for fd in fds]
+        handle = getattr(self, "_on_" + message.pop("say"), None)
+        try:
+            if handle:                          # else it is newer
+                handle(socks, **message)
+        except Exception:
+            log.exception("a fault of HAS in what %s says; all else goes on", self)
+
+    def hear(self):
+        """Learn why streams have ended; all else that was said has time."""
+        while True:
+            said = self.channel.read()
+            if said is None:
+                break
+            for fds, message in said:
+                if message["say"] == "ended":
+                    self.on_message(fds, message)
+                else:
+                    self._late.append((fds, message))
+        if self._late:
+            self.hub.later(0, self._catch_up)
+
+    def _catch_up(self):
+        while self._late:
+            self.on_message(*self._late.popleft())
+
+    def on_channel_end(self):
+        """It has ended."""
+        self.hub.later(0, self._gone)           # a stream may just be asking why
+
+    def _gone(self):
+        self._catch_up()
+        self.fronts.on_gone(self)
+        opening, self._opening = self._opening, {}
+        for stream in opening.values():
+            self._fail(stream, FarEnd.LOST)
+        for far in list(self.fars.values()):
+            self.hub.safely(far.over, None)
+
+    def _fail(self, stream, why):
+        if not stream.closed:
+            stream.far.ended(why)
+            self.hub.safely(stream.end, "")
+
+    def _on_open(self, socks, number, host):
+        stream, far = self._opening.pop(number, None), self.far_end(number)
+        if host is None and stream and socks:
+            far.take(socks[0])
+            if not stream.closed:
+                self.hub.safely(stream.opened)
+        elif host is not None and len(socks) == 2:
+            far.take(socks[1])
+            client = Stream(self.hub.selector, socks[0], None, None, far=far)
+            self.hub.door.on_client(client, host, True)
+        else:                                   # what was to be connected for another worker; or:
+            for sock in socks:
+                sock.close()
+            why = "too many files are open or in flight: raise the limit (ulimit -n)"
+            if stream:
+                self._fail(stream, why)
+            elif host:
+                self.hub.door.quiet.note(host, f"could not be let in: {why}", level=logging.ERROR)
+
+    def _on_failed(self, socks, number, host, why):
+        stream, far = self._opening.pop(number, None), self.fars.pop(number, None)
+        if host is not None:
+            self.hub.door.quiet.note(host, why)
+        elif stream and far:
+            self._fail(stream, why)
+
+    def _on_wire(self, socks, number):
+        for sock in socks:
+            self.far_end(number).take(sock)
+
+    def _on_ended(self, socks, number, why):
+        if number in self.fars:
+            self.fars[number].ended(why)
+
+    def _on_over(self, socks, number, unseen):
+        far = self.fars.pop(number, None)
+        if far:
+            far.ended("")
+            far.over(unseen)
+
+    @staticmethod
+    def _on_log(socks, level, text):
+        log.log(level, "%s", text)
+
+
+class Fronts(Survivor):
+    """TLS: all of it is spoken by another process, which outlives this one. That one runs the same
+    program: of another there is another, and the old one ends with its last connection."""
+
+    SURVIVES = "pumps",
+    SHORT_LIFE = 30                # seconds
+
+    def __init__(self, hub):
+        self.hub = hub
+        self.all = []              # of KnownFront, the newest last
+        self.pumps = []            # the process ids of our children among them
+        self.launch = None         # (descriptor of its end of a channel) -> process id; OSError
+        self.program = 0           # which one that starts
+        self._quick = 0            # deaths one after another, each soon after a start
+        self._stops_at = None      # when nobody waits for them any more
+
+    def accept(self, sock, host, most, of_host):
+        """A client was accepted that wants TLS; no more than `most` shall be without an answer."""
+        self._newest().accept(sock, host, most, of_host)
+
+    def connect(self, world, owner, on_data):
+        """Begin to open a link in TLS; OSError."""
+        return self._newest().connect(world, owner, on_data)
+
+    def _newest(self):
+        usable = [it for it in self.all if not (it.is_retired or it.channel.closed)]
+        return usable[-1] if usable else self._begin()
+
+    def _begin(self):
+        ours, theirs = socket.socketpair()
+        front = KnownFront(self, secrets.token_hex(4), ours, self.program)
+        self.all.append(front)
+        self.hub.changed.add(self.hub)
+        pause = back_off(self._quick)
+        if pause:                               # meanwhile what is asked of it waits
+            self.hub.later(pause, self._launch, front, theirs)
+        else:
+            self._launch(front, theirs)
+        return front
+
+    def _launch(self, front, theirs):
+        try:
+            front.pid, front.since = self.launch(theirs.fileno()), self.hub.now
+            self.pumps.append(front.pid)
+            log.info("%s is started", front)
+        except OSError as error:                # its channel ends: on_gone() follows
+            log.error("the process that speaks TLS cannot be started: %s", error)
+        theirs.close()
+        self.hub.changed.add(self.hub)
+
+    def look(self):
+        """The settings are new, or HAS has just begun."""
+        settings = self.hub.settings
+        is_wanted = bool(settings.server_tls or settings.world_tls)
+        for front in self.all:
+            if not is_wanted or front.program != self.program:
+                front.retire()
+        if is_wanted:
+            self._newest()
+
+    def go_on(self):
+        """This is another worker than the one that began them."""
+        for front in self.all:
+            front.ask_for_wires()
+        self.look()
+
+    def on_gone(self, front):
+        """One has ended."""
+        self.all.remove(front)
+        self.hub.changed.add(self.hub)
+        if front.is_retired and not front.fars:
+            return
+        log.error("%s has ended: what was in TLS there is lost (%d connections)%s", front,
+                  len(front.fars), "" if self._stops_at else "; it is started anew")
+        if not (front.is_retired or self._stops_at):
+            is_quick = self.hub.now - front.since < self.SHORT_LIFE
+            self._quick = self._quick + 1 if is_quick else 0
+            self._begin()
+
+    def stop(self):
+        """HAS stops: have all be sent what they still hold."""
+        self._stops_at = self.hub.now + GOODBYE_SECONDS + 1
+        self.hub.later(GOODBYE_SECONDS + 1, bool)           # for are_done
+        for front in self.all:
+            front.retire()
+
+    @property
+    def are_done(self):
+        """Whether nobody need wait for them."""
+        return not self.all or self._stops_at is not None and self.hub.now >= self._stops_at
+
+    def reap(self):
+        """CHLD: collect those that have ended."""
+        for pid in list(self.pumps):
+            try:
+                done, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:           # its worker has died
+                done, status = pid, 0
+            if done:
+                self.pumps.remove(pid)
+            if status:
+                log.error("the process that speaks TLS (pid %d) ended by a fault or was killed "
+                          "(wait status %d)", pid, status)
+
+    # ---- what another process takes over
+
+    def pack(self, name):
+        """As Stream.pack()."""
+        return [{"fd": name(it.channel.sock), "name": it.name, "pid": it.pid,
+                 "program": it.program, "retired": it.is_retired} for it in self.all]
+
+    def unpack(self, packed, take):
+        """Take up what pack() gave; nothing is sent yet (see go_on)."""
+        for values in packed:
+            front = KnownFront(self, values["name"], take(values["fd"]), values["program"])
+            front.pid, front.is_retired = values["pid"], values["retired"]
+            self.all.append(front)
+
+    def far_end(self, name):
+        """The FarEnd of that name, if there is one; else, and for None, None."""
+        for front in self.all:
+            if name and name[0] == front.name:
+                return front.far_end(name[1])
+        return None
+
+
+def back_off(quick, first=0.1, longest=30):
+    """Seconds until the next start of what has ended, `quick` times one after another soon after
+    its start: what does so by itself does so again."""
+    return 0 if quick < 2 else min(longest, first * 2 ** min(quick - 2, 10))
+
+
 # ---- what admins are told who do not look
 
 # Runs the command in its arguments, and ends all that came of it: after so many seconds, or when
@@ -10204,6 +10528,7 @@ class Control(Survivor):
         blind = world and world.blind and condition is Condition.UP
         sessions = [session.status() for session in hub.sessions.values()]
         return {"version": VERSION, "pid": self.pid(), "worker": os.getpid(),
+                "fronts": [front.pid for front in hub.fronts.all],
                 "age": int(now - record.started),
                 "started": record.started, "takeovers": record.takeovers,
                 "fell_back": record.fell_back, "round_trip": record.round_trip,
@@ -10403,6 +10728,7 @@ class Reload:
             self._fail(f"HUP: cannot listen on {error.filename}: {error.strerror}; the old "
                        "listeners stay, the other settings are taken over")
         hub.door.denials.enforce()
+        hub.fronts.look()
         hub.heartbeat.mailbox.post(hub.heartbeat.on_settings, settings)
 
     @staticmethod
@@ -10430,7 +10756,7 @@ class Hub(Loop):
         self.record, self.history = Record(), History()
         self.door, self.logins, self.links = Door(self), LoginQueue(self), Links(self)
         self.control, self.reload = Control(self), Reload(self, load)
-        self.places, self.hook = Places(self), Hook(self)
+        self.places, self.hook, self.fronts = Places(self), Hook(self), Fronts(self)
         self.heartbeat = None
         self.scribe = None                      # who writes down what changes (Survival)
         self._untidy = 0                        # changes since garbage was searched for
@@ -10438,7 +10764,7 @@ class Hub(Loop):
 
     def run(self):
         """Turn until stopped."""
-        while not (self.stopping and not self.sessions):
+        while not (self.stopping and not self.sessions and self.fronts.are_done):
             self.turn()
 
     def each(self, method, *arguments, but=lambda session: False):
@@ -10504,8 +10830,12 @@ class Hub(Loop):
         """Begin to open a link to the world; OSError where that fails at once."""
         if world.tls is None:
             return Stream.connect(self.selector, world.target, owner, on_data)
-        return TLSStream.connect(self.selector, world.target, owner, on_data, context=world.tls,
-                                 server_name=world.address.host)
+        return self.fronts.connect(world, owner, on_data)
+
+    def stream_of(self, packed, take):
+        """The stream of a process before this one that pack() gave so."""
+        return Stream(self.selector, take(packed["fd"]), None, None,
+                      far=self.fronts.far_end(packed.get("far")))
 
     def ask(self, session):
         """Why has this session's link ended? Answered by LEFT or DIED."""
@@ -10708,6 +11038,7 @@ class Hub(Loop):
         for listener in self.door.listeners:
             listener.close()
         self.control.close()
+        self.fronts.stop()
         self._post("on_stop")
         self.each("close", "HAS stops", self.settings.goodbye_notice)
         flush = 2 * FLUSHED_SECONDS, self._end_flushed, self.now + GOODBYE_SECONDS
@@ -10728,8 +11059,8 @@ class Hub(Loop):
 #
 # A new process in place of this one, by the same or another program: where
 # all that outlives a process is (Vault: Board, Records, Shelf), what that is
-# (Survival), whether a program can take it over (Rehearsal), and how it is
-# replaced (Upgrade).
+# (Survival), whether a program can take it over (Rehearsal), how it is
+# replaced (Upgrade), and the processes that outlive it (Keeper, TLSFront).
 # ======================================================================
 
 TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
@@ -11139,9 +11470,19 @@ class Vault:
         self.board[Board.STATUS] = status
         self.board[Board.FAREWELL] = self.END
 
+    @property
+    def program(self):
+        """The descriptor of the program that goes on."""
+        return self._programs[self.board[Board.PROGRAM]]
+
     def holds(self, source):
         """Whether this is the program that goes on."""
-        return read_memory_file(self._programs[self.board[Board.PROGRAM]]) == source
+        return self.source == source
+
+    @property
+    def source(self):
+        """Its text."""
+        return read_memory_file(self.program)
 
     def close(self):
         """Hold it no more."""
@@ -11252,8 +11593,7 @@ class Vault:
 
     def command(self, arguments):
         """What starts the program, to go on from this vault."""
-        program = self._programs[self.board[Board.PROGRAM]]
-        return [sys.executable, memory_path(program), *arguments,
+        return [sys.executable, memory_path(self.program), *arguments,
                 "--vault", ",".join(map(str, self.fds))]
 
     def execute(self, arguments):
@@ -11293,140 +11633,8 @@ HELD_BACK = {getattr(signal, name) for name in (
     if hasattr(signal, name)}
 
 
-class Splice:
-    """Two streams, each sent what the other receives. Used by a Pump."""
-
-    CLOSE_SECONDS = 12             # HAS, at the plain side, closes within 10 s what has ended
-
-    def __init__(self, selector, inside, sock):
-        self.inside = inside                    # the TLS stream, of another process's selector
-        inside.selector, inside._interest = selector, 0
-        inside.owner, inside.on_data = self, self._from_inside
-        follow(inside, 0)
-        self.plain = Stream(selector, sock, self, self._from_plain)
-        self._ending_since = None
-
-    def start(self):
-        """Serve what waits inside TLS, unseen by a selector; what was held was for the other."""
-        if self.inside.ended:
-            self.plain.finish()
-        self.inside.full = self.inside._paused = False
-        self.inside._update()
-        self.inside.ready(READ | WRITE)
-
-    def _from_inside(self, data):
-        self.plain.send(data)
-
-    def _from_plain(self, data):
-        self.inside.send(data)
-
-    def _opposite(self, stream):
-        return self.plain if stream is self.inside else self.inside
-
-    def on_stream_end(self, stream, reason):
-        """One side ended: the other is told, and both are closed when both have ended."""
-        opposite = self._opposite(stream)
-        opposite.finish()
-        if opposite.ended or reason:
-            self.on_error()
-
-    def on_stream_full(self, stream):
-        """One side does not take what it is sent: stop reading the other."""
-        self._opposite(stream).pause()
-
-    def on_stream_room(self, stream):
-        """Read again."""
-        self._opposite(stream).resume()
-
-    @property
-    def is_to_be_watched(self):
-        """Whether it could last too long: one side has ended, or could end without being read."""
-        inside = self.inside
-        return not inside.closed and (inside.ended or self.plain.ended or inside.full)
-
-    def look(self, now):
-        """Close both when one has ended long enough: the other may ignore that, and not read."""
-        ending = self.inside.ended or self.plain.ended or self._is_left()
-        if self._ending_since is None and ending:
-            self._ending_since = now
-        if self._ending_since is not None and now >= self._ending_since + self.CLOSE_SECONDS:
-            self.on_error()
-
-    def _is_left(self):
-        """Whether the plain side was closed, though what it had sent before waits to be read."""
-        poll = select.poll()
-        poll.register(self.plain.sock, 0)
-        return bool(poll.poll(0))               # POLLHUP comes unasked
-
-    def on_error(self):
-        """Close both."""
-        self.plain.drop()
-        self.inside.drop()
-
-
-class Pump:
-    """Serves Splices until the last has ended; a process of its own (run_pump)."""
-
-    def __init__(self, pairs, clock=time.monotonic):
-        self._clock, self._selector = clock, selectors.DefaultSelector()
-        self._splices = [Splice(self._selector, stream, plain) for stream, plain in pairs]
-        self._watched, self._look_at = set(), 0.0
-
-    def run(self):
-        """Turn until the last client has gone."""
-        for splice in self._splices:
-            self._safely(splice, splice.start)
-        while self._selector.get_map():
-            self.turn()
-
-    def turn(self):
-        """Serve what is ready; once a second look at those that are ending."""
-        for key, events in self._selector.select(1 if self._watched else None):
-            if not key.data.closed:
-                self._safely(key.data.owner, key.data.ready, events)
-        now = self._clock()
-        if self._watched and now >= self._look_at:
-            self._look_at = now + 1
-            for splice in self._watched:
-                self._safely(splice, splice.look, now)
-            self._watched = {splice for splice in self._watched if splice.is_to_be_watched}
-
-    def _safely(self, splice, call, *arguments):
-        try:
-            call(*arguments)
-        except Exception:                       # nobody to tell: end this pair, keep the others
-            splice.on_error()
-        if splice.is_to_be_watched:
-            self._watched.add(splice)
-
-
-def run_pump(pairs):
-    """The life of a forked process that holds the TLS of `pairs` (TLSStream, plain socket).
-
-    Never returns. Never logs, prints or resolves: another thread may have held a lock at the fork.
-    """
-    status = 1
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in HELD_BACK:
-            ended = number == signal.SIGCHLD
-            signal.signal(number, signal.SIG_DFL if ended else signal.SIG_IGN)
-        ignore_terminal()
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        keep = sorted(sock.fileno() for stream, plain in pairs for sock in (stream.sock, plain))
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        for low, high in zip([2] + keep, keep + [65536]):
-            os.closerange(low + 1, high)        # or plain clients would see no end; ports stay held
-        Pump(pairs).run()
-        status = 0
-    finally:
-        os._exit(status)
-
-
 def pack_world(world):
-    """A World as plain values; its TLS context is made anew of the settings."""
+    """A World as plain values; its Recipe of TLS is made anew of the settings."""
     return world and {**world._asdict(), "address": str(world.address),
                       "target": pack(world.target), "dialect": world.dialect.name,
                       "tls": world.tls is not None}
@@ -11436,9 +11644,7 @@ def unpack_world(packed, settings):
     """The World that pack_world() was given; what an older program did not know has its default."""
     known = {name: packed[name] for name in World._fields if name in packed}
     family, target = unpack(packed["target"])
-    tls = settings.world_tls if packed.get("tls", settings.mush_ssl) else None
-    if packed.get("tls") and tls is None:       # a HUP that has not come true has taken it away
-        tls = world_context(settings.mush_ssl_verify, settings.mush_ssl_ca, settings.files)
+    tls = settings.recipe("world") if packed.get("tls", settings.mush_ssl) else None
     return World(**{**known, "address": parse_address(packed["address"]),
                     "dialect": DIALECTS[packed["dialect"]], "tls": tls,
                     "target": (socket.AddressFamily(family), target),
@@ -11456,31 +11662,26 @@ def take_or_ended(take, name):
         return ours
 
 
-def is_open_tls(stream):
-    """Whether it is a stream whose TLS has been agreed on."""
-    return isinstance(stream, TLSStream) and not stream.connecting
-
-
 class Survival(Survivor):
     """What a new process takes over of this one, as plain values and open descriptors.
 
     The new one makes a Hub, then unpack()s, then, when nothing can fail any more, go_on().
     """
 
-    SURVIVES = "pumps", "rescues"
+    SURVIVES = "rescues",
 
     def __init__(self, hub, vault=None):
         self.hub, self.vault = hub, vault
         self.guard = None                       # a Guard, where there is a keeper
         self.take_up_now = lambda number: None  # told which session is being taken up
-        self.pumps, self.rescues = [], []       # process ids; times of rescues (Upgrade)
+        self.rescues = []                       # times of them (Upgrade)
         self._has_lost_listeners = False
 
     def _rooms(self):
         """Whose SURVIVES are packed together: no name stands in two of them."""
         hub = self.hub
         return (self, hub.record, hub.health, hub.links, hub.logins, hub.hook, hub.control,
-                hub.door.denials, hub.history)
+                hub.door.denials, hub.history, hub.fronts)
 
     def pack(self, name, going=False):
         """Everything a new process needs, as plain values; `name` as for Stream.pack(). Disturbs
@@ -11497,7 +11698,8 @@ class Survival(Survivor):
         values = {key: it for room in self._rooms() for key, it in room.survivors().items()}
         return {"format": 2, "version": VERSION, "settings": settings.texts,
                 "files": pack(settings.files), "conf": settings.conf,
-                "listeners": listeners, "control": control, "world": pack_world(hub.world),
+                "listeners": listeners, "control": control, "fronts": hub.fronts.pack(name),
+                "world": pack_world(hub.world),
                 "health": hub.health.condition.name, "next_number": hub.door.next_number,
                 "values": {**values, "_lost_at": self._lost_at()}}
 
@@ -11529,6 +11731,7 @@ class Survival(Survivor):
         hub.health.condition = Condition[state["health"]]
         hub.health.world = state["world"] and unpack_world(state["world"], hub.settings)
         hub.door.next_number = state["next_number"]
+        hub.fronts.unpack(state.get("fronts", ()), take)
         hub.door.listeners = list(self._listeners(state["listeners"], take))
         control = state["control"]
         if control:
@@ -11558,9 +11761,8 @@ class Survival(Survivor):
     def _unpack_session(self, packed, take):
         hub, values = self.hub, packed["values"]
         number, host, tls = values["number"], values["host"], values.get("tls", False)
-        fd = packed["client"]["fd"]
-        client = (Absent(hub.settings.reattach_limit, hub.places.grew) if fd is None
-                  else Stream(hub.selector, take(fd), None, None))
+        client = (Absent(hub.settings.reattach_limit, hub.places.grew)
+                  if packed["client"]["fd"] is None else hub.stream_of(packed["client"], take))
         session = hub.door.enter(number, client, host, tls)
         Passage(session).unpack(packed, take)
 
@@ -11583,6 +11785,7 @@ class Survival(Survivor):
         `parked`: what the heartbeat has left for its successor (Heartbeat.parked).
         """
         hub = self.hub
+        hub.fronts.go_on()
         if "connection" not in (parked or {}):
             hub.heard("lost", "it could not be handed over", False)
         hub.heard("go_on")
@@ -11621,42 +11824,6 @@ class Survival(Survivor):
             except (OSError, IndexError, TypeError):
                 pass                            # it is no such socket, or has ended
             sock.close()
-
-    def move_tls_out(self):
-        """Give every TLS stream to a forked process that feeds this one plain bytes: TLS cannot
-        cross exec. Returns nothing; OSError leaves all as it was."""
-        inside = [(session, name) for session in self.hub.sessions.values()
-                  for name in ("client", "link") if is_open_tls(getattr(session, name))]
-        if not inside:
-            return
-        pairs = [socket.socketpair() for _ in inside]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)     # 3.12: fork beside threads;
-            pid = os.fork()                                         # ours has ended
-        if pid == 0:
-            run_pump([(getattr(session, name), pair[1])
-                      for (session, name), pair in zip(inside, pairs)])
-        self.pumps.append(pid)
-        for (session, name), (ours, theirs) in zip(inside, pairs):
-            theirs.close()
-            try:
-                Passage(session).replace_stream(name, ours)
-            except Exception:                   # it would be read by two processes now
-                self.hub.fault(session)
-                ours.close()
-
-    def reap(self):
-        """CHLD: collect pumps that have ended."""
-        for pid in list(self.pumps):
-            try:
-                done, status = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                done, status = pid, 0
-            if done:
-                self.pumps.remove(pid)
-            if status:
-                log.error("the process that held the TLS of some clients ended by a fault "
-                          "(wait status %d)", status)
 
 
 def tell_systemd(text, fds=()):
@@ -11710,8 +11877,7 @@ class Store:
 class Scribe:
     """Writes into the vault, turn by turn, what has changed, so that a process that dies suddenly
     costs nobody his session. What waits to be sent is not written down: it would be sent twice.
-
-    A client in TLS cannot be kept so, nor what the system allows no more.
+    What the system allows no more cannot be kept so.
     """
 
     LOOK_SECONDS, BEAT_SECONDS = 10, 2
@@ -11778,7 +11944,7 @@ class Scribe:
             try:
                 if it is self.hub:
                     records[0] = self._of_hub()
-                elif it.number in self.hub.sessions and not isinstance(it.client, TLSStream):
+                elif it.number in self.hub.sessions:
                     self._note(it, records, at_once, missed)
                 elif self._drafts.pop(it.number, None):
                     records[it.number] = None
@@ -11834,6 +12000,7 @@ class Scribe:
             return [it.sock for it in streams if it and it.sock]
         connection = (self._parked or {}).get("connection")
         socks = [it.sock for it in [*hub.door.listeners, hub.control.listener] if it]
+        socks += [it.channel.sock for it in hub.fronts.all]
         return socks + ([connection["fd"]] if connection else [])
 
     def rewrite(self):
@@ -11929,7 +12096,7 @@ class Upgrade:
 
     USR2 -> has.py is read, once: what is rehearsed is what will run
          -> Rehearsal
-         -> the heartbeat parks, TLS moves to a pump, all goes into the vault -> exec.
+         -> the heartbeat parks, all goes into the vault -> exec.
     A new program that fails in its first TRIAL_SECONDS has the old one executed again, which the
     vault keeps beside it.
     """
@@ -11992,8 +12159,11 @@ class Upgrade:
             answer({"error": text, "status": 1})
 
     def _go_soon(self, until):
-        """Clients in a TLS handshake cannot be taken along: let them arrive, but not for ever."""
-        if self.hub.door.arrivals and self.hub.now < until:
+        """Clients that are no sessions yet cannot be taken along: let them arrive, but not for
+        ever. Nor is it known yet what those have not got whose lines have just dropped."""
+        hub = self.hub
+        is_soon_better = hub.door.arrivals or not hub.places.are_settled
+        if is_soon_better and hub.now < until:
             self.hub.later(self.LOOK_SECONDS, self._go_soon, until)
         else:
             self.go()
@@ -12060,7 +12230,6 @@ class Upgrade:
 
     def _execute(self, parked, do):
         """Do it, with all that the new program needs in the vault."""
-        self.survival.move_tls_out()
         state = self.survival.pack(self.vault.shelf.name, going=True)
         self.vault.store({**state, "heartbeat": self._named(parked)})
         do()
@@ -12219,14 +12388,12 @@ class Keeper:
             time.sleep(0.05)
 
     def _pause(self, lived, was_killed):
-        """Seconds until the next start: users wait, but what ends by itself soon does so again. A
-        kill comes from outside."""
+        """Seconds until the next start: users wait, but see back_off(). A kill comes from
+        outside."""
         if was_killed:
             return max(0, self.KILLED_PAUSE - lived)
         self._quick = self._quick + 1 if lived < self.SHORT_LIFE else 0
-        if self._quick < 2:
-            return 0
-        return min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(self._quick - 2, 10))
+        return back_off(self._quick, self.FIRST_PAUSE, self.LONGEST_PAUSE)
 
     def _start_next(self):
         link = self.fork()
@@ -12304,6 +12471,367 @@ class Guard:
         for fd in life, guard:
             os.close(fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class TunnelEnd(Stream):
+    """One of the two streams of a Tunnel. It holds little: what it does not take at once stays
+    where it comes from."""
+
+    HIGH, LOW = 0, 1
+    __slots__ = ("unsent",)
+
+    def __init__(self, *arguments, **more):
+        self.unsent = 0            # bytes that never will be
+        super().__init__(*arguments, **more)
+        self.chunk = TLS_RECORD
+
+    def _hold(self, data):
+        if self._broken:
+            self.unsent += len(data)
+        super()._hold(data)
+
+    def _fail(self):
+        self.unsent += len(self.out)
+        super()._fail()
+
+    def left(self):
+        """How many of the bytes sent here have not been acknowledged."""
+        return unacknowledged(self.sock) + len(self.out) + self.unsent
+
+
+class Tunnel:
+    """A connection in TLS: `line` leads to the peer, `plain` to the worker."""
+
+    port = "TLS"                                # see Lobby
+    SECONDS = 10                                # for the handshake of a client
+    CLOSE_SECONDS = 12                          # HAS closes within 10 s what has ended
+    MANY = 64                                   # records of which it is known which have arrived
+
+    def __init__(self, front, number, context, host, is_client):
+        self.front, self.number, self.host, self.is_client = front, number, host, is_client
+        self._came, self._goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._came, self._goes, is_client,
+                                     None if is_client else host)
+        self.line = self.plain = None
+        # agreed on; the peer sends no more; the worker sends no more; nor does it read
+        self._is_open = self._has_ended = self._is_over = self._is_left = False
+        self._records = collections.deque()     # (bytes of the worker's, bytes in TLS)
+        self._size = 0                          # in TLS, of these
+        self._stuck = 0                         # bytes of the worker's that could not be encrypted
+
+    def __str__(self):
+        return f"{'client from' if self.is_client else 'link to'} {self.host} in TLS"
+
+    def _tell(self, say, fds=(), then=None, **more):
+        self.front.channel.send({"say": say, "number": self.number, **more}, fds, then)
+
+    # ---- the handshake
+
+    def take(self, sock):
+        """A client was accepted."""
+        self.line = TunnelEnd(self.front.selector, sock, self, self._from_line)
+
+    def connect(self, target, sock):
+        """Connect to there, and tell the worker of it by this socket; OSError where that fails at
+        once."""
+        self.plain = TunnelEnd(self.front.selector, sock, self, self._from_plain)
+        self.line = TunnelEnd.connect(self.front.selector, target, self, self._from_line)
+
+    def on_stream_open(self, line):
+        """It is connected: the handshake follows."""
+        self._turn()
+
+    def _shake_hands(self):
+        try:
+            self._tls.do_handshake()
+            self._open()
+        except ssl.SSLWantReadError:
+            raise
+        except OSError as error:
+            self._say()                         # why, to the peer
+            before = "left before it was let in: " * self.is_client
+            self.turn_away(f"{before}TLS handshake failed: {tls_reason(error)}")
+
+    def _open(self):
+        fds, host = [self.line.sock.dup().detach()], None
+        if self.is_client:
+            ours, theirs = socket.socketpair()
+            self.plain = TunnelEnd(self.front.selector, ours, self, self._from_plain)
+            fds, host = [theirs.detach(), *fds], self.host
+        self._is_open = True
+        self.front.lobby.discard(self)
+        self._tell("open", fds, host=host)
+
+    def turn_away(self, why):
+        """It will not be open, and this is why."""
+        self._tell("failed", host=self.host if self.is_client else None, why=why)
+        self.drop()
+
+    def overdue(self):
+        """Its time is over."""
+        self.turn_away(f"no TLS handshake within {self.SECONDS} s")
+
+    # ---- to and fro
+
+    def _from_line(self, data):
+        if not self._has_ended:
+            self._came.write(data)
+            self._turn()
+
+    def _turn(self):
+        """What has come from the line is for OpenSSL, which may have an answer."""
+        try:
+            if not self._is_open:
+                self._shake_hands()
+            while self._is_open and not self._has_ended:
+                data = self._tls.read(TLS_RECORD)
+                if not data:
+                    raise ssl.SSLZeroReturnError
+                self.plain.send(data)
+                if not (self._came.pending or self._tls.pending()):
+                    break                       # an exception would cost more
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:          # close_notify
+            self._end("")
+        except OSError as error:
+            self._end(f"TLS: {tls_reason(error)}")
+        self._say()
+
+    def _say(self, count=0):
+        """Send what OpenSSL has to say, in which there are `count` bytes of the worker's."""
+        data = self._goes.read()
+        if not data or self.line.closed:
+            return
+        self._records.append((count, len(data)))
+        self._size += len(data)
+        self.line.send(data)
+        if len(self._records) > self.MANY:
+            left, records = self.line.left(), self._records
+            while records and self._size - records[0][1] >= left:
+                self._size -= records.popleft()[1]
+
+    def _from_plain(self, data):
+        try:
+            self._tls.write(data)
+        except OSError as error:
+            self._stuck += len(data)
+            self._end(f"TLS: {tls_reason(error)}")
+        self._say(len(data))
+
+    def _unseen(self):
+        """How many of the worker's bytes the peer has not acknowledged."""
+        left, count = self.line.left(), self._stuck
+        for size, in_tls in reversed(self._records):
+            if left <= 0:
+                break
+            count, left = count + size, left - in_tls
+        return count
+
+    def _opposite(self, stream):
+        return self.plain if stream is self.line else self.line
+
+    def on_stream_full(self, stream):
+        """It does not take more now."""
+        opposite = self._opposite(stream)
+        if opposite:
+            opposite.pause()
+
+    def on_stream_room(self, stream):
+        """It does."""
+        opposite = self._opposite(stream)
+        if opposite:
+            opposite.resume()
+        self._close_if_over()
+
+    # ---- the end
+
+    def on_stream_end(self, stream, reason):
+        """One side has ended."""
+        if stream is self.plain:
+            self._worker_ended()
+        elif self._is_open:
+            self._end(reason)
+        elif reason:
+            self.turn_away(f"left before it was let in: {reason}" if self.is_client else reason)
+        else:
+            self._came.write_eof()              # OpenSSL has words for it
+            self._turn()
+
+    def _end(self, why):
+        """The peer sends no more: the worker shall know that before it sees it."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._tell("ended", why=why, then=self.plain.finish)
+            self._close_if_over()
+
+    def _worker_ended(self):
+        """All it has sent was read. A client that is told so sends no more; a world still answers,
+        unless nobody is there to read that."""
+        self._tell("over", unseen=self._unseen())
+        self._is_over = True
+        if self.is_client or self._is_left:
+            with contextlib.suppress(OSError):  # it reads on, too; but the farewell is written
+                self._tls.unwrap()
+            self._say()
+        self.line.finish()
+        self.front.later(self.CLOSE_SECONDS, self.drop)
+        self._close_if_over()
+
+    def leave(self):
+        """Nobody is at the plain side any more: send what has come there, and close."""
+        self._is_left = True
+        if self._is_open:
+            self.plain.resume()                 # it is not much that waits there
+            self._close_if_over()
+        elif not self.is_client:
+            self.drop()
+
+    def _close_if_over(self):
+        if self._is_over and (self._has_ended or self._is_left) and not self.line.out:
+            self.drop()
+
+    def on_error(self):
+        """A fault of HAS (it was logged)."""
+        if self._is_open:
+            self._tell("ended", why="a fault of HAS")
+            self._tell("over", unseen=None, then=self.drop)
+        else:
+            self.turn_away("a fault of HAS")
+
+    def drop(self):
+        """Close both. Harmless twice."""
+        self.front.lobby.discard(self)
+        self.front.tunnels.pop(self.number, None)
+        for stream in self.line, self.plain:
+            if stream:
+                stream.drop()
+
+
+class TLSFront(Loop):
+    """The process that speaks TLS, and nothing else: it knows no settings and has no log.
+
+    It outlives the worker, whose end of the channel is in the vault, and ends with its last
+    connection, when that is closed or it is told to.
+    """
+
+    def __init__(self, sock, clock=time.monotonic):
+        super().__init__(clock)
+        self.channel = Channel(self.selector, sock, self)
+        self.tunnels, self.lobby = {}, Lobby(self)      # number -> Tunnel; whose hands are shaken
+        self._contexts = {}                     # name -> context, or why there is none
+        self._is_left = False
+
+    @property
+    def is_done(self):
+        """Whether nobody needs it any more."""
+        return self._is_left and not self.tunnels and not self.channel.waiting
+
+    def run(self):
+        """Turn as long as somebody does."""
+        while not self.is_done:
+            self.turn()
+
+    def on_channel_end(self):
+        """There is no worker, and nobody to start one."""
+        self._is_left = True
+        for tunnel in list(self.tunnels.values()):
+            tunnel.leave()
+
+    def on_message(self, fds, message):
+        """The worker, or one before it, says something."""
+        handle = getattr(self, "_on_" + message.pop("do"), None)
+        try:
+            if handle:                          # else it is newer
+                handle(fds, **message)
+        except Exception:
+            log.exception("a fault of HAS in what it is asked; all else goes on")
+
+    def _on_retire(self, fds):
+        self._is_left = True
+
+    def _on_left(self, fds, number):
+        if number in self.tunnels:
+            self.tunnels[number].leave()
+
+    def _on_wire(self, fds, number):
+        tunnel = self.tunnels.get(number)
+        if tunnel and tunnel.line and not tunnel.line.closed:
+            self.channel.send({"say": "wire", "number": number}, [tunnel.line.sock.dup().detach()])
+
+    def _on_recipe(self, fds, name, role, values, files):
+        try:
+            content = {key: read_memory_file(fd) for key, fd in zip(files, fds)}
+            self._contexts[name] = Recipe(role, values, content).context()
+        except (ValueError, OSError) as error:
+            self._contexts[name] = str(error)
+        for fd in fds:
+            os.close(fd)
+
+    def _on_accept(self, fds, number, recipe, host, most, of_host):
+        def begin(tunnel, sock):
+            tunnel.take(sock)
+            self.lobby.add(tunnel, Tunnel.SECONDS, most, of_host)
+        self._begin(fds, number, recipe, host, True, begin)
+
+    def _on_connect(self, fds, number, recipe, host, family, target):
+        self._begin(fds, number, recipe, host, False, lambda tunnel, sock: tunnel.connect(
+            (socket.AddressFamily(family), tuple(target)), sock))
+
+    def _begin(self, fds, number, recipe, host, is_client, begin):
+        """Make a Tunnel, and begin(it, socket); or say why not."""
+        socks = [socket.socket(fileno=fd) for fd in fds]
+        context, tunnel = self._contexts.get(recipe, "no recipe"), None
+        try:
+            if not socks:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if isinstance(context, str):
+                raise ValueError(context)
+            tunnel = self.tunnels[number] = Tunnel(self, number, context, host, is_client)
+            begin(tunnel, socks[0])
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            self.channel.send({"say": "failed", "number": number,
+                               "host": host if is_client else None, "why": why})
+            if tunnel:
+                tunnel.drop()
+            for sock in socks:
+                sock.close()
+
+
+class FrontLog(logging.Handler):
+    """The log of a TLSFront: the worker writes it."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record):
+        """Have the worker write this line."""
+        self._channel.send({"say": "log", "level": record.levelno, "text": self.format(record)})
+
+
+class Launcher:
+    """Starts the program that runs once more, as the process that speaks TLS."""
+
+    def __init__(self, vault, arguments):
+        self._vault, self._script, self._arguments = vault, arguments[1], arguments
+        self.program = binascii.crc32(self._read())
+
+    def _read(self):
+        if self._vault:
+            return self._vault.source
+        with open(self._script, "rb") as file:
+            return file.read()
+
+    def launch(self, fd):
+        """Start it, with this descriptor; its process id. OSError."""
+        program = self._vault.program if self._vault else None
+        path = self._script if program is None else memory_path(program)
+        return subprocess.Popen(
+            [sys.executable, path, *self._arguments, "--front", str(fd)],
+            pass_fds=[fd] if program is None else [fd, program], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True).pid
 
 
 # ======================================================================
@@ -12449,7 +12977,8 @@ def core_limit():
 
 def files_needed(settings):
     """How many descriptors max_clients takes; 0 if there is no limit."""
-    return settings.max_clients and 2 * settings.max_clients + 50
+    each = 3 if settings.local_port_ssl else 2
+    return settings.max_clients and each * settings.max_clients + 50
 
 
 def too_few_files(settings, hard):
@@ -12529,6 +13058,7 @@ def new_parser():
     parser.add_argument("--script")             # from here on for HAS's own processes
     for name in ("vault", "link", "keep"):      # descriptors; a pid and descriptors
         parser.add_argument("--" + name, type=lambda text: [int(fd) for fd in text.split(",")])
+    parser.add_argument("--front", type=int)
     parser.add_argument("--resume", type=int)   # of before the vault
     parser.add_argument("--rehearse", action="store_true")
     return parser
@@ -12583,7 +13113,7 @@ def take_signals(hub, upgrade):
     signal.set_wakeup_fd(hub.mailbox.writer.fileno(), warn_on_full_buffer=False)
     for name, call in (("SIGHUP", hub.reload.run), ("SIGUSR1", hub.control.log_status),
                        ("SIGUSR2", upgrade.begin), ("SIGTERM", hub.stop), ("SIGINT", hub.stop),
-                       ("SIGCHLD", upgrade.survival.reap), ("SIGTSTP", hub.on_stop_key),
+                       ("SIGCHLD", hub.fronts.reap), ("SIGTSTP", hub.on_stop_key),
                        *[("SIGQUIT", upgrade.leave)] * Store.is_there()):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, call=call: hub.mailbox.post(call))
@@ -12624,6 +13154,8 @@ def own_arguments(options):
 def main(arguments=None):
     """Run HAS; return the exit status."""
     options = parse_arguments(arguments)
+    if options.front is not None:
+        return run_front(options.front)
     with open(__file__, "rb") as file:
         source = file.read()                    # what runs now, whatever happens to the file
 
@@ -12647,6 +13179,23 @@ def main(arguments=None):
             print(f"has.py: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the rest would be tried again
         return 1
+
+
+def run_front(fd):
+    """The life of the process that speaks TLS; `fd` is its end of the channel. The exit status."""
+    for number in HELD_BACK - {signal.SIGCHLD}:             # they are for the worker
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    set_limits()
+    front = TLSFront(socket.socket(fileno=fd))
+    install_log(FrontLog(front.channel), "info")
+    tidy_by_hand(front)
+    try:
+        front.run()
+    except Exception:
+        log.exception("a fault in the process that speaks TLS")
+        return 1
+    return 0
 
 
 def carry_out(options, load, source):
@@ -13138,6 +13687,9 @@ def serve(survival, handler, options, go_on=None, parked=None):
     """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
     hub, upgrade = survival.hub, Upgrade(survival, options.script, own_arguments(options))
     hub.reload.log, hub.control.upgrade = handler.reload, upgrade.begin
+    launcher = Launcher(survival.vault, own_arguments(options))
+    hub.fronts.launch, hub.fronts.program = launcher.launch, launcher.program
+    hub.fronts.look()
     watch_over(survival, own_arguments(options), parked)
     hub.door.most_files = files_allowed()
     hub.heartbeat.start()

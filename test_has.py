@@ -6,7 +6,7 @@
     2. Telnet         TestScanner, TestScannerAtLength, TestReplay, TestSpelling
     3. Dialects       TestLogin, TestHostileLines, TestChecks, TestChanges, TestNoise, TypedBytes
     4. Logins         TestChange, TestProof
-    5. Wire           TestMailbox, TestStream, TestProxyHeader, TestPump
+    5. Wire           TestMailbox, TestStream, TestProxyHeader, TestChannel
     6. Session        StateTable, then a RigCase for each rule: Serials ... Limits
     7. Heartbeat      TestTalk ... TestHeartbeatByHand without its thread, TestHeartbeat with it
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
@@ -2241,63 +2241,109 @@ class TestProxyHeader(unittest.TestCase):
             self.assertEqual(str(has.address_of(text)), value)
 
 
-class TestPump(unittest.TestCase):
-    """What holds the TLS of clients after an upgrade; a plain stream stands for the TLS here."""
+class ChannelEnd:
+    """An end of a Channel, and what has come there."""
+
+    def __init__(self, case, sock):
+        self.selector, self.said, self.ended = selectors.DefaultSelector(), [], False
+        case.addCleanup(self.selector.close)
+        self.channel = has.Channel(self.selector, sock, self)
+        case.addCleanup(self.channel.close)
+
+    def on_message(self, fds, message):
+        for fd in fds:
+            message.setdefault("read", []).append(os.read(fd, 99))
+            os.close(fd)
+        self.said.append(message)
+
+    def on_channel_end(self):
+        self.ended = True
+
+    def turn(self):
+        for key, events in self.selector.select(0):
+            key.data.ready(events)
+
+
+class TestChannel(unittest.TestCase):
+    """Messages and descriptors between two processes."""
 
     def setUp(self):
-        self.clock = Clock()
-        pairs = [socket.socketpair() for _ in range(4)]
-        self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
-        # (the client, the program) of each
-        self.ends = [[pairs[n][1], pairs[n + 1][1]] for n in (0, 2)]
-        selector = closed_after(self, selectors.DefaultSelector())
-        streams = [has.Stream(selector, pairs[n][0], None, None) for n in (0, 2)]
-        for stream in streams:
-            selector.unregister(stream.sock)
-        self.pump = has.Pump(list(zip(streams, (pairs[1][0], pairs[3][0]))), self.clock)
-        self.addCleanup(self.pump._selector.close)
-        for splice in self.pump._splices:
-            splice.inside._update()
+        self.here, self.there = [ChannelEnd(self, sock) for sock in socket.socketpair()]
 
-    def turn(self, *seconds):
-        for step in seconds:
-            self.clock.advance(step)
-            self.ends[1][0].send(b"x")          # the other client goes on
-            self.pump.turn()
-            self.assertEqual(self.ends[1][1].recv(9), b"x")
+    @staticmethod
+    def pipe(text):
+        """A descriptor from which that can be read."""
+        reader, writer = os.pipe()
+        os.write(writer, text)
+        os.close(writer)
+        return reader
 
-    def is_open(self, which):
-        return not self.pump._splices[which].inside.closed
+    def test_each_message_has_its_own_descriptors(self):
+        before = open_descriptors()
+        for number in range(200):
+            fds = [self.pipe(b"%d.%d" % (number, n)) for n in range(number % 3)]
+            self.here.channel.send({"number": number}, fds)
+        done = []
+        self.here.channel.send({"last": "\n"}, then=lambda: done.append(1))
+        until = time.monotonic() + 10
+        while not (done and len(self.there.said) == 201) and time.monotonic() < until:
+            self.assertEqual(bool(done), not self.here.channel.waiting)
+            self.there.turn()
+            self.here.turn()
+        self.assertEqual([it.get("read", []) for it in self.there.said[:-1]], [
+            [b"%d.%d" % (number, n) for n in range(number % 3)] for number in range(200)])
+        self.assertEqual([it.get("number") for it in self.there.said], [*range(200), None])
+        self.assertEqual(open_descriptors(), before)
 
-    def test_a_client_that_ignores_the_end_is_closed(self):
-        self.ends[0][1].shutdown(socket.SHUT_WR)                # the program has kicked it
-        self.turn(*[1] * 11)
-        self.assertEqual((self.is_open(0), self.is_open(1)), (True, True))
-        self.turn(1, 1, 1)
-        self.assertEqual((self.is_open(0), self.is_open(1)), (False, True))
+    def test_what_comes_in_pieces(self):
+        raw = self.here.channel.sock
+        for byte in b'{"fds": 0, "a": 1}\n{"fds": 0, "b":':
+            raw.send(bytes([byte]))
+            self.there.turn()
+        self.assertEqual(self.there.said, [{"a": 1}])
+        raw.send(b" 2}\n")
+        self.there.turn()
+        self.assertEqual(self.there.said[1:], [{"b": 2}])
 
-    def test_one_that_does_not_read_either_is_closed(self):
-        program = self.ends[0][1]
-        program.setblocking(False)
-        for _ in range(400):
-            try:
-                program.send(b"x" * 65536)
-            except BlockingIOError:
-                self.turn(0)
-        program.close()
-        self.turn(*[1] * 16)
-        self.assertEqual((self.is_open(0), self.is_open(1)), (False, True))
+    def test_the_end(self):
+        self.here.channel.send({"last": 1}, [self.pipe(b"x")])
+        self.here.channel.close()
+        self.there.turn()
+        self.there.turn()
+        self.assertEqual((self.there.said, self.there.ended), ([{"last": 1, "read": [b"x"]}], True))
+        before = open_descriptors()
+        self.there.channel.send({"nobody": "reads"}, [self.pipe(b"y")])
+        self.assertLess(open_descriptors(), before + 1)
 
-    def test_it_ends_with_its_last_client(self):
-        for client, _ in self.ends:
-            client.close()
-        thread = threading.Thread(target=self.pump.run, daemon=True)
-        thread.start()
-        for _, program in self.ends:
-            self.assertEqual(program.recv(9), b"")
-            program.close()
-        thread.join(5)
-        self.assertFalse(thread.is_alive())
+    def test_what_is_sent_to_nobody_is_closed(self):
+        before = open_descriptors()
+        self.here.channel.sock.shutdown(socket.SHUT_RDWR)
+        done = []
+        self.there.channel.send({"a": 1}, [self.pipe(b"y")], lambda: done.append(1))
+        self.assertEqual((open_descriptors(), done), (before, [1]))
+
+    def test_no_descriptors_where_there_is_no_room(self):
+        """Too many in flight, at the one who sends; too many open, at the other one."""
+        fails, send = [OSError(errno.ETOOMANYREFS, "")], socket.socket.sendmsg
+
+        def sendmsg(sock, *arguments):
+            if arguments[1] and fails:
+                raise fails.pop()
+            return send(sock, *arguments)
+        with mock.patch.object(socket.socket, "sendmsg", sendmsg):
+            for number in range(2):
+                self.here.channel.send({"n": number}, [self.pipe(b"x")])
+        receive = socket.socket.recvmsg
+        self.there.turn()
+        self.there.turn()
+        self.here.channel.send({"n": 2}, [self.pipe(b"x")])
+        self.here.channel.send({"n": 3}, [self.pipe(b"y")])
+        with mock.patch.object(socket.socket, "recvmsg", lambda sock, size, room, flags: (
+                receive(sock, size)[0], [], socket.MSG_CTRUNC, None)):
+            self.there.turn()
+        self.there.turn()
+        self.assertEqual(self.there.said, [{"n": 0}, {"n": 1, "read": [b"x"]}, {"n": 2},
+                                           {"n": 3, "read": [b"y"]}])
 
 
 # ======================================================================
@@ -2420,10 +2466,83 @@ class Peer:
         self.sock.close()
 
 
+class TLSPeer(Peer):
+    """The same in TLS; read() also does what its handshake needs."""
+
+    def __init__(self, sock, settle=None, is_server=False):
+        super().__init__(sock, settle)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
+        if is_server:
+            context.load_cert_chain(*certificate_of_all())
+        else:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self._came, self._goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self._came, self._goes, server_side=is_server)
+        self.is_open = self.was_notified = False
+        self._late = self.kept = b""            # to be sent, to be read
+        self.count = 0             # bytes that have come
+
+    def _flush(self):
+        with contextlib.suppress(OSError):
+            self.sock.sendall(self._goes.read())
+
+    def send(self, data):
+        data = data.encode() if isinstance(data, str) else data
+        if self.is_open:
+            self.tls.write(data)
+            self.sock.sendall(self._goes.read())
+        else:
+            self._late += data
+
+    def notify(self):
+        """Send close_notify."""
+        with contextlib.suppress(ssl.SSLError):
+            self.tls.unwrap()
+        self._flush()
+
+    def read(self):
+        return self.decrypted(super().read())
+
+    def decrypted(self, data):
+        """The text in it; the handshake goes on, if there is something of that in it."""
+        self.count += self._came.write(data)
+        text, self.kept = self.kept, b""
+        try:
+            if not self.is_open:
+                self.tls.do_handshake()
+                self.is_open = True
+                self.send(self._late)
+            while True:
+                data = self.tls.read(1 << 16)
+                if not data:
+                    raise ssl.SSLZeroReturnError
+                text += data
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.was_notified = True
+        self._flush()
+        return text
+
+
+@functools.lru_cache(None)
+def certificate_of_all():
+    """One that all tests may use: its file and its key's."""
+    folder = tempfile.mkdtemp(prefix="has-tls-")
+    atexit.register(shutil.rmtree, folder, True)
+    return certificate(folder)
+
+
+def tcp_pair():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return socket.create_connection(server.getsockname()), server.accept()[0]
+
+
 class Game:
     """The world: a listening socket. `full` never completes a connect."""
 
-    def __init__(self, settle, full=False, path=None):
+    def __init__(self, settle, full=False, path=None, secure=False):
+        self.secure = secure
         self.sock, self.peers = socket.socket(socket.AF_UNIX if path else socket.AF_INET), []
         self._settle = settle
         self.sock.bind(path or ("127.0.0.1", 0))
@@ -2437,7 +2556,9 @@ class Game:
             self.peers.append(Peer(sock))
 
     def accept(self):
-        self.peers.append(Peer(self.sock.accept()[0], self._settle))
+        sock = self.sock.accept()[0]
+        self.peers.append(TLSPeer(sock, self._settle, True) if self.secure else
+                          Peer(sock, self._settle))
         return self.peers[-1]
 
     def close(self):
@@ -2456,7 +2577,8 @@ class Rig:
         # the clock stands still in most tests, so that every death would come just behind a return
         has.Suspects.WINDOW = SUSPECT_SECONDS if suspicious else -1
         has.log.handlers[:], has.log.propagate = [logging.NullHandler()], False
-        self.clock, self.events, self.peers = Clock(), 0, []
+        self.clock, self.events, self.peers, self.fronts = Clock(), 0, [], []
+        self.program = 1           # see Fronts
         self.settings = settings_of(tuple(sorted(settings.items())))
         self.beat, self.family = Beat(), has.DIALECTS[family]
         self.hub = self._new_hub()
@@ -2468,8 +2590,35 @@ class Rig:
     def _new_hub(self):
         hub = has.Hub(self.settings, lambda: (self.settings, []), self.clock)
         hub.heartbeat = self.beat
-        self._select, hub.selector.select = hub.selector.select, self._counting_select
+        hub.fronts.launch, hub.fronts.program = self._launch, self.program
+        self._count(hub)
         return hub
+
+    def _count(self, loop):
+        """Note what happens in it."""
+        select = loop.selector.select
+
+        def counting(timeout):
+            ready = select(timeout)
+            self.events += len(ready)
+            return ready
+        loop.selector.select = counting
+
+    def _launch(self, fd):
+        """The process that speaks TLS is a loop in this one."""
+        self.fronts.append(has.TLSFront(socket.socket(fileno=os.dup(fd)), self.clock))
+        self._count(self.fronts[-1])
+        return 1 << 30
+
+    def end_front(self, front):
+        """It ends; or is killed: the kernel closes all it has."""
+        self.fronts.remove(front)
+        for sock in [key.fileobj for key in front.selector.get_map().values()] + [
+                stream.sock for tunnel in front.tunnels.values()
+                for stream in (tunnel.line, tunnel.plain) if stream]:
+            sock.close()
+        front.mailbox.writer.close()
+        front.selector.close()
 
     def upgrade(self, spoil=None, whole=True, anew=False):
         """USR2 without the exec: another hub takes over what this one packed (and `spoil` has
@@ -2485,6 +2634,8 @@ class Rig:
         socks = [it.sock for session in old.sessions.values()
                  for it in (session.client, session.link)
                  if it and it.sock]
+        self._close_wires(old)
+        socks += [it.channel.sock for it in old.fronts.all]
         for sock in socks + [it.sock for it in old.door.listeners]:
             (sock.detach if sock.fileno() in fds else sock.close)()
         for sock in (old.selector, old.mailbox.reader, old.mailbox.writer):
@@ -2503,6 +2654,12 @@ class Rig:
         for peer in self.peers:
             peer.session = self.hub.sessions.get(peer.session.number, peer.session)
         self.settle()
+
+    @staticmethod
+    def _close_wires(hub):
+        for front in hub.fronts.all:
+            for far in front.fars.values():
+                far.leave()
 
     def keep(self):
         """From now on all is written down for another process, as where there is a keeper."""
@@ -2523,6 +2680,7 @@ class Rig:
             for stream in (session.client, session.link):
                 if stream and stream.sock:
                     stream.sock.close()         # one that was not read just now
+        self._close_wires(self.hub)
         self.hub.mailbox.writer.close()
         self.hub.selector.close()
         before, self.vault = self.vault, has.Vault([os.dup(fd) for fd in self.vault.fds])
@@ -2534,14 +2692,9 @@ class Rig:
         self._watch_over(state["heartbeat"])
         survival.go_on({"connection": None})
         for peer in self.peers:
-            number = peer.session.number
+            number = peer.session and peer.session.number
             peer.session = self.hub.sessions.get(number, peer.session)
         self.settle()
-
-    def _counting_select(self, timeout):
-        ready = self._select(timeout)
-        self.events += len(ready)
-        return ready
 
     def settle(self, until=None):
         """Turn until nothing happens any more, and `until()` is true; fail after 5 s."""
@@ -2551,8 +2704,12 @@ class Rig:
                 raise AssertionError("it does not settle")
             before = self.events
             self.hub.turn(0.01 if quiet >= 2 else 0)
-            timers = self.hub._timers
-            due = timers and timers[0][0] <= self.clock()
+            for front in list(self.fronts):
+                front.turn(0)
+                if front.is_done:
+                    self.end_front(front)
+            due = any(loop._timers and loop._timers[0][0] <= self.clock()
+                      for loop in [self.hub, *self.fronts])
             quiet = quiet + 1 if self.events == before and not self.hub.backlogs and not due else 0
 
     def pass_time(self, *seconds):
@@ -2569,10 +2726,10 @@ class Rig:
         """What the heartbeat has heard of the world."""
         self.post(self.hub.heard, event, *arguments)
 
-    def found(self, life, game=None, address=HOME, checks=False, shut=False):
+    def found(self, life, game=None, address=HOME, checks=False, shut=False, tls=None):
         self.life = life
         world = has.World(address, (game or self.game).target, self.family,
-                          life, shut, checks, shut=shut)
+                          life, shut, checks, shut=shut, tls=tls)
         self.post(self.hub.on_world_found, world)
 
     def down(self):
@@ -2588,23 +2745,35 @@ class Rig:
         asks, self.beat.asks = self.beat.asks if asks is None else asks, []
         self.post(self.hub.on_answers, asks, life or self.life, 0.1)
 
-    def client(self, host="203.0.113.9", tcp=False):
+    def client(self, host="203.0.113.9", tcp=False, tls=False):
         """A user connects."""
-        if tcp:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                ours, theirs = socket.create_connection(server.getsockname()), server.accept()[0]
-        else:
-            ours, theirs = socket.socketpair()
-        peer, known = Peer(ours, self.settle), set(self.hub.sessions)
+        ours, theirs = tcp_pair() if tcp or tls else socket.socketpair()
+        kind, known = TLSPeer if tls else Peer, set(self.hub.sessions)
+        peer = kind(ours, self.settle)
         self.peers.append(peer)
-        self.hub.door.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
+        if tls:
+            self.hub.door.on_accept(theirs, host, True)
+            self.shake_hands(peer)
+        else:
+            self.hub.door.on_client(has.Stream(self.hub.selector, theirs, None, None), host, False)
         peer.session = next((s for n, s in self.hub.sessions.items() if n not in known), None)
         self.settle()
         return peer
 
+    def shake_hands(self, peer):
+        """Until TLS has been agreed on."""
+        def is_agreed():
+            peer.kept = peer.read()
+            return peer.is_open or peer.ended
+        self.settle(is_agreed)
+        self.settle()
+
     def newcomer(self, **how):
         """A user at the login screen: (client, world's end of the link)."""
-        return self.client(**how), self.game.accept()
+        client, link = self.client(**how), self.game.accept()
+        if self.game.secure:
+            self.shake_hands(link)
+        return client, link
 
     def player(self, name="Alice", **how):
         """A user in the game: (client, world's end of the link)."""
@@ -2640,6 +2809,11 @@ class Rig:
             session.end()
         for listener in self.hub.door.listeners:
             listener.close()
+        for front in self.hub.fronts.all:
+            front.channel.close()
+        for front in list(self.fronts):
+            self.end_front(front)
+        self._close_wires(self.hub)
         self.hub.selector.close()
         if self.hub.scribe:
             self.vault.close()
@@ -2665,6 +2839,7 @@ def state_of(client):
 def check_consistent(case, rig):
     """The selector knows open descriptors of living sessions only, each under its right number."""
     streams = [s for x in rig.hub.sessions.values() for s in (x.client, x.link) if s]
+    streams += [it.channel for it in rig.hub.fronts.all]
     case.assertFalse([s for s in streams if s.closed], "a session keeps a closed stream")
     known = [rig.hub.mailbox.reader] + [s.sock
                                         for s in streams] + [x.sock for x in rig.hub.door.listeners]
@@ -5752,13 +5927,13 @@ class PlaceInEveryState(ReattachCase):
         rig, client, link = self.player()
         link.says("for Alice\r\n")
         rig.hub.places.look()
-        self.assertIn(b"for Alice", b"".join(client.session.client.trail.read()[:2]))
+        self.assertIn(b"for Alice", b"".join(client.session.client.trail.read(0)[:2]))
         client.says("LOGOUT\r\n")
         link.read()
         client.says("connect Bob pw\r\n")
         rig.let_in(link)
         self.assertEqual((state_of(client), len(rig.hub.sessions)), ("PLAYING", 1))
-        self.assertNotIn(b"for Alice", b"".join(client.session.client.trail.read()[:2]))
+        self.assertNotIn(b"for Alice", b"".join(client.session.client.trail.read(0)[:2]))
 
     def test_an_older_program_knew_nothing_of_places(self):
         def spoil(state):
@@ -6210,9 +6385,9 @@ class AnotherClient(RigCase):
 class WhatWasOnTheWay(unittest.TestCase):
     """Trail, with a kernel that says how much it was not acknowledged."""
 
-    def trail(self, overhead=0, limit=1 << 16):
+    def trail(self, limit=1 << 16, slack=0):
         self.left = 0
-        return has.Trail(limit, overhead, lambda: self.left)
+        return has.Trail(limit, lambda: self.left, slack)
 
     def test_every_split(self):
         text = b"one\r\ntwo\r\nthree\r\n"
@@ -6221,74 +6396,78 @@ class WhatWasOnTheWay(unittest.TestCase):
                 trail = self.trail()
                 for start in range(0, len(text), size):
                     trail.add(text[start:start + size])
-                self.left = left
                 begin = text.rfind(b"\n", 0, len(text) - left) + 1 if left else len(text)
-                admitted, unseen, _ = trail.read()
+                admitted, unseen, _ = trail.read(left)
                 self.assertEqual(unseen, text[begin:], (size, left))
                 self.assertEqual(admitted, text[:text.rfind(b"\n", 0, len(text) - left) + 1])
-
-    def test_tls_records_count_whole(self):
-        trail = self.trail(overhead=22)
-        for line in (b"one\r\n", b"two\r\n", b"three\r\n"):
-            trail.add(line)
-        # the last record, and a part of that before
-        self.left = 7 + 22 + 1
-        self.assertEqual(trail.read()[1], b"two\r\nthree\r\n")
 
     def test_memory(self):
         trail = self.trail()
         for number in range(100000):
             trail.add(b"line %d\r\n" % number)
             self.assertLess(sum(map(len, trail.chunks)), 8192)
-        admitted, unseen, lost = trail.read()
+        admitted, unseen, lost = trail.read(0)
         self.assertEqual(admitted.split(b"\r\n"), [b"line %d" % n for n in range(99980, 100000)]
                          + [b""])
         self.assertEqual((unseen, lost), (b"", 0))
         trail.rest()
         self.assertLess(sum(map(len, trail.chunks)), 400)
-        self.assertTrue(trail.read()[0].endswith(b"line 99999\r\n"))
+        self.assertTrue(trail.read(0)[0].endswith(b"line 99999\r\n"))
 
     def test_what_is_too_much_is_counted(self):
         """The kernel holds more than is kept of what it was not acknowledged."""
-        for overhead in (0, 22):
-            trail = self.trail(overhead, limit=4096)
+        for slack in (0, 5000):
+            trail = self.trail(4096, slack)
             for number in range(1000):
                 trail.add(b"line %03d\r\n" % number)
-                self.left = (10 + overhead) * (number + 1)      # the client gets nothing any more
-            admitted, unseen, lost = trail.read()
+                self.left = 10 * (number + 1)               # the client gets nothing any more
+            admitted, unseen, lost = trail.read(self.left)
             shown = unseen.split(b"\r\n")[:-1]
             self.assertEqual(shown, [b"line %03d" % n for n in range(1000)][-len(shown):])
             self.assertEqual((len(shown) + lost, admitted), (1000, b""))
             self.assertLess(sum(map(len, trail.chunks)), 3 * (4096 + 2048))
             self.left = 0                                       # and then everything
             trail.trim()
-            self.assertEqual(trail.read()[1:], (b"", 0))
-            self.assertLess(sum(map(len, trail.chunks)), 5000)
+            self.assertEqual(trail.read(0)[1:], (b"", 0))
+            self.assertLess(sum(map(len, trail.chunks)), 5000 + slack)
+
+    def test_what_another_process_may_still_have_is_not_forgotten(self):
+        trail = self.trail(slack=5000)
+        for number in range(10000):
+            trail.add(b"line %05d\r\n" % number)
+        self.assertEqual(trail.read(5000)[1].split(b"\r\n")[0], b"line 09583")
+        trail.rest()                            # but that was long ago
+        self.assertLess(sum(map(len, trail.chunks)), 400)
+
+    def test_how_much_is_doubted(self):
+        trail = self.trail()
+        for number in range(100):
+            trail.add(b"line %02d\r\n" % number)
+        for doubted, lines in ((0, 20), (9 * 20, 20), (9 * 50, 50), (9 * 200, 100)):
+            self.assertEqual(trail.read(0, doubted=doubted)[0].count(b"\n"), lines)
 
     def test_no_part_of_a_line_is_admitted(self):
-        for overhead in (0, 22):
-            trail = self.trail(overhead)
-            for number in range(5000):
-                trail.add(b"line %d: " % number)
-                trail.add(b"the end of it, in another write\r\n")
-            for line in trail.read()[0].split(b"\r\n")[:-1]:
-                self.assertRegex(line, rb"\Aline \d+: the end of it, in another write\Z")
+        trail = self.trail()
+        for number in range(5000):
+            trail.add(b"line %d: " % number)
+            trail.add(b"the end of it, in another write\r\n")
+        for line in trail.read(0)[0].split(b"\r\n")[:-1]:
+            self.assertRegex(line, rb"\Aline \d+: the end of it, in another write\Z")
 
     def test_broken_for_long(self):
         trail = self.trail(limit=1000)
         for number in range(1000):
             trail.add_lost(b"line %03d\r\n" % number)
             self.assertLess(len(trail.lost), 2100)
-        _, unseen, lost = trail.read()
+        _, unseen, lost = trail.read(0)
         self.assertEqual(unseen.count(b"\n") + lost, 1000)
         self.assertTrue(unseen.endswith(b"line 999\r\n"))
 
     def test_broken(self):
         trail = self.trail()
         trail.add(b"got\r\nhalf")
-        self.left = 2
         trail.add_lost(b" a line\r\nmore\r\n")
-        self.assertEqual(trail.read()[1], b"half a line\r\nmore\r\n")
+        self.assertEqual(trail.read(2)[1], b"half a line\r\nmore\r\n")
 
     def test_a_flood_cut_in_the_middle(self):
         """Real sockets: what the client has read and what it is shown again are everything,
@@ -6315,99 +6494,12 @@ class WhatWasOnTheWay(unittest.TestCase):
                 left = has.unacknowledged(theirs)               # it goes on while we look
                 with contextlib.suppress(BlockingIOError):
                     unread = ours.recv(1 << 22, socket.MSG_PEEK)
-            stream.trail.ask = lambda: left
-            stuck = stream.trail.read(bool(stream.out))[1] + bytes(stream.out)
+            stuck = stream.trail.read(left, bool(stream.out))[1] + bytes(stream.out)
             acknowledged = seen + unread
             whole = acknowledged[:acknowledged.rfind(b"\n") + 1]
             self.assertEqual((whole + stuck).count(b"line"), fed)
             ours.close()
             stream.drop()
-
-
-class WhatWasOnTheWayInTLS(unittest.TestCase):
-    """The same inside TLS, where the kernel counts records, and one that has only begun."""
-
-    def setUp(self):
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(*certificate(new_folder(self)))
-
-    def connected(self, version):
-        """A TLSStream with a trail, and what reads at the other end: (stream, socket, TLS, its
-        input)."""
-        ours, theirs = tcp_pair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stream = has.TLSStream(selectors.DefaultSelector(), theirs, mock.Mock(),
-                               mock.Mock(), self.context)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.maximum_version = version
-        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(came, goes)
-        ours.setblocking(False)
-        until, done = time.monotonic() + 5, False
-        while (stream.connecting or not done) and time.monotonic() < until:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                tls.do_handshake()
-                done = True
-            ours.send(goes.read())
-            stream.ready(has.READ)
-            with contextlib.suppress(BlockingIOError):
-                came.write(ours.recv(1 << 16))
-        has.follow(stream, 1 << 20)
-        return stream, ours, tls, came
-
-    @staticmethod
-    def decrypted(tls):
-        """All that has come whole."""
-        text = b""
-        with contextlib.suppress(ssl.SSLWantReadError):
-            while True:
-                text += tls.read(1 << 16)
-        return text
-
-    @unittest.skipUnless(sys.platform == "linux", "TCP_INFO says how much was ever written")
-    def test_a_flood_cut_in_the_middle(self):
-        def acknowledged(stream):
-            return has.ever_written(stream.sock) - has.unacknowledged(stream.sock)
-        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            for held in (0, 5000, 60000):
-                stream, ours, tls, came = self.connected(version)
-                until = time.monotonic() + 5
-                while has.unacknowledged(stream.sock) and time.monotonic() < until:
-                    select.select([], [], [], 0.01)
-                with contextlib.suppress(BlockingIOError):      # what 1.3 says behind its handshake
-                    came.write(ours.recv(1 << 16))
-                began, read, seen, fed = acknowledged(stream), 0, self.decrypted(tls), 0
-                while len(stream.out) <= held:
-                    lines = range(fed, fed + random.choice((1, 1, 3)))
-                    stream.send(b"".join(b"line %05d\r\n" % number for number in lines))
-                    fed = lines.stop
-                    if fed % 97 < 3:
-                        with contextlib.suppress(BlockingIOError):
-                            read += came.write(ours.recv(random.randrange(1, 3000)))
-                        stream.ready(has.WRITE)
-                        seen += self.decrypted(tls)
-                unread, until = b"", time.monotonic() + 5
-                while acknowledged(stream) != began + read + len(
-                    unread) and time.monotonic() < until:
-                    # it goes on, and is acknowledged late
-                    select.select([], [], [], 0.01)
-                    with contextlib.suppress(BlockingIOError):
-                        unread = ours.recv(1 << 22, socket.MSG_PEEK)
-                _, missed, lost = stream.trail.read(bool(stream.out))
-                came.write(unread)
-                seen += self.decrypted(tls)
-                shown = seen[:seen.rfind(b"\n") + 1] + missed + bytes(stream.out)
-                numbers = [int(line[5:]) for line in shown.split(b"\r\n")[:-1]]
-                self.assertEqual((numbers, lost), (list(range(fed)), 0), (version, held))
-                ours.close()
-                stream.drop()
-
-
-def tcp_pair():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return socket.create_connection(server.getsockname()), server.accept()[0]
 
 
 class OnePiece(RigCase):
@@ -7752,6 +7844,594 @@ class NothingIsAskedTwice(RigCase):
         rig.beat.checks.clear()
         rig.upgrade()
         self.assertEqual(rig.beat.checks, [])
+
+
+class TLSCase(RigCase):
+    """A HAS with a TLS port, and the process that speaks it as a loop in this process."""
+
+    def rig(self, *arguments, **settings):
+        cert, key = certificate_of_all()
+        return super().rig(*arguments, **{"local_port_ssl": 4999, "ssl_cert": cert, "ssl_key": key,
+                                          **settings})
+
+    def world_in_tls(self, rig):
+        """From now on links are in TLS."""
+        rig.game.close()
+        rig.game = Game(rig.settle, secure=True)
+        rig.found("life 1", tls=has.Recipe("world", [False, ""], {}))
+
+    def talk(self, rig, *pairs):
+        for client, link in pairs:
+            for here, there in ((client, link), (link, client)):
+                there.read()
+                here.send("hello\r\n")
+                rig.settle()
+                self.assertEqual(there.read(), b"hello\r\n")
+
+    @staticmethod
+    def tunnel(rig, front=0):
+        """The newest one of the process that speaks TLS."""
+        return list(rig.fronts[front].tunnels.values())[-1]
+
+
+class InTLS(TLSCase):
+    """What users see whose connections, or links, are in TLS."""
+
+    def test_all_that_is_sent_arrives_in_order(self):
+        rig = self.rig()
+        self.world_in_tls(rig)
+        client, link = rig.player(tls=True)
+        self.talk(rig, (client, link))
+        text = b"".join(b"%d\r\n" % number for number in range(100000))
+        for here, there in ((client, link), (link, client)):
+            came = b""
+            for start in range(0, len(text), 50000):
+                here.send(text[start:start + 50000])
+                rig.settle()
+                came += there.read()
+            self.assertEqual(came, text)
+
+    def test_a_client_that_does_not_read_costs_only_itself(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        other = rig.player("Bob", tls=True)
+        sent, tunnel = 0, list(rig.fronts[0].tunnels.values())[0]
+        for _ in range(400):
+            try:
+                sent += link.sock.send(b"%06d\r\n" % sent * 8192)
+            except BlockingIOError:
+                break
+            rig.settle()
+            self.assertLess(len(tunnel.line.out), 2 * has.TLS_RECORD)
+        self.assertTrue(client.session.client.full)
+        self.talk(rig, other)
+        check_consistent(self, rig)
+        read, quiet = 0, 0
+        while quiet < 20:
+            size = len(client.read())
+            read, quiet = read + size, 0 if size else quiet + 1
+            rig.settle()
+        self.assertEqual(read, sent)
+
+    def test_a_world_that_does_not_read_holds_up_only_who_types(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        other = rig.player("Bob", tls=True)
+        tunnel = list(rig.fronts[0].tunnels.values())[0]
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(4000):
+                client.send(b"x" * 9999 + b"\n")
+                rig.settle()
+                self.assertLess(len(tunnel.plain.out), 2 * has.TLS_RECORD)
+        self.assertTrue(tunnel.plain.full)
+        self.talk(rig, other)
+
+    def test_every_end(self):
+        """(how the client ends, how the log has it)"""
+        for end, reason in (
+                (lambda client: client.reset(), r" \(Connection reset by peer\)"),
+                (lambda client: client.sock.close(), ""),
+                (lambda client: client.notify(), ""),
+                (lambda client: client.sock.sendall(b"garbage" * 10), r" \(TLS: .*\)")):
+            rig = self.rig()
+            with self.subTest(reason), self.assertLogs(has.log, "INFO") as logged:
+                client, link = rig.player(tls=True)
+                end(client)
+                rig.settle()
+                rig.pass_time(11)
+                rig.settle(lambda: not rig.fronts[0].tunnels)
+                link.read()
+                self.assertEqual((link.ended, state_of(client)), (True, "gone"))
+                self.assertRegex(logged.output[-1], rf": the client has left{reason}$")
+
+    def test_a_client_that_has_said_its_last_words_is_answered(self):
+        for end in (lambda client: client.sock.shutdown(socket.SHUT_WR),
+                    lambda client: client.notify()):
+            rig = self.rig()
+            client, link = rig.player(tls=True)
+            client.send("say bye\r\n")
+            end(client)
+            rig.settle()
+            self.assertEqual(link.read(), b"say bye\r\n")
+            link.send("You say bye\r\n")
+            link.sock.close()
+            rig.settle()
+            self.assertEqual(client.read(), b"You say bye\r\n")
+            rig.pass_time(11)
+            client.read()
+            self.assertEqual((client.was_notified, client.ended, len(rig.fronts[0].tunnels)),
+                             (True, True, 0))
+
+    def test_a_world_still_answers_what_was_sent_last(self):
+        """close_notify would make it deaf, so it is sent only when nobody reads any more."""
+        rig = self.rig()
+        self.world_in_tls(rig)
+        client, link = rig.player()
+        client.send("say bye\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        self.assertEqual((link.read(), link.was_notified, link.ended),
+                         (b"say bye\r\n", False, True))
+        link.send("You say bye\r\n")
+        rig.settle()
+        self.assertEqual(client.read(), b"You say bye\r\n")
+
+    def test_goodbye(self):
+        rig = self.rig()
+        client, _ = rig.player(tls=True)
+        stuck, _ = rig.player("Bob", tls=True)
+        rig.hub.stop()
+        rig.settle()
+        self.assertFalse(rig.hub.fronts.are_done)
+        rig.pass_time(*[0.1] * 5)
+        self.assertIn(b"going down", client.read())
+        self.assertTrue(client.was_notified and client.ended)
+        rig.settle(lambda: not rig.fronts)
+        self.assertTrue(rig.hub.fronts.are_done)
+        self.assertEqual(rig.hub.fronts.all, [])
+
+    def test_nobody_waits_for_one_who_does_not_read_the_goodbye(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(4000):
+                link.sock.send(b"x" * 65536)
+                rig.settle()
+        rig.hub.stop()
+        rig.pass_time(*[0.5] * 9)
+        self.assertTrue(rig.hub.fronts.are_done)
+        self.assertTrue(rig.fronts)             # it goes on by itself
+        rig.pass_time(*[1] * 13)
+        self.assertEqual(rig.fronts, [])
+
+    def test_one_that_does_not_read_is_closed_nonetheless(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(4000):
+                link.sock.send(b"x" * 65536)
+                rig.settle()
+        client.session.end()
+        rig.pass_time(*[1] * 16)
+        self.assertEqual(len(rig.fronts[0].tunnels), 0)
+
+    def test_a_fault_ends_one_connection(self):
+        rig = self.rig()
+        alice, bob = rig.player("Alice", tls=True), rig.player("Bob", tls=True)
+        tunnel = self.tunnel(rig)
+        tunnel._from_line = tunnel.line.on_data = lambda data: 1 / 0
+        with self.assertLogs(has.log) as logged:
+            bob[0].send("x\r\n")
+            rig.settle()
+        self.assertIn("client from 203.0.113.9 in TLS: a fault of HAS", logged.output[0])
+        self.assertIn("the client has left (a fault of HAS)", logged.output[-1])
+        self.assertEqual((state_of(bob[0]), state_of(alice[0])), ("gone", "PLAYING"))
+        self.talk(rig, alice)
+
+    def test_idle_connections_cause_no_events(self):
+        rig = self.rig()
+        self.world_in_tls(rig)
+        rig.player(tls=True)
+        NoSpinning.assert_idle(self, rig)
+
+    def test_nothing_is_left_behind(self):
+        rig = self.rig()
+        self.world_in_tls(rig)
+        rig.player("Bob", tls=True)
+        counts = set()
+        for _ in range(3):
+            client, link = rig.player(tls=True)
+            client.sock.close()
+            link.sock.close()
+            rig.settle()
+            rig.pass_time(11)
+            self.assertEqual(len(rig.fronts[0].tunnels), 2)
+            counts.add((open_descriptors(), len(rig.hub.fronts.all[0].fars)))
+        self.assertEqual(len(counts), 1, counts)
+
+
+class HandshakesOfTLS(TLSCase):
+    """Who is not let in yet: bounded, and none for long."""
+
+    def arrive(self, rig, host="198.51.100.7"):
+        ours, theirs = tcp_pair()
+        rig.peers.append(Peer(ours))
+        rig.hub.door.on_accept(theirs, host, True)
+        rig.settle()
+        return rig.peers[-1]
+
+    def test_silent_ones_make_room(self):
+        rig = self.rig(max_clients=100, max_per_host=20)
+        silent = [self.arrive(rig, f"198.51.100.{number}") for number in range(130)]
+        ended = [peer.read() is not None and peer.ended for peer in silent]
+        self.assertEqual(ended, [True] * 30 + [False] * 100)
+        of_one = [self.arrive(rig) for _ in range(30)]
+        ended = [peer.read() is not None and peer.ended for peer in of_one]
+        self.assertEqual(ended, [True] * 10 + [False] * 20)
+        self.assertEqual(len(rig.fronts[0].tunnels), 100)
+        self.talk(rig, rig.player(tls=True))
+        rig.pass_time(*[1] * 11)
+        self.assertEqual((len(rig.fronts[0].tunnels), len(rig.hub.sessions)), (1, 1))
+
+    def test_why_is_said(self):
+        for data, why in ((b"GET / HTTP/1.0\r\n\r\n", "TLS handshake failed: HTTP_REQUEST"),
+                          (b"connect Alice alicepw\r\n", "TLS handshake failed: .*"),
+                          (None, "TLS handshake failed: .*EOF.*"), (b"", "no TLS handshake")):
+            rig = self.rig()
+            with self.subTest(data), self.assertLogs(has.log) as logged:
+                peer = self.arrive(rig)
+                if data is None:
+                    peer.sock.close()
+                else:
+                    peer.send(data)
+                rig.settle()
+                rig.pass_time(*[1] * 11)
+            self.assertRegex(logged.output[-1], f"client from 198.51.100.7 .*{why}")
+            self.assertEqual(len(rig.fronts[0].tunnels), 0)
+
+    def test_a_link_that_cannot_be_had(self):
+        """Refused, no TLS there, a certificate that is not believed."""
+        cert, _ = certificate_of_all()
+        refused = socket.socket()
+        refused.bind(("127.0.0.1", 0))
+        self.addCleanup(refused.close)
+        for secure, verify, why in ((None, False, "Connection refused"),
+                                    (False, False, "TLS handshake failed: .*"),
+                                    (True, True, "CERTIFICATE_VERIFY_FAILED: self.signed")):
+            rig = self.rig()
+            rig.game.close()
+            rig.game = Game(rig.settle, secure=bool(secure))
+            world = rig.hub.world._replace(tls=has.Recipe("world", [verify, ""], {}),
+                                           target=rig.game.target)
+            if secure is None:
+                world = world._replace(target=(socket.AF_INET, refused.getsockname()))
+            rig.heard("found", world)
+            with self.subTest(why), self.assertLogs(has.log, "DEBUG") as logged:
+                client = rig.client()
+                if secure is not None:
+                    peer = rig.game.accept()
+                    peer.sock.sendall(b"Welcome\r\n" * (not secure))
+                    with contextlib.suppress(ssl.SSLError):
+                        rig.settle(lambda: peer.read() and False or peer.ended)
+                rig.settle(lambda: "link failed" in "".join(logged.output))
+                self.assertRegex("\n".join(logged.output), f"link failed: .*{why}")
+                self.assertFalse(client.session.linked)
+
+    def test_a_certificate_that_could_not_be_handed_over(self):
+        rig = self.rig()
+        with mock.patch.object(has.Recipe, "context", side_effect=ValueError("no such pair")), \
+                self.assertLogs(has.log) as logged:
+            peer = self.arrive(rig)
+            peer.read()
+        self.assertTrue(peer.ended)
+        self.assertIn("no such pair", logged.output[-1])
+
+    def test_more_than_may_be_open(self):
+        """In the process that speaks TLS."""
+        rig = self.rig()
+        ours, theirs = tcp_pair()
+        peer = TLSPeer(ours)
+        rig.peers.append(peer)
+        rig.hub.door.on_accept(theirs, "198.51.100.7", True)
+        rig.hub.turn(0)
+        with mock.patch.object(socket, "socketpair", side_effect=OSError(
+                errno.EMFILE, os.strerror(errno.EMFILE))), self.assertLogs(has.log) as logged:
+            rig.shake_hands(peer)
+        self.assertIn("Too many open files", logged.output[-1])
+        self.assertEqual(len(rig.fronts[0].tunnels), 0)
+        self.talk(rig, rig.player(tls=True))
+
+
+class FrontsOfTLS(TLSCase):
+    """The process that speaks TLS outlives the worker, and what outlives it."""
+
+    def setUp(self):
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+
+    def test_the_worker_is_killed(self):
+        """Again and again: users in TLS notice nothing, nor does a link in TLS."""
+        rig = self.rig().keep()
+        self.world_in_tls(rig)
+        alice, bob = rig.player(tls=True), rig.player("Bob")
+        sizes = set()
+        for _ in range(5):
+            rig.die()
+            self.talk(rig, alice, bob)
+            sizes.add(open_descriptors())
+        self.assertEqual((len(rig.fronts), len(rig.hub.fronts.all), len(sizes)), (1, 1, 1))
+        alice[0].send("QUIT\r\n")
+        rig.settle()
+        alice[1].sock.close()
+        rig.settle(lambda: state_of(alice[0]) == "CLOSING")
+        alice[0].read()
+        self.assertTrue(alice[0].was_notified)
+
+    def test_what_comes_while_nobody_lives(self):
+        """A handshake, typed text and text of the world, an end: the next worker hears of all."""
+        rig = self.rig().keep()
+        alice, link = rig.player(tls=True)
+        bob, bobs = rig.player("Bob", tls=True)
+        ours, theirs = tcp_pair()
+        late = TLSPeer(ours)
+        rig.peers.append(late)
+        rig.hub.door.on_accept(theirs, "198.51.100.7", True)
+        front, turn = rig.fronts[0], rig.hub.turn
+        rig.hub.turn = lambda longest=None: None                # it hangs
+        rig.shake_hands(late)
+        alice.send("say x\r\n")
+        link.send("text\r\n")
+        bob.reset()
+        rig.settle()
+        self.assertTrue(late.is_open)
+        with self.assertLogs(has.log) as logged:
+            rig.die()
+        self.assertIn("has left (Connection reset by peer)", "\n".join(logged.output))
+        self.assertEqual((link.read(), alice.read()), (b"say x\r\n", b"text\r\n"))
+        self.assertEqual(state_of(bob), "gone")
+        rig.game.accept()
+        self.assertEqual(list(rig.hub.sessions.values())[-1].host, "198.51.100.7")
+        self.assertEqual(len(front.tunnels), 2)
+
+    def test_another_program(self):
+        rig = self.rig()
+        alice = rig.player(tls=True)
+        rig.upgrade()
+        self.assertEqual(len(rig.fronts), 1)
+        rig.program = 2
+        rig.upgrade()
+        self.assertEqual(len(rig.fronts), 2)
+        self.talk(rig, alice)
+        bob = rig.player("Bob", tls=True)
+        self.assertEqual([len(front.tunnels) for front in rig.fronts], [1, 1])
+        self.talk(rig, alice, bob)
+        rig.upgrade()
+        self.talk(rig, alice, bob)
+        alice[0].sock.close()
+        rig.pass_time(0, 11)
+        rig.settle(lambda: len(rig.fronts) == 1)
+        self.talk(rig, bob)
+        self.assertEqual([len(front.tunnels) for front in rig.fronts], [1])
+
+    def test_it_is_killed(self):
+        """Its users' connections end, the log says it, and another serves the next."""
+        rig = self.rig(reattach=300)
+        alice, _ = rig.player(tls=True)
+        plain = rig.player("Bob")
+        lurker = rig.client(tls=True)
+        with self.assertLogs(has.log) as logged:
+            rig.end_front(rig.fronts[0])
+            rig.settle(lambda: rig.fronts)
+            rig.pass_time(11)
+        said = "\n".join(logged.output)
+        self.assertRegex(said, r"ERROR.*the process that speaks TLS \(pid \d+\) has ended: "
+                         r".*\(2 connections\); it is started anew")
+        self.assertIn("the line dropped (the process that speaks TLS has ended)", said)
+        alice.read(), lurker.read()
+        self.assertEqual((alice.ended, lurker.ended, state_of(lurker)), (True, True, "gone"))
+        self.talk(rig, plain)
+        back = rig.client(tls=True)
+        rig.game.accept(), rig.game.accept()
+        back.send("connect Alice pw\r\n")
+        rig.settle()
+        rig.pass_time(*SETTLED)
+        self.assertIn(b"Welcome back", back.read())
+
+    def test_links_that_were_in_it_are_made_anew(self):
+        """That says nothing of the world: nobody is taken for one who was booted."""
+        rig = self.rig()
+        self.world_in_tls(rig)
+        client, link = rig.player()
+        with self.assertLogs(has.log):
+            rig.end_front(rig.fronts[0])
+            rig.settle(lambda: rig.fronts)
+            link = rig.game.accept()
+            rig.shake_hands(link)
+        self.assertEqual((state_of(client), client.lines()), ("RETURNING", ["# OFFLINE"]))
+        rig.let_in(link)
+        self.assertEqual(client.lines(), ["# ONLINE"])
+        self.talk(rig, (client, link))
+        self.assertEqual(rig.beat.asks, [])
+
+    def test_one_that_dies_again_and_again(self):
+        rig = self.rig()
+        launched, launch = [], rig.hub.fronts.launch
+
+        def fails(fd):
+            launched.append(rig.clock())
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        rig.hub.fronts.launch = fails
+        with self.assertLogs(has.log):
+            rig.hub.fronts.look()
+            rig.pass_time(*[0.1] * 600)
+        self.assertTrue(8 < len(launched) < 14, launched)
+        rig.hub.fronts.launch = launch
+        rig.pass_time(*[1] * 31)
+        self.talk(rig, rig.player(tls=True))
+
+    def test_what_is_asked_of_one_that_is_not_started_yet_waits(self):
+        rig = self.rig()
+        launch, held = rig.hub.fronts.launch, []
+        rig.hub.fronts.launch = lambda fd: held.append(os.dup(fd)) or 1 << 30
+        ours, theirs = tcp_pair()
+        peer = TLSPeer(ours)
+        rig.peers.append(peer)
+        rig.hub.door.on_accept(theirs, "203.0.113.9", True)
+        rig.settle()
+        launch(held[0])
+        os.close(held[0])
+        rig.shake_hands(peer)
+        self.assertEqual(len(rig.hub.sessions), 1)
+
+    def test_one_that_reads_nothing_keeps_nobody_waiting(self):
+        rig = self.rig()
+        rig.hub.fronts.launch = lambda fd: rig.held.append(os.dup(fd)) or 1 << 30
+        rig.held = []
+        peers = []
+        with self.assertLogs(has.log) as logged:
+            for _ in range(1000):
+                ours, theirs = socket.socketpair()
+                peers.append(Peer(ours))
+                rig.hub.door.on_accept(theirs, "203.0.113.9", True)
+                if peers[-1].read() is not None and peers[-1].ended:
+                    break
+        self.assertIn("does not keep up", logged.output[-1])
+        for it in peers:
+            it.sock.close()
+        os.close(rig.held[0])
+
+    def test_it_is_not_needed_any_more(self):
+        rig = self.rig()
+        alice = rig.player(tls=True)
+        rig.settings = rig.hub.settings = settings_of(())
+        rig.hub.fronts.look()
+        self.talk(rig, alice)
+        alice[0].sock.close()
+        rig.pass_time(0, 11)
+        rig.settle(lambda: not rig.fronts)
+        self.assertEqual(rig.hub.fronts.all, [])
+
+    def test_worker_and_keeper_are_killed(self):
+        """Nobody holds its channel: it ends with what it has."""
+        rig = self.rig()
+        alice, _ = rig.player(tls=True)
+        front = rig.fronts[0]
+        for known in rig.hub.fronts.all:
+            known.channel.close()
+        for stream in (alice.session.client, alice.session.link):
+            stream.sock.close()
+        rig._close_wires(rig.hub)
+        rig.hub.turn = lambda longest=None: None
+        rig.settle(lambda: not rig.fronts)
+        alice.read()
+        self.assertTrue(alice.ended and not front.tunnels)
+
+
+class PlaceInTLS(TLSCase, ReattachCase):
+    """What was on the way is known of users in TLS, too."""
+
+    def cut(self, rig, how, lines=3000):
+        """A flood, in the middle of which the line is cut: (client, link, what it has got)."""
+        client, link = rig.player(tls=True)
+        sock, got = self.tunnel(rig).line.sock, b""
+        rig.settle(lambda: not has.unacknowledged(sock))
+        began = self.acknowledged(sock) - client.count
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        for number in range(lines):
+            link.send(b"line %d\r\n" % number)
+            if number % 10 == 0:
+                rig.settle()
+            if number in (lines // 3, lines - 1):
+                got += client.read()
+        unread, until = b"", time.monotonic() + 5
+        while (self.acknowledged(sock) != began + client.count + len(unread)
+               and time.monotonic() < until):
+            select.select([], [], [], 0.01)     # it goes on, and is acknowledged late
+            with contextlib.suppress(BlockingIOError):
+                unread = client.sock.recv(1 << 22, socket.MSG_PEEK)
+        (client.reset if how == "RST" else client.sock.close)()
+        rig.settle()
+        return client, link, got + client.decrypted(unread)
+
+    @staticmethod
+    def acknowledged(sock):
+        """How many bytes the client's kernel has acknowledged, but for a constant."""
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return struct.unpack_from("Q", info, 120)[0]            # tcpi_bytes_acked, linux/tcp.h
+
+    @unittest.skipUnless(sys.platform == "linux", "TCP_INFO says how much was acknowledged")
+    def test_a_flood_cut_in_the_middle(self):
+        for how in ("FIN", "RST") * 3:
+            with self.subTest(how):
+                rig = self.rig(reattach_limit=1 << 20)
+                client, link, got = self.cut(rig, how)
+                self.assertTrue(client.session.place.away_at)
+                again, _ = self.comes_back(rig, tls=True)
+                shown = again.read()
+                self.assertIn(b"your place was kept", shown)
+                doubted, _, missed = shown.rpartition(b"You missed")
+                numbers = [int(line[5:]) for line in re.findall(
+                    rb"line \d+(?=\r\n)", got[:got.rfind(b"\n") + 1] + missed)]
+                self.assertEqual(numbers, list(range(3000)))
+                self.talk(rig, (again, link))
+
+    def test_the_end_of_an_idle_line_repeats_nothing(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        link.send("seen\r\n")
+        rig.settle()
+        self.assertEqual(client.read(), b"seen\r\n")
+        self.lose(rig, client)
+        link.send("missed\r\n")
+        rig.settle()
+        again, _ = self.comes_back(rig, tls=True)
+        text = again.read()
+        self.assertEqual((text.count(b"seen"), text.count(b"missed\r\n")), (0, 1))
+
+    def test_a_client_that_is_dead_and_one_that_lives(self):
+        for ago, is_dead in ((math.inf, True), (0, False)):
+            rig = self.rig()
+            client, link = rig.player(tls=True)
+            link.send("seen\r\n")
+            rig.settle()
+            client.read()
+            with mock.patch.object(has, "acknowledged_ago", return_value=ago):
+                again = rig.client(tls=True)
+                own = rig.game.accept()
+                again.send("connect Alice pw\r\n")
+                rig.settle()
+                rig.pass_time(*[0.1] * 40)
+            text = again.read()
+            self.assertEqual((b"Welcome back" in text, b"goes on at" in text, text.count(b"seen")),
+                             (is_dead, False, int(is_dead)))    # perhaps he saw it
+            self.assertEqual(b"goes on at" in client.read(), is_dead)
+            self.assertEqual(b"connect Alice pw" in own.read(), not is_dead)
+
+    def test_after_a_death_of_the_worker(self):
+        rig = self.rig().keep()
+        client, link = rig.player(tls=True)
+        rig.die()
+        self.assertIsNotNone(client.session.client.wire)
+        link.send("seen\r\n")
+        rig.settle()
+        self.assertEqual(client.read(), b"seen\r\n")
+        self.lose(rig, client)
+        rig.die()
+        again, _ = self.comes_back(rig, tls=True)
+        self.assertNotIn(b"seen", again.read())
+        self.talk(rig, (again, link))
+
+    def test_a_user_who_has_quit_reads_the_last_words(self):
+        rig = self.rig()
+        client, link = rig.player(tls=True)
+        client.send("QUIT\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        rig.settle()
+        link.send("Goodbye\r\n")
+        link.sock.close()
+        rig.settle()
+        self.assertEqual(client.read(), b"Goodbye\r\n")
 
 
 class TakenOverWhateverTheDisk(RigCase):
@@ -9792,16 +10472,6 @@ class Turns(RigCase):
         rig.pass_time(20)
         self.assertEqual((state_of(client), client.lines()), ("WAITING", ["# OFFLINE"]))
 
-    def test_a_stream_taken_over_is_read_again(self):
-        rig, client, _ = self.player()
-        session = client.session
-        session.client.full = True
-        session.on_stream_full(session.client)
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        has.Passage(session).replace_stream("client", theirs)
-        self.assertEqual((session.link._paused, session.link._interest), (False, has.READ))
-
 
 class Orders(RigCase):
     """What admins have done by the control socket."""
@@ -10870,8 +11540,8 @@ class TestFiles(unittest.TestCase):
         self.assertEqual([line for line in lines if len(line) > 80], [])
         self.assertEqual(self.help(), has.HELP)
         known = {option for action in has.new_parser()._actions for option in action.option_strings}
-        self.assertEqual(known - {"-h", "--script", "--vault", "--link", "--keep", "--resume",
-                                  "--rehearse"}, set(re.findall(r"--[a-z]+", has.HELP)))
+        self.assertEqual(known - {"-h", "--script", "--vault", "--link", "--keep", "--front",
+                                  "--resume", "--rehearse"}, set(re.findall(r"--[a-z]+", has.HELP)))
 
     def test_the_readme_names_every_signal(self):
         told = self.help().partition("signals:")[2].partition("exit status:")[0]
@@ -11472,7 +12142,8 @@ class TestReaching(StillCase):
                 self.assertRegex(str(lost), why)
                 self.assertEqual((lost.ours, lost.accepted, lost.refused), (True, True, False))
             wrap.side_effect = lambda sock, server_hostname: sock
-            self.assertIs(self.opened(context, target).world.tls, context.settings.world_tls)
+            self.assertEqual(self.opened(context, target).world.tls,
+                             context.settings.recipe("world"))
         wrap.assert_called_with(mock.ANY, server_hostname=HOME.host)
 
     def test_a_stop_ends_a_connect(self):
@@ -14754,7 +15425,8 @@ class TestUpgrade(Case):
         self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
 
     def test_a_fault_of_the_upgrade_itself_disturbs_nobody(self):
-        self.edit("        self.survival.move_tls_out()\n", "        raise ValueError('planted')\n")
+        self.edit("        state = self.survival.pack(self.vault.shelf.name, going=True)\n",
+                  "        raise ValueError('planted')\n")
         self.start(fresh=True)
         self.has.faults = True
         alice = self.player("Alice", "alicepw")
@@ -14945,6 +15617,78 @@ class TestKeeper(Case):
         alice.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
         alice.expect_end()
         self.has.faults = True                  # the process that was started was killed
+
+    def start_in_tls(self, **settings):
+        """With a TLS port, in front of a world in TLS: another HAS."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        cert, key = certificate(folder)
+        outer, self.tls_port = free_port(), free_port()
+        Has(self, mush_address=self.mush.address, local_port_ssl=outer, ssl_cert=cert,
+            ssl_key=key).wait_up()
+        self.has = Has(self, mush_address=f"127.0.0.1:{outer}", mush_type="tinymux",
+                       mush_ssl="yes", mush_ssl_ca=cert, keeper="auto", beat=0.3,
+                       local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert,
+                       ssl_key=key, **settings).wait_up()
+
+    def in_tls(self, name, password):
+        client = TLSClient(self.tls_port)
+        self.addCleanup(client.close)
+        client.send(f"connect {name} {password}\r\n")
+        self.mush.wait(lambda w: w.online(name), what=f"{name} is in")
+        client.barrier()
+        return client
+
+    def front(self):
+        """The process that speaks TLS."""
+        pid, = json.loads(self.has.ask("--status", "--json").stdout)["fronts"]
+        return pid
+
+    def test_users_and_links_in_tls_notice_nothing(self):
+        self.start_in_tls()
+        alice, plain = self.in_tls("Alice", "alicepw"), self.player("Bob", "bobpw")
+        front = self.front()
+        for _ in range(3):
+            self.kill_worker()
+            for client in (alice, plain):
+                client.barrier()
+        self.assertEqual(self.front(), front)
+        keeper = self.kill_keeper()
+        self.addCleanup(self.end_keeper, keeper)
+        self.has.faults = True                  # the first one was killed
+        self.kill_worker()
+        alice.barrier()
+        names = [it[0].lower() for it in self.mush.logins]
+        self.assertEqual([names.count(name) for name in ("alice", "bob")], [1, 1], names)
+        self.assertNotIn(b"NOTICE", alice.seen + plain.seen)
+        self.in_tls("Carol", "carolpw")
+        os.kill(front, signal.SIGKILL)
+        alice.expect_end()
+        plain.expect(re.escape(ONLINE))         # his link was in it
+        self.assertIn(b"the process that speaks TLS", self.has.log)
+        self.in_tls("Alice", "alicepw")
+        self.assertNotEqual(self.front(), front)
+        os.kill(keeper, signal.SIGTERM)
+        plain.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
+
+    @staticmethod
+    def end_keeper(pid):
+        """One that is not our child."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+    def test_nobody_is_left_to_serve(self):
+        """Worker and keeper are killed at once: what speaks TLS ends, too."""
+        self.start_in_tls()
+        alice, front = self.in_tls("Alice", "alicepw"), self.front()
+        for pid in self.pids():
+            os.kill(pid, signal.SIGKILL)
+        alice.expect_end()
+        until = time.monotonic() + 20
+        while os.path.exists(f"/proc/{front}") and time.monotonic() < until:
+            select.select([], [], [], 0.05)
+        self.assertFalse(os.path.exists(f"/proc/{front}"))
+        self.has.faults = True
 
     def test_keeper_and_worker_killed_in_turns(self):
         self.start()
