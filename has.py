@@ -6051,6 +6051,7 @@ class Place(Part):
         """This stream, or Absent, is the client from now on."""
         session = self.session
         session.client = session.inbox.client = client
+        client.peek(False)                      # refresh() says whether it is anew
         client.owner, client.on_data = session, session.inbox.on_data
         session.screen.take_client(client)
 

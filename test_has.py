@@ -7752,6 +7752,23 @@ class Died(RigCase):
         again.says("hello\r\n")
         self.assertEqual(link.read(), b"hello\r\n")
 
+    def test_who_takes_his_place_in_an_outage_is_heard_once(self):
+        rig = self.rig(reattach=300)
+        client, _ = rig.player(tcp=True)
+        client.reset()
+        rig.settle()
+        rig.down()
+        again = rig.client(tcp=True)
+        again.send("connect Alice pw\r\n")
+        rig.pass_time(*[0.3] * 20)
+        self.assertIn(b"Welcome back", again.read())
+        again.send("say one\r\n")
+        rig.pass_time(*[0.3] * 20)
+        self.assertEqual(again.lines(), ["# UNSENT say one"])
+        rig.die()
+        rig.pass_time(1.1)
+        self.assertEqual(again.lines(), [])
+
     def test_a_login_that_waits_for_a_place_goes_on(self):
         rig = self.rig(reattach=300)
         client, _ = rig.player(tcp=True)
