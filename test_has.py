@@ -17115,7 +17115,7 @@ class World:
         self.evaluated, self.forged, self.errors = [], [], []
         self.accepted = self.starts = self.looked_up = 0
         self.running = self.frozen = False
-        self.aliases, self.numbers, self.last_seen = {}, {}, {}
+        self.numbers, self.last_seen = {}, {}
         self.failed, self.ip_failures = {}, {}
         for name in self.players:
             self.number(name)
@@ -17178,8 +17178,7 @@ class World:
         self._do(self._crash_losing)
 
     def dump(self):
-        self._dumped = (dict(self.players), dict(self.aliases), dict(self.numbers),
-                        set(self.wizards))
+        self._dumped = dict(self.players), dict(self.numbers), set(self.wizards)
 
     def shutdown(self, by="Wizard", delay=None):
         """@shutdown. TeenyMUSH is gone `delay` seconds later only: wait(lambda w: not w.running).
@@ -17202,10 +17201,6 @@ class World:
     def boot(self, name, by="Wizard", quiet=False):
         self._do(self._boot, name, by, quiet)
 
-    def say(self, text):
-        """A line to everybody who is logged in."""
-        self._do(self._broadcast, text + self.EOL)
-
     def emit(self, name, raw):
         self._do(lambda: [c.write(raw) for c in self.online(name)])
 
@@ -17214,10 +17209,6 @@ class World:
         there).
         """
         self._do(lambda: [c.write(b"\xff\xf1") for c in self.connections])
-
-    def hang_up(self, conn, last_words=""):
-        """The server ends one connection (login timeout, idle timeout)."""
-        self._do(conn.finish, last_words)
 
     def disable_logins(self, yes=True):
         self._do(setattr, self, "logins_disabled", yes)
@@ -17394,8 +17385,7 @@ class World:
 
     def _crash_losing(self):
         if not self.KEEPS_PLAYERS:
-            self.players, self.aliases, self.numbers, self.wizards = (
-                type(part)(part) for part in self._dumped)
+            self.players, self.numbers, self.wizards = (type(it)(it) for it in self._dumped)
         self._die(self.reset_on_kill)
 
     def _clean_exit(self):
@@ -17731,7 +17721,7 @@ class World:
             name, max(self.numbers.values(), default=self.FIRST_NUMBER - 1) + 1)
 
     def find(self, text, connected_part=False):
-        """A player by name or alias (any case), *name, #dbref.
+        """A player by name (any case), *name, #dbref.
 
         PennMUSH's softcode takes parts of connected ones.
         """
@@ -17739,7 +17729,7 @@ class World:
             return next((n for n in self.players if "#%d" % self.number(n) == text), None)
         wanted = text.lstrip("*").lower()
         for name in self.players:
-            if wanted in (name.lower(), self.aliases.get(name, name).lower()):
+            if wanted == name.lower():
                 return name
         parts = {c.player for c in self.online()
                  if c.player.lower().startswith(wanted)} if wanted and connected_part else ()
@@ -17750,7 +17740,7 @@ class World:
 
     def _rename(self, old, new):
         self.players = {new if name == old else name: word for name, word in self.players.items()}
-        for table in (self.numbers, self.last_seen, self.failed, self.aliases):
+        for table in (self.numbers, self.last_seen, self.failed):
             if old in table:
                 table[new] = table.pop(old)
         if old in self.wizards:
@@ -17883,57 +17873,11 @@ class Softcode:
             return self.missing(typed)
         return getattr(self, "f_" + name)(args)
 
-    def f_name(self, args):
-        return self.conn.player if args[0] in ("me", "") else (self.world.find(args[0]) or "#-1")
-
     def f_strcat(self, args):
         return "".join(args)
 
-    def f_lit(self, args):
-        return ",".join(args)
-
-    def f_strlen(self, args):
-        return str(len(args[0]))
-
-    def f_chr(self, args):
-        return chr(int(args[0])) if args[0].isdigit() else "#-1 ARGUMENT MUST BE A NUMBER"
-
-    def f_add(self, args):
-        return str(sum(int(a) for a in args if re.fullmatch(r"-?\d+", a)))
-
-    def f_create(self, args):
-        return "#-1 PERMISSION DENIED" if self.world.family == "rhostmush" else "#99"
-
-    def f_pemit(self, args):
-        """Side effect: seen by the target at once, in front of the line it stands in (not on by
-        default on RhostMUSH).
-        """
-        if self.world.family == "rhostmush":
-            return "#-1 PERMISSION DENIED"
-        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
-        self.world._player(name or "", ",".join(args[1:]) + self.world.EOL)
-        return ""
-
-    def f_ports(self, args):
-        name = self.conn.player if args[0] == "me" else self.world.find(args[0])
-        return " ".join(str(c.id)
-                        for c in reversed(self.world.online(name))) if name or not args[0] else ""
-
-    def f_lports(self, args):
-        if not self.wizard:
-            return "#-1 PERMISSION DENIED"
-        return " ".join("#%d:%d" % (self.world.number(c.player), c.id)
-                        for c in reversed(self.world.online()))
-
-    def f_lwho(self, args):
-        form = "#{0}:{1}" if args[0] else "#{0}"
-        return " ".join(form.format(self.world.number(c.player), c.id) for c in self.world.online())
-
     def f_hasflag(self, args):
         return str(int(self.wizard and args == ["me", "wizard"]))
-
-    def f_version(self, args):
-        return self.world.VERSION
 
     def f_decode64(self, args):
         """Latin-1 becomes ? as at the login, UTF-8 does not: a check of such a password comes out
@@ -17984,14 +17928,12 @@ def first_word(text, blanks=" \t"):
 class Mush(World):
     """Logins and the game, as far as all five families agree."""
     HAS_TELNET = True
-    FUNCTIONS = "name strcat lit strlen chr add create pemit lwho version".split()
+    FUNCTIONS = ["strcat"]
     KEEPS_BRACES, EMPTY_PERCENTS, SQUEEZE, AGAIN = True, "", True, "reconnected"
     HUH = 'Huh?  (Type "help" for help.)\r\n'
     FAILED = "Either that player does not exist, or has a different password."
-    GAME = {"say": "say", "think": "think", "th": "think", "@@": "nothing", "@emit": "emit_",
-            "@pemit": "pemit", "@password": "password", "@newpassword": "newpassword",
-            "@name": "name", "@boot": "atboot", "@shutdown": "atshutdown", "@dump": "atdump",
-            "look": "look"}
+    GAME = {"say": "say", "think": "think", "th": "think", "@pemit": "pemit",
+            "@password": "password", "@name": "name", "look": "look"}
     MORE_GAME, TEXTS = {}, {}
 
     def command(self, conn, line):
@@ -18064,18 +18006,11 @@ class Mush(World):
         if line.startswith('"'):
             return self.do_say(conn, line[1:])
         word, rest = first_word(line, " ")
-        word, _, switch = word.partition("/")
-        verb = self.verb(word)
-        if verb is None:
-            return conn.tell(self.HUH)
-        method = getattr(self, "do_" + verb)
-        return method(conn, rest, switch.lower()) if verb.startswith("at") else method(conn, rest)
+        verb = self.verb(word.partition("/")[0])
+        return getattr(self, "do_" + verb)(conn, rest) if verb else conn.tell(self.HUH)
 
     def verb(self, word):
         return self.MORE_GAME.get(word.lower()) or self.GAME.get(word.lower())
-
-    def do_nothing(self, conn, rest):
-        pass
 
     def do_look(self, conn, rest):
         conn.tell(self.look_text(conn.player))
@@ -18093,9 +18028,6 @@ class Mush(World):
             if result.strip() or text and self.SQUEEZE or self.family == "tinymush":
                 self._player(conn.player, result + self.EOL)
 
-    def do_emit_(self, conn, text):
-        self._broadcast(text + self.EOL)
-
     def do_pemit(self, conn, rest):
         target, _, text = rest.partition("=")
         name = conn.player if target.strip() == "me" else self.find(target.strip())
@@ -18111,17 +18043,6 @@ class Mush(World):
         self.players[conn.player] = new
         conn.tell(self.TEXTS["password"])
 
-    def do_newpassword(self, conn, rest):
-        target, _, new = rest.partition("=")
-        name = self.find(target.strip())
-        if not self.is_wizard(conn.player):
-            return conn.tell("Permission denied." + self.EOL)
-        if name is None:
-            return conn.tell("I don't see that here." + self.EOL)
-        self.players[name] = new.strip()
-        self._player(name, "Your password has been changed by %s.%s" % (conn.player, self.EOL))
-        conn.tell("Password changed." + self.EOL)
-
     def do_name(self, conn, rest):
         """No password wanted; on Tiny and MUX what stands behind the name becomes part of it."""
         target, _, new = rest.partition("=")
@@ -18136,41 +18057,6 @@ class Mush(World):
 
     def new_name(self, conn, new):
         return "" if re.search(r'[";=*#\[\]]', new) else new
-
-    def do_alias(self, conn, rest):
-        self.aliases[conn.player] = rest.partition("=")[2].strip()
-        conn.tell("Alias set." + self.EOL)
-
-    def allowed(self, conn):
-        if not self.is_wizard(conn.player):
-            conn.tell("Permission denied." + self.EOL)
-        return self.is_wizard(conn.player)
-
-    def do_atboot(self, conn, rest, switch):
-        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
-        if self.allowed(conn):
-            if name is None or not self.online(name):
-                return conn.tell("I don't see that here." + self.EOL)
-            conn.tell("You booted %s off!%s" % (name, self.EOL))
-            count = len(self.online(name))
-            self._boot(name, conn.player, switch in ("quiet", "silent"))
-            conn.tell("" if self.family == "pennmush"
-                      else "%d connection%s closed.\r\n" % (count, "s"[count == 1:]))
-
-    def do_atshutdown(self, conn, rest, switch):
-        if self.allowed(conn):
-            if switch == "reboot" and self.RESTART:
-                self._restart(conn.player)
-            else:
-                self._shutdown(conn.player, self.shutdown_delay)
-
-    def do_atrestart(self, conn, rest, switch):
-        if self.allowed(conn):
-            self._restart(conn.player)
-
-    def do_atdump(self, conn, rest, switch):
-        if self.allowed(conn):
-            self.dump()
 
 
 # ---- TeenyMUSH
@@ -18200,8 +18086,8 @@ class TeenyMUSH(Mush):
     FLAGS, THING, CONTENTS = ("Pnc", "PWnc"), "%s%s\n", "Contents:\n"
     HUH = 'Huh? (Type "HELP" for help.)\n'
     FUNCTIONS = Mush.FUNCTIONS + ["password"]
-    KEEPS_BRACES, SQUEEZE, VERSION = False, False, "TeenyMUSH 0.91"
-    MORE_GAME = {"quit": "atquit", "who": "who"}
+    KEEPS_BRACES, SQUEEZE = False, False
+    MORE_GAME = {"quit": "quit", "who": "who"}
     USAGE = "Invalid command, try: cOnnect <user> <password>\r\n"
     # commit 495d335: no telnet in or out, ASCII only, whole words, CRLF in the game
     stable = False
@@ -18317,7 +18203,7 @@ class TeenyMUSH(Mush):
         if line.strip(" "):
             self.play(conn, line)
 
-    def do_atquit(self, conn, rest, switch):
+    def do_quit(self, conn, rest):
         conn.write(b"\n")
         conn.finish()
 
@@ -18342,15 +18228,6 @@ class TeenyMUSH(Mush):
         self.players[conn.player] = match.group(2)
         return conn.tell("Password changed.\n")
 
-    def do_newpassword(self, conn, rest):
-        """No old password wanted, not even by mortals for themselves."""
-        target, _, new = rest.partition("=")
-        name = conn.player if target.strip() == "me" else self.find(target.strip())
-        if name is None or name != conn.player and not self.is_wizard(conn.player):
-            return conn.tell("Permission denied.\n")
-        self.players[name] = new.strip()
-        return conn.tell("The password for %s has been updated.\n" % name)
-
     TEXTS = {"name": "Set.\n", "taken": "That name is already in use\n",
              "bad name": "That name is already in use\n"}
 
@@ -18363,13 +18240,6 @@ class TeenyMUSH(Mush):
             conn.tell("%s has @booted you.\n" % by)
             self._others(by, "%s has been @booted.\n" % name)
             conn.finish()
-
-    def do_atboot(self, conn, rest, switch):
-        name = conn.player if rest.strip() == "me" else self.find(rest.strip())
-        if not name or not self.online(name) or name != conn.player and not self.is_wizard(
-                conn.player):
-            return conn.tell("Unknown connected person specified.\n")
-        return self._boot(name, conn.player, False)
 
     def _shutdown(self, by, delay):
         """The heartbeat first, then the whole server asleep for 2 s (connects succeed and are
@@ -18414,7 +18284,6 @@ class CMush(Mush):
              "blank": "Illegal character in password.\r\n", "name": "Name set.\r\n",
              "taken": "That name is already in use.\r\n",
              "bad name": "You can't use that name.\r\n"}
-    MORE_GAME = {"@alias": "alias", "@restart": "atrestart"}
     ALREADY = ("**** {0} failed connect{1} since your last successful connect. ****\r\n"
                "Most recent attempt was from {2} on {3}.\r\n")
 
@@ -18661,15 +18530,14 @@ class PennMUSH(CMush):
     SESSION = "Player Name       Loc #    On For  Idle  Cmds  Des    Sent    Recv    Pend\r\n"
     INFO_VERSION, INFO_NAME = "1.1", "Name: PennMUSH\r\nAddress: \r\n"
     INFO_TAIL = "PennMUSH 1.8.8p0"
-    FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64", "ports", "lports"]
+    FUNCTIONS = Mush.FUNCTIONS + ["checkpass", "decode64"]
     NO_PLAYER, GOT_ARGUMENTS = "#-1 NO SUCH PLAYER", "BUT GOT %d"
-    VERSION = "PennMUSH version 1.8.8 patchlevel 0 [04/20/2020]"
     TEXTS = {"password": "You have changed your password.\r\n",
              "wrong old": "The old password that you entered was incorrect.\r\n",
              "empty": "Bad new password.\r\n", "blank": "Bad new password.\r\n",
              "name": "Name set.\r\n", "taken": "You can't give a player that name or alias.\r\n",
              "bad name": "You can't give a player that name or alias.\r\n"}
-    MORE_GAME, NULL_PASSWORD = {"@alias": "alias"}, "The password is invalid (or missing).\r\n"
+    NULL_PASSWORD = "The password is invalid (or missing).\r\n"
     TAKEN = "There is already a player with that name.\r\n"
     SOCKSET_ANSWERS = {"NOQUOTA": "NOQUOTA turned on. Command quota is now ignored.\r\n",
                        "PROMPT_NEWLINES": "No newline will be sent after a prompt.\r\n"}
@@ -18953,21 +18821,11 @@ class PennMUSH(CMush):
 
     def verb(self, word):
         """Unique prefixes work."""
-        full = [w for w in ("@password", "@newpassword", "@shutdown") if len(word) > 2 and
-                w.startswith(word.lower())]
-        return super().verb(full[0] if len(full) == 1 else word)
+        is_short = len(word) > 2 and "@password".startswith(word.lower())
+        return super().verb("@password" if is_short else word)
 
     def new_name(self, conn, new):
-        new, _, alias = new.strip('"').partition(";")
-        if alias:
-            self.do_alias(conn, "me=" + alias)
-        return super().new_name(conn, new)
-
-    def do_atboot(self, conn, rest, switch):
-        if rest.strip() == "me":
-            return conn.tell(
-                "None of your connections are idle. If you want to quit, use QUIT.\r\n")
-        return super().do_atboot(conn, rest, switch)
+        return super().new_name(conn, new.strip('"').partition(";")[0])
 
 
 # ---- TinyMUSH, TinyMUX, RhostMUSH
@@ -19003,11 +18861,9 @@ class TinyMUSH(CMush):
     WRAPPED_GAME = CMush.SCREEN
     WHO_GAME = "Player Name        On For Idle   Room    Cmds   Host\r\n"
     INFO_NAME, INFO_TAIL = "Name: AnonyMUSH\r\n", "4.0.0.817-0"
-    VERSION = "TinyMUSH 4.0 alpha Revision 817"
-    FUNCTIONS = [f for f in Mush.FUNCTIONS if f != "chr"] + ["ports", "hasflag"]
-    MORE_GAME, MAX_LOGIN, ALREADY = dict(CMush.MORE_GAME,
-                                         **{"@pass":
-                                            "password"}), 512, "\r\n" + CMush.ALREADY + "\r\n"
+    FUNCTIONS = Mush.FUNCTIONS + ["hasflag"]
+    MORE_GAME, MAX_LOGIN = {"@pass": "password"}, 512
+    ALREADY = "\r\n" + CMush.ALREADY + "\r\n"
 
     def received(self, conn, data):
         """Nothing is put together over reads."""
@@ -19098,9 +18954,9 @@ class TinyMUX(CMush):
     WHO_GAME = TinyMUSH.WHO_GAME
     INFO_VERSION, INFO_NAME = "1.1", "Name: TestMUX\r\n"
     INFO_TAIL = "MUX 2.12.0.10\r\nPatches: STUB_SLAVE"
-    FUNCTIONS = Mush.FUNCTIONS + ["ports", "lports", "hasflag"]
-    VERSION, MAX_LOGIN, MAX_LINE = "MUX 2.12.0.10 #1 [2020-AUG-08]", 400, 7990
-    MORE_GAME = dict(CMush.MORE_GAME, **{"@pass": "password"})
+    FUNCTIONS = Mush.FUNCTIONS + ["hasflag"]
+    MAX_LOGIN, MAX_LINE = 400, 7990
+    MORE_GAME = {"@pass": "password"}
     NULL_PASSWORD = "Null passwords are not allowed.\r\n"
 
     def date(self, when=None):
@@ -19321,11 +19177,10 @@ class RhostMUSH(CMush):
     WHO_GAME = "Player Name          On For Idle  Room     Ports Host\r\n"
     MAX_LINE = 16375
     INFO_NAME, INFO_TAIL = "Name: TestRhost\r\n", "RhostMUSH 5.8.4"
-    VERSION = "RhostMUSH 5.8.4 [2026-07-23] #"
     FUNCTIONS = Mush.FUNCTIONS + ["checkpass"]
     NO_PLAYER, GOT_ARGUMENTS = "#-1 NO MATCH", "[RECEIVED %d]"
     ALREADY = " \r\n" + CMush.ALREADY + " \r\n"
-    MORE_GAME = {"@alias": "alias", "@reboot": "atrestart", "idle": "nothing", "@pass": "password"}
+    MORE_GAME = {"@pass": "password"}
     NULL_PASSWORD = "Invalid password specified.\r\n" + CMush.TAKEN
     TEXTS = dict(CMush.TEXTS, empty="Bad new password.\r\n", blank="Bad new password.\r\n")
 
@@ -19553,13 +19408,6 @@ class RealMux:
                 cwd=self.game, env=dict(os.environ, LD_LIBRARY_PATH="./bin"),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
 
-    def stop(self):
-        """End the server by SIGTERM: it saves its database first."""
-        if self.pid:
-            self._server.terminate()
-            self.sigcont()
-        self.wait()
-
     def kill(self):
         """Crash the server by SIGKILL: what happened since its last dump is lost."""
         if self.pid:
@@ -19571,16 +19419,6 @@ class RealMux:
         """Return when the server has gone by itself (@shutdown), and its helpers too."""
         poll_until(lambda: not self.pid, lambda: "TinyMUX still runs\n" + self.log_tail())
         self.kill()
-
-    def sigstop(self):
-        """Freeze the server: the kernel still accepts connections, but nobody answers."""
-        self._server.send_signal(signal.SIGSTOP)
-        stat = pathlib.Path("/proc/%d/stat" % self._server.pid)
-        poll_until(lambda: ") T " in stat.read_text(), stat.read_text)
-
-    def sigcont(self):
-        """Thaw the server."""
-        self._server.send_signal(signal.SIGCONT)
 
     def close(self):
         """End all processes; the folder stays."""
@@ -19615,16 +19453,6 @@ class RealMux:
         if not logged_in:
             raise ConnectionError("%s cannot log in: %s" % (user, before))
         return after.partition(last + "\n")[0].rstrip("\n")
-
-    def who(self):
-        """Return the sorted names of the players in the game, without Wizard."""
-        names = self.command("think [iter(lwho(),name(##),,|)]").split("|")
-        return sorted(set(names) - {"", "Wizard"})
-
-    def restart_in_place(self):
-        """@restart: same pid, sockets survive. Refused until 15 s after start(): this waits."""
-        poll_until(lambda: "Restart finished" in self.command("@restart"),
-                   lambda: "@restart is still refused", interval=0.25)
 
     def log_tail(self, lines=20):
         """Return the end of what the server wrote, for error messages."""
