@@ -18330,8 +18330,8 @@ class CMush(Mush):
             setattr(conn, name[6:].lower(), rest.strip(" "))
         elif name in ("WHO", "DOING"):
             conn.tell(self.who(conn))
-        elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE", "MSSP-REQUEST"):
-            getattr(self, "screen_" + name.lower().replace("-", "_"))(conn, rest)
+        elif name in ("QUIT", "LOGOUT", "SESSION", "INFO", "IDLE"):
+            getattr(self, "screen_" + name.lower())(conn, rest)
         else:
             self.setting(conn, name, rest.strip(" "))
 
@@ -18521,7 +18521,7 @@ class PennMUSH(CMush):
                "GAME: Save complete. \r\n", "GAME: Reboot finished.\r\n", False, b"")
     ROOM = ("\x1b[1mRoom Zero\x1b[0m(#0RL)\r\nYou are in Room Zero.\r\n",) * 2
     FLAGS, THING, CONTENTS = ("PenAc", "PWenAc"), "\x1b[1m%s\x1b[0m%s\r\n", "Contents:\r\n"
-    EXACT = ("QUIT", "LOGOUT", "INFO", "MSSP-REQUEST")
+    EXACT = ("QUIT", "LOGOUT", "INFO")
     SCREEN = EXACT + ("WHO", "DOING", "SESSION", "IDLE", "OUTPUTPREFIX", "OUTPUTSUFFIX", "SOCKSET",
                       "SCREENWIDTH", "SCREENHEIGHT", "PROMPT_NEWLINES", "PUEBLOCLIENT")
     WRAPPED_GAME = CMush.WRAPPED
@@ -18734,13 +18734,6 @@ class PennMUSH(CMush):
                 for c in self.online()]
         return conn.tell(self.SESSION + "".join(rows) + self.count(len(rows)))
 
-    def screen_mssp_request(self, conn, rest):
-        pairs = self.MSSP_PAIRS.format(players=len(self.online()), uptime=self.start_id,
-                                       port=self.port)
-        conn.tell(
-            "\r\nMSSP-REPLY-START%s\r\nMSSP-REPLY-END\r\n" % pairs.replace("\x01", "\r\n").replace(
-                "\x02", "\t"))
-
     def setting(self, conn, name, rest):
         """SOCKSET holds several, told apart by their names; alone it lists them. It answers."""
         if name != "SOCKSET":
@@ -18813,10 +18806,6 @@ class PennMUSH(CMush):
     # -- in the game --
 
     def play(self, conn, line):
-        if line.startswith("]"):
-            word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest +
-                                "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
         return super().play(conn, line) if line.strip(" ") else None
 
     def verb(self, word):
@@ -19304,10 +19293,6 @@ class RhostMUSH(CMush):
         return "%d Player%s logged in. (Bummer.)\r\n" % (players, "" if players == 1 else "s")
 
     def play(self, conn, line):
-        if line.startswith("]"):
-            word, rest = first_word(line[1:], " ")
-            return self._player(conn.player, rest +
-                                "\r\n") if word.lower() == "think" else super().play(conn, line[1:])
         if line.strip(" ").lower().startswith("idle "):
             return conn.tell("A great book falls into your lap.  Its titled 'help'.\r\n")
         return super().play(conn, line)
@@ -19435,15 +19420,12 @@ class RealMux:
         first, last = secrets.token_hex(8), secrets.token_hex(8)
         begin = "connect %s %s\r\nthink %s\r\n%s\r\n" % (user, password, first, line)
         end = ("think %s\r\nQUIT\r\n" % last).encode()
-        text, restarts = b"", 0
+        text = b""
         with socket.create_connection((self.host, self.port), self.DEADLINE) as link:
             try:
                 link.sendall(begin.encode() + end)
                 for data in iter(lambda: link.recv(65536), b""):
                     text += data
-                    if text.count(b"GAME: Restart finished.") > restarts:
-                        restarts += 1
-                        link.sendall(end)       # @restart forgets the lines it had read
             except socket.timeout:
                 raise TimeoutError("no answer to %s: %r" % (line, text)) from None
             except ConnectionError:
