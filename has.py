@@ -765,9 +765,14 @@ def _remarks(script, overrides, conf, settings):
     if settings.hb_pass != "heartbeat" and os.stat(holder).st_mode & 0o077:
         warnings.append(f"{holder} holds hb_pass and others may read it: chmod 600 {holder}")
     warnings += _who_else_may_write(script) + _who_else_may_write(conf)
+    if settings.log_file and os.path.dirname(settings.log_file) != os.path.dirname(conf):
+        warnings += _who_else_may_replace(settings.log_file)
     if settings.on_event and not shutil.which(settings.on_event[0]):
         warnings.append(f"on_event: {settings.on_event[0]} is no program that can be run: nobody "
                         "would be told")
+    if any(not network.prefixlen for network in settings.proxy_from):
+        warnings.append("proxy_from lists everybody: each user may claim any address, so deny, "
+                        "max_per_host and the login brake hold nobody: list your own front only")
     if settings.hb_pass == "heartbeat":
         warnings.append("hb_pass is the one everybody knows: give the heartbeat another, "
                         "and set it here")
@@ -788,12 +793,24 @@ def _who_else_may_write(path):
     if kept.st_uid not in (0, os.geteuid()):
         found.append(f"{path} belongs to another user (number {kept.st_uid}), "
                      "who may change it: chown it")
-    real = pathlib.Path(path).resolve()
+    return found + _who_else_may_replace(path)
+
+
+def _who_else_may_replace(path):
+    """Who but us and root could put another file, or a link, in the place of the one at `path`."""
+    found, real = [], pathlib.Path(path).resolve()
     for folder in real.parents:
-        mode = folder.stat().st_mode
-        if mode & 0o022 and not mode & stat.S_ISVTX:            # sticky: only owners replace files
+        try:
+            kept = folder.stat()
+        except OSError:                         # it is made later, or start_trouble() tells
+            continue
+        # sticky: only owners replace files
+        if kept.st_mode & 0o022 and not kept.st_mode & stat.S_ISVTX:
             found.append(f"others may write in {folder}, and put another {real.name} there: "
                          f"chmod go-w {folder}")
+        if kept.st_uid not in (0, os.geteuid()):
+            found.append(f"{folder} belongs to another user (number {kept.st_uid}), who may put "
+                         f"another {real.name} there: chown it")
     return found
 
 
@@ -3568,7 +3585,7 @@ def _unfinished_command(data):
 
 def ago(seconds):
     """A duration in seconds as people write it."""
-    seconds = int(seconds)
+    seconds = max(0, int(seconds))              # the clock of the machine may be put back
     days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
     return f"{days}d {hours}h" if days else f"{hours}h {minutes}m" if hours else (
         f"{minutes}m {seconds % 60}s" if minutes else f"{seconds}s")
@@ -12868,7 +12885,7 @@ class LogHandler(logging.Handler):
         """Take the level and the file of these settings, opened anew (logrotate). Returns why that
         cannot be, or ""."""
         log.setLevel(settings.log_level.upper())
-        self._path = settings.log_file
+        path, self._path = self._path, settings.log_file
         with self.lock:
             try:
                 fd = self._open()
@@ -12877,6 +12894,8 @@ class LogHandler(logging.Handler):
                            "where it was: make that file possible, then kill -HUP")
                 log.error("%s", trouble)
                 return trouble
+            if self._path != path:
+                log.info("the log goes on in %s", self._path or "standard error")
             if self._fd != 2:
                 os.close(self._fd)
             self._fd = fd

@@ -352,6 +352,23 @@ class TestSettings(SettingsCase):
                 os.chmod(path, kept)
         os.chmod(folder, 0o1777)                # sticky, as /tmp: others cannot replace our files
         self.assertEqual(warned(folder), [])
+        os.mkdir(folder + "/log", 0o700)
+        os.chmod(folder + "/log", 0o777)
+        self.assertRegex("".join(self.load("log_file = log/x.log")[1]),
+                         f"others may write in {folder}/log, and put another x.log there")
+        os.chmod(folder, 0o755)                 # who owns the folder can do the same
+        owner = me = os.geteuid()
+        if not me:
+            owner = 12345
+            os.chown(folder, owner, -1)
+        with mock.patch.object(os, "geteuid", return_value=me + bool(me)):
+            self.assertIn(f"{folder} belongs to another user (number {owner}), who may put another "
+                          "has.py there: chown it", "".join(self.load("beat = 1")[1]))
+
+    def test_a_front_that_is_everybody_is_warned_of(self):
+        for listed, warned in (("127.0.0.1", 0), ("10.0.0.0/8, ::/0", 1), ("0.0.0.0/0", 1)):
+            _, remarks = self.load(f"proxy_from = {listed}")
+            self.assertEqual(sum("proxy_from lists everybody" in it for it in remarks), warned)
 
     def test_bad_lines_of_has_conf_have_exact_messages(self):
         number = "is not a number"
@@ -11211,6 +11228,11 @@ class TestPartsOfTheProgram(unittest.TestCase):
             handler.emit(logging.LogRecord("has", logging.INFO, "", 0, text, (), None))
         return handler, say
 
+    def test_spans_of_time(self):
+        for seconds, text in ((-5, "0s"), (0.9, "0s"), (61, "1m 1s"), (3661, "1h 1m"),
+                              (90000, "1d 1h")):
+            self.assertEqual(has.ago(seconds), text)
+
     def test_no_core_dump_where_a_pipe_ignores_the_limit(self):
         for pattern, limit in (("|/usr/lib/systemd/systemd-coredump %P", 1), ("core", 0), ("", 0)):
             with mock.patch("builtins.open", mock.mock_open(read_data=pattern)):
@@ -11324,6 +11346,12 @@ class TestPartsOfTheProgram(unittest.TestCase):
             self.assertRegex(read_text(path),
                              r"\A.* one\n.* ERROR cannot open log_file /nonexistent/has\.log: .*\n"
                              r".* two\n.* three\n\Z")
+            other = os.path.join(folder, "other.log")
+            with mock.patch.object(has.log, "handlers", [handler]):
+                handler.reload(settings_of((("log_file", other),)))
+            say("four")
+            self.assertRegex(read_text(path), f" three\n.* the log goes on in {other}\n\\Z")
+            self.assertRegex(read_text(other), r"\A.* four\n\Z")
 
     def test_a_dead_terminal_stops_nobody(self):
         master, slave = pty.openpty()
