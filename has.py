@@ -10572,9 +10572,10 @@ class Control(Survivor):
             return f"no answer for {ago(time.time() - record.health_since + settings.hb_timeout)}"
         if not hub.is_up or hub.health.loss:
             return "away"
-        where = "at the login screen" if hub.world.blind else "logged in"
+        where = (f"{settings.hb_user} {'at the login screen' if hub.world.blind else 'logged in'}"
+                 if hub.world.dialect.logs_in else "connected, without a login")
         answers = f", answers in {record.round_trip * 1000:.1f} ms" if record.round_trip else ""
-        return f"{settings.hb_user} {where}{answers}"
+        return where + answers
 
     def command(self, request, answer):
         """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if

@@ -10540,6 +10540,14 @@ class Orders(RigCase):
         self.assertEqual(rig.client().lines(), ["# OFFLINE"])
         self.assertEqual(rig.hub.control.status()["maintenance"], "")
 
+    def test_the_status_says_where_the_heartbeat_is(self):
+        for family, blind, where in (("tinymux", False, "heartbeat logged in"),
+                                     ("tinymux", True, "heartbeat at the login screen"),
+                                     ("plain", True, "connected, without a login")):
+            rig = self.rig(family)
+            rig.hub.health.world = rig.hub.world._replace(blind=blind)
+            self.assertEqual(rig.hub.control.status()["world"]["heartbeat"], where)
+
     def test_maintenance_begun_and_ended_while_the_world_is_down(self):
         rig, alice, _ = self.player(offline_notice="")
         rig.down()
