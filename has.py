@@ -3597,8 +3597,9 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
     last = f", the last {ago(outages['last'])} ago" if outages["count"] else ""
     pid, worker = status["pid"], status["worker"]
     pids = f"pid {pid}" if pid == worker else f"pid {pid} (worker {worker})"
+    how = "up (without heartbeat login)" if world["health"] == "blind" else world["health"]
     lines = [f"{pids}: HAS {status['version']}, up {ago(status['age'])}: the world "
-             f"{world['address']} ({world['family'] or 'family unknown'}) is {world['health']} for "
+             f"{world['address']} ({world['family'] or 'family unknown'}) is {how} for "
              f"{ago(world['since'])}",
              f"heartbeat: {world['heartbeat']}; outages: {outages['count']}, "
              f"{ago(outages['seconds'])} in all{last}"]

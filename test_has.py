@@ -10543,10 +10543,13 @@ class Orders(RigCase):
     def test_the_status_says_where_the_heartbeat_is(self):
         for family, blind, where in (("tinymux", False, "heartbeat logged in"),
                                      ("tinymux", True, "heartbeat at the login screen"),
-                                     ("plain", True, "connected, without a login")):
+                                     ("plain", False, "connected, without a login")):
             rig = self.rig(family)
             rig.hub.health.world = rig.hub.world._replace(blind=blind)
-            self.assertEqual(rig.hub.control.status()["world"]["heartbeat"], where)
+            status = rig.hub.control.status()
+            self.assertEqual(status["world"]["heartbeat"], where)
+            without = " (without heartbeat login)" if blind else ""
+            self.assertIn(f"is up{without} for", has.status_lines(status)[0])
 
     def test_maintenance_begun_and_ended_while_the_world_is_down(self):
         rig, alice, _ = self.player(offline_notice="")
