@@ -318,7 +318,9 @@ def _local_address(text):
 
 
 def _network(text):
-    network = ipaddress.ip_network(text)
+    network = ipaddress.ip_network(text, strict=False)
+    if ipaddress.ip_interface(text).ip != network.network_address:
+        raise ValueError(f"{text} is one address in a network: for all of it write {network}")
     first, bits = address_of(str(network.network_address)), network.prefixlen - 96
     mapped = first.version < network.version and bits >= 0
     return ipaddress.ip_network(f"{first}/{bits}") if mapped else network
@@ -10667,6 +10669,8 @@ class Control(Survivor):
         """{"do": "deny", "address": ..., "seconds": ... or None}: nobody comes in; 0: again."""
         denials, seconds = self.hub.door.denials, request.get("seconds")
         network = _network(str(request["address"]))
+        if seconds is not None:
+            seconds = _number(0, 10 ** 12, float)(str(seconds))
         if seconds == 0:
             if not denials.lift(network):
                 return {"error": f"{network} is not denied by --deny: see --status"}

@@ -418,6 +418,8 @@ class TestSettings(SettingsCase):
                                          "an IPv4 or IPv6 address"),
                 ("proxy_from = 1.2.3", "C:1: proxy_from = 1.2.3: '1.2.3' does not appear to be an "
                                        "IPv4 or IPv6 network"),
+                ("deny = 10.0.0.1/8", "C:1: deny = 10.0.0.1/8: 10.0.0.1/8 is one address in a "
+                                      "network: for all of it write 10.0.0.0/8"),
                 ("resume_rate = fast", "C:1: resume_rate = fast: " + number + ", nor auto"),
                 ("resume_rate = -1",
                  "C:1: resume_rate = -1: is not between 0 and 100000, nor auto"),
@@ -10652,6 +10654,10 @@ class Orders(RigCase):
                          "198.51.100.0/24 may come in again")
         self.assertIsNotNone(rig.client("198.51.100.200").session)
         self.assertIn("is not denied", self.order(rig, "deny", address="::1", seconds=0))
+        for seconds in (-1, float("nan"), 10 ** 400, "x", [], 1e300):
+            with self.assertRaises(ValueError):
+                self.order(rig, "deny", address="192.0.2.1", seconds=seconds)
+        self.assertNotIn("192.0.2.1/32", rig.hub.control.status()["denied"])
         self.assertRaises(ValueError, self.order, rig, "deny", address="10.0.0.1/8")
 
     def test_a_denied_user_of_a_front_and_of_tls(self):
