@@ -4886,8 +4886,8 @@ _BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
 class Lines(Part):
     """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
 
-    SURVIVES = ("settings", "braked", "iced")
-    __slots__ = SURVIVES + ("unsent",)          # that is of one second, whose timer ends here
+    __slots__ = SURVIVES = ("settings", "braked", "iced", "unsent")
+    PASSING = "unsent",
 
     def __init__(self, session):
         super().__init__(session)
@@ -5145,8 +5145,10 @@ class Lines(Part):
         session.refresh()
 
     def go_on(self):
-        """In a new process: the login that waits goes on when its time has come, unless it opens a
-        place: that is to be seen when all are there."""
+        """In a new process: a count is told, and the login that waits goes on, when its time has
+        come, unless it opens a place: that is to be seen when all are there."""
+        if self.unsent:
+            self.hub.later(1, self.tell_unsent)
         if self.braked:
             self.hub.later(0, self._claim_again)
 
@@ -5206,13 +5208,14 @@ class Lines(Part):
 
     def _answer_unsent(self, line):
         if not self.unsent:
-            self.hub.later(1, self._tell_unsent)    # of this second, whatever becomes of the link
+            self.hub.later(1, self.tell_unsent)    # of this second, whatever becomes of the link
         self.unsent += 1
         if self.unsent <= UNSENT_LINES:
             plain = re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500])
             self.session.screen.answer(self.hub.settings.unsent_notice, b" " + plain)
 
-    def _tell_unsent(self):
+    def tell_unsent(self):
+        """How many more than were answered one by one; once a second, and before his return."""
         more, self.unsent = self.unsent - UNSENT_LINES, 0
         session, settings = self.session, self.hub.settings
         if more > 0 and session.state in AWAY and not session.client.closed:
@@ -5279,6 +5282,7 @@ class Return(Part):
 
     def begin(self):
         """A link is being opened."""
+        self.session.lines.tell_unsent()
         self.settled = False
         if self.words_due and self.session.life == self.hub.world.life:
             self.session.screen.show(self.words)

@@ -3925,6 +3925,26 @@ class Timers(RigCase):
         client.says("again\r\n")
         self.assertEqual(client.lines(), ["# UNSENT again"])
 
+    def test_the_count_is_told_before_his_return_or_by_the_next_process(self):
+        for login in (True, False):
+            for event in ("return", "upgrade", "upgrade, return"):
+                with self.subTest(event, login=login):
+                    rig = self.rig()
+                    client = rig.player()[0] if login else rig.client()
+                    rig.down()
+                    client.says("".join(f"line {n}\r\n" for n in range(25)))
+                    client.read()
+                    if "upgrade" in event:
+                        rig.upgrade()
+                    if "return" in event:
+                        rig.found("life 2")
+                        rig.game.accept()
+                    else:
+                        rig.pass_time(1.1)
+                    self.assertEqual(client.lines()[:1], ["# UNSENT (and 15 lines more)"])
+                    rig.pass_time(1.1)
+                    self.assertNotIn("UNSENT", "".join(client.lines()))
+
     def test_unsent_lines_are_answered_in_the_next_outage_too(self):
         rig, client, _ = self.player()
         rig.down()
