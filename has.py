@@ -3593,7 +3593,22 @@ def ago(seconds):
         f"{minutes}m {seconds % 60}s" if minutes else f"{seconds}s")
 
 
-def status_lines(status, heading=LIST_HEADING_NOTICE):
+def session_line(it):
+    """What is told of a session (Session.status) as a line of a list."""
+    is_tls, quiet = "yes" if it["tls"] else "no", it["away"] or it["idle"]
+    return _COLUMNS.format(it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]),
+                           ago(quiet), it["bytes_in"], it["bytes_out"], is_tls, it["size"])
+
+
+_COLUMNS = "{:>5} {:<16} {:<24} {:<10} {:<8} {:<8} {:<8} {:<8} {:<3} {}"
+
+
+def listed(lines, heading=LIST_HEADING_NOTICE):
+    """Such lines with their heading, if there are any."""
+    return [_COLUMNS.format(*heading.split()), *lines] if lines else []
+
+
+def status_lines(status):
     """The status (Control.status) as lines of text for people."""
     world, outages = status["world"], status["outages"]
     last = f", the last {ago(outages['last'])} ago" if outages["count"] else ""
@@ -3613,15 +3628,7 @@ def status_lines(status, heading=LIST_HEADING_NOTICE):
               for network, left in status.get("denied", {}).items()]
     if denied:
         lines.append(f"denied: {', '.join(denied)}")
-    if status["sessions"]:
-        rows = [heading.split()] + [
-            (it["id"], it["name"][:16], it["host"], it["state"], ago(it["age"]),
-             ago(it["away"] or it["idle"]), it["bytes_in"], it["bytes_out"],
-             "yes" if it["tls"] else "no", it["size"])
-            for it in status["sessions"]]
-        columns = "{:>5} {:<16} {:<24} {:<10} {:<8} {:<8} {:<8} {:<8} {:<3} {}"
-        lines += [columns.format(*row) for row in rows]
-    return lines
+    return lines + listed(list(map(session_line, status.get("sessions", ()))))
 
 
 @survives
@@ -3681,6 +3688,11 @@ class Character(Survivor):
         self.changing = None       # a Change typed and not yet answered by the world
         self.proven = b""          # the character as it logged in, whatever was typed later
         self.checked = None        # what the heartbeat was asked about: Credentials, or a list
+
+    @property
+    def name(self):
+        """What admins read of who is logged in; "" for nobody."""
+        return printable(self.login.name) if self.login else ""
 
     @property
     def is_guest(self):
@@ -4963,8 +4975,9 @@ class Lines(Part):
         proven = self.session.character.proven.decode("utf-8", "replace")
         if line != b"#?" or proven not in self.hub.settings.admins:
             return False
-        self.session.screen.answer("\n".join(status_lines(
-            self.hub.control.status(), self.hub.settings.list_heading_notice)))
+        heading = self.hub.settings.list_heading_notice
+        self.hub.control.collect(session_line, lambda status, lines: self.session.screen.answer(
+            "\n".join(status_lines(status) + listed(lines, heading))))
         return True
 
     # ---- what the world will read of somebody who is logged in, or about to be
@@ -6357,9 +6370,9 @@ class Session(Survivor):
 
     def status(self):
         """This session for admins: plain values, nothing secret, nothing that steers a terminal."""
-        login, inbox, place = self.character.login, self.inbox, self.place
+        inbox, place = self.inbox, self.place
         away = int(self.hub.now - place.gone_at) if place.away_at else None
-        return {"id": self.number, "name": printable(login.name) if login else "",
+        return {"id": self.number, "name": self.character.name,
                 "host": self.host, "state": "AWAY" if place.away_at else self.state.name,
                 "age": int(time.time()) - self.since, "tls": self.tls, "away": away,
                 "idle": int(self.hub.now - inbox.typed_at), "size": self.telnet.size,
@@ -6415,7 +6428,7 @@ class Session(Survivor):
 
     def on_stream_end(self, stream, reason):
         """One of the two streams ended; `reason` is "" for a plain end of file."""
-        self.hub.ends += 1
+        self.hub.burden += 1
         if stream is self.client and not self.place.keep(reason):     # else he may come back
             self.handle(Event.CLIENT_LOST if reason else Event.CLIENT_ENDED, reason)
         elif stream is self.link:
@@ -8540,7 +8553,8 @@ NOBODY = 0                         # the number of no session
 PROBE_SECONDS = 1                  # who leaves sooner without a word was a front's health check
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 EVENTS_A_TURN = 1000
-ENDS_A_TURN = 150                  # streams: at a crash of the world thousands end at once
+BURDEN_A_TURN = 150                # 1: a stream that ends, for at a crash of the world thousands do
+                                   # at once; 2: one is back in the game, or otherwise written down
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
 RECORDS_A_TURN = 25                # written down for the next process
 UNTIDY = 100                       # sessions that change leave new objects, for Python to look at
@@ -8549,11 +8563,11 @@ SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in o
 # What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
 # source for `hub.` in part 6, and for `session.` and `other.` below it.
 FOR_SESSIONS = {
-    "now", "clock", "later", "patience", "backlogs", "ends",    # the loop
+    "now", "clock", "later", "patience", "backlogs", "burden",    # the loop
     "settings", "world", "is_up", "record.health_since",        # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
     "history.gone", "changed", "keep", "is_kept",           # to outlive this process
-    "connect", "stream_of", "ask", "check", "forget", "control.status",     # what it does for one
+    "connect", "stream_of", "ask", "check", "forget", "control.collect",     # what it does for one
     "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
     "links.siblings", "links.settle", "links.suspects", "links.noise",
     "logins.left", "logins.may_go", "logins.wait", "logins.took",       # logins, by address
@@ -8641,12 +8655,13 @@ class Loop:
         self.backlogs = collections.deque()     # sessions with more to be read
         self._breath_over = 0                   # ... and from when on that is done
         self.changed = set()                    # sessions, or the hub: perhaps, in this turn
-        self.ends, self._left = 0, frozenset()  # streams in this turn; who was ready, not served
+        self.burden = 0                         # of this turn: see BURDEN_A_TURN
+        self._left = frozenset()                # streams that were ready, and not served
         self._sweeps = collections.deque()      # see sweep()
 
     def turn(self, longest=None):
         """Serve what is ready and what is due; wait for it at most `longest` seconds."""
-        self.patience, self.ends = PATIENCE, 0
+        self.patience, self.burden = PATIENCE, 0
         timers, left = self._timers, len(self.backlogs)
         if left:
             longest = BREATH_SECONDS
@@ -8657,7 +8672,7 @@ class Loop:
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
         self.now = self.clock()
-        for stream, events in ready if len(ready) <= ENDS_A_TURN else self._in_turns(ready):
+        for stream, events in ready if len(ready) <= BURDEN_A_TURN else self._in_turns(ready):
             try:
                 if not stream.closed:           # else its descriptor may be another's by now
                     stream.ready(events)
@@ -8701,18 +8716,19 @@ class Loop:
                 break                           # due as they are, they come in the next turn
 
     def _in_turns(self, ready):
-        """Yield what is ready until too many streams have ended; the selector names the others
+        """Yield what is ready until that was too much for a turn; the selector names the others
         again. One who was not left then for one who was: nobody waits for all of them. First of all
         what the heartbeat says: it may make all those ends one."""
         yield self, READ
-        left = [it for it in ready if it[0] in self._left]
-        fresh = [it for it in ready if it[0] not in self._left] if left else ready
-        mixed = [it for pair in itertools.zip_longest(fresh, left) for it in pair if it]
+        left = [it for it in ready if it[0] in self._left] if self._left else []
+        if left:
+            fresh = [it for it in ready if it[0] not in self._left]
+            ready = [it for pair in itertools.zip_longest(fresh, left) for it in pair if it]
         self._left = frozenset()
-        for number, it in enumerate(mixed):
+        for number, it in enumerate(ready):
             yield it
-            if self.ends >= ENDS_A_TURN:
-                self._left = frozenset(stream for stream, _ in mixed[number + 1:])
+            if self.burden >= BURDEN_A_TURN:
+                self._left = frozenset(stream for stream, _ in ready[number + 1:])
                 return
 
     def sweep(self, calls):
@@ -9667,6 +9683,11 @@ class Links(Survivor):
     def __contains__(self, session):
         return session in self._waiting or session in self._last
 
+    def survivors(self):
+        """No more of the suspects than counts."""
+        self.suspects.outlived(self.hub.now)
+        return super().survivors()
+
     # ---- the world comes and goes
 
     def found(self, is_new_life):
@@ -9878,13 +9899,11 @@ class Links(Survivor):
         self.noise.expect(name, self.hub.now + NOISE_SECONDS)
         if quiet:
             self.hub.later(NOISE_SECONDS, self.prune_noise)
-            sessions = list(self.hub.sessions.values())
-            self.hub.sweep((session.screen.choose_path, ()) for session in sessions)
+            self.hub.each("screen.choose_path")
 
     def prune_noise(self):
         """Hide no more what has had its time."""
         ends = self.noise.forget(self.hub.now)
-        self.suspects.outlived(self.hub.now)
         if ends is not None:
             self.hub.later(max(0.1, ends - self.hub.now), self.prune_noise)
 
@@ -10410,9 +10429,10 @@ class Caller:
             self.answer(answer)
 
     def answer(self, answer, finish=True):
-        """What came of it, a dictionary; `finish`: and nothing more is going to."""
+        """What came of it, a dictionary or its JSON; `finish`: and nothing more is going to."""
         if not self.stream.closed:
-            self.stream.send(json.dumps(answer).encode() + b"\n")
+            text = answer if isinstance(answer, str) else json.dumps(answer)
+            self.stream.send(text.encode() + b"\n")
             if finish:
                 self._waits = False
                 self.stream.finish()
@@ -10545,21 +10565,31 @@ class Control(Survivor):
         if self.listener:
             self.listener.close()
 
+    def collect(self, make, take):
+        """Have take(status, made) called when make(status of a session) was called for all of them,
+        in turns: there may be thousands."""
+        made = []
+
+        def add(session):
+            made.append(make(session.status()))
+        calls = [(add, (session,)) for session in self.hub.sessions.values()]
+        self.hub.sweep([*calls, (lambda: take(self.status(), made), ())])
+
     def status(self):
-        """All that is told to admins: a dictionary of plain values, without secrets."""
+        """What is told to admins, but of the sessions: plain values, without secrets."""
         hub = self.hub
         world, record, condition = hub.world, hub.record, hub.health.condition
         addresses, address, now = hub.settings.mush_address, hub.address, time.time()
         blind = world and world.blind and condition is Condition.UP
-        sessions = [session.status() for session in hub.sessions.values()]
+        sessions = hub.sessions.values()
         return {"version": VERSION, "pid": self.pid(), "worker": os.getpid(),
                 "fronts": [front.pid for front in hub.fronts.all],
                 "age": int(now - record.started),
                 "started": record.started, "takeovers": record.takeovers,
                 "fell_back": record.fell_back, "round_trip": record.round_trip,
                 "returns": {"done": hub.history.returns, "failed": hub.history.failures},
-                "bytes": {"in": record.bytes_in + sum(it["bytes_in"] for it in sessions),
-                          "out": record.bytes_out + sum(it["bytes_out"] for it in sessions)},
+                "bytes": {"in": record.bytes_in + sum(it.inbox.bytes_in for it in sessions),
+                          "out": record.bytes_out + sum(it.screen.bytes_out for it in sessions)},
                 "world": {"address": str(address), "family": world.dialect.name if world else None,
                           "health": "blind" if blind else condition.value,
                           "since": int(now - record.health_since),
@@ -10569,8 +10599,7 @@ class Control(Survivor):
                 "outages": {"count": record.outages,
                             "seconds": int(record.lost_seconds(condition)),
                             "last": int(now - record.last_outage) if record.outages else None},
-                "maintenance": self.maintenance, "denied": hub.door.denials.in_force(),
-                "sessions": sessions}
+                "maintenance": self.maintenance, "denied": hub.door.denials.in_force()}
 
     def _heartbeat_status(self):
         hub = self.hub
@@ -10586,15 +10615,21 @@ class Control(Survivor):
 
     def command(self, request, answer):
         """Carry out a request, {"do": NAME, ...}; return what came of it, a dictionary, or None if
-        answer() will be called with that: {"done": text}, or {"error": text, "status": of exit}."""
-        does = {"status": lambda _: self.status(), "history": lambda _: self.hub.history.told(),
-                "reload": self._reload,
+        answer() will be called with that (or its JSON): {"done": text}, or {"error": text,
+        "status": of exit}."""
+        does = {"status": lambda _: self._status(answer), "reload": self._reload,
+                "history": lambda _: self.hub.history.told(),
                 "upgrade": lambda _: self.upgrade(answer), "stop": lambda _: self._stop(answer),
                 "notice": self._notice, "maintenance": self._maintenance,
                 "kick": self._kick, "deny": self._deny}
         name = request.get("do")
         return does[name](request) if name in does else {
             "error": f"unknown request {name!r}: the HAS that runs is older than the one that asks"}
+
+    def _status(self, answer):
+        """{"do": "status"}: that of all sessions, too."""
+        self.collect(json.dumps, lambda status, sessions: answer(
+            f'{json.dumps(status)[:-1]}, "sessions": [{", ".join(sessions)}]}}'))
 
     def _reload(self, _):
         """{"do": "reload"}: what HUP does."""
@@ -10603,7 +10638,7 @@ class Control(Survivor):
 
     def _stop(self, answer):
         """{"do": "stop"}: what TERM does; the answer to that ends with this process."""
-        names = [session.status()["name"] for session in self.hub.sessions.values()]
+        names = [session.character.name for session in self.hub.sessions.values()]
         others = f"{names.count('')} without a login" if "" in names else ""
         who = ", ".join(filter(None, [*names, others]))
         answer({"done": f"saying goodbye to {users(len(names))}{f': {who}' if who else ''}"}, False)
@@ -10616,16 +10651,15 @@ class Control(Survivor):
         if to and not sessions:
             return {"error": f"nobody is here as {printable(to)}: see --status"}
         log.info("notice to %s: %s", printable(to) if to else "everybody", text)
-        for session in sessions:
-            self.hub.safely(session.screen.notify, text)
+        self.hub.sweep((session.screen.notify, (text,)) for session in sessions)
         return {"done": f"told {users(len(sessions))}"}
 
     def _found(self, who):
         """The sessions an admin means: of that number, else character, else address."""
         who = str(address_of(who)) if _is_numeric(who) else who
-        told = [(session, session.status()) for session in self.hub.sessions.values()]
-        for name in "id", "name", "host":
-            found = [it for it, status in told if str(status[name]).lower() == who.lower()]
+        sessions = self.hub.sessions.values()
+        for name in map(operator.attrgetter, ("number", "character.name", "host")):
+            found = [it for it in sessions if str(name(it)).lower() == who.lower()]
             if found:
                 return found
         return []
@@ -10687,8 +10721,8 @@ class Control(Survivor):
 
     def log_status(self):
         """USR1: the status to the log."""
-        for line in status_lines(self.status()):
-            log.info("%s", line)
+        self.collect(session_line, lambda status, lines: self.hub.sweep(
+            (log.info, ("%s", line)) for line in status_lines(status) + listed(lines)))
 
 
 def log_remarks(remarks):
@@ -10831,6 +10865,7 @@ class Hub(Loop):
     def keep(self, it):
         """A session, or the hub, that must not wait for the end of the turn to be written down."""
         if self.scribe:
+            self.burden += 2
             self.changed.discard(it)
             self.scribe.write((it,), at_once=True)
 

@@ -2745,6 +2745,12 @@ class Rig:
         """What the heartbeat has heard of the world."""
         self.post(self.hub.heard, event, *arguments)
 
+    def status(self):
+        """What --status is told."""
+        told = []
+        self.hub.control.command({"do": "status"}, told.append)
+        return json.loads(told[0])
+
     def found(self, life, game=None, address=HOME, checks=False, shut=False, tls=None):
         self.life = life
         world = has.World(address, (game or self.game).target, self.family,
@@ -3609,9 +3615,9 @@ class HeartbeatAlone(RigCase):
                 else:
                     rig.heard("unreachable", HOME, "refused", False)
                     rig.pass_time(3.1)
-                self.assertEqual(rig.hub.control.status()["world"]["since"], 60 if silent else 53)
+                self.assertEqual(rig.status()["world"]["since"], 60 if silent else 53)
                 rig.found("life 2")
-                self.assertEqual(rig.hub.control.status()["outages"]["seconds"],
+                self.assertEqual(rig.status()["outages"]["seconds"],
                                  60 if silent else 53)
 
     def test_its_loss_disturbs_nobody(self):
@@ -5510,10 +5516,10 @@ class Reattach(ReattachCase):
         rig, client, link = self.player()
         client.hangs_up()
         rig.hub.control.command({"do": "notice", "text": "to all"}, None)
-        status, = rig.hub.control.status()["sessions"]
+        status, = rig.status()["sessions"]
         self.assertEqual((status["state"], status["away"]), ("AWAY", 0))
         rig.pass_time(9)
-        row = has.status_lines(rig.hub.control.status())[-1]
+        row = has.status_lines(rig.status())[-1]
         self.assertRegex(row, r"203\.0\.113\.9 +AWAY +\w+ +9s ")
         rig.hub.control.command({"do": "kick", "who": client.session.number}, None)
         self.assertFalse(rig.hub.sessions or rig.hub.places)
@@ -5664,7 +5670,7 @@ class WhosePlace(ReattachCase):
                       again.read().decode())
         self.assertTrue(any("Alice@203.0.113.1: is back from 203.0.113.2 after"
                             in line for line in logged.output))
-        self.assertEqual(rig.hub.control.status()["sessions"][0]["host"], "203.0.113.2")
+        self.assertEqual(rig.status()["sessions"][0]["host"], "203.0.113.2")
 
     def checked(self, rig, link, again):
         """A place that waits for the heartbeat's answer."""
@@ -7347,7 +7353,7 @@ class TakenOver(RigCase):
             rig.heard("lost", "closed again", False)
             rig.heard("unreachable", HOME, "refused", False)
             rig.pass_time(3.1)
-            world = rig.hub.control.status()["world"]
+            world = rig.status()["world"]
             self.assertEqual((world["health"], world["since"]), ("down", 6))
 
     def test_lines_typed_at_a_silent_world(self):
@@ -10381,6 +10387,25 @@ class ManyAtOnce(RigCase):
         self.assertEqual({state_of(client) for client in clients[:-2] + clients[-1:]},
                          {"RETURNING"})
 
+    def test_the_status_is_made_in_turns(self):
+        rig, clients, _ = self.crowd(60)
+        told, logged = [], []
+        rig.hub.control.command({"do": "status"}, told.append)
+        rig.hub.turn(0)
+        self.assertEqual(told, [])
+        rig.settle()
+        self.assertEqual([it["name"] for it in json.loads(told[0])["sessions"]],
+                         [f"u{number}" for number in range(60)])
+        with mock.patch.object(has.log, "info", lambda form, line: logged.append(line)):
+            rig.hub.control.log_status()
+            for _ in range(7):
+                rig.hub.turn(0)
+            self.assertTrue(0 < len(logged) < 60, len(logged))
+            rig.settle()
+        self.assertEqual(len(logged), 63)
+        self.assertIn("up", logged[0])
+        self.assertEqual([line.split()[1] for line in logged[3:]], [f"u{n}" for n in range(60)])
+
     def test_who_is_about_to_be_told_is_told_when_his_link_ends(self):
         rig, clients, links = self.crowd(60)
         rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
@@ -10399,7 +10424,7 @@ class ManyAtOnce(RigCase):
 
     def test_what_the_heartbeat_says_comes_before_many_ends(self):
         rig, clients, links = self.crowd(30)
-        with mock.patch.object(has, "ENDS_A_TURN", 3):
+        with mock.patch.object(has, "BURDEN_A_TURN", 3):
             for link in links:
                 link.sock.close()
             rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
@@ -10411,7 +10436,7 @@ class ManyAtOnce(RigCase):
 
     def test_links_that_end_together_keep_nobody_waiting_for_all_of_them(self):
         rig, clients, links = self.crowd(40)
-        with mock.patch.object(has, "ENDS_A_TURN", 10):
+        with mock.patch.object(has, "BURDEN_A_TURN", 10):
             for link in links[:39]:
                 link.sock.close()
             rig.hub.turn(0)
@@ -10556,11 +10581,11 @@ class Orders(RigCase):
         still, more = alice.lines()
         self.assertRegex(still, r"OFFLINE for \w+\. Still waiting")
         self.assertEqual(more, words)
-        self.assertIn("maintenance: Back at 18:00 ?[2J", has.status_lines(rig.hub.control.status()))
+        self.assertIn("maintenance: Back at 18:00 ?[2J", has.status_lines(rig.status()))
         rig.found("life 2")
         rig.down()
         self.assertEqual(rig.client().lines(), ["# OFFLINE"])
-        self.assertEqual(rig.hub.control.status()["maintenance"], "")
+        self.assertEqual(rig.status()["maintenance"], "")
 
     def test_the_status_says_where_the_heartbeat_is(self):
         for family, blind, where in (("tinymux", False, "heartbeat logged in"),
@@ -10663,7 +10688,7 @@ class Orders(RigCase):
         self.assertEqual(self.order(rig, "deny", address="::ffff:198.51.100.0/120"),
                          "nobody comes in from 198.51.100.0/24 until HAS stops; closed: 0 users")
         rig.upgrade()
-        self.assertRegex("\n".join(has.status_lines(rig.hub.control.status())),
+        self.assertRegex("\n".join(has.status_lines(rig.status())),
                          r"denied: 203.0.113.9/32 for 59m \d+s, 198.51.100.0/24 until HAS stops")
         for host in ("203.0.113.9", "198.51.100.200"):
             self.assertEqual(rig.client(host).lines(), [self.DENIED])
@@ -10793,7 +10818,7 @@ class Outages(RigCase):
         self.assertEqual([(it["why"], it["users"], it["back"], it["seconds"] is None)
                           for it in self.history(rig)["outages"]],
                          [("it was started anew", 1, 1, False), (f"moved to {AWAY}", 1, 1, False)])
-        self.assertEqual(rig.hub.control.status()["outages"]["count"], 1)
+        self.assertEqual(rig.status()["outages"]["count"], 1)
 
     def test_only_so_many_are_kept(self):
         history = has.History()
@@ -10807,15 +10832,15 @@ class Outages(RigCase):
     def test_prometheus(self):
         rig = self.rig(mush_address="unix:/a\"b\\c")
         (alice, link), (bob, _) = rig.player("Alice"), rig.player("Bob")
-        before = rig.hub.control.status()["bytes"]
+        before = rig.status()["bytes"]
         bob.hangs_up()
         rig.pass_time(11)
         self.assertEqual(len(rig.hub.sessions), 1)
         rig.upgrade()
-        status = rig.hub.control.status()
+        status = rig.status()
         self.assertEqual(status["bytes"], before)           # a counter never goes back
         rig.post(rig.hub.on_answers, [], rig.life, 0.0025)
-        text = "\n".join(has.prometheus_lines(rig.hub.control.status())) + "\n"
+        text = "\n".join(has.prometheus_lines(rig.status())) + "\n"
         sample = r'has_(\w+)\{world="unix:/a\\"b\\\\c"(?:,\w+="\w+")?\} [0-9.e+-]+\n'
         help_ = r"# HELP has_(\w+) .+\n# TYPE has_\1 (?:gauge|counter)\n"
         self.assertRegex(text, rf"\A(?:{help_}(?:{sample})+)+\Z")
@@ -10825,7 +10850,7 @@ class Outages(RigCase):
                      f'has_bytes_total{{W,direction="in"}} {before["in"]}'):
             self.assertIn(line.replace("{W", '{world="unix:/a\\"b\\\\c"') + "\n", text)
         rig.down()
-        self.assertIn("} 0\n", "\n".join(has.prometheus_lines(rig.hub.control.status())[:3]) + "\n")
+        self.assertIn("} 0\n", "\n".join(has.prometheus_lines(rig.status())[:3]) + "\n")
 
 
 class OnEvent(RigCase):
@@ -11156,8 +11181,8 @@ class WordsOfTheSite(RigCase):
 
     def test_the_list_of_sessions(self):
         rig, client, _ = self.waiting()
-        heading, row = has.status_lines(rig.hub.control.status(),
-                                        rig.hub.settings.list_heading_notice)[-2:]
+        heading, row = has.listed(list(map(has.session_line, rig.status()["sessions"])),
+                                  rig.hub.settings.list_heading_notice)
         self.assertEqual(heading, "    n nom              lloc                     estat      edat "
                                   "    quiet    entra    surt     tls mida")
         self.assertEqual([row[heading.index(word):].split(" ")[0] for word in ("lloc", "tls")],
