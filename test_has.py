@@ -2266,8 +2266,7 @@ class ChannelEnd:
     def __init__(self, case, sock):
         self.selector, self.said, self.ended = selectors.DefaultSelector(), [], False
         case.addCleanup(self.selector.close)
-        self.channel = has.Channel(self.selector, sock, self)
-        case.addCleanup(self.channel.close)
+        self.channel = closed_after(case, has.Channel(self.selector, sock, self))
 
     def on_message(self, fds, message):
         for fd in fds:
@@ -2895,7 +2894,7 @@ class RigCase(unittest.TestCase):
         return (rig, *rig.returning(**how))
 
     def _rig_and_client(self, more):
-        how = {key: more.pop(key) for key in ("host", "tcp") if key in more}
+        how = {key: more.pop(key) for key in ("host", "tcp", "tls") if key in more}
         return self.rig(**more), how
 
 
@@ -7494,8 +7493,7 @@ class Died(RigCase):
         rig = self.rig()
         (alice, link), (bob, other) = rig.player("Alice"), rig.player("Bob")
         with mock.patch.object(rig.hub.scribe, "write"):
-            link.sock.close()
-            rig.settle()
+            link.hangs_up()
         rig.vault.shelf._renew()
         rig.die()
         self.assertEqual((state_of(alice), state_of(bob)), ("ASKING", "PLAYING"))
@@ -7536,11 +7534,9 @@ class Died(RigCase):
                 rig, client, link = self.player()
                 if waits:
                     rig.down()
-                client.send("QUIT\r\n")
-                rig.settle()
+                client.says("QUIT\r\n")
                 if not waits:
-                    link.sock.close()
-                    rig.settle()
+                    link.hangs_up()
                 self.assertEqual(state_of(client), "CLOSING")
                 rig.die()
                 if not waits:
@@ -7601,18 +7597,14 @@ class Died(RigCase):
         """The world died of it, or HAS had read the answer and died."""
         for dies, late in ((False, 0), (True, 0), (True, 40)):
             with self.subTest(dies=dies, late=late):
-                rig = self.rig()
-                client, link = rig.player()
-                client.send("@password pw=new\r\n")
-                rig.settle()
+                rig, client, link = self.player()
+                client.says("@password pw=new\r\n")
                 if dies:
                     rig.die()
                 if late:
                     rig.pass_time(late)
-                    link.send("text\r\n")
-                    rig.settle()
-                rig.down()
-                rig.found("life 2")
+                    link.says("text\r\n")
+                rig.restart("life 2")
                 rig.let_in(rig.game.accept(), None)
                 link = rig.game.accept()
                 rig.settle()
@@ -7625,16 +7617,14 @@ class Died(RigCase):
         """The history is written down now and then; who came back or left since is known."""
         rig = self.rig()
         players = [rig.player(name, tcp=True) for name in ("Alice", "Bob", "Carol", "Dora")]
-        rig.down()
-        rig.found("life 2")
+        rig.restart("life 2")
         links = [rig.game.accept() for _ in players]
         for link in links[:3]:
             rig.let_in(link)
         players[1][0].reset()
         rig.settle()
         with mock.patch.object(has.Scribe, "write"):
-            links[2].sock.close()                       # the world dies again: not told yet
-            rig.settle()
+            links[2].hangs_up()                       # the world dies again: not told yet
         rig.die()
         told = rig.hub.history.told()
         outage = told["outages"][-1]
@@ -7798,8 +7788,7 @@ class Died(RigCase):
         self.assertEqual(link.read(), b"hello\r\n")
 
     def test_who_takes_his_place_in_an_outage_is_heard_once(self):
-        rig = self.rig(reattach=300)
-        client, _ = rig.player(tcp=True)
+        rig, client, _ = self.player(tcp=True, reattach=300)
         client.reset()
         rig.settle()
         rig.down()
@@ -7815,14 +7804,12 @@ class Died(RigCase):
         self.assertEqual(again.lines(), [])
 
     def test_a_login_that_waits_for_a_place_goes_on(self):
-        rig = self.rig(reattach=300)
-        client, _ = rig.player(tcp=True)
+        rig, client, _ = self.player(tcp=True, reattach=300)
         rig.found("life 1", checks=True)
         client.reset()
         rig.settle()
         again = rig.client(tcp=True)
-        again.send("connect Alice pw\r\n")
-        rig.settle()
+        again.says("connect Alice pw\r\n")
         self.assertEqual(len(rig.beat.checks), 1)       # the answer comes to the next process
         rig.die()
         self.assertEqual(len(rig.beat.checks), 2)
@@ -7926,8 +7913,7 @@ class TLSCase(RigCase):
         for client, link in pairs:
             for here, there in ((client, link), (link, client)):
                 there.read()
-                here.send("hello\r\n")
-                rig.settle()
+                here.says("hello\r\n")
                 self.assertEqual(there.read(), b"hello\r\n")
 
     @staticmethod
@@ -7948,14 +7934,12 @@ class InTLS(TLSCase):
         for here, there in ((client, link), (link, client)):
             came = b""
             for start in range(0, len(text), 50000):
-                here.send(text[start:start + 50000])
-                rig.settle()
+                here.says(text[start:start + 50000])
                 came += there.read()
             self.assertEqual(came, text)
 
     def test_a_client_that_does_not_read_costs_only_itself(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
+        rig, client, link = self.player(tls=True)
         other = rig.player("Bob", tls=True)
         sent, tunnel = 0, list(rig.fronts[0].tunnels.values())[0]
         for _ in range(400):
@@ -7976,14 +7960,12 @@ class InTLS(TLSCase):
         self.assertEqual(read, sent)
 
     def test_a_world_that_does_not_read_holds_up_only_who_types(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
+        rig, client, link = self.player(tls=True)
         other = rig.player("Bob", tls=True)
         tunnel = list(rig.fronts[0].tunnels.values())[0]
         with contextlib.suppress(BlockingIOError):
             for _ in range(4000):
-                client.send(b"x" * 9999 + b"\n")
-                rig.settle()
+                client.says(b"x" * 9999 + b"\n")
                 self.assertLess(len(tunnel.plain.out), 2 * has.TLS_RECORD)
         self.assertTrue(tunnel.plain.full)
         self.talk(rig, other)
@@ -8009,15 +7991,13 @@ class InTLS(TLSCase):
     def test_a_client_that_has_said_its_last_words_is_answered(self):
         for end in (lambda client: client.sock.shutdown(socket.SHUT_WR),
                     lambda client: client.notify()):
-            rig = self.rig()
-            client, link = rig.player(tls=True)
+            rig, client, link = self.player(tls=True)
             client.send("say bye\r\n")
             end(client)
             rig.settle()
             self.assertEqual(link.read(), b"say bye\r\n")
             link.send("You say bye\r\n")
-            link.sock.close()
-            rig.settle()
+            link.hangs_up()
             self.assertEqual(client.read(), b"You say bye\r\n")
             rig.pass_time(11)
             client.read()
@@ -8034,13 +8014,11 @@ class InTLS(TLSCase):
         rig.settle()
         self.assertEqual((link.read(), link.was_notified, link.ended),
                          (b"say bye\r\n", False, True))
-        link.send("You say bye\r\n")
-        rig.settle()
+        link.says("You say bye\r\n")
         self.assertEqual(client.read(), b"You say bye\r\n")
 
     def test_goodbye(self):
-        rig = self.rig()
-        client, _ = rig.player(tls=True)
+        rig, client, _ = self.player(tls=True)
         stuck, _ = rig.player("Bob", tls=True)
         rig.hub.stop()
         rig.settle()
@@ -8053,8 +8031,7 @@ class InTLS(TLSCase):
         self.assertEqual(rig.hub.fronts.all, [])
 
     def test_nobody_waits_for_one_who_does_not_read_the_goodbye(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
+        rig, client, link = self.player(tls=True)
         with contextlib.suppress(BlockingIOError):
             for _ in range(4000):
                 link.sock.send(b"x" * 65536)
@@ -8067,8 +8044,7 @@ class InTLS(TLSCase):
         self.assertEqual(rig.fronts, [])
 
     def test_one_that_does_not_read_is_closed_nonetheless(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
+        rig, client, link = self.player(tls=True)
         with contextlib.suppress(BlockingIOError):
             for _ in range(4000):
                 link.sock.send(b"x" * 65536)
@@ -8083,8 +8059,7 @@ class InTLS(TLSCase):
         tunnel = self.tunnel(rig)
         tunnel._from_line = tunnel.line.on_data = lambda data: 1 / 0
         with self.assertLogs(has.log) as logged:
-            bob[0].send("x\r\n")
-            rig.settle()
+            bob[0].says("x\r\n")
         self.assertIn("client from 203.0.113.9 in TLS: a fault of HAS", logged.output[0])
         self.assertIn("the client has left (a fault of HAS)", logged.output[-1])
         self.assertEqual((state_of(bob[0]), state_of(alice[0])), ("gone", "PLAYING"))
@@ -8104,8 +8079,7 @@ class InTLS(TLSCase):
         for _ in range(3):
             client, link = rig.player(tls=True)
             client.sock.close()
-            link.sock.close()
-            rig.settle()
+            link.hangs_up()
             rig.pass_time(11)
             self.assertEqual(len(rig.fronts[0].tunnels), 2)
             counts.add((open_descriptors(), len(rig.hub.fronts.all[0].fars)))
@@ -8222,8 +8196,7 @@ class FrontsOfTLS(TLSCase):
             self.talk(rig, alice, bob)
             sizes.add(open_descriptors())
         self.assertEqual((len(rig.fronts), len(rig.hub.fronts.all), len(sizes)), (1, 1, 1))
-        alice[0].send("QUIT\r\n")
-        rig.settle()
+        alice[0].says("QUIT\r\n")
         alice[1].sock.close()
         rig.settle(lambda: state_of(alice[0]) == "CLOSING")
         alice[0].read()
@@ -8277,8 +8250,7 @@ class FrontsOfTLS(TLSCase):
 
     def test_it_is_killed(self):
         """Its users' connections end, the log says it, and another serves the next."""
-        rig = self.rig(reattach=300)
-        alice, _ = rig.player(tls=True)
+        rig, alice, _ = self.player(tls=True, reattach=300)
         plain = rig.player("Bob")
         lurker = rig.client(tls=True)
         with self.assertLogs(has.log) as logged:
@@ -8294,8 +8266,7 @@ class FrontsOfTLS(TLSCase):
         self.talk(rig, plain)
         back = rig.client(tls=True)
         rig.game.accept(), rig.game.accept()
-        back.send("connect Alice pw\r\n")
-        rig.settle()
+        back.says("connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
         self.assertIn(b"Welcome back", back.read())
 
@@ -8375,8 +8346,7 @@ class FrontsOfTLS(TLSCase):
 
     def test_worker_and_keeper_are_killed(self):
         """Nobody holds its channel: it ends with what it has."""
-        rig = self.rig()
-        alice, _ = rig.player(tls=True)
+        rig, alice, _ = self.player(tls=True)
         front = rig.fronts[0]
         for known in rig.hub.fronts.all:
             known.channel.close()
@@ -8439,30 +8409,23 @@ class PlaceInTLS(TLSCase, ReattachCase):
                 self.talk(rig, (again, link))
 
     def test_the_end_of_an_idle_line_repeats_nothing(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
-        link.send("seen\r\n")
-        rig.settle()
+        rig, client, link = self.player(tls=True)
+        link.says("seen\r\n")
         self.assertEqual(client.read(), b"seen\r\n")
         client.hangs_up()
-        link.send("missed\r\n")
-        rig.settle()
+        link.says("missed\r\n")
         again, _ = self.comes_back(rig, tls=True)
         text = again.read()
         self.assertEqual((text.count(b"seen"), text.count(b"missed\r\n")), (0, 1))
 
     def test_a_client_that_is_dead_and_one_that_lives(self):
         for ago, is_dead in ((math.inf, True), (0, False)):
-            rig = self.rig()
-            client, link = rig.player(tls=True)
-            link.send("seen\r\n")
-            rig.settle()
+            rig, client, link = self.player(tls=True)
+            link.says("seen\r\n")
             client.read()
             with mock.patch.object(has, "acknowledged_ago", return_value=ago):
-                again = rig.client(tls=True)
-                own = rig.game.accept()
-                again.send("connect Alice pw\r\n")
-                rig.settle()
+                again, own = rig.newcomer(tls=True)
+                again.says("connect Alice pw\r\n")
                 rig.pass_time(*[0.1] * 40)
             text = again.read()
             self.assertEqual((b"Welcome back" in text, b"goes on at" in text, text.count(b"seen")),
@@ -8475,8 +8438,7 @@ class PlaceInTLS(TLSCase, ReattachCase):
         client, link = rig.player(tls=True)
         rig.die()
         self.assertIsNotNone(client.session.client.wire)
-        link.send("seen\r\n")
-        rig.settle()
+        link.says("seen\r\n")
         self.assertEqual(client.read(), b"seen\r\n")
         client.hangs_up()
         rig.die()
@@ -8485,14 +8447,12 @@ class PlaceInTLS(TLSCase, ReattachCase):
         self.talk(rig, (again, link))
 
     def test_a_user_who_has_quit_reads_the_last_words(self):
-        rig = self.rig()
-        client, link = rig.player(tls=True)
+        rig, client, link = self.player(tls=True)
         client.send("QUIT\r\n")
         client.sock.shutdown(socket.SHUT_WR)
         rig.settle()
         link.send("Goodbye\r\n")
-        link.sock.close()
-        rig.settle()
+        link.hangs_up()
         self.assertEqual(client.read(), b"Goodbye\r\n")
 
 
@@ -9101,8 +9061,7 @@ class WhatWasTyped(RigCase):
                 self.assertEqual(line, "connect Bob bobpw")
                 said = [front.split()[1]] * (not out) + [words or "No."]
                 said += [before.split()[1]] * bool(words)
-                link.send("".join(it + "\r\n" for it in said).encode())
-                rig.settle()
+                link.says("".join(it + "\r\n" for it in said).encode())
                 self.assertEqual(client.lines(), [words or "No."])
                 self.assertEqual((state_of(client), client.session.character.login.name.decode()),
                                  ("PLAYING", name))
@@ -15727,8 +15686,7 @@ class TestKeeper(Case):
 
     def start_in_tls(self, **settings):
         """With a TLS port, in front of a world in TLS: another HAS."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
+        folder = new_folder(self)
         cert, key = certificate(folder)
         outer, self.tls_port = free_port(), free_port()
         Has(self, mush_address=self.mush.address, local_port_ssl=outer, ssl_cert=cert,
@@ -15739,8 +15697,7 @@ class TestKeeper(Case):
                        ssl_key=key, **settings).wait_up()
 
     def in_tls(self, name, password):
-        client = TLSClient(self.tls_port)
-        self.addCleanup(client.close)
+        client = closed_after(self, TLSClient(self.tls_port))
         client.send(f"connect {name} {password}\r\n")
         self.mush.wait(lambda w: w.online(name), what=f"{name} is in")
         client.barrier()
