@@ -6531,8 +6531,7 @@ class Session(Survivor):
         told = self.state in COMING_BACK or self.way_back.greeting
         self.hold.begin("" if told else notice)
 
-    @staticmethod
-    def _ignore(*_):
+    def _ignore(self, *_):
         """Nothing is to be done."""
         return False
 
