@@ -2760,6 +2760,9 @@ DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
 MANY_CHUNKS, SMALL_CHUNK, MUCH = 48, 2048, 16384        # of a Trail: writes; bytes of one, of all
 
 
+TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
+
+
 def can_tell_life(sock):
     """Whether acknowledged_ago() can say anything of this client: Linux, TCP."""
     return (sock is not None and hasattr(socket, "TCP_INFO") and sys.platform == "linux"
@@ -2773,6 +2776,15 @@ def acknowledged_ago(sock):
     except OSError:
         return math.inf
     return struct.unpack_from("I", info, 56)[0] / 1000
+
+
+def has_left(sock):
+    """Whether the peer has ended a TCP connection, perhaps behind bytes that wait to be read."""
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    except OSError:
+        return True
+    return state != TCP_ESTABLISHED
 
 
 def ask_for_life(sock):
@@ -5445,7 +5457,7 @@ class Hold(Part):
         braked = session.lines.drop_braked()
         session.character.keep_unanswered(hub.now, session.feed.spoke_at, braked)
         session.screen.show_hidden()
-        session.drop_link()
+        session.give_up_link()
         session.serial += 1
         session.opening.failures = 0
         session.way_back.forget()
@@ -5902,9 +5914,10 @@ class Claim:
         silent = [(it, client) for it, client in self._asked if not client.closed
                   and acknowledged_ago(client.wire) > now - self._since + TICK_SECONDS]
         is_one_away = any(it.place.away_at for it, _ in self._asked)
+        leaves = any(has_left(client.wire) for _, client in self._asked if not client.closed)
         if self._is_over:
             self._ask_no_more()
-        elif is_one_away or not silent:
+        elif is_one_away or not (silent or leaves and now - self._since < LIFE_SECONDS):
             self._ask_no_more()
             self._look_again(is_one_away)
         elif now - self._since > LIFE_SECONDS:
@@ -6093,13 +6106,16 @@ class Place(Part):
         session.screen.take_client(client)
 
     def dissolve(self):
-        """The client goes on as another session: this one ends without a word."""
-        absent = Absent(0, lambda count: None)
+        """The client goes on as another session: this one ends without a word. Returns its link,
+        which is not closed yet (see Session.give_up_link)."""
+        session, absent = self.session, Absent(0, lambda count: None)
         absent.drop()
-        self.session.state = State.CLOSING
+        session.state = State.CLOSING
         self.take_client(absent)
-        self.session.drop_link()
-        self.hub.forget(self.session)
+        link, session.link = session.link, None
+        session.drop_link()
+        self.hub.forget(session)
+        return link
 
     # ---- a login is typed here
 
@@ -6167,7 +6183,7 @@ class Place(Part):
         session, hub, absent, name = self.session, self.hub, self.session.client, str(self.session)
         client, rest = newcomer.client, newcomer.inbox.take_rest()
         codec = session.telnet.codec
-        newcomer.place.dissolve()
+        link = newcomer.place.dissolve()
         hub.places.remove(session)
         away, self.away_at = hub.now - self.gone_at, 0
         session.host, session.tls = newcomer.host, newcomer.tls
@@ -6177,6 +6193,10 @@ class Place(Part):
         session.telnet.join(newcomer.telnet.agreement)
         session.lines.join(newcomer.lines)
         self.follow()
+        hub.keep(session)
+        hub.keep(newcomer)
+        if link:
+            link.drop()
         session.screen.tail = newcomer.screen.tail
         session.screen.in_one_piece(lambda _: self._show_missed(absent, ago(away), codec), b"")
         self.returns += (hub.now,)
@@ -6466,6 +6486,15 @@ class Session(Survivor):
         self.arrived()
         if self.state in COMING_BACK:
             self.hub.links.settle(self)
+
+    def give_up_link(self):
+        """Close a link that the world has not ended: a process that goes on from here must not take
+        that for its doing."""
+        link, self.link = self.link, None
+        if link:
+            self.hub.keep(self)
+            link.drop()
+        self.drop_link()
 
     def wait_again(self, state):
         """A return has failed: what was typed meanwhile is answered as in a wait."""
@@ -11125,7 +11154,6 @@ class Hub(Loop):
 # replaced (Upgrade), and the processes that outlive it (Keeper, TLSFront).
 # ======================================================================
 
-TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
 SO_PEEK_OFF = getattr(socket, "SO_PEEK_OFF", 42)        # Linux 3.4 (socket(7)); Python lacks it
 
 
@@ -11878,9 +11906,8 @@ class Survival(Survivor):
         ports = {it.sock.getsockname()[1]: it for it in self.hub.door.listeners if not it.tls}
         for sock in socks:
             try:
-                state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
                 listener = ports.get(sock.getsockname()[1])
-                if state == TCP_ESTABLISHED and listener:
+                if listener and not has_left(sock):
                     listener.on_accepted(sock, sock.getpeername())
                     continue
             except (OSError, IndexError, TypeError):

@@ -5779,6 +5779,19 @@ class LivingClients(ReattachCase):
         self.assertEqual((again.lines(), living.read(), own.read()),
                          (["to the dead one"], b"", b""))
 
+    def test_one_has_left_and_that_is_not_read_yet(self):
+        """His kernel still acknowledges."""
+        rig, client, link = self.player(tcp=True)
+        stream = client.session.client
+        stream.pause()                          # it is busy with what stands before
+        client.sock.close()
+        again, own = self.logs_in(rig)
+        rig.pass_time(*[0.1] * 5)
+        stream.resume()
+        rig.pass_time(*SETTLED)
+        self.assertIn(b"Welcome back", again.read())
+        self.assertEqual(len(rig.hub.sessions), 1)
+
     def test_what_he_is_told_at_the_end_is_not_shown_again(self):
         rig, client, link = self.player(tcp=True)
         self.dead.add(client.session.client.sock)
@@ -7802,6 +7815,52 @@ class Died(RigCase):
         rig.die()
         rig.pass_time(1.1)
         self.assertEqual(again.lines(), [])
+
+    def test_a_link_that_was_given_up_is_no_sign_that_he_left(self):
+        """The world is silent for too long, and lives on: whoever closed its links."""
+        count = 0
+
+        def prepare():
+            rig, rig.alice, rig.link = self.player()
+            return rig
+        for rig in deaths(has.Stream, ["drop"], prepare, lambda rig: rig.down()):
+            count += 1
+            rig.die()
+            rig.answer(rig.beat.asks)
+            self.assertIn(state_of(rig.alice), ("PLAYING", "WAITING", "RETURNING"))
+        self.assertGreater(count, 2)
+
+    def test_who_comes_back_to_his_place_stays_wherever_it_dies(self):
+        count = 0
+
+        def prepare():
+            rig, client, rig.link = self.player(tcp=True, reattach=300)
+            client.reset()
+            rig.settle()
+            rig.again = rig.client(tcp=True)
+            rig.own = rig.game.accept()
+            return rig
+
+        def act(rig):
+            rig.again.send("connect Alice pw\r\n")
+            rig.pass_time(*[0.1] * 30)
+        for owner, method in (has.Scribe, "write"), (has.Stream, "drop"):
+            for rig in deaths(owner, [method], prepare, act):
+                count += 1
+                rig.die()
+                rig.answer(rig.beat.asks)
+                rig.pass_time(*[0.1] * 150)
+                states = [it.state.name for it in rig.hub.sessions.values()]
+                if "LOGIN" in states:                   # he sees that, and tries it again
+                    act(rig)
+                else:
+                    self.assertEqual(states, ["PLAYING"])
+                rig.again.read()
+                self.assertFalse(rig.again.ended)
+                rig.link.read()
+                rig.again.says("hello\r\n")
+                self.assertEqual(rig.link.read(), b"hello\r\n")
+        self.assertGreater(count, 6)
 
     def test_a_login_that_waits_for_a_place_goes_on(self):
         rig, client, _ = self.player(tcp=True, reattach=300)
