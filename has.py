@@ -2621,6 +2621,22 @@ def pack(value):
     return {"dialect": value.name} if isinstance(value, Dialect) else _pack_object(value, kind)
 
 
+def packed_text(value):
+    """The JSON of pack(value); of what is most often asked for without much ado."""
+    kind = type(value)
+    if kind is bool or value is None:
+        return _CONSTANTS[value]
+    if kind is int or kind is float and math.isfinite(value):
+        return repr(value)
+    if kind is bytes:
+        return f'{{"bytes": {_encoded(value.decode("latin-1"))}}}'
+    return _encoded(pack(value))
+
+
+_CONSTANTS = {None: "null", False: "false", True: "true"}
+_encoded = json.JSONEncoder().encode            # dumps() looks at its arguments first
+
+
 def _pack_object(value, kind):
     """Only what differs from a new one is packed."""
     slots = {}
@@ -6706,9 +6722,19 @@ class Draft:
                                    if name != "tail"])          # who knows what he was sent since
 
     def __init__(self, session):
-        self._passage, self._seen, self._head = Passage(session), None, None
+        self._passage, self._head = Passage(session), None
         self._missed, self._streams = None, ""
-        self._pieces = {}          # name -> text of JSON
+        self._seen, pieces = self._of_nobody() if session.number else (None, {})
+        self._pieces = dict(pieces)             # name -> text of JSON
+
+    @staticmethod
+    @functools.lru_cache(None)
+    def _of_nobody():
+        """What is seen of a session just made, and its pieces: each draft begins with these."""
+        hub = collections.namedtuple("Hub", "now")(0.0)
+        draft = Draft(Session(hub, 0, Absent(0, None), ""))
+        draft.update(None)
+        return draft._seen, draft._pieces
 
     def update(self, name, missed=False):
         """The record, as pack() and JSON would have it, if there is something new in it; else None.
@@ -6724,14 +6750,14 @@ class Draft:
             for key, value, now, then in zip(self.NAMES, values, seen,
                                              before or itertools.repeat(self)):
                 if now != then:
-                    self._put(key, json.dumps(pack(value)) if value else "")
+                    self._put(key, packed_text(value) if value else "")
         for key, number in zip(self.NUMBERS, self.COUNTS(session)):
             self._put(key, repr(number) if number else "")
         if head != self._head or not client.sock:           # what one misses grows
             link = head[3]
             link = link and link.pack(name, False)
-            self._streams = (f'"state": "{head[0].name}", "link": {json.dumps(link)}, '
-                             f'"client": {json.dumps(client.pack(name, False))}')
+            self._streams = json.dumps({"state": head[0].name, "link": link,
+                                        "client": client.pack(name, False)})[1:-1]
         self._seen, self._head, self._missed = seen, head, client.missed
         return f'{{{self._streams}, "values": {{{", ".join(self._pieces.values())}}}}}'.encode()
 
