@@ -7411,6 +7411,7 @@ class Connector:
 
     def __init__(self, context, book):
         self._context, self._book = context, book
+        self.round_trip = 0.0      # seconds to the kernel there and back: the world may be busy
 
     def open(self, address):
         """A Connection to an address; Lost says whose fault it is that there is none."""
@@ -7461,13 +7462,15 @@ class Connector:
     def _await(self, sock):
         """Wait until the connect is over; OSError where that takes too long."""
         context, dial = self._context, _Dial()
-        until = context.clock() + REACH_SECONDS
+        began = context.clock()
+        until = began + REACH_SECONDS
         context.watch(sock, dial, WRITE)
         try:
             while dial.ended is None:
                 if context.clock() >= until:
                     raise OSError(errno.ETIMEDOUT, "no answer to the connect")
                 context.wait(until)
+            self.round_trip = context.clock() - began
         except BaseException:
             context.close(sock)
             raise
@@ -7864,7 +7867,6 @@ class Probes(Survivor):
         self._meanwhile = meanwhile             # called now and then while the world is silent
         self.asks = []             # (session number, link serial) whose links ended
         self.silent_since = None   # when the probe was sent that is not answered yet
-        self.round_trip = 0.0      # of the last probe that was answered at once, in seconds
 
     def probe(self, connection):
         """One probe serves all who asked before it was sent. Lost after dead_after of silence."""
@@ -7896,8 +7898,6 @@ class Probes(Survivor):
             answered = connection.question(min(left, settings.hb_timeout))
         if silent:
             context.heard("answering")
-        else:
-            self.round_trip = context.clock() - started
         return started
 
 
@@ -7954,7 +7954,8 @@ class Heartbeat:
         self.mailbox = context.mailbox
         self._book = AddressBook(self.mailbox.post, clock)
         self._lives, self._course = Lives(clock), Course(clock)
-        self._entrance = Entrance(context, Connector(context, self._book), self._lives)
+        self._connector = Connector(context, self._book)
+        self._entrance = Entrance(context, self._connector, self._lives)
         self._search = Search(context, self._course, self._entrance, self._book, self._lives,
                               self._rest)
         self._probes = Probes(context, self._search.consider_moving)
@@ -8088,7 +8089,7 @@ class Heartbeat:
 
     def _rest(self):
         """Wait until the next round of tries."""
-        self._pause(self._course.pace(self._context.settings, self._probes.round_trip))
+        self._pause(self._course.pace(self._context.settings, self._connector.round_trip))
 
     def _pause(self, seconds):
         """Wait; cut short when a link ends, for then somebody wants to know."""
