@@ -417,24 +417,27 @@ PATHS = CERTIFICATES + ("control_socket", "log_file")
 
 
 class Recipe:
-    """What a TLS context is made of, in whatever process: the values of TLS_KEYS, and the content
-    of the files they name, as far as it was read."""
+    """What the TLS context of a role is made of, in whatever process: the values of its TLS_KEYS,
+    and what the files they name hold ({key: content}), as far as that was read."""
 
     def __init__(self, role, values, files):
-        self.role, self.values, self.files = role, values, files
-        content = repr((role, values, sorted(files.items()))).encode()
-        self.name = hashlib.sha256(content).hexdigest()[:16]
+        self.role, self.values, self.files = role, [values[key] for key in TLS_KEYS[role]], files
+
+    @functools.cached_property
+    def name(self):
+        """Another one has another."""
+        files = [self.files.get(key) for key in TLS_KEYS[self.role]]
+        return hashlib.sha256(repr((self.role, self.values, files)).encode()).hexdigest()[:16]
 
     def __eq__(self, other):
         return isinstance(other, Recipe) and self.name == other.name
 
-    def __hash__(self):
-        return hash(self.name)
+    __hash__ = None
 
     def context(self):
         """The context; ValueError says why there is none."""
-        return {"server": server_context, "world": world_context}[self.role](
-            *self.values, self.files)
+        make = {"server": server_context, "world": world_context}[self.role]
+        return make(*self.values, self.files)
 
 
 class Settings:
@@ -448,20 +451,12 @@ class Settings:
     def __init__(self, values, texts, files=None, conf=""):
         files = {} if files is None else files
         self.__dict__.update(values, texts=texts, files=files, conf=conf)
-        self.server_tls = self.world_tls = None
-        if self.local_port_ssl:
-            self.server_tls = server_context(self.ssl_cert, self.ssl_key, files)
-        if self.mush_ssl:
-            self.world_tls = world_context(self.mush_ssl_verify, self.mush_ssl_ca, files)
+        self.recipes = {role: Recipe(role, values, files) for role in TLS_KEYS}
+        self.server_tls = self.recipes["server"].context() if self.local_port_ssl else None
+        self.world_tls = self.recipes["world"].context() if self.mush_ssl else None
 
     def __repr__(self):
         return f"Settings({', '.join(sorted(SETTINGS))})"       # no values: hb_pass is one
-
-    def recipe(self, role):
-        """What the TLS context of a role ("server", "world") is made of."""
-        keys = TLS_KEYS[role]
-        return Recipe(role, [getattr(self, key) for key in keys],
-                      {key: self.files[key] for key in keys if key in self.files})
 
 
 def _tuned(context):
@@ -7036,7 +7031,7 @@ class Connection:
     def __init__(self, talk, address, target, settings):
         self.talk, self.settings = talk, settings
         self.world = World(address, target, PLAIN, None, False, False,
-                           tls=settings.recipe("world") if settings.world_tls else None,
+                           tls=settings.recipes["world"] if settings.world_tls else None,
                            word=settings.remotehostname_cmd)
         self.quota = Quota(None, talk.clock)
         self._was_deaf = False     # see identify()
@@ -9992,10 +9987,12 @@ class KnownFront:
     def _ask(self, what, number, recipe, fds, **values):
         if recipe.name not in self._recipes:
             self._recipes.add(recipe.name)
-            files = sorted(recipe.files) if MEMORY_FILES else []
+            keys = TLS_KEYS[recipe.role]
+            files = [key for key in keys if key in recipe.files and MEMORY_FILES]
             self.channel.send(
-                {"do": "recipe", "name": recipe.name, "role": recipe.role, "values": recipe.values,
-                 "files": files}, [memory_file(recipe.files[key]) for key in files])
+                {"do": "recipe", "name": recipe.name, "role": recipe.role, "files": files,
+                 "values": dict(zip(keys, recipe.values))},
+                [memory_file(recipe.files[key]) for key in files])
         self.channel.send({"do": what, "number": number, "recipe": recipe.name, **values}, fds)
 
     def accept(self, sock, host, most, of_host):
@@ -10004,7 +10001,7 @@ class KnownFront:
             sock.close()
             self.hub.door.quiet.note(host, f"refused: {self} does not keep up")
         else:
-            self._ask("accept", secrets.randbits(48), self.hub.settings.recipe("server"),
+            self._ask("accept", secrets.randbits(48), self.hub.settings.recipes["server"],
                       [sock.detach()], host=host, most=most, of_host=of_host)
 
     def connect(self, world, owner, on_data):
@@ -10091,6 +10088,7 @@ class KnownFront:
             far.take(socks[1])
             client = Stream(self.hub.selector, socks[0], None, None, far=far)
             self.hub.door.on_client(client, host, True)
+            self.channel.send({"do": "taken", "number": number})        # it is written down
         else:                                   # what was to be connected for another worker; or:
             for sock in socks:
                 sock.close()
@@ -11761,7 +11759,7 @@ def unpack_world(packed, settings):
     """The World that pack_world() was given; what an older program did not know has its default."""
     known = {name: packed[name] for name in World._fields if name in packed}
     family, target = unpack(packed["target"])
-    tls = settings.recipe("world") if packed.get("tls", settings.mush_ssl) else None
+    tls = settings.recipes["world"] if packed.get("tls", settings.mush_ssl) else None
     return World(**{**known, "address": parse_address(packed["address"]),
                     "dialect": DIALECTS[packed["dialect"]], "tls": tls,
                     "target": (socket.AddressFamily(family), target),
@@ -12621,6 +12619,7 @@ class Tunnel:
     port = "TLS"                                # see Lobby
     SECONDS = 10                                # for the handshake of a client
     CLOSE_SECONDS = 12                          # HAS closes within 10 s what has ended
+    OFFERS = 3                                  # a worker that has died of it may not be the last
     MANY = 64                                   # records of which it is known which have arrived
 
     def __init__(self, front, number, context, host, is_client):
@@ -12631,6 +12630,7 @@ class Tunnel:
         self.line = self.plain = None
         # agreed on; the peer sends no more; the worker sends no more; nor does it read
         self._is_open = self._has_ended = self._is_over = self._is_left = False
+        self._offers = self.OFFERS              # how often a worker may still be given it
         self._records = collections.deque()     # (bytes of the worker's, bytes in TLS)
         self._size = 0                          # in TLS, of these
         self._stuck = 0                         # bytes of the worker's that could not be encrypted
@@ -12669,6 +12669,8 @@ class Tunnel:
             self.turn_away(f"{before}TLS handshake failed: {tls_reason(error)}")
 
     def _open(self):
+        """Give it to the worker, which may die before it has written that down."""
+        self._offers -= 1
         fds, host = [self.line.sock.dup().detach()], None
         if self.is_client:
             ours, theirs = socket.socketpair()
@@ -12677,6 +12679,10 @@ class Tunnel:
         self._is_open = True
         self.front.lobby.discard(self)
         self._tell("open", fds, host=host)
+
+    def taken(self):
+        """It has."""
+        self._offers = 0
 
     def turn_away(self, why):
         """It will not be open, and this is why."""
@@ -12784,6 +12790,10 @@ class Tunnel:
     def _worker_ended(self):
         """All it has sent was read. A client that is told so sends no more; a world still answers,
         unless nobody is there to read that."""
+        if self.is_client and self._offers and not self._is_left:
+            self.plain.drop()
+            self._open()
+            return
         self._tell("over", unseen=self._unseen())
         self._is_over = True
         if self.is_client or self._is_left:
@@ -12869,6 +12879,10 @@ class TLSFront(Loop):
     def _on_left(self, fds, number):
         if number in self.tunnels:
             self.tunnels[number].leave()
+
+    def _on_taken(self, fds, number):
+        if number in self.tunnels:
+            self.tunnels[number].taken()
 
     def _on_wire(self, fds, number):
         tunnel = self.tunnels.get(number)

@@ -7954,6 +7954,9 @@ class NothingIsAskedTwice(RigCase):
         self.assertEqual(rig.beat.checks, [])
 
 
+UNVERIFIED = has.Recipe("world", {"mush_ssl_verify": False, "mush_ssl_ca": ""}, {})
+
+
 class TLSCase(RigCase):
     """A HAS with a TLS port, and the process that speaks it as a loop in this process."""
 
@@ -7966,7 +7969,7 @@ class TLSCase(RigCase):
         """From now on links are in TLS."""
         rig.game.close()
         rig.game = Game(rig.settle, secure=True)
-        rig.found("life 1", tls=has.Recipe("world", [False, ""], {}))
+        rig.found("life 1", tls=UNVERIFIED)
 
     def talk(self, rig, *pairs):
         for client, link in pairs:
@@ -8196,8 +8199,8 @@ class HandshakesOfTLS(TLSCase):
             rig = self.rig()
             rig.game.close()
             rig.game = Game(rig.settle, secure=bool(secure))
-            world = rig.hub.world._replace(tls=has.Recipe("world", [verify, ""], {}),
-                                           target=rig.game.target)
+            tls = has.Recipe("world", {"mush_ssl_verify": verify, "mush_ssl_ca": ""}, {})
+            world = rig.hub.world._replace(tls=tls, target=rig.game.target)
             if secure is None:
                 world = world._replace(target=(socket.AF_INET, refused.getsockname()))
             rig.heard("found", world)
@@ -8286,6 +8289,24 @@ class FrontsOfTLS(TLSCase):
         rig.game.accept()
         self.assertEqual(list(rig.hub.sessions.values())[-1].host, "198.51.100.7")
         self.assertEqual(len(front.tunnels), 2)
+
+    def test_a_worker_that_dies_of_letting_one_in(self):
+        """Before that was written down he is given to the next one; but not for ever."""
+        for deaths in (2, 3):
+            rig = self.rig().keep()
+            others = rig.player(tls=True)
+            ours, theirs = tcp_pair()
+            late = TLSPeer(ours)
+            rig.peers.append(late)
+            rig.hub.door.on_accept(theirs, "198.51.100.7", True)
+            with mock.patch.object(has.Door, "on_client", side_effect=Killed):
+                self.assertRaises(Killed, rig.shake_hands, late)
+                for _ in range(deaths - 1):
+                    self.assertRaises(Killed, rig.die)
+            rig.die()
+            self.talk(rig, others)
+            rig.shake_hands(late)
+            self.assertEqual((len(rig.hub.sessions), late.ended), (4 - deaths, deaths > 2))
 
     def test_another_program(self):
         rig = self.rig()
@@ -12287,7 +12308,7 @@ class TestReaching(StillCase):
                 self.assertEqual((lost.ours, lost.accepted, lost.refused), (True, True, False))
             wrap.side_effect = lambda sock, server_hostname: sock
             self.assertEqual(self.opened(context, target).world.tls,
-                             context.settings.recipe("world"))
+                             context.settings.recipes["world"])
         wrap.assert_called_with(mock.ANY, server_hostname=HOME.host)
 
     def test_a_stop_ends_a_connect(self):
