@@ -12630,7 +12630,8 @@ class Tunnel:
         self.line = self.plain = None
         # agreed on; the peer sends no more; the worker sends no more; nor does it read
         self._is_open = self._has_ended = self._is_over = self._is_left = False
-        self._offers = self.OFFERS              # how often a worker may still be given it
+        # how often a worker may still be given it; None: one has written it down
+        self._offers = self.OFFERS if is_client else None
         self._records = collections.deque()     # (bytes of the worker's, bytes in TLS)
         self._size = 0                          # in TLS, of these
         self._stuck = 0                         # bytes of the worker's that could not be encrypted
@@ -12670,9 +12671,10 @@ class Tunnel:
 
     def _open(self):
         """Give it to the worker, which may die before it has written that down."""
-        self._offers -= 1
         fds, host = [self.line.sock.dup().detach()], None
         if self.is_client:
+            self._offers -= 1
+            self.line.pause()
             ours, theirs = socket.socketpair()
             self.plain = TunnelEnd(self.front.selector, ours, self, self._from_plain)
             fds, host = [theirs.detach(), *fds], self.host
@@ -12681,8 +12683,11 @@ class Tunnel:
         self._tell("open", fds, host=host)
 
     def taken(self):
-        """It has."""
-        self._offers = 0
+        """It has: what the client has to say is not lost with it."""
+        if self._offers is not None:
+            self._offers = None
+            self.line.resume()
+            self._turn()
 
     def turn_away(self, why):
         """It will not be open, and this is why."""
@@ -12705,7 +12710,7 @@ class Tunnel:
         try:
             if not self._is_open:
                 self._shake_hands()
-            while self._is_open and not self._has_ended:
+            while self._is_open and self._offers is None and not self._has_ended:
                 data = self._tls.read(TLS_RECORD)
                 if not data:
                     raise ssl.SSLZeroReturnError
@@ -12762,7 +12767,7 @@ class Tunnel:
     def on_stream_room(self, stream):
         """It does."""
         opposite = self._opposite(stream)
-        if opposite:
+        if opposite and self._offers is None:
             opposite.resume()
         self._close_if_over()
 
@@ -12790,7 +12795,7 @@ class Tunnel:
     def _worker_ended(self):
         """All it has sent was read. A client that is told so sends no more; a world still answers,
         unless nobody is there to read that."""
-        if self.is_client and self._offers and not self._is_left:
+        if self._offers and not self._is_left:
             self.plain.drop()
             self._open()
             return
@@ -12887,6 +12892,7 @@ class TLSFront(Loop):
     def _on_wire(self, fds, number):
         tunnel = self.tunnels.get(number)
         if tunnel and tunnel.line and not tunnel.line.closed:
+            tunnel.taken()
             self.channel.send({"say": "wire", "number": number}, [tunnel.line.sock.dup().detach()])
 
     def _on_recipe(self, fds, name, role, values, files):

@@ -8297,6 +8297,7 @@ class FrontsOfTLS(TLSCase):
             others = rig.player(tls=True)
             ours, theirs = tcp_pair()
             late = TLSPeer(ours)
+            late.send("WHO\r\n")               # it is not lost with the worker
             rig.peers.append(late)
             rig.hub.door.on_accept(theirs, "198.51.100.7", True)
             with mock.patch.object(has.Door, "on_client", side_effect=Killed):
@@ -8307,6 +8308,32 @@ class FrontsOfTLS(TLSCase):
             self.talk(rig, others)
             rig.shake_hands(late)
             self.assertEqual((len(rig.hub.sessions), late.ended), (4 - deaths, deaths > 2))
+            if deaths == 2:
+                self.assertEqual(rig.game.accept().read(), b"WHO\r\n")
+
+    def test_a_worker_that_dies_when_it_has_written_one_down(self):
+        rig = self.rig().keep()
+        send = has.Channel.send
+
+        def dies(channel, message, *more):
+            if message.get("do") == "taken":
+                raise Killed
+            send(channel, message, *more)
+        ours, theirs = tcp_pair()
+        client = TLSPeer(ours)
+        rig.peers.append(client)
+        rig.hub.door.on_accept(theirs, "198.51.100.7", True)
+        with mock.patch.object(has.Channel, "send", dies):
+            self.assertRaises(Killed, rig.shake_hands, client)
+        rig.die()
+        link = rig.game.accept()
+        self.talk(rig, (client, link))
+        client.send("QUIT\r\n")
+        rig.settle()
+        link.hangs_up()
+        client.read()
+        self.assertTrue(client.was_notified)
+        self.assertEqual([len(rig.hub.sessions), len(rig.game.peers)], [1, 1])
 
     def test_another_program(self):
         rig = self.rig()
