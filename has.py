@@ -9281,7 +9281,7 @@ class Door:
                             "could not be had")
             hang_up(sock)
         elif tls:
-            hub.fronts.accept(sock, host, *self._bounds(host))
+            hub.fronts.newest().accept(sock, host, *self._bounds(host))
         elif self._is_front(host):
             self.arrivals.add(Arrival(hub, sock, host), Arrival.NO_HEADER_SECONDS,
                               *self._bounds(host))
@@ -9996,7 +9996,8 @@ class KnownFront:
         self.channel.send({"do": what, "number": number, "recipe": recipe.name, **values}, fds)
 
     def accept(self, sock, host, most, of_host):
-        """Have it speak TLS with this client, and bound how many do not answer."""
+        """A client: have it speak TLS with that. No more than `most`, and of its host, shall be
+        there without an answer."""
         if len(self.channel.waiting) > self.MOST_WAITING:
             sock.close()
             self.hub.door.quiet.note(host, f"refused: {self} does not keep up")
@@ -10107,7 +10108,10 @@ class KnownFront:
 
     def _on_wire(self, socks, number):
         for sock in socks:
-            self.far_end(number).take(sock)
+            if number in self.fars:
+                self.fars[number].take(sock)
+            else:
+                sock.close()
 
     def _on_ended(self, socks, number, why):
         if number in self.fars:
@@ -10116,7 +10120,7 @@ class KnownFront:
     def _on_over(self, socks, number, unseen):
         far = self.fars.pop(number, None)
         if far:
-            far.ended("")
+            far.ended("")                       # if nothing worse was said
             far.over(unseen)
 
     @staticmethod
@@ -10140,15 +10144,8 @@ class Fronts(Survivor):
         self._quick = 0            # deaths one after another, each soon after a start
         self._stops_at = None      # when nobody waits for them any more
 
-    def accept(self, sock, host, most, of_host):
-        """A client was accepted that wants TLS; no more than `most` shall be without an answer."""
-        self._newest().accept(sock, host, most, of_host)
-
-    def connect(self, world, owner, on_data):
-        """Begin to open a link in TLS; OSError."""
-        return self._newest().connect(world, owner, on_data)
-
-    def _newest(self):
+    def newest(self):
+        """The one that is given what is new; OSError."""
         usable = [it for it in self.all if not (it.is_retired or it.channel.closed)]
         return usable[-1] if usable else self._begin()
 
@@ -10182,7 +10179,7 @@ class Fronts(Survivor):
             if not is_wanted or front.program != self.program:
                 front.retire()
         if is_wanted:
-            self._newest()
+            self.newest()
 
     def go_on(self):
         """This is another worker than the one that began them."""
@@ -10946,7 +10943,7 @@ class Hub(Loop):
         """Begin to open a link to the world; OSError where that fails at once."""
         if world.tls is None:
             return Stream.connect(self.selector, world.target, owner, on_data)
-        return self.fronts.connect(world, owner, on_data)
+        return self.fronts.newest().connect(world, owner, on_data)
 
     def stream_of(self, packed, take):
         """The stream of a process before this one that pack() gave so."""
@@ -12767,7 +12764,7 @@ class Tunnel:
     def on_stream_room(self, stream):
         """It does."""
         opposite = self._opposite(stream)
-        if opposite and self._offers is None:
+        if opposite and (opposite is self.plain or self._offers is None):
             opposite.resume()
         self._close_if_over()
 
@@ -12795,6 +12792,9 @@ class Tunnel:
     def _worker_ended(self):
         """All it has sent was read. A client that is told so sends no more; a world still answers,
         unless nobody is there to read that."""
+        if not self._is_open:
+            self.turn_away("nobody wants it any more")
+            return
         if self._offers and not self._is_left:
             self.plain.drop()
             self._open()
@@ -12815,8 +12815,8 @@ class Tunnel:
         if self._is_open:
             self.plain.resume()                 # it is not much that waits there
             self._close_if_over()
-        elif not self.is_client:
-            self.drop()
+        else:
+            self.turn_away("nobody wants it any more")
 
     def _close_if_over(self):
         if self._is_over and (self._has_ended or self._is_left) and not self.line.out:
@@ -13327,7 +13327,7 @@ def run_front(fd):
     set_limits()
     front = TLSFront(socket.socket(fileno=fd))
     install_log(FrontLog(front.channel), "info")
-    tidy_by_hand(front)
+    gc.freeze()
     try:
         front.run()
     except Exception:

@@ -8133,6 +8133,17 @@ class InTLS(TLSCase):
         rig.player(tls=True)
         NoSpinning.assert_idle(self, rig)
 
+    def test_a_link_that_is_given_up_leaves_nothing(self):
+        """Before it is connected, and in the middle of its handshake."""
+        for full in (True, False):
+            rig = self.rig()
+            rig.found("life 1", rig.full if full else rig.game, tls=UNVERIFIED)
+            client = rig.client()
+            client.hangs_up()
+            rig.settle(lambda: not rig.fronts[0].tunnels)
+            known, = rig.hub.fronts.all
+            self.assertEqual((known.fars, known._opening), ({}, {}))
+
     def test_nothing_is_left_behind(self):
         rig = self.rig()
         self.world_in_tls(rig)
@@ -8153,7 +8164,7 @@ class HandshakesOfTLS(TLSCase):
 
     def arrive(self, rig, host="198.51.100.7"):
         ours, theirs = tcp_pair()
-        rig.peers.append(Peer(ours))
+        rig.peers.append(Peer(ours, rig.settle))
         rig.hub.door.on_accept(theirs, host, True)
         rig.settle()
         return rig.peers[-1]
@@ -8228,7 +8239,7 @@ class HandshakesOfTLS(TLSCase):
         """In the process that speaks TLS."""
         rig = self.rig()
         ours, theirs = tcp_pair()
-        peer = TLSPeer(ours)
+        peer = TLSPeer(ours, rig.settle)
         rig.peers.append(peer)
         rig.hub.door.on_accept(theirs, "198.51.100.7", True)
         rig.hub.turn(0)
@@ -8270,7 +8281,7 @@ class FrontsOfTLS(TLSCase):
         alice, link = rig.player(tls=True)
         bob, bobs = rig.player("Bob", tls=True)
         ours, theirs = tcp_pair()
-        late = TLSPeer(ours)
+        late = TLSPeer(ours, rig.settle)
         rig.peers.append(late)
         rig.hub.door.on_accept(theirs, "198.51.100.7", True)
         front, turn = rig.fronts[0], rig.hub.turn
@@ -8296,7 +8307,7 @@ class FrontsOfTLS(TLSCase):
             rig = self.rig().keep()
             others = rig.player(tls=True)
             ours, theirs = tcp_pair()
-            late = TLSPeer(ours)
+            late = TLSPeer(ours, rig.settle)
             late.send("WHO\r\n")               # it is not lost with the worker
             rig.peers.append(late)
             rig.hub.door.on_accept(theirs, "198.51.100.7", True)
@@ -8320,7 +8331,7 @@ class FrontsOfTLS(TLSCase):
                 raise Killed
             send(channel, message, *more)
         ours, theirs = tcp_pair()
-        client = TLSPeer(ours)
+        client = TLSPeer(ours, rig.settle)
         rig.peers.append(client)
         rig.hub.door.on_accept(theirs, "198.51.100.7", True)
         with mock.patch.object(has.Channel, "send", dies):
@@ -8414,7 +8425,7 @@ class FrontsOfTLS(TLSCase):
         launch, held = rig.hub.fronts.launch, []
         rig.hub.fronts.launch = lambda fd: held.append(os.dup(fd)) or 1 << 30
         ours, theirs = tcp_pair()
-        peer = TLSPeer(ours)
+        peer = TLSPeer(ours, rig.settle)
         rig.peers.append(peer)
         rig.hub.door.on_accept(theirs, "203.0.113.9", True)
         rig.settle()
@@ -8431,7 +8442,7 @@ class FrontsOfTLS(TLSCase):
         with self.assertLogs(has.log) as logged:
             for _ in range(1000):
                 ours, theirs = socket.socketpair()
-                peers.append(Peer(ours))
+                peers.append(Peer(ours, rig.settle))
                 rig.hub.door.on_accept(theirs, "203.0.113.9", True)
                 if peers[-1].read() is not None and peers[-1].ended:
                     break
