@@ -11144,10 +11144,10 @@ class Hub(Loop):
         """TERM, INT: say goodbye, flush, end."""
         if self.stopping:
             return
-        log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
         self.stopping = True
         if self.scribe:
-            self.scribe.farewell()
+            self.scribe.farewell()              # before it is said: it may be killed just then
+        log.info("stopping: saying goodbye to %s", users(len(self.sessions)))
         for listener in self.door.listeners:
             listener.close()
         self.control.close()

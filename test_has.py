@@ -10551,6 +10551,15 @@ class ManyAtOnce(RigCase):
             rig.hub.turn(0)
         self.assertEqual(ran, list(range(30)))
 
+    def test_a_stop_that_the_log_tells_of_is_a_stop_whatever_comes(self):
+        rig, is_meant = self.rig(), []
+        rig.hub.scribe = mock.Mock()
+        with mock.patch.object(has.log, "info", lambda *_: is_meant.append(
+                rig.hub.scribe.farewell.called)):
+            rig.hub.stop()
+        rig.hub.scribe = None
+        self.assertTrue(is_meant[0])
+
     def test_a_goodbye_comes_before_the_end(self):
         rig, clients, _ = self.crowd()
         rig.hub.stop()
