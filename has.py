@@ -13523,7 +13523,10 @@ def answers_of(options, path, request):
     except ConnectionResetError:
         pass                                    # it has ended with us waiting
     except (FileNotFoundError, ConnectionRefusedError):
-        raise NotRunning(f"no HAS runs with {options.config}: nobody listens at {path}") from None
+        hint = "" if path == default_control_path(options.config) else (
+            "; one that was started before control_socket was changed: by its PID only")
+        raise NotRunning(f"no HAS runs with {options.config}: nobody listens at {path}{hint}"
+                         ) from None
     except PermissionError:
         raise NotRunning(f"{path} is only for the user who runs HAS, and for root") from None
     except (OSError, ValueError) as error:

@@ -11394,18 +11394,20 @@ class TestPartsOfTheProgram(unittest.TestCase):
         self.assertEqual(has.typed_text("caf\u00e9"), "caf\u00e9")
 
     def test_who_cannot_be_asked_is_told_apart(self):
+        def told(path):
+            with mock.patch("sys.stderr", io.StringIO()) as said:
+                self.assertEqual(has.ask_running(options, path, {"do": "status"}), 3)
+            return said.getvalue()
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as dead:
-            path, options = folder + "/has.sock", types.SimpleNamespace(config="C", json=False)
-            for said, fault in (("no HAS runs with C: nobody listens at", None),
-                                ("no HAS runs with C: nobody listens at", "dead"),
-                                ("is only for the user who runs HAS", PermissionError)):
-                if fault == "dead":
-                    dead.bind(path)
-                with mock.patch("sys.stderr", io.StringIO()) as told, mock.patch.object(
-                        socket.socket, "connect", side_effect=fault) if fault == PermissionError \
-                        else contextlib.nullcontext():
-                    self.assertEqual(has.ask_running(options, path, {"do": "status"}), 3)
-                self.assertIn(said, told.getvalue())
+            usual, other = folder + "/has.sock", folder + "/other"
+            options = types.SimpleNamespace(config=folder + "/has.conf", json=False)
+            nobody = f"has.py: no HAS runs with {folder}/has.conf: nobody listens at "
+            self.assertEqual(told(usual), f"{nobody}{usual}\n")
+            dead.bind(other)
+            self.assertEqual(told(other), f"{nobody}{other}; one that was started before "
+                                          "control_socket was changed: by its PID only\n")
+            with mock.patch.object(socket.socket, "connect", side_effect=PermissionError):
+                self.assertIn("is only for the user who runs HAS, and for root", told(usual))
 
     def test_an_older_python_is_told_so(self):
         done = subprocess.run(
