@@ -4283,7 +4283,8 @@ class Telnet(Part):
         size, type and character set are for the next one."""
         if piece == AYT:
             notice = self.session.hub.settings.are_you_there_notice
-            self._answer(b"\r\n" + self.session.screen.spelling.spell(notice, self.codec) + b"\r\n")
+            spelled = self.session.screen.spelling.spell(notice, self.codec)
+            self._answer(b"\r\n" + spelled + b"\r\n" if notice else b"")
             return
         verb, option = piece[1], piece[2] if len(piece) == 3 else None
         if option is None:

@@ -11265,6 +11265,29 @@ class WordsOfTheSite(RigCase):
         rig.settle()
         self.assertEqual((client.read(), client.ended), (b"", True))
 
+    def test_without_any_text_nothing_is_said_in_a_whole_story(self):
+        rig = self.rig(reattach=300, **{key: "" for key in has.SETTINGS if key.endswith("_notice")
+                                        and key != "list_heading_notice"})
+        (client, _), newcomer = rig.player(), rig.client()
+        client.read()
+        rig.heard("silent")
+        client.says("say ice\r\n")
+        rig.down()
+        client.says("say x\r\n" * 30)
+        client.says(bytes((IAC, AYT)))
+        newcomer.says("connect Bob bobpw\r\n")
+        rig.hub.control.command({"do": "maintenance", "text": "x"}, None)
+        rig.pass_time(1.1, rig.hub.settings.still_offline_every)
+        self.assertEqual((client.read(), newcomer.read()), (b"", b""))
+        client.sock.close()
+        rig.settle()
+        back = rig.client()
+        back.says("connect Alice alicepw\r\n")
+        rig.pass_time(3)
+        rig.hub.stop()
+        rig.settle()
+        self.assertEqual((back.read(), newcomer.read()), (b"", b""))
+
     def test_the_list_of_sessions(self):
         rig, client, _ = self.waiting()
         heading, row = has.listed(list(map(has.session_line, rig.status()["sessions"])),
