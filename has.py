@@ -4759,6 +4759,7 @@ class Inbox(Part):
         session.announce()
         log.info("%s: speaks HTTP (a websocket?): it is told nothing, and ends with its world",
                  session)
+        self.peek.update(session.state)
         if session.link:
             session.link.on_data = session.screen.reader
         if session.state in AWAY:
@@ -8630,7 +8631,7 @@ OF_SESSIONS = {
     "linked", "wants_link", "who", "character", "way_back.settled",
     "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
     "on_checked", "place", "hold.begin", "hold.on_silence", "way_back.settle", "lines.try_login",
-    "inbox.take_turn", "inbox.kept"}
+    "inbox.take_turn", "inbox.on_data", "inbox.kept"}
 
 
 def users(count):
@@ -9102,8 +9103,9 @@ class Arrival:
     def _let_in(self, header):
         self.hub.door.arrivals.discard(self)
         session = self.hub.door.on_client(self.stream, header.host or self.host, False)
-        if session and self.head[header.size:]:
-            self.stream.on_data(self.head[header.size:])
+        if session and self.head[header.size:]:             # which was taken, not only looked at
+            session.inbox.on_data(self.head[header.size:])
+            self.hub.keep(session)
 
     def turn_away(self, why):
         """End it, and say why in the log."""

@@ -6784,7 +6784,14 @@ class Browsers(RigCase):
         return rig, client, link
 
     def test_frames_pass_as_they_are(self):
-        rig, client, link = self.browser()
+        for kept in (False, True):
+            with self.subTest(kept=kept):
+                self.check_frames(kept)
+
+    def check_frames(self, kept):
+        rig = self.rig("pennmush")
+        client, link = (rig.keep() if kept else rig).newcomer()
+        client.says(self.REQUEST)
         for size in (1, 7, 100):
             for at in range(0, len(self.FRAMES), size):
                 for here, there in ((client, link), (link, client)):
@@ -10229,6 +10236,23 @@ class Lobby(RigCase):
         self.assertEqual(len(rig.hub.sessions), 0)
         rig.pass_time(0.3, 0.3, 0.3)
         self.assertEqual([it.host for it in rig.hub.sessions.values()], ["192.0.2.1"])
+
+    def test_what_comes_with_the_header_is_read_once(self):
+        for kept in (False, True):
+            for head in ("PROXY TCP4 198.51.100.1 127.0.0.1 1 2\r\n", ""):
+                for more in ("", "WHO\r\nINFO\r\n"):
+                    with self.subTest(kept=kept, head=head, more=more):
+                        rig = self.front()
+                        rig = rig.keep() if kept else rig
+                        peer = self.arrive(rig, "192.0.2.1")
+                        peer.says(head + "connect Al")
+                        rig.pass_time(1)
+                        link = rig.game.accept()
+                        peer.says("ice secret\r\n" + more)
+                        rig.settle()
+                        self.assertFalse(peer.ended)
+                        typed = [it for it in link.lines() if "OUTPUT" not in it]
+                        self.assertEqual(typed, ["connect Alice secret", *more.split()])
 
     def test_a_header_that_was_begun_has_its_time(self):
         rig = self.front()
