@@ -16671,6 +16671,28 @@ class TestTelnetRealTinyMUX(TelnetCase):
             self.assertEqual(alice.on, on)
             self.assertEqual(alice.commands[count:], [])
 
+    def test_a_password_beyond_ascii_typed_before_any_character_set(self):
+        """The game has a character set of its own for those (default_charset)."""
+        for charset, password in (("utf-8", "\u041f\u0430\u0440\u043e\u043b\u044c\xc1".encode()),
+                                  ("latin-2", b"\xb1\xe6x"), ("ascii", b"m\xfcp")):
+            with self.subTest(charset):
+                mux = RealMux(new_folder(self), conf={"default_charset": charset})
+                mux.start()
+                self.addCleanup(mux.close)
+                has = Has(self, mush_address=mux.address, mush_type="tinymux").wait_up()
+                clients = []
+                for port, word in ((mux.port, b"create"), (has.port, b"connect")):
+                    clients.append(Client(port))
+                    self.addCleanup(clients[-1].close)
+                    clients[-1].expect("Welcome")
+                    clients[-1].send(word + b" Zoe " + password + b"\r\n").expect("Limbo")
+                mux.command("@dump")
+                poll_until(lambda: list(mux.game.glob("data/netmux.db.new")), mux.log_tail)
+                mux.kill()
+                mux.start()
+                clients[1].expect(re.escape(ONLINE), 8)
+                clients[1].send("think [name(me)]\r\n").expect("Zoe")
+
     def test_a_password_with_an_accent_and_utf_8_by_lang(self):
         folder = new_folder(self)
         mux = RealMux(folder)
