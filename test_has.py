@@ -6526,6 +6526,27 @@ class WhatWasOnTheWay(unittest.TestCase):
         trail.add_lost(b" a line\r\nmore\r\n")
         self.assertEqual(trail.read(2)[1], b"half a line\r\nmore\r\n")
 
+    def test_many_have_one_journal(self):
+        """What stands in it is in the trails as it was sent, whatever went another way."""
+        journal, streams, sent = has.Journal(), [], [b"", b"", b""]
+        for _ in sent:
+            ours, theirs = tcp_pair()
+            self.addCleanup(ours.close)
+            streams.append(has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None))
+            self.addCleanup(streams[-1].drop)
+            has.follow(streams[-1], 1 << 20, journal)
+            streams[-1].trail.ask = lambda: 1 << 20
+        for number in range(has.MANY_NOTES):
+            who = number * 7 % 3
+            line = b"%d: line %05d%s\r\n" % (who, number, b"." * (3000 * (number % 999 == 0)))
+            streams[who].send(line)
+            sent[who] += line
+            self.assertLessEqual(len(journal.recent), has.MANY_NOTES)
+        for stream, text in zip(streams, sent):
+            _, unseen, lost = stream.trail.read(1 << 20)
+            self.assertEqual((unseen + stream.out, lost), (text, 0))
+        self.assertEqual(journal.recent, [])
+
     def test_a_flood_cut_in_the_middle(self):
         """Real sockets: what the client has read and what it is shown again are everything,
         once."""
