@@ -3460,6 +3460,7 @@ class TrailedStream(Stream):
 
     def drop(self):
         """Close now. Harmless twice."""
+        self.trail.journal.deliver()            # while the socket can be asked
         super().drop()
         follow(self, 0)                         # it holds on to this stream
 
@@ -3480,6 +3481,8 @@ def follow(stream, limit, journal=None):
     if limit and stream.trail:
         stream.trail.limit = limit
         return
+    if stream.trail:
+        stream.trail.journal.deliver()
     stream.__class__, stream.trail, stream.recent = Stream, None, None
     if limit:
         stream.__class__ = TrailedStream

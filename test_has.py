@@ -6547,6 +6547,22 @@ class WhatWasOnTheWay(unittest.TestCase):
             self.assertEqual((unseen + stream.out, lost), (text, 0))
         self.assertEqual(journal.recent, [])
 
+    def test_who_has_gone_is_in_no_journal(self):
+        """Or others would be in trouble when his lines are taken out of it."""
+        for ends in (lambda stream: stream.drop(), lambda stream: has.follow(stream, 0)):
+            ours, theirs = tcp_pair()
+            self.addCleanup(ours.close)
+            stream, journal = (has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None),
+                               has.Journal())
+            has.follow(stream, 1 << 20, journal)
+            trail = stream.trail
+            for _ in range(100):
+                stream.send(b"a line of eighty columns".ljust(80, b".") + b"\r\n")
+            ends(stream)
+            self.assertEqual(journal.recent, [])
+            self.assertEqual(len(trail.read(0)[0].split(b"\n")), has.DOUBTFUL_LINES + 1)
+            stream.drop()
+
     def test_a_flood_cut_in_the_middle(self):
         """Real sockets: what the client has read and what it is shown again are everything,
         once."""
