@@ -4585,6 +4585,7 @@ class Peek:
     def on_client_data(self, data):
         """The client sent `data`."""
         self._shown = self.session.client, len(data)
+        self.session.inbox.catches_up = len(data) == LOOK_BYTES
         self.session.inbox.on_data(data)
         if self._shown:
             self.session.hub.keep(self.session)
@@ -4609,13 +4610,14 @@ class Inbox(Part):
 
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
-    __slots__ = SURVIVES + ("client", "forward", "peek")
+    __slots__ = SURVIVES + ("client", "forward", "peek", "catches_up")
     PASSING = ("typed_at", "bytes_in", "kept_due", "quit_at")
 
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
         self.forward = None        # the fast path: what sends to the world; see Screen.choose_path
+        self.catches_up = False    # with what was typed while there was no process to read it
         self.typed_at, self.bytes_in = self.hub.now, 0
         self.announced = False     # the log has a line about him: who says nothing may be a probe
         self.quit_at = 0           # when his last line was QUIT; 0: it was another
@@ -4633,6 +4635,7 @@ class Inbox(Part):
     def is_fast(self):
         """Whether nothing that was typed before is in the way."""
         return not (self.kept or self.backlog or not self.typed.idle
+                    or self.catches_up and self.hub.is_kept
                     or self.from_client and self.from_client.held)
 
     def has_quit(self, lately=0):
@@ -6695,6 +6698,7 @@ class Passage(Part):
             session.telnet.replay.agreement = session.telnet.agreement
         if session.inbox.from_client:
             session.inbox.from_client.strict = True     # older programs had no such thing
+        session.inbox.catches_up = True
         session.state = State[packed["state"]]
         session.client.take_up(packed["client"])
         if packed["link"]:

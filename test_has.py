@@ -7860,6 +7860,26 @@ class Died(RigCase):
         rig.pass_time(1.1)
         self.assertEqual(again.lines(), [])
 
+    def test_what_was_typed_meanwhile_is_not_lost_by_the_next_death(self):
+        lines, count = [f"line {number}" for number in range(60)], 0
+
+        def prepare():
+            rig, rig.alice, rig.link = self.player()
+            with mock.patch.object(rig, "settle", lambda: None):
+                rig.alice.send("\r\n".join(lines) + "\r\n")
+                rig.die()
+            return rig
+        for rig in deaths(has.Session, ["refresh"], prepare, lambda rig: rig.settle()):
+            count += 1
+            rig.die()
+            got = rig.link.lines()
+            self.assertEqual(got, [line for line in lines if line in got])
+            self.assertLessEqual(len(lines) - len(got), has.PATIENCE)
+        self.assertGreater(count, 6)
+        self.assertIsNone(rig.alice.session.inbox.forward)
+        rig.alice.says("slow\r\n")
+        self.assertTrue(rig.alice.session.inbox.forward)
+
     def test_a_link_that_was_given_up_is_no_sign_that_he_left(self):
         """The world is silent for too long, and lives on: whoever closed its links."""
         count = 0
