@@ -8667,8 +8667,8 @@ OF_SESSIONS = {
     "inbox.bytes_in", "screen.bytes_out",
     "linked", "wants_link", "who", "character", "way_back.settled",
     "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
-    "on_checked", "place", "hold.begin", "hold.on_silence", "way_back.settle", "lines.try_login",
-    "inbox.take_turn", "inbox.on_data", "inbox.kept"}
+    "on_checked", "place", "place.follow", "place.look_anew", "hold.begin", "hold.on_silence",
+    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept"}
 
 
 def users(count):
@@ -9506,9 +9506,8 @@ class Places:
     def rest(self):
         """Forget, now and then, what clients have acknowledged."""
         self.journal.deliver()
-        for session in list(self.hub.sessions.values()):
-            if session.client.trail:
-                session.client.trail.rest()
+        sessions = list(self.hub.sessions.values())
+        self.hub.sweep((it.client.trail.rest, ()) for it in sessions if it.client.trail)
         if self.hub.settings.reattach:
             self.hub.later(TRAIL_REST_SECONDS, self.rest)
         else:
@@ -9522,9 +9521,8 @@ class Places:
             if not CAN_TELL_UNSEEN:
                 log.info("reattach: this platform does not tell what clients have acknowledged: "
                          "what is on the way when a line drops is lost")
-        for session in list(self.hub.sessions.values()):
-            session.place.look_anew()
-            session.place.follow()
+        self.hub.each("place.look_anew")
+        self.hub.each("place.follow")
 
 
 @survives
