@@ -9202,9 +9202,8 @@ class Denials(Survivor):
 
     def cover(self, host):
         """Whether that address is denied."""
-        address = ipaddress.ip_address(host)
-        return any(address in network for network in self.hub.settings.deny) or any(
-            address in ipaddress.ip_network(text) for text in self.in_force())
+        networks = [*self.hub.settings.deny, *map(ipaddress.ip_network, self.in_force())]
+        return bool(networks) and any(ipaddress.ip_address(host) in it for it in networks)
 
     def in_force(self):
         """What --deny has denied: {network: seconds left, or None: until HAS stops}."""
@@ -9223,8 +9222,10 @@ class Denials(Survivor):
 
     def enforce(self):
         """Close who is here from where nobody may come; return how many that are."""
+        hosts = set(session.host for session in self.hub.sessions.values())
+        hosts = {host for host in hosts if self.cover(host)}
         closed = [session for session in self.hub.sessions.values()
-                  if session.state is not State.CLOSING and self.cover(session.host)]
+                  if session.state is not State.CLOSING and session.host in hosts]
         for session in closed:
             self.hub.safely(session.close, "its address is denied",
                             self.hub.settings.denied_notice)
