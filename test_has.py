@@ -16304,29 +16304,37 @@ class TestSystemd(Case):
         return status
 
     def test_kill_and_restart_and_stop(self):
+        cert, key = certificate(self.folder)
+        tls = {"local_port_ssl": free_port(), "ssl_cert": cert, "ssl_key": key}
+        self.configure(**tls)
         self.service.start()
         self.assertEqual(len(self.service.store), 11)
-        alice = self.player()
+        alice, bob = self.player(), TLSClient(tls["local_port_ssl"])
+        self.addCleanup(bob.close)
+        bob.send("connect Bob bobpw\r\n")
+        self.mush.wait(lambda w: w.online("Bob"), what="Bob is in")
+        bob.barrier()
         for _ in range(2):
             self.assertEqual(self.again(signal.SIGKILL), -signal.SIGKILL)
-            alice.barrier()
+            alice.barrier(), bob.barrier()
         self.assertFalse([it for it in self.service.told if "FDSTORE" in it])   # all is there
         self.service.wait("WATCHDOG=1")
         with open(self.script) as file:
             text = file.read()
         write_text(self.script, text.replace('VERSION = "1.0"', 'VERSION = "1.0s"', 1))
-        self.configure(admins="Alice")
+        self.configure(admins="Alice", **tls)
         self.assertEqual(self.again(signal.SIGQUIT), 0)         # systemctl restart
-        alice.barrier()
+        alice.barrier(), bob.barrier()
         self.assertIn("HAS 1.0s goes on where 1.0 left off", self.log())
         alice.send("#?\r\n").expect("pid")     # the new settings count
-        self.assertNotIn(b"NOTICE", alice.seen)
-        self.assertEqual(len(self.mush.logins), 2)
+        self.assertNotIn(b"NOTICE", alice.seen + bob.seen)
+        self.assertEqual(len(self.mush.logins), 3)
         self.service.process.send_signal(signal.SIGUSR2)
-        alice.barrier()
+        alice.barrier(), bob.barrier()
         self.service.process.terminate()        # systemctl stop
-        alice.expect(re.escape("going down"))
-        alice.expect_end()
+        for client in (alice, bob):
+            client.expect(re.escape("going down"))
+            client.expect_end()
         self.assertEqual(self.service.process.wait(10), 0)
         self.service.start()                    # a store that was kept is of no use
         self.assertEqual(len(self.service.store), 11)
