@@ -10271,7 +10271,8 @@ class Fronts(Survivor):
     def pack(self, name):
         """As Stream.pack()."""
         return [{"fd": name(it.channel.sock), "name": it.name, "pid": it.pid,
-                 "program": it.program, "retired": it.is_retired} for it in self.all]
+                 "program": it.program, "retired": it.is_retired}
+                for it in self.all if not it.channel.closed]
 
     def unpack(self, packed, take):
         """Take up what pack() gave; nothing is sent yet (see go_on)."""
@@ -11630,12 +11631,7 @@ class Vault:
 
     def holds(self, source):
         """Whether this is the program that goes on."""
-        return self.source == source
-
-    @property
-    def source(self):
-        """Its text."""
-        return read_memory_file(self.program)
+        return read_memory_file(self.program) == source
 
     def close(self):
         """Hold it no more."""
@@ -12991,24 +12987,33 @@ class FrontLog(logging.Handler):
 class Launcher:
     """Starts the program that runs once more, as the process that speaks TLS."""
 
-    def __init__(self, vault, arguments):
-        self._vault, self._script, self._arguments = vault, arguments[1], arguments
-        self.program = binascii.crc32(self._read())
+    # Run by python -c: compiling leaves 30 MB of waste behind, so what runs is what was compiled.
+    COMPILE = """import importlib.util, marshal, os, sys
+path, name, *arguments = sys.argv[1:]
+with open(path, "rb") as file:
+    code = compile(file.read(), name, "exec")
+fd = os.memfd_create("has")
+with open(fd, "wb", closefd=False) as file:
+    file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+os.set_inheritable(fd, True)
+os.execv(sys.executable, [sys.executable, f"/proc/self/fd/{fd}", *arguments])
+"""
 
-    def _read(self):
-        if self._vault:
-            return self._vault.source
-        with open(self._script, "rb") as file:
-            return file.read()
+    def __init__(self, vault, script, arguments):
+        self._vault, self._script, self._arguments = vault, script, arguments
+        with open(script if vault is None else memory_path(vault.program), "rb") as file:
+            self.program = binascii.crc32(file.read())
 
     def launch(self, fd):
         """Start it, with this descriptor; its process id. OSError."""
-        program = self._vault.program if self._vault else None
-        path = self._script if program is None else memory_path(program)
+        fds, command = [fd], [sys.executable, self._script]
+        if self._vault:
+            fds.append(self._vault.program)
+            command[1:] = ["-c", self.COMPILE, memory_path(fds[1]), self._script]
         return subprocess.Popen(
-            [sys.executable, path, *self._arguments, "--front", str(fd)],
-            pass_fds=[fd] if program is None else [fd, program], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True).pid
+            [*command, *self._arguments, "--front", str(fd)], pass_fds=fds,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True).pid
 
 
 # ======================================================================
@@ -13253,7 +13258,8 @@ def parse_arguments(arguments):
     parser = new_parser()
     options = parser.parse_args(arguments)
     options.goes_on = options.vault is not None or options.resume is not None
-    if options.config is not None and not (options.goes_on or os.path.exists(options.config)):
+    is_ours = options.goes_on or options.front is not None
+    if options.config is not None and not (is_ours or os.path.exists(options.config)):
         parser.error(f"--config {options.config}: there is no such file")
     for name, orders in GOES_WITH.items():
         if is_given(options, name) and not any(is_given(options, order) for order in orders):
@@ -13869,7 +13875,7 @@ def serve(survival, handler, options, go_on=None, parked=None):
     """Start the heartbeat, go_on() where a process left off, turn until the end. The status."""
     hub, upgrade = survival.hub, Upgrade(survival, options.script, own_arguments(options))
     hub.reload.log, hub.control.upgrade = handler.reload, upgrade.begin
-    launcher = Launcher(survival.vault, own_arguments(options))
+    launcher = Launcher(survival.vault, options.script, own_arguments(options))
     hub.fronts.launch, hub.fronts.program = launcher.launch, launcher.program
     hub.fronts.look()
     watch_over(survival, own_arguments(options), parked)

@@ -8144,15 +8144,28 @@ class InTLS(TLSCase):
         self.assertEqual(client.read(), b"You say bye\r\n")
 
     def test_goodbye(self):
-        rig, client, _ = self.player(tls=True)
-        stuck, _ = rig.player("Bob", tls=True)
-        rig.hub.stop()
-        rig.settle()
-        self.assertFalse(rig.hub.fronts.are_done)
-        rig.pass_time(*[0.1] * 5)
-        self.assertIn(b"going down", client.read())
-        self.assertTrue(client.was_notified and client.ended)
-        rig.settle(lambda: not rig.fronts)
+        rig = self.rig()
+        if not has.why_no_vault():
+            rig.keep()
+        client, _ = rig.player(tls=True)
+        rig.player("Bob", tls=True)
+        ended = has.KnownFront.on_channel_end
+
+        def on_channel_end(known):
+            ended(known)
+            for _ in range(2):                  # something else has changed just then
+                rig.hub.changed.add(rig.hub)
+                rig.hub.write_down()
+        with self.assertLogs(has.log) as logged, mock.patch.object(
+                has.KnownFront, "on_channel_end", on_channel_end):
+            rig.hub.stop()
+            rig.settle()
+            self.assertFalse(rig.hub.fronts.are_done)
+            rig.pass_time(*[0.1] * 5)
+            self.assertIn(b"going down", client.read())
+            self.assertTrue(client.was_notified and client.ended)
+            rig.settle(lambda: not rig.fronts)
+        self.assertEqual([line for line in logged.output if not line.startswith("INFO")], [])
         self.assertTrue(rig.hub.fronts.are_done)
         self.assertEqual(rig.hub.fronts.all, [])
 
@@ -8409,6 +8422,11 @@ class FrontsOfTLS(TLSCase):
         client.read()
         self.assertTrue(client.was_notified)
         self.assertEqual([len(rig.hub.sessions), len(rig.game.peers)], [1, 1])
+
+    def test_it_needs_no_file(self):
+        options = has.parse_arguments(["--script", "/no/has.py", "--config", "/no/has.conf",
+                                       "--front", "7"])
+        self.assertEqual(options.front, 7)
 
     def test_another_program(self):
         rig = self.rig()
@@ -15970,6 +15988,8 @@ class TestKeeper(Case):
             for client in (alice, plain):
                 client.barrier()
         self.assertEqual(self.front(), front)
+        with open(f"/proc/{front}/status") as file:             # it runs from compiled code
+            self.assertLess(int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1)), 40000)
         keeper = self.kill_keeper()
         self.addCleanup(self.end_keeper, keeper)
         self.has.faults = True                  # the first one was killed
