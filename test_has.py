@@ -12,7 +12,8 @@
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
     9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
     10. Survival      TestRecords, TestShelf, TestVault, Died, TakenOver...,
-                      TestUpgrade..., TestKeeper, TestSystemd
+                      TestUpgrade..., TestKeeper, TestSystemd; InTLS, HandshakesOfTLS, FrontsOfTLS,
+                      PlaceInTLS
     11. Command line  TestPartsOfTheProgram, TestProgram, TestTLS
     the files         TestFiles: what README, has.conf and the shape of has.py promise
 
