@@ -11841,9 +11841,9 @@ class Survival(Survivor):
         """The same, without the sessions."""
         hub, settings = self.hub, self.hub.settings
         listeners = [{"fd": name(it.sock), "tls": it.tls, "wanted": list(it.wanted)}
-                     for it in hub.door.listeners]
+                     for it in hub.door.listeners if not it.closed]     # as when HAS stops
         it = hub.control.listener
-        control = it and {"fd": name(it.sock), "path": it.path, "identity": pack(it.identity)}
+        control = it and not it.closed and {"fd": name(it.sock), "path": it.path, "identity": pack(it.identity)}
         values = {key: it for room in self._rooms() for key, it in room.survivors().items()}
         return {"format": 2, "version": VERSION, "settings": settings.texts,
                 "files": pack(settings.files), "conf": settings.conf,

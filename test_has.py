@@ -8145,9 +8145,10 @@ class InTLS(TLSCase):
         self.assertEqual(client.read(), b"You say bye\r\n")
 
     def test_goodbye(self):
-        rig = self.rig()
+        rig = self.rig(local_port_ssl=free_port())
         if not has.why_no_vault():
             rig.keep()
+        rig.hub.door.listen()
         client, _ = rig.player(tls=True)
         rig.player("Bob", tls=True)
         ended = has.KnownFront.on_channel_end
@@ -8157,8 +8158,10 @@ class InTLS(TLSCase):
             for _ in range(2):                  # something else has changed just then
                 rig.hub.changed.add(rig.hub)
                 rig.hub.write_down()
-        with self.assertLogs(has.log) as logged, mock.patch.object(
-                has.KnownFront, "on_channel_end", on_channel_end):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(
+                has.KnownFront, "on_channel_end", on_channel_end), \
+                self.assertLogs(has.log) as logged:
+            rig.hub.control.open(folder + "/has.sock")
             rig.hub.stop()
             rig.settle()
             self.assertFalse(rig.hub.fronts.are_done)
@@ -8166,6 +8169,7 @@ class InTLS(TLSCase):
             self.assertIn(b"going down", client.read())
             self.assertTrue(client.was_notified and client.ended)
             rig.settle(lambda: not rig.fronts)
+        rig.hub.door.listeners = []             # they are closed
         self.assertEqual([line for line in logged.output if not line.startswith("INFO")], [])
         self.assertTrue(rig.hub.fronts.are_done)
         self.assertEqual(rig.hub.fronts.all, [])
