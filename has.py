@@ -13370,6 +13370,9 @@ def run_front(fd):
     """The life of the process that speaks TLS; `fd` is its end of the channel. The exit status."""
     for number in HELD_BACK - {signal.SIGCHLD}:             # they are for the worker
         signal.signal(number, signal.SIG_IGN)
+    # systemd, whose unit has no KillMode=process, would wait in vain for this one, and all with it
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GOODBYE_SECONDS))
+    signal.signal(signal.SIGQUIT, lambda *_: os._exit(0))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     set_limits()
     front = TLSFront(socket.socket(fileno=fd))

@@ -16008,8 +16008,12 @@ class TestKeeper(Case):
         alice.expect_end()
         plain.expect(re.escape(ONLINE))         # his link was in it
         self.assertIn(b"the process that speaks TLS", self.has.log)
-        self.in_tls("Alice", "alicepw")
+        alice = self.in_tls("Alice", "alicepw")
         self.assertNotEqual(self.front(), front)
+        for number in (signal.SIGQUIT, signal.SIGTERM):     # systemd without KillMode=process
+            os.kill(self.front(), number)
+            alice.expect_end()
+            alice = self.in_tls("Alice", "alicepw")
         os.kill(keeper, signal.SIGTERM)
         plain.expect(re.escape(RARE_NOTICES["goodbye_notice"]))
 
