@@ -11843,7 +11843,8 @@ class Survival(Survivor):
         listeners = [{"fd": name(it.sock), "tls": it.tls, "wanted": list(it.wanted)}
                      for it in hub.door.listeners if not it.closed]     # as when HAS stops
         it = hub.control.listener
-        control = it and not it.closed and {"fd": name(it.sock), "path": it.path, "identity": pack(it.identity)}
+        control = it and not it.closed and {
+            "fd": name(it.sock), "path": it.path, "identity": pack(it.identity)}
         values = {key: it for room in self._rooms() for key, it in room.survivors().items()}
         return {"format": 2, "version": VERSION, "settings": settings.texts,
                 "files": pack(settings.files), "conf": settings.conf,
