@@ -2761,7 +2761,8 @@ class Mailbox:
 
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-NOT_NOW = BlockingIOError, InterruptedError
+NOT_NOW = (BlockingIOError, InterruptedError) + (
+    (ssl.SSLWantReadError, ssl.SSLWantWriteError) if ssl else ())       # the heartbeat's own TLS
 HIGH_WATER, LOW_WATER = 262144, 65536          # bytes held: pause the other side, resume it
 CHUNK, TLS_RECORD = 65536, 16384               # bytes read at a time; RFC 8446 5.1
 LOOK_BYTES = 1024                  # read at a time of what may have to be written down
@@ -2897,7 +2898,7 @@ class Stream:
     """
 
     HIGH, LOW = HIGH_WATER, LOW_WATER
-    missed, settled = 0, True      # see Absent
+    settled = True                 # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
                  "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "far", "_receive",
@@ -3533,7 +3534,8 @@ CHECK_SECONDS = 2                  # ... for the heartbeat's answer about his pa
 LIFE_SECONDS, LIFE_POLL_SECONDS = 2.5, 0.02     # two probes of a mobile line
 TICK_SECONDS = 0.01                # the kernel counts no finer
 TRAIL_REST_SECONDS = 10
-WRITTEN_BYTES = 16384              # of what is missed: written down in case that HAS dies
+# Of what is missed: written down in case that HAS dies, of each at least and of all; in pieces.
+WRITTEN_BYTES, WRITTEN_OF_ALL, MOST_PIECES = 16384, 16 << 20, 64
 UNSENT_LINES = 10                  # answered one by one in a second; of the rest only the number
 NOTHING = {}
 
@@ -5831,11 +5833,12 @@ class Absent:
     closed = full = connecting = False
     trail = sock = wire = None
 
-    def __init__(self, limit, grew):
-        self.limit, self._grew = limit, grew
+    def __init__(self, limit, places=None, number=0):
+        self.limit, self._places, self._number = limit, places, number      # of its session
         self.settled = True        # it is known what his last client has not got
         self.out, self.lost = bytearray(), 0    # text; lines that had to be left out
         self.doubtful = b""        # the last lines that his kernel took: he may have seen them
+        self.count = 0             # bytes of text that have come
         self.ended = False
         self.sent_bytes = 0
         self.owner = self.on_data = None
@@ -5848,12 +5851,13 @@ class Absent:
         if self.closed:
             return
         admitted, missed, lost = trail.read(unseen or 0, bool(out), most if unseen is None else 0)
-        before = Absent(self.limit, self._grew)
+        before = Absent(self.limit, self._places, self._number)
         if doubtful or unseen is None:
             before.send(admitted)
             self.doubtful, before.out = bytes(before.out), bytearray()
         before.send(missed + out)
         self.out, self.lost = before.out + self.out, lost + before.lost + self.lost
+        self.count += before.count
         self.settled = True
 
     @property
@@ -5867,6 +5871,7 @@ class Absent:
             pieces = self._scanner.feed(bytes(data))
             data = b"".join(piece for is_command, piece in pieces if is_command is False)
         self.out += data
+        self.count += len(data)
         self._grew(len(data))
         if len(self.out) > self.limit * 5 // 4:
             self.shorten(self.limit)
@@ -5879,10 +5884,9 @@ class Absent:
         self.out = self.out[cut:]               # anew: one that is cut keeps its memory
         self._grew(-cut)
 
-    @property
-    def missed(self):
-        """Something that is another number when there is more."""
-        return self.lost, len(self.out)
+    def _grew(self, count):
+        if self._places is not None:
+            self._places.grew(self._number, count)
 
     def finish(self):
         """There is nobody to say goodbye to."""
@@ -5906,15 +5910,18 @@ class Absent:
     def pack(self, name, held=True):
         """For another process: it has no descriptor. Of what is written down for it again and
         again (not `held`) only the newest."""
-        out = self.out
-        cut = 0 if held else out.find(b"\n", max(0, len(out) - WRITTEN_BYTES) - 1) + 1
-        cut = cut if len(out) > WRITTEN_BYTES else 0
+        out, most = self.out, len(self.out)
+        if not held and self._places is not None:
+            most = self._places.written_bytes
+        cut = out.find(b"\n", len(out) - most - 1) + 1 if len(out) > most else 0
         return {"fd": None, "out": pack(bytes(out[cut:])), "doubtful": pack(self.doubtful),
-                "lost": self.lost + out.count(b"\n", 0, cut)}
+                "count": self.count, "lost": self.lost + out.count(b"\n", 0, cut)}
 
     def take_up(self, packed):
-        """Take up what pack() of another process gave."""
-        self.send(unpack(packed["out"]))
+        """Take up what pack() of another process gave, and what has come behind it (Draft)."""
+        for text in [packed["out"], *packed.get("more", ())]:
+            self.send(unpack(text))
+        self.count = packed.get("count", self.count)
         self.lost += packed["lost"]
         self.doubtful = unpack(packed["doubtful"])
         self._grew(len(self.doubtful))
@@ -6085,7 +6092,8 @@ class Place(Part):
     def _leave_client(self, client, doubtful, farewell):
         """From now on nobody is in front. What was on the way is known at once, or when the process
         that speaks TLS has said it."""
-        absent = Absent(self.hub.settings.reattach_limit, self.hub.places.grew)
+        hub, number = self.hub, self.session.number
+        absent = Absent(hub.settings.reattach_limit, hub.places, number)
         self.take_client(absent)
         trail, out, far = client.trail, bytes(client.out), client.far
         most = client.unacknowledged() + trail.slack if trail else 0
@@ -6156,7 +6164,7 @@ class Place(Part):
     def dissolve(self):
         """The client goes on as another session: this one ends without a word. Returns its link,
         which is not closed yet (see Session.give_up_link)."""
-        session, absent = self.session, Absent(0, lambda count: None)
+        session, absent = self.session, Absent(0)
         absent.drop()
         session.state = State.CLOSING
         self.take_client(absent)
@@ -6745,9 +6753,11 @@ class Passage(Part):
 
 
 class Draft:
-    """What is written down of a session, kept up to date piece by piece."""
+    """What is written down of a session, kept up to date piece by piece; what one who is away
+    misses is added in records of its own (`added`: their numbers), until they are many."""
 
-    __slots__ = ("_passage", "_seen", "_head", "_missed", "_streams", "_pieces")
+    __slots__ = ("_passage", "_seen", "_head", "_streams", "_pieces", "_written", "_added_from",
+                 "added")
     PLACES = [("", Session), *[(name + ".", kind) for name, kind in Passage.ROOMS.items()]]
     NAMES = [name for _, kind in PLACES for name in kind.watched()]
     VALUES = operator.attrgetter(*[at + name for at, kind in PLACES for name in kind.watched()])
@@ -6757,7 +6767,9 @@ class Draft:
 
     def __init__(self, session):
         self._passage, self._head = Passage(session), None
-        self._missed, self._streams = None, ""
+        self._streams = ""
+        self._written = self._added_from = 0    # see Absent.count
+        self.added = []
         self._seen, pieces = self._of_nobody() if session.number else (None, {})
         self._pieces = dict(pieces)             # name -> text of JSON
 
@@ -6770,15 +6782,28 @@ class Draft:
         draft.update(None)
         return draft._seen, draft._pieces
 
-    def update(self, name, missed=False):
+    def _is_full(self, absent):
+        return (len(self.added) >= MOST_PIECES
+                or absent.count - self._added_from > max(absent.limit, WRITTEN_BYTES))
+
+    def addition(self, number):
+        """A record with that number, of what one who is away has missed since, or None."""
+        absent = self._passage.session.client
+        new = 0 if absent.sock else absent.count - self._written
+        if not new:
+            return None
+        begin, self._written = self._written, absent.count
+        self.added.append(number)
+        return json.dumps({"values": {"number": number}, "of": self._passage.session.number,
+                           "from": begin, "text": pack(absent.out[-new:])}).encode()
+
+    def update(self, name):
         """The record, as pack() and JSON would have it, if there is something new in it; else None.
-        `name` as for Stream.pack(); OSError if that fails, and it is tried again. `missed`: what
-        one who is away has missed is news, too."""
+        `name` as for Stream.pack(); OSError if that fails, and it is tried again."""
         before, session = self._seen, self._passage.session
         values, head, client = self.VALUES(session), self._passage.head(), session.client
         seen = [it if type(it) in FIXED else snapshot(it) for it in values]
-        if seen == before and head == self._head and not (
-                missed and client.missed != self._missed):
+        if seen == before and head == self._head and (client.sock or not self._is_full(client)):
             return None
         if seen != before:
             for key, value, now, then in zip(self.NAMES, values, seen,
@@ -6792,7 +6817,9 @@ class Draft:
             link = link and link.pack(name, False)
             self._streams = json.dumps({"state": head[0].name, "link": link,
                                         "client": client.pack(name, False)})[1:-1]
-        self._seen, self._head, self._missed = seen, head, client.missed
+        self._seen, self._head = seen, head
+        if not client.sock:
+            self._written = self._added_from = client.count
         return f'{{{self._streams}, "values": {{{", ".join(self._pieces.values())}}}}}'.encode()
 
     def _put(self, key, text):
@@ -9454,9 +9481,16 @@ class Places:
             del self._hosts[group]
         return True
 
-    def grew(self, count):
-        """So many bytes more are kept (fewer, if negative)."""
+    @property
+    def written_bytes(self):
+        """How much of what each has missed is written down at once."""
+        return max(WRITTEN_BYTES, WRITTEN_OF_ALL // (len(self.sessions) or 1))
+
+    def grew(self, number, count):
+        """So many bytes more are kept (fewer, if negative) for the session with that number."""
         self._bytes += count
+        if number in self.sessions:
+            self.hub.changed.add(self.sessions[number])
         if count > 0 and self._bytes > self.MOST_BYTES and self.sessions:
             largest = max((session.client for session in self.sessions.values()),
                           key=lambda client: len(client.out))
@@ -11588,6 +11622,7 @@ class Vault:
     """
 
     STRIKES = 3
+    ADDITIONS = 1 << 31                         # from this number on they add to another record
 
     def __init__(self, fds, link=()):
         self.fds, self.link = tuple(fds), tuple(link)           # link: between worker and keeper
@@ -11598,6 +11633,7 @@ class Vault:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
         self.shelf = Shelf(self.board, list(zip(self._ends[::2], self._ends[1::2])))
         self.take, self.left = self.shelf.take, []          # left: sockets that nobody took
+        self.additions, self.next_addition = [], self.ADDITIONS     # found; to be written
         self._be_inherited(False)
 
     @classmethod
@@ -11663,12 +11699,24 @@ class Vault:
         if not self.shelf.read():
             log.error("some connections could not be taken over: more files are open than the "
                       "system allows: raise the limit (ulimit -n)")
+        self.additions = sorted(number for number in records if number >= self.ADDITIONS)
+        for number in self.additions:
+            self.next_addition = self.ADDITIONS + (number + 1) % self.ADDITIONS
+            self._add(records.pop(number), records)
         hub, poison = records.pop(0), self._poison()
         if records.pop(poison, None):
             log.error("session %d is given up: HAS has died %d times in a row while it took it up",
                       poison, self.STRIKES)
         newest = max(hub["next_number"], self.board.word(Board.NUMBER))
         return {**hub, "next_number": newest, "sessions": list(records.values())}
+
+    @staticmethod
+    def _add(addition, records):
+        """What one who is away has missed since his record was written (Draft.addition)."""
+        client = records.get(addition["of"], {}).get("client") or {}
+        if client.get("count") == addition["from"]:
+            client.setdefault("more", []).append(addition["text"])
+            client["count"] += len(unpack(addition["text"]))
 
     def take_up(self, number):
         """This session is being taken up (0: none any more): who dies then has perhaps died of
@@ -11911,7 +11959,7 @@ class Survival(Survivor):
     def _unpack_session(self, packed, take):
         hub, values = self.hub, packed["values"]
         number, host, tls = values["number"], values["host"], values.get("tls", False)
-        client = (Absent(hub.settings.reattach_limit, hub.places.grew)
+        client = (Absent(hub.settings.reattach_limit, hub.places, number)
                   if packed["client"]["fd"] is None else hub.stream_of(packed["client"], take))
         session = hub.door.enter(number, client, host, tls)
         Passage(session).unpack(packed, take)
@@ -12044,6 +12092,7 @@ class Scribe:
         self.park(parked)
         self.write([self.hub, *self.hub.sessions.values()])
         self._vault.board[Board.SERVING] = 1
+        self._vault.write(dict.fromkeys(self._vault.additions))
         self.hub.later(self.LOOK_SECONDS, self._look)
         self._beat()
 
@@ -12055,11 +12104,9 @@ class Scribe:
         self.hub.later(self.BEAT_SECONDS, self._beat)
 
     def _look(self):
-        """Now and then: what passes, and what those missed who are away."""
+        """Now and then: what changes with the time."""
         self.hub.later(self.LOOK_SECONDS, self._look)
         self.hub.changed.add(self.hub)
-        self.hub.sweep((self.write, ((session,), False, True))
-                       for session in list(self.hub.places.sessions.values()))
 
     def farewell(self):
         """Nobody is to go on, however this process ends."""
@@ -12085,18 +12132,17 @@ class Scribe:
         except OSError as error:
             self._complain(error)
 
-    def write(self, changed, at_once=False, missed=False):
-        """Write down what is new of these sessions, or of the hub; only if `missed`, because one
-        who is away has missed more."""
+    def write(self, changed, at_once=False):
+        """Write down what is new of these sessions, or of the hub."""
         records = {}
         for it in changed:
             try:
                 if it is self.hub:
                     records[0] = self._of_hub()
                 elif it.number in self.hub.sessions:
-                    self._note(it, records, at_once, missed)
-                elif self._drafts.pop(it.number, None):
-                    records[it.number] = None
+                    self._note(it, records, at_once)
+                elif it.number in self._drafts:
+                    self._put(self._drafts.pop(it.number), it.number, None, records)
             except OSError as error:
                 self._complain(error)
             except Exception:
@@ -12106,20 +12152,35 @@ class Scribe:
                 self._vault.write(records)
                 self._let_go(records)
         except OSError as error:
-            for number in records:              # all of it the next time
-                self._drafts.pop(number, None)
+            for it in changed:                  # all of it the next time
+                if it is not self.hub:
+                    self._drafts.pop(it.number, None)
             self._complain(error)
 
-    def _note(self, session, records, at_once, missed):
+    @staticmethod
+    def _put(draft, number, record, records):
+        """This record stands for what was added to the one before, too."""
+        records[number] = record
+        records.update(dict.fromkeys(draft.added))
+        draft.added.clear()
+
+    def _note(self, session, records, at_once):
         draft = self._drafts.get(session.number)
         if draft is None:
             draft = self._drafts[session.number] = Draft(session)
             self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
-        elif session.state in self.PASSING and not (at_once or session.inbox.kept):
+        elif session.state in self.PASSING and not (
+                at_once or session.inbox.kept or not session.client.sock):
             return
-        record = draft.update(self._vault.shelf.name, missed)
+        record = draft.update(self._vault.shelf.name)
         if record:
-            records[session.number] = record
+            self._put(draft, session.number, record, records)
+            return
+        number = self._vault.next_addition
+        record = draft.addition(number)
+        if record:
+            records[number] = record
+            self._vault.next_addition = Vault.ADDITIONS + (number + 1) % Vault.ADDITIONS
 
     def _of_hub(self):
         name, parked = self._vault.shelf.name, self._parked

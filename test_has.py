@@ -6019,6 +6019,30 @@ class PlaceInEveryState(ReattachCase):
         self.assertEqual(lines[lines.index("# MOVED"):],
                          ["# MOVED", "# ONLINE", "# NOTICE # That is all. You are back."])
 
+    def test_a_sudden_death_loses_nothing_that_was_missed(self):
+        """What comes for who is away is written down in the turn in which it comes, not all of it
+        again and again; what the process before has added is not added twice."""
+        if has.why_no_vault():
+            self.skipTest(has.why_no_vault())
+        rig = self.rig().keep()
+        client, link = self.away(rig)
+        records, missed = rig.hub.scribe._vault.records, 0
+        for lines in (1, 2, 1, 200, 0, 3):
+            with mock.patch.object(records, "write", wraps=records.write) as write:
+                for missed in range(missed, missed + lines):
+                    link.says(b"line %04d \xff\xf9\xe9\r\n" % missed)
+                missed += lines > 0
+                written = sum(len(it) for call in write.mock_calls for it in call[1][0].values())
+            self.assertLess(written, 20000 + 400 * lines)
+            rig.die()
+            records = rig.hub.scribe._vault.records
+        text = self.comes_back(rig)[0].read()
+        self.assertEqual(re.findall(rb"line (\d+) \xe9\r\n", text),
+                         [b"%04d" % number for number in range(207)])
+        self.assertNotIn(b"are lost", text)
+        self.assertFalse([it for it in records._places if it >= has.Vault.ADDITIONS])
+
+    @mock.patch.object(has, "WRITTEN_OF_ALL", has.WRITTEN_BYTES)
     def test_a_sudden_death(self):
         """kill -9: the next process has his place, and of much that he missed the newest; the
         others are told as lost."""
@@ -6030,8 +6054,7 @@ class PlaceInEveryState(ReattachCase):
             link.send(b"line %04d\r\n" % number)
             if number % 500 == 499:
                 rig.settle()
-        rig.pass_time(10.1)
-        self.assertLess(rig.hub.scribe._vault.records._live, 3 * has.WRITTEN_BYTES)
+        rig.settle()
         rig.die()
         link.says("behind\r\n")
         again, own = self.comes_back(rig)
@@ -12092,6 +12115,30 @@ class TestTalk(StillCase):
         talk.close()
         self.assertEqual(talk.sock.fileno(), -1)
 
+    def test_half_a_record_of_tls_is_no_end(self):
+        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(*certificate_of_all())
+        world, context = server.wrap_bio(came, goes, server_side=True), self.context()
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+        context.ours = client.wrap_socket(context.ours, do_handshake_on_connect=False)
+        talk, done = context.talk(), [False, False]
+        while not all(done):
+            for number, side in enumerate((talk.sock, world)):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    done[number] = side.do_handshake() is None
+                context.theirs.sendall(goes.read())
+                with contextlib.suppress(BlockingIOError):
+                    came.write(context.theirs.recv(1 << 16))
+        world.write(b"Welcome\r\n")
+        record = goes.read()
+        for piece in record[:9], record[9:]:
+            context.theirs.sendall(piece)
+            talk.receive()
+            self.assertIsNone(talk.ended)
+        self.assertEqual(talk.text, b"Welcome\r\n")
+
     def test_a_greeting_is_over_after_a_pause(self):
         for later, heard, ends in (([(1000.5, b"Wel"), (1000.6, b"come")], True, 1000.85),
                                    ([], False, 1003), ([(1002.9, b"Hm")], True, 1003),
@@ -16027,7 +16074,9 @@ class TestKeeper(Case):
         """Worker and keeper are killed at once: what speaks TLS ends, too."""
         self.start_in_tls()
         alice, front = self.in_tls("Alice", "alicepw"), self.front()
-        for pid in self.pids():
+        keeper, worker = self.pids()
+        os.kill(worker, signal.SIGSTOP)         # it shall start no other keeper
+        for pid in keeper, worker:
             os.kill(pid, signal.SIGKILL)
         alice.expect_end()
         until = time.monotonic() + 20
@@ -17291,11 +17340,13 @@ class Has:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(6)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                self.process.kill()             # a keeper would start it anew
                 self.process.wait()
-        self._reader.join(5)
+        self._reader.join(30)
+        if self._reader.is_alive():             # closing what it reads would wait for ever
+            raise AssertionError(f"a process of HAS is left:\n{self.log[-3000:].decode()}")
         self.process.stderr.close()
         return self.process.returncode
 
