@@ -13058,7 +13058,8 @@ fd = os.memfd_create("has")
 with open(fd, "wb", closefd=False) as file:
     file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
 os.set_inheritable(fd, True)
-os.execv(sys.executable, [sys.executable, f"/proc/self/fd/{fd}", *arguments])
+python = os.path.realpath("/proc/self/exe")    # python3 may be another by now
+os.execv(python, [python, f"/proc/self/fd/{fd}", *arguments])
 """
 
     def __init__(self, vault, script, arguments):
