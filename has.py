@@ -3270,6 +3270,15 @@ class Channel:
         messages = [json.loads(line) for line in lines]
         return [(self._rights.popleft() if it.pop("fds") else (), it) for it in messages]
 
+    def dispatch(self, name, handed, values, what):
+        """Have the owner's _on_NAME(handed, **values) deal with `what` a message says."""
+        handle = getattr(self.owner, "_on_" + name, None)
+        try:
+            if handle:                          # else the other program is newer
+                handle(handed, **values)
+        except Exception:
+            log.exception("a fault of HAS in %s; all else goes on", what)
+
     def _end(self):
         if not self.closed:
             self.close()
@@ -10111,12 +10120,7 @@ class KnownFront:
     def on_message(self, fds, message):
         """It says something."""
         socks = [socket.socket(fileno=fd) for fd in fds]
-        handle = getattr(self, "_on_" + message.pop("say"), None)
-        try:
-            if handle:                          # else it is newer
-                handle(socks, **message)
-        except Exception:
-            log.exception("a fault of HAS in what %s says; all else goes on", self)
+        self.channel.dispatch(message.pop("say"), socks, message, f"what {self} says")
 
     def hear(self):
         """Learn why streams have ended; all else that was said has time."""
@@ -12970,12 +12974,7 @@ class TLSFront(Loop):
 
     def on_message(self, fds, message):
         """The worker, or one before it, says something."""
-        handle = getattr(self, "_on_" + message.pop("do"), None)
-        try:
-            if handle:                          # else it is newer
-                handle(fds, **message)
-        except Exception:
-            log.exception("a fault of HAS in what it is asked; all else goes on")
+        self.channel.dispatch(message.pop("do"), fds, message, "what it is asked")
 
     def _on_retire(self, fds):
         self._is_left = True

@@ -8069,6 +8069,15 @@ class TLSCase(RigCase):
 class InTLS(TLSCase):
     """What users see whose connections, or links, are in TLS."""
 
+    def clogged(self):
+        """(rig, client): one who reads nothing of all that the world has sent, as much as goes."""
+        rig, client, link = self.player(tls=True)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(4000):
+                link.sock.send(b"x" * 65536)
+                rig.settle()
+        return rig, client
+
     def test_all_that_is_sent_arrives_in_order(self):
         rig = self.rig()
         self.world_in_tls(rig)
@@ -8192,11 +8201,7 @@ class InTLS(TLSCase):
         self.assertEqual(rig.hub.fronts.all, [])
 
     def test_nobody_waits_for_one_who_does_not_read_the_goodbye(self):
-        rig, client, link = self.player(tls=True)
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(4000):
-                link.sock.send(b"x" * 65536)
-                rig.settle()
+        rig, client = self.clogged()
         rig.hub.stop()
         rig.pass_time(*[0.5] * 9)
         self.assertTrue(rig.hub.fronts.are_done)
@@ -8205,11 +8210,7 @@ class InTLS(TLSCase):
         self.assertEqual(rig.fronts, [])
 
     def test_one_that_does_not_read_is_closed_nonetheless(self):
-        rig, client, link = self.player(tls=True)
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(4000):
-                link.sock.send(b"x" * 65536)
-                rig.settle()
+        rig, client = self.clogged()
         client.session.end()
         rig.pass_time(*[1] * 16)
         self.assertEqual(len(rig.fronts[0].tunnels), 0)
