@@ -20717,10 +20717,13 @@ SOAK_DEADLINE = 30
 
 
 class SoakUser:
-    """One user: what he is to the world (playing or not), and the connection he has now, if any."""
+    """One user: what he is to the world (playing or not), and the connection he has now, if any.
+    One who plays and has none is absent: his line has dropped, his place is kept."""
 
     def __init__(self, name, deaf=False):
         self.name, self.deaf, self.client, self.playing = name, deaf, None, False
+        self.proven = False                     # since he came
+        self.missed = []                        # what the world has said to him while he was absent
 
     def prove(self, world):
         """He plays, as himself: a line of his is heard by the world on his connection, and
@@ -20730,7 +20733,8 @@ class SoakUser:
         for number in itertools.count(1):
             mark = f"mark {self.name} {number} {time.monotonic():.3f}"
             try:
-                self.client.send(f"say {mark}\r\n").expect(re.escape(f'You say, "{mark}"'), 2)
+                self.client.send(f"say {mark}\r\n")
+                text = self.client.expect(re.escape(f'You say, "{mark}"'), 2)
                 break
             except AssertionError as error:
                 # a line typed while the world is away is not sent
@@ -20739,7 +20743,10 @@ class SoakUser:
         heard = [line for conn in world.online(self.name) for line in list(conn.lines)]
         assert any(mark.encode() in line
                    for line in heard), f"{self.name} speaks, but not as himself"
+        shown = re.findall(rb"(missed by \w+ \d+)\r\n", text)
+        assert shown == self.missed, f"{self.name} has missed {self.missed}, and read {shown}"
         self.client.text = self.client.seen = b""
+        self.proven, self.missed = True, []
 
 
 class SoakSite:
@@ -20748,13 +20755,14 @@ class SoakSite:
     """
     STEPS = {"crash": 8, "shutdown": 2, "freeze": 2, "long_freeze": 1, "restart": 1, "hup": 1,
              "move": 1, "upgrade": 2, "quit": 2, "boot": 2, "logout": 1, "reset": 1, "arrive": 5,
-             "pest": 2, "password": 1, "die": 6}
+             "pest": 2, "password": 1, "die": 6, "miss": 3}
     MEANWHILE = {"arrive": 4, "quit": 2, "reset": 1, "chat": 2, "upgrade": 1, "hup": 1, "die": 3}
 
     def __init__(self, families, seed, until, tls, kept):
         self.family, self.random, self.until, self.tls = families[0], random.Random(
             f"{seed} {families[0]}"), until, tls
         self.kept = kept                        # by a keeper: now and then HAS is killed
+        self.reattach = self.random.choice((0, 300, 300))   # seconds
         self.counts, self.events = collections.Counter(), collections.deque(maxlen=15)
         self.users = [SoakUser(name) for name in SOAK_NAMES] + [SoakUser("Sponge", deaf=True)]
         self.pests, self.leaving, self.upgrading, self.failure = [], [], None, ""
@@ -20795,7 +20803,8 @@ class SoakSite:
                         "ssl_key": key}
         self.has = Has(cleaner(stack), script=shutil.copy(HAS, folder),
                        mush_address=self.world.address, beat=2, hb_timeout=1, dead_after=4,
-                       retry=0.2, keeper="auto" if self.kept else "no", **settings).wait_up()
+                       retry=0.2, keeper="auto" if self.kept else "no",
+                       reattach=self.reattach, **settings).wait_up()
         self.tls_port = settings.get("local_port_ssl")
         for _ in range(5):
             self.do_arrive()
@@ -20817,9 +20826,10 @@ class SoakSite:
     def pick(self, weights):
         return self.random.choices(list(weights), list(weights.values()))[0]
 
-    def user(self, playing=True):
-        """One that plays (or does not), or None."""
-        found = [user for user in self.users if user.playing == playing and not user.deaf]
+    def user(self, here=True):
+        """One that plays and is here (or who may come), or None."""
+        found = [user for user in self.users
+                 if bool(user.playing and user.client) == here and not user.deaf]
         return self.random.choice(found) if found else None
 
     def step(self, name):
@@ -20839,15 +20849,16 @@ class SoakSite:
         down.
         """
         user, tls, slow = self.user(
-            playing=False), self.random.random() < 0.4, self.random.random() < 0.2
+            here=False), self.random.random() < 0.4, self.random.random() < 0.2
         if user:
+            self.counts["returns to a kept place"] += user.playing
             if not user.client:
                 self.connect(user, tls and self.tls)
             line = f"connect {user.name} {self.world.players[user.name]}\r\n"
             for piece in re.findall("(?s).{1,3}", line) if slow else [line]:
                 user.client.send(piece)
                 time.sleep(0.01 if slow else 0)
-            user.playing = True
+            user.playing, user.proven = True, False
             self.counts["logins"] += 1
 
     def connect(self, user, tls):
@@ -20857,7 +20868,7 @@ class SoakSite:
         self.counts["tls clients" if tls else "clients"] += 1
 
     def let_go(self, user):
-        client, user.client, user.playing = user.client, None, False
+        client, user.client, user.playing, user.missed = user.client, None, False, []
         return client
 
     def do_quit(self):
@@ -20875,10 +20886,20 @@ class SoakSite:
             self.counts["boots"] += 1
 
     def do_reset(self):
+        """His line drops: where places are kept, his is, once he was in the game."""
         user = self.user()
-        if user:
+        if user and (user.proven or not self.reattach):
             self.let_go(user).reset()
+            user.playing = bool(self.reattach)
             self.counts["resets"] += 1
+
+    def do_miss(self):
+        """Somebody whose place is kept is spoken to."""
+        for user in self.users:
+            if user.playing and not user.client:
+                user.missed.append(b"missed by %s %d" % (user.name.encode(), self.counts["missed"]))
+                self.world.emit(user.name, user.missed[-1] + b"\r\n")
+                self.counts["missed"] += 1
 
     def do_logout(self):
         """Back to the login screen, where he stays until he logs in again."""
@@ -21036,6 +21057,7 @@ class SoakSite:
         elif choice:
             self.world.emit(user.name, (b"w" * 78 + b"\r\n") * 20000)
         else:
+            self.world.boot(user.name)          # or his place would be kept
             self.let_go(user).reset()
 
     # what must hold
@@ -21052,7 +21074,7 @@ class SoakSite:
             client.close()
         self.leaving.clear()
         for user in self.users:
-            if user.playing and not user.deaf:
+            if user.playing and user.client and not user.deaf:
                 user.prove(self.world)
             elif user.client and not user.deaf:
                 user.client.sock.setblocking(False)
@@ -21111,7 +21133,8 @@ class SoakSite:
         """Those that do not belong to a client or its link."""
         clients = [user.client for user in self.users if user.client] + self.pests
         in_tls = sum(isinstance(client, TLSClient) for client in clients)   # ... on two sockets
-        return len(self.descriptors()) - 2 * len(clients) - in_tls
+        absent = sum(user.playing and not user.client for user in self.users)
+        return len(self.descriptors()) - 2 * len(clients) - in_tls - absent
 
     def trim(self):
         """Forget what only this driver remembers, or a soak of days would eat the machine."""
@@ -21137,6 +21160,8 @@ class SoakSite:
         time.sleep(4)
         idle = (process_usage(self.pid)[0] - before) / 4
         assert idle < 0.05, f"idle, it uses {idle:.0%} of a processor"
+        self.has.configure(reattach=0)
+        self.has.signal(signal.SIGHUP)
         for client in [user.client for user in self.users if user.client] + self.pests:
             client.close()
         self.world.wait(lambda world: len(world.online()) == 1, SOAK_DEADLINE,
