@@ -1522,7 +1522,7 @@ class Dialect:
     quit_playing = quit_login = re.compile(rb"(?i)quit\s*\Z")
     logout = NEVER
     handover_words = ()            # words only HAS may say before a login
-    setting_words = NEVER          # lines that set something for the connection
+    setting_words = setting_playing = NEVER     # lines that set something for the connection
     password_typed = NEVER         # a change of password; group 1 the new one
     name_typed = re.compile(rb"(?i)@na(?:me?)?\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
                             rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")     # 2 new name
@@ -1735,8 +1735,9 @@ class _InfoFamily(Dialect):
     start_question = b"INFO\r\n"
     start_answer = re.compile(rb"Uptime: ([^\r\n]+)\r?\n(?s:.*?)### End INFO\r?\n")
     login_probe = (b"INFO\r\n", re.compile(rb"### End INFO"))
-    setting_words = re.compile(rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|"
-                               rb"SOCKSET|PROMPT_NEWLINES)(?:\s+(\S+(?:\s+\S+)*))?\s*\Z")
+    _settings = (rb"(OUTPUTPREFIX|OUTPUTSUFFIX|SCREENWIDTH|SCREENHEIGHT|PUEBLOCLIENT|SOCKSET|"
+                 rb"PROMPT_NEWLINES)(?:%s(\S+(?:\s+\S+)*))?\s*\Z")
+    setting_words = setting_playing = re.compile(_settings % rb"\s+")
     refused_text = any_of(b"Either that player does not exist, or has a different password.",
                           b"Either there is already a player with that name, or that name is ill",
                           b"Null passwords are not allowed.", b"Guest logins are disabled.",
@@ -1788,6 +1789,8 @@ class PennMUSH(_InfoFamily):
                                  rb'([^"\s]\S*)\s+)(\S+)')
     quit_playing = quit_login = re.compile(rb"QUIT\Z")
     logout = re.compile(rb"LOGOUT\Z")
+    # no blank need follow the word (worlds/bytes.md 3)
+    setting_words = setting_playing = re.compile(_InfoFamily._settings % rb"\s*")
     strips_blanks = False
     # a line of one blank is silent before a login and wrapped after it (choreography.md 1)
     mark_first = b"OUTPUTPREFIX %(n)sf\r\n \r\nOUTPUTPREFIX%(p)s\r\n"
@@ -1854,6 +1857,7 @@ class _Tiny(_InfoFamily):
 
     quit_playing = re.compile(rb"(?i)quit(?:\s.*)?\Z")
     quit_login = re.compile(rb"(?:QUIT|LOGOUT)(?:\s.*)?\Z")
+    setting_playing = re.compile(rb"(?i)" + _InfoFamily.setting_words.pattern)
     end_question = b"INFO\r\n"
     end_text = re.compile(rb"### End INFO\r?\n")
     wraps_settings = True
@@ -4565,8 +4569,8 @@ class Telnet(Part):
 
 # The start of typed lines that HAS must read; everything else passes unread.
 _WATCHED = re.compile(
-    rb"[ \t]*(?:(?i:quit|logout|connect |@pa|@new|@na)|OUTPUT|SCREEN|PUEBLO|SOCKSET|PROMPT_|#[?])")
-_WATCHED_FIRST = b" \tqQlLcC@OSP#"              # where it can match at all
+    rb"[ \t]*(?:(?i:quit|logout|connect |@pa|@new|@na|output|pueblo)|SCREEN|SOCKSET|PROMPT_|#[?])")
+_WATCHED_FIRST = b" \tqQlLcC@oOSpP#"            # where it can match at all
 # ... unless it holds a byte that some server does not just keep (see LineReader): only its line
 # end may be one. For translate(): it changes text that holds one, and is twice as fast as a
 # regular expression.
@@ -5071,9 +5075,9 @@ class Lines(Part):
             line = self._in_game(line)
         quits = (dialect.quit_playing if playing else dialect.quit_login).match(line)
         session.inbox.quit_at = self.hub.now if quits else 0
-        setting = dialect.setting_words.match(line)
+        setting = (dialect.setting_playing if playing else dialect.setting_words).match(line)
         if setting:
-            self._note_setting(setting.group(1), setting.group(2) or b"")
+            self._note_setting(setting.group(1).upper(), setting.group(2) or b"")
         if playing and dialect.logout.match(line):
             self.settings = NOTHING
             session.handle(Event.LOGOUT)
