@@ -1497,6 +1497,7 @@ class Dialect:
     line_end = re.compile(rb"\n")
     dropped = b"\r"                # bytes below 128 that the server drops from a typed line
     erasers = b""                  # bytes that delete the character before them
+    erase_answer = b""             # what it says to the first of them
     double_iac = b"\xff\xff"       # what IAC IAC is to it, as that would be typed otherwise
     erase_command = False          # IAC EC is an eraser
     strays_are_text = False        # IAC and a byte that makes no command: that byte is text
@@ -1730,6 +1731,7 @@ class _InfoFamily(Dialect):
     name_alone = re.compile(rb'\s*(?:"["\s]*([^"\s][^"]*)"*|([^"\s]\S*))\s*\Z')
     serves_http = False
     dropped, erasers = bytes(range(32)).replace(b"\b", b""), b"\b\x7f"
+    erase_answer = b" \b"
     quota = 100
     logout = re.compile(rb"(?i)logout(?:\s.*)?\Z")
     start_question = b"INFO\r\n"
@@ -1779,7 +1781,7 @@ class PennMUSH(_InfoFamily):
     name = "pennmush"
     line_end = re.compile(rb"\r\n|\r|\n")
     dropped = b""
-    erasers = b"\b"                # DEL becomes `?` (a)
+    erasers, erase_answer = b"\b", b""          # DEL becomes `?` (a)
     double_iac = b"?"
     strays_are_text = True
     login_words = re.compile(rb"(?i) *(?:(%s|c[dhv])|(%s))(?= )" % (
@@ -1878,7 +1880,7 @@ class TinyMUSH(_Tiny):
     telnet = False                 # sub-negotiations leak into the next line (a)
     line_end = re.compile(rb"\r\n|\r|\n")
     dropped = bytes(n for n in range(32) if n not in (7, 9, 27))       # BS too; DEL edits
-    erasers = b"\x7f"
+    erasers, erase_answer = b"\x7f", b"\b \b"
     double_iac = b""
     login_words = re.compile(rb"\s*(?:(c[od]\S*)|(cr\S*))(?=\s)")
     longest_login = 512
@@ -4760,19 +4762,21 @@ class Inbox(Part):
 
     def read_last(self):
         """His line has dropped: what he typed last is still carried out, or kept for when his
-        return is over; half a line is not."""
+        return is over; half a line is not. Returns how often the world will answer an eraser."""
         session = self.session
         if session.state in AWAY or session.can_talk:
             self.read(self.release() + self.backlog)
         else:
             whole = self.kept + self.backlog
             self.kept = whole[:whole.rfind(b"\n") + 1]
+        erased = 0
         if self.typed.sent and session.can_talk:
-            half = self.typed.buffer + self.typed.unfinished
-            session.link.send(session.dialect.erasers[:1] * len(half))
+            erased = len(self.typed.buffer + self.typed.unfinished)
+            session.link.send(session.dialect.erasers[:1] * erased)
         self.backlog = self.behind = b""
         self.typed.clear()
         self.from_client, self.slow_until = None, 0
+        return erased
 
     def take_rest(self):
         """What he has typed that was not read yet."""
@@ -5852,6 +5856,7 @@ class Absent:
         self.out, self.lost = bytearray(), 0    # text; lines that had to be left out
         self.doubtful = b""        # the last lines that his kernel took: he may have seen them
         self.count = 0             # bytes of text that have come
+        self.answers = b"", 0      # what the world says to an eraser, how often that is due
         self.ended = False
         self.sent_bytes = 0
         self.owner = self.on_data = None
@@ -5883,6 +5888,10 @@ class Absent:
         if IAC in data or self._scanner.held:
             pieces = self._scanner.feed(bytes(data))
             data = b"".join(piece for is_command, piece in pieces if is_command is False)
+        answer, due = self.answers
+        if answer and due and answer in data:   # half a line was taken back: he has missed nothing
+            self.answers = answer, max(0, due - data.count(answer))
+            data = data.replace(answer, b"", due)
         self.out += data
         self.count += len(data)
         self._grew(len(data))
@@ -6088,11 +6097,12 @@ class Place(Part):
         session, hub, client = self.session, self.hub, self.session.client
         if not self._is_one:
             return False
-        session.inbox.read_last()               # in which there may be QUIT or LOGOUT
+        erased = session.inbox.read_last()      # in which there may be QUIT or LOGOUT
         if not self._is_one:
             return False
         self._leave_client(client, doubtful or bool(reason),
                            session.screen.spell(farewell) if farewell else b"")
+        session.client.answers = session.dialect.erase_answer, erased
         self.away_at, self.gone_at, self.away_host = time.time(), hub.now, session.host
         why = f" ({reason})" if reason else ""
         session.note("lost the line, and their places are kept", f"the line dropped{why}; his "

@@ -5307,6 +5307,20 @@ class Reattach(ReattachCase):
                 self.assertEqual((link.read(), again.lines()), (b"say here\r\n", ["hello"]))
                 check_consistent(self, rig)
 
+    def test_what_a_server_says_of_a_half_line_is_not_missed(self):
+        """It answers each eraser (bytes.md): nothing that he has missed."""
+        for family, answer in (("tinymux", b" \b"), ("rhostmush", b" \b"),
+                               ("tinymush", b"\b \b")):
+            with self.subTest(family):
+                self.assertEqual(DIALECTS[family].erase_answer, answer)
+        rig, client, link = self.player()
+        client.says("half a li")
+        client.hangs_up()
+        link.says(b"Bob waves.\r\n" + b" \b" * 5)
+        link.says(b" \b" * 4 + b"Bob leaves.\r\nA \b\r\n")
+        again, _ = self.comes_back(rig)
+        self.assertEqual(again.lines()[-4:-1], ["Bob waves.", "Bob leaves.", "A \b"])
+
     def test_who_leaves_is_let_go(self):
         rig = self.rig()
         for words in ("QUIT\r\n", ""):
