@@ -13564,6 +13564,7 @@ def findings(world, settings):
     """What a confirmed world gives HAS: (what, how it is) pairs for people."""
     dialect, path = world.dialect, world.address.path
     looks = f", but it looks like a {world.looks}: set mush_type = {world.looks}"
+    unknown = "not known without its login"
     return [
         ("family", dialect.name + (looks if world.looks else "") + (
             "" if dialect.logs_in else ": no logins; if it is another, set mush_type")),
@@ -13574,9 +13575,10 @@ def findings(world, settings):
          "are hb_user and hb_pass right?"),
         ("password check",
          "none in this family, and none needed" if not dialect.check_function else
-         "works" if world.checks else
+         "works" if world.checks else unknown if world.blind else
          f"not allowed: set the heartbeat's {dialect.needed_flag} flag"),
         ("heartbeat's flag",
+         unknown if world.blind and dialect.logs_in else
          "nothing is missing" if world.rights or dialect.check_function else
          f"lacks {dialect.needed_flag}: it is shut out while logins are disabled: set the flag"),
         ("real address",

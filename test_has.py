@@ -13275,6 +13275,22 @@ class TestHeartbeat(Case):
                 self.assertNotIn("flag", "".join(logged.output))
                 world.stop()
 
+    def test_what_a_refused_heartbeat_cannot_know_is_not_said(self):
+        for family in ("tinymux", "rhostmush"):
+            with self.subTest(family):
+                world = self.world(family)
+                settings = settings_of((("mush_address", world.address), ("hb_pass", "wrong")))
+                heartbeat = has.Heartbeat(None, has.Mailbox(), settings)
+                with self.assertLogs(has.log, "WARNING"):
+                    found = heartbeat.try_once(settings.mush_address[0])
+                said = dict(has.findings(found, settings))
+                self.assertIn("not taken", said["heartbeat login"])
+                unknown = [what for what, how in said.items()
+                           if how == "not known without its login"]
+                self.assertEqual(unknown, ["password check"] * (family == "rhostmush")
+                                 + ["heartbeat's flag"])
+                world.stop()
+
     def test_its_own_trouble_is_told_as_such(self):
         """No descriptors, no name; a fault in the try."""
         world, hub, heartbeat = self.start(silent_start=0.05)
