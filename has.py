@@ -930,7 +930,10 @@ def unescape(text):
 def printable(text):
     """User or world text for the log: nothing in it can steer a terminal."""
     text = text.decode("utf-8", "replace") if isinstance(text, (bytes, bytearray)) else text
-    return re.sub(r"[^ -~\xa1-\ud7ff\ue000-\uffff]", "?", text)
+    if text.isprintable():
+        return text
+    joiners = "\u200c\u200d"                    # within words, and emoji
+    return "".join(it if it.isprintable() or it in joiners else "?" for it in text)
 
 
 class Scanner:

@@ -1052,6 +1052,16 @@ class TestReplay(unittest.TestCase):
 
 
 class TestSpelling(unittest.TestCase):
+    def test_what_nothing_can_steer_a_terminal_with(self):
+        """Escapes, and what turns the direction of a line round or hides a part of it."""
+        for text, shown in (("Zo\xeb \U0001f600 \u05d0\u0416\u4e16", None),
+                            ("a\u200cb\u200dc", None),
+                            ("\x1b[2J\n\x7f\x9b\xa0", "?[2J????"),
+                            ("ecila\u202eAlice\u2066x\u200e", "ecila?Alice?x?"),
+                            ("\ufeffa\u2028b\u00ad\ue000\U000e0041\ud800", "?a?b????")):
+            self.assertEqual(has.printable(text), text if shown is None else shown)
+        self.assertEqual(has.printable(b"caf\xc3\xa9 \xe9\x1b"), "caf\xe9 \ufffd?")
+
     def test_character_sets(self):
         for text, codec, spelled in (
                 ("zur\u00fcck", None, b"zur\xc3\xbcck"),
