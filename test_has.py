@@ -2628,10 +2628,19 @@ class Rig:
         self.settings = settings_of(tuple(sorted(settings.items())))
         self.beat, self.family = Beat(), has.DIALECTS[family]
         self.hub = self._new_hub()
-        self.game, self.other, self.full = (Game(self.settle), Game(self.settle),
-                                            Game(self.settle, full=True))
+        self.game = Game(self.settle)
         if up:
             self.found("life 1")
+
+    @functools.cached_property
+    def other(self):
+        """Another world."""
+        return Game(self.settle)
+
+    @functools.cached_property
+    def full(self):
+        """A world that never completes a connect."""
+        return Game(self.settle, full=True)
 
     def _new_hub(self):
         hub = has.Hub(self.settings, lambda: (self.settings, []), self.clock)
@@ -2883,8 +2892,9 @@ class Rig:
         self.hub.selector.close()
         if self.hub.scribe:
             self.vault.close()
-        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, self.game, self.other,
-                      self.full] + [peer.sock for peer in self.peers]:
+        games = [it for it in vars(self).values() if isinstance(it, Game)]
+        for thing in [self.hub.mailbox.reader, self.hub.mailbox.writer, *games,
+                      *(peer.sock for peer in self.peers)]:
             thing.close()
 
 
@@ -8138,7 +8148,7 @@ class InTLS(TLSCase):
         self.world_in_tls(rig)
         client, link = rig.player(tls=True)
         self.talk(rig, (client, link))
-        text = b"".join(b"%d\r\n" % number for number in range(100000))
+        text = b"".join(b"%d\r\n" % number for number in range(30000))
         for here, there in ((client, link), (link, client)):
             came = b""
             for start in range(0, len(text), 50000):
@@ -11735,12 +11745,19 @@ class TestFiles(unittest.TestCase):
     def read(self, name):
         return (pathlib.Path(HERE) / name).read_text()
 
+    @classmethod
+    @functools.lru_cache(None)
+    def tree(cls):
+        """has.py as a tree, and all its nodes."""
+        tree = ast.parse((pathlib.Path(HERE) / "has.py").read_text())
+        return tree, list(ast.walk(tree))
+
     def test_the_list_of_parts_is_the_banners(self):
         listed = re.findall(r"^    (\d+\. \w[\w ]*?)  ", has.__doc__, re.M)
         self.assertEqual(listed, [title for title, _, _ in parts_of_has()])
 
     def test_a_part_uses_only_the_parts_above_it(self):
-        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
+        (tree, nodes), parts = self.tree(), parts_of_has()
 
         def part(line):
             return sum(start <= line for _, start, _ in parts)
@@ -11751,14 +11768,14 @@ class TestFiles(unittest.TestCase):
                 for name in getattr(target, "elts", [target])
                 if isinstance(name, ast.Name)]
             defined.update({name: part(node.lineno) for name in names})
-        wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(tree)
+        wrong = [f"line {node.lineno}: {node.id}" for node in nodes
                  if isinstance(node, ast.Name)
                  and defined.get(node.id, 0) > part(node.lineno)]
         self.assertEqual(wrong, [])
 
     def test_no_class_and_no_function_is_too_large(self):
         wrong = []
-        for node in ast.walk(ast.parse(self.read("has.py"))):
+        for node in self.tree()[1]:
             lines = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
             if isinstance(node, ast.FunctionDef) and lines > 50:
                 wrong.append(f"{node.name}: {lines} lines")
@@ -11771,7 +11788,7 @@ class TestFiles(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     def test_a_class_uses_only_the_classes_above_it(self):
-        classes = [node for node in ast.parse(self.read("has.py")).body
+        classes = [node for node in self.tree()[0].body
                    if isinstance(node, ast.ClassDef)]
         begins = {node.name: node.lineno for node in classes}
         wrong = [f"{each.name}: {node.id}" for each in classes for node in ast.walk(each)
@@ -11779,9 +11796,9 @@ class TestFiles(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     def test_session_and_hub_use_of_each_other_what_is_listed(self):
-        tree, parts = ast.parse(self.read("has.py")), parts_of_has()
+        nodes, parts = self.tree()[1], parts_of_has()
         used = {name: set() for name in ("hub", "session", "heartbeat")}
-        for names, line in self.chains(tree):
+        for names, line in self.chains(nodes):
             part = sum(start <= line for _, start, _ in parts)
             if part == 6 and "hub" in names[:-1]:
                 used["hub"].add(names[names.index("hub") + 1:][:2])
@@ -11790,7 +11807,7 @@ class TestFiles(unittest.TestCase):
             elif part > 7 and names[0] in ("session", "other"):
                 used["session"].add(names[1:3])
             self.assertFalse(part == 7 and names[0] == "session", f"line {line}: a Session")
-        used["session"] |= {(node.args[0].value,) for node in ast.walk(tree)
+        used["session"] |= {(node.args[0].value,) for node in nodes
                             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
                             and node.func.attr == "each"}
         for listed, kind in ((has.FOR_SESSIONS, "hub"), (has.OF_SESSIONS, "session")):
@@ -11800,8 +11817,8 @@ class TestFiles(unittest.TestCase):
                          used["heartbeat"] | {"on_stop_key"})
 
     def test_sessions_are_called_session_or_other_below_their_part(self):
-        tree, wrong = ast.parse(self.read("has.py")), []
-        for node in ast.walk(tree):
+        wrong = []
+        for node in self.tree()[1]:
             over = ast.unparse(node.iter) if hasattr(node,
                                                      "iter") and hasattr(ast, "unparse") else ""
             if re.search(r"\bsessions\.values\(\)", over) and ast.unparse(node.target) not in (
@@ -11810,10 +11827,10 @@ class TestFiles(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     @staticmethod
-    def chains(tree):
+    def chains(nodes):
         """All `a.b.c` of a program that begin with a name: (its names, the line)."""
-        inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tree):
+        inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+        for node in nodes:
             if isinstance(node, ast.Attribute) and id(node) not in inner:
                 names, line = [], node.lineno
                 while isinstance(node, ast.Attribute):
@@ -11839,8 +11856,8 @@ class TestFiles(unittest.TestCase):
         begin = next(n for n, line in enumerate(lines, 1) if line.startswith(has.BEGIN_MARK))
         end = next(n for n, line in enumerate(lines, 1) if line.startswith(has.END_MARK))
         names = [f for f in has.FAMILIES if f != "plain"]
-        tree, wrong = ast.parse(self.read("has.py")), []
-        for node in ast.walk(tree):
+        wrong = []
+        for node in self.tree()[1]:
             text = node.value if isinstance(node, ast.Constant) and isinstance(
                 node.value, (str, bytes)) else (
                 node.id if isinstance(node, ast.Name) else "")
@@ -11962,7 +11979,7 @@ class TestFiles(unittest.TestCase):
         rows = re.search(r"(?ms)^## Log lines that need more$(.*?)^## ", self.readme()[0]).group(1)
         quoted = [it for row in re.findall(r"(?m)^\| (`.*?) \|", rows)
                   for it in re.findall(r"`(.*?)`", row)]
-        strings = "\n".join(node.value for node in ast.walk(ast.parse(self.read("has.py")))
+        strings = "\n".join(node.value for node in self.tree()[1]
                             if isinstance(node, ast.Constant) and isinstance(node.value, str))
         strings = re.sub(r"%[sdg]", "...", strings)
         self.assertGreater(len(quoted), 10)
