@@ -1561,6 +1561,10 @@ class Dialect:
         """What the server stores of a run of bytes above 127, as it can be typed to it again."""
         return run
 
+    def dropped_by(self, charset):
+        """The bytes below 128 that the server drops."""
+        return self.dropped
+
     def is_utf8(self, charset):
         """Whether the server erases or drops several bytes as one character."""
         return False
@@ -1919,7 +1923,7 @@ class TinyMUX(_Tiny):
     at_once = 64                   # listen backlog 4096
 
     # character set -> what is dropped above 127
-    _dropped_high = {b"": bytes.fromhex("8081888d8f909899 9b9d"), b"CP437": b"\xff",
+    _dropped_high = {b"": bytes.fromhex("8081888d8f909899 9b9d"), b"CP437": b"",
                      b"ISO-8859-2": bytes(range(128, 160)), b"US-ASCII": bytes(range(128, 256))}
     _dropped_high[b"ISO-8859-1"] = _dropped_high[b""]
     _codecs = {b"UTF-8": "utf-8", b"CP437": "cp437", b"ISO-8859-2": "iso8859-2",
@@ -1935,9 +1939,16 @@ class TinyMUX(_Tiny):
     def is_utf8(self, charset):
         return charset == b"UTF-8"
 
+    def dropped_by(self, charset):
+        """In CP437 the others stand for characters."""
+        return b"\r" if charset == b"CP437" else self.dropped
+
     def finished(self, stored, charset):
         """A command is known by its first word: without what may be dropped there. Names and
-        passwords may hold that: they are read the same each time."""
+        passwords may hold that: they are read the same each time. In CP437 what would be a blank to
+        HAS, and is none, becomes another of its kind."""
+        if charset == b"CP437":
+            return re.sub(rb"[\t\v\f]", b"\1", stored)
         if charset != b"UTF-8" or stored.isascii():
             return stored
         word = re.match(b" *[^ ]*", stored).group()
@@ -1947,7 +1958,7 @@ class TinyMUX(_Tiny):
     def transcoded(self, stored, before, after):
         """What cannot be typed any more counts on as one character."""
         old, new = (self._codecs.get(charset, "cp1252") for charset in (before, after))
-        lost = dict.fromkeys(self._dropped_high.get(after, b""), 63)
+        lost = dict.fromkeys(self._dropped_high.get(after, b"") + self.dropped, 63)
         stored = stored.decode(old, "replace").encode(new, "replace")
         return stored.translate(bytes(lost.get(byte, byte) for byte in range(256)))
 
@@ -2147,6 +2158,7 @@ class LineReader:
 
     def _take(self, dialect, text):
         stored, utf8 = bytearray(self.buffer), dialect.is_utf8(self.charset)
+        dropped = dialect.dropped_by(self.charset)
         for run in _RUNS.findall(text):
             if run in dialect.erasers and run:
                 self.unfinished, self.doubt = b"", self.unsure
@@ -2157,7 +2169,7 @@ class LineReader:
             elif run[0] >= 128:
                 run = dialect.characters(run, self.charset)
             room = max(0, dialect.longest_line - len(stored))
-            stored += run.translate(None, dialect.dropped)[:room]
+            stored += run.translate(None, dropped)[:room]
         self.buffer = bytes(stored)
 
     @staticmethod

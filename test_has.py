@@ -9902,6 +9902,30 @@ class TypedBytes(unittest.TestCase):
                     self.assertEqual(bool(DIALECTS[family].quit_login.match(read_line)),
                                      outcome == "CLOSED")
 
+    def test_control_bytes_are_text_to_a_tinymux_in_cp437(self):
+        """Measured on TinyMUX 2.12.0.10: all but BS, LF and CR; IAC IAC is kept, too."""
+        gone = b"\b\n\r\x7f"
+        for byte in set(range(256)) - set(gone):
+            for text in (spoil(b"LOGOUT", byte, 3), spoil(b"LOGOUT x", byte, 6)):
+                text = text.replace(b"\xff", b"\xff\xff")
+                with self.subTest(text=text):
+                    line = finished("tinymux", text + b"\n", b"CP437")
+                    self.assertEqual(bool(has.TinyMUX.logout.match(line)), text == b"LOGOUT  x")
+                    self.assertEqual(*(Reader("tinymux", "CP437").read(it + b"\n")
+                                       for it in (line.replace(b"\xff", b"\xff\xff"), text)))
+        for text, line in ((b"L\rO\x01\x7fGOUT", b"LOGOUT"), (b"connect\tWizard Alice pw", None),
+                           (b"connect Alice a\x01b", b"connect Alice a\x01b")):
+            read = finished("tinymux", text + b"\n", b"CP437")
+            self.assertEqual(read, line or read)
+            login = has.TinyMUX().read_login(read)
+            self.assertNotEqual(login and login.name, b"Wizard")
+        reader = has.LineReader()
+        reader.charset = b"CP437"
+        list(reader.lines(DIALECTS["tinymux"], b"LO\x01\x02"))
+        reader.note_charset(DIALECTS["tinymux"], sub(CHARSET, b"\x02UTF-8"))
+        self.assertEqual([line for _, line in reader.lines(DIALECTS["tinymux"], b"\x7fX\n")],
+                         [b"LO?X"])
+
     def each_family(self):
         for family in FAMILIES:
             for charset in ("", "UTF-8") if family in ("tinymux", "pennmush") else ("",):
@@ -19469,12 +19493,14 @@ class TinyMUX(CMush):
             return self._byte_of_utf8(conn, byte, lines)
         if byte >= 128 and byte in self.LOST.get(conn.charset, b""):
             return None
+        if conn.charset == "CP437" and byte in self.DROPPED and byte != 13:
+            return self.store(conn, bytes((byte,)))     # a picture of IBM's
         if byte == 10:
             conn.begun = b""
         return super().byte(conn, byte, lines)
 
     LOST = {None: bytes.fromhex("8081888d8f9098999b9d"), "US-ASCII": bytes(range(128, 256)),
-            "CP437": b"\xff", "ISO-8859-2": bytes(range(128, 160))}
+            "CP437": b"", "ISO-8859-2": bytes(range(128, 160))}
     LOST["ISO-8859-1"] = LOST[None]
     LENGTHS = {**dict.fromkeys(range(0xc2, 0xe0), 2), **dict.fromkeys(range(0xe0, 0xf0), 3),
                0xf0: 4, 0xf3: 4}
@@ -19524,7 +19550,10 @@ class TinyMUX(CMush):
     CODECS = {"UTF-8": "utf-8", "CP437": "cp437", "ISO-8859-2": "iso8859-2", "US-ASCII": "ascii"}
 
     def decode(self, conn, line):
-        return line.decode(self.CODECS.get(conn.charset, "cp1252"), "replace")
+        text = line.decode(self.CODECS.get(conn.charset, "cp1252"), "replace")
+        # no blanks: HAS takes what Python has for such as another of these
+        return re.sub("[\0-\x1f]", lambda it: chr(0x2400 + ord(it.group())), re.sub(
+            "[\t\v\f]", "\1", text)) if conn.charset == "CP437" else text
 
     def encode(self, conn, text):
         return text.encode("utf-8" if conn.utf8 else "latin-1", "replace")
@@ -19551,7 +19580,7 @@ class TinyMUX(CMush):
             conn.begun = b""
             # ? stands for what has no byte now
             lost = self.LOST.get(conn.charset, b"")
-            conn.partial = [it if it not in lost or len(it) > 1 else b"?" for it in (
+            conn.partial = [it if it not in lost and it >= b" " or len(it) > 1 else b"?" for it in (
                 c.decode(old).encode(new, "replace") for c in conn.partial)]
         conn.write(self.BINARY if conn.utf8 and body[:1] == bytes((CHARSET,)) else b"")
 
