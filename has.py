@@ -1528,6 +1528,7 @@ class Dialect:
     handover_words = ()            # words only HAS may say before a login
     setting_words = setting_playing = NEVER     # lines that set something for the connection
     password_typed = NEVER         # a change of password; group 1 the new one
+    password_given = NEVER         # by a wizard; group 1 to whom, 2 the new one
     name_typed = re.compile(rb"(?i)@na(?:me?)?\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*="     # group 1 who
                             rb"\s*\"?([^;\s\"]+(?:\s+[^;\s\"]+)*)\"?\s*(?:;.*)?\Z")     # 2 new name
     password_changed = password_kept = name_changed = name_kept = NEVER
@@ -1753,6 +1754,7 @@ class _InfoFamily(Dialect):
                           b"Online character creation is not allowed.")
     password_typed = re.compile(rb"(?i)@%s\s+(?=\S)[^=]+=\s*(\S+)\s*\Z"
                                 % abbreviated(b"password", 4))
+    password_given = re.compile(rb"(?i)@newp\w*\s+\*?([^\s=]+(?:\s+[^\s=]+)*)\s*=\s*(\S+)\s*\Z")
     password_changed = any_of(b"Password changed.")
     # no texts that may be the answer to a line typed before
     password_kept = any_of(b"Sorry.", b"Null passwords", b"Illegal character", b"Bad new password")
@@ -3761,7 +3763,8 @@ class Character(Survivor):
 
     `login` is confirmed. `previous` is the pair before a change of name or password: kill -9
     reverts a world to its last dump. `doubtful` is the pair behind a change that was not answered,
-    by a world that died, or to a HAS that died. `pending` was typed while no world could answer it.
+    by a world that died, or to a HAS that died, or not in words of its own. `pending` was typed
+    while no world could answer it.
     """
 
     __slots__ = SURVIVES = ("login", "previous", "doubtful", "pending", "unanswered", "trials",
@@ -3857,6 +3860,11 @@ class Character(Survivor):
         elif len(same.behind) < Change.MOST_BEHIND:
             same.behind += (new,)
             before.until = now + 30
+
+    def may_have(self, password):
+        """He may have this one now: the world's answer is the same as to other lines."""
+        if self.login:
+            self.doubtful = Credentials(self.login.verb, self.login.name, password)
 
     def follow_change(self, dialect, text):
         """Text of the world while changes are asked for; those that it confirms, each with what
@@ -5084,7 +5092,8 @@ class Lines(Part):
         """Whether a line means something that HAS must know, if it is read in the game."""
         dialect, line = self.session.dialect, self._in_game(line)
         return any(rule.match(line) for rule in (
-            dialect.quit_playing, dialect.logout, dialect.password_typed, dialect.name_typed))
+            dialect.quit_playing, dialect.logout, dialect.password_typed, dialect.password_given,
+            dialect.name_typed))
 
     def note(self, line):
         """Remember what a line means that goes on to the world."""
@@ -5108,8 +5117,11 @@ class Lines(Part):
         session, dialect = self.session, self.session.dialect
         character, now = session.character, self.hub.now
         password, name = dialect.password_typed.match(line), dialect.name_typed.match(line)
+        given = dialect.password_given.match(line)
         own = (b"me", character.login.character if character.login else b"me")
-        if password:
+        if given and given.group(1).lower() in own:
+            character.may_have(given.group(2))
+        elif password:
             character.change("password", password.group(1), now)
         elif name and re.search(rb"[\[%\\{]", name.group(2)):
             session.note("used softcode in @name",
@@ -5135,10 +5147,12 @@ class Lines(Part):
         return word.split()[0] + (b" " + unspelled(value) if value else b"") + b"\r\n"
 
     def setting_lines(self, held):
-        """The lines that repeat his settings: whose answers can be `held` back, or the others."""
+        """The lines that repeat his settings: whose answers can be `held` back, or the others. The
+        prefix and the suffix come last: they would stand around the answers to the others."""
         is_held = self.session.dialect.settings_held
+        settings = sorted(self.settings.items(), key=lambda it: (it[0].startswith(b"OUTPUT"), it))
         return b"".join(
-            self._setting_line(word, value) for word, value in self.settings.items()
+            self._setting_line(word, value) for word, value in settings
             if held == (is_held and not word.startswith(b"OUTPUT")))
 
     def setting_answers(self):

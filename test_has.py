@@ -7753,6 +7753,20 @@ class Died(RigCase):
                 self.assertEqual((state_of(client), client.lines()[-1]), ("PLAYING", "# ONLINE"))
                 self.assertEqual(client.session.character.login.password, b"new")
 
+    def test_a_password_that_a_wizard_gives_himself_is_tried_too(self):
+        """@newpassword: the game's answer to it is the one to many lines (Permission denied)."""
+        for line, is_own in ((b"@newpassword me=new", True), (b" @NEWPASS *Alice = new ", True),
+                             (b"@newpassword alice=new", True), (b"@newpassword Bob=new", False)):
+            with self.subTest(line=line):
+                rig, client, link = self.player()
+                client.says(line + b"\r\n")
+                link.says("Password changed.\r\n")
+                rig.restart("life 2")
+                rig.let_in(rig.game.accept(), None)
+                rig.settle()
+                tries = rig.game.accept() if is_own else link       # else at the login screen there
+                self.assertEqual(b"connect Alice new\r\n" in tries.read(), is_own)
+
     def test_who_is_back_is_not_waited_for(self):
         """The history is written down now and then; who came back or left since is known."""
         rig = self.rig()
@@ -14653,7 +14667,7 @@ class TelnetFamily:
         if self.family == "teenymush":
             self.skipTest("no such settings")
         alice = self.login(first=self.first)
-        lines = ["PUEBLOCLIENT 2.50", "OUTPUTPREFIX <", "OUTPUTSUFFIX >>"]
+        lines = ["OUTPUTSUFFIX >>", "OUTPUTPREFIX <", "PUEBLOCLIENT 2.50"]
         lines += {"pennmush": ["SCREENWIDTH132", "SCREENHEIGHT 43", "OUTPUTPREFIX<<"],
                   "rhostmush": ["OUTPUTPREFIX <<"],
                   "tinymush": ["outputprefix <<", "PuebloClient 2.51"],
