@@ -2590,8 +2590,12 @@ class Game:
     def __init__(self, settle, full=False, path=None, secure=False):
         self.secure = secure
         self.sock, self.peers = socket.socket(socket.AF_UNIX if path else socket.AF_INET), []
-        self._settle = settle
+        self._settle, self._place = settle, socket.socket()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.sock.bind(path or ("127.0.0.1", 0))
+        if not path:                # its port is nobody else's when only `sock` is closed
+            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._place.bind(self.sock.getsockname())
         self.sock.listen(0 if full else 64)
         self.sock.settimeout(5)
         self.target = self.sock.family, self.sock.getsockname()
@@ -2610,6 +2614,7 @@ class Game:
     def close(self):
         for peer in self.peers + [self]:
             peer.sock.close()
+        self._place.close()
 
 
 SUSPECT_SECONDS = has.Suspects.WINDOW
