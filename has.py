@@ -1406,11 +1406,13 @@ class Replay:
 class Credentials:
     """A character's name and password, the verb typed with them. No log or traceback shows them."""
 
-    __slots__ = ("verb", "name", "password", "creates")
+    __slots__ = ("verb", "name", "password", "creates", "text")
+    ELSEWHERE = "text",
 
     def __init__(self, verb, name, password, creates=False):
         self.verb, self.name, self.password = verb, name, password
         self.creates = creates     # the verb makes a new character: it is sent once, as typed
+        self.text = ""             # see packed_text()
 
     def __repr__(self):
         return "Credentials(***)"
@@ -2299,7 +2301,7 @@ class Proof:
 
     @property
     def live(self):
-        """Whether the link's text must be heard at all."""
+        """Whether the link's text must be heard: a byte: what has that in it; else all or none."""
         return bool(self._tries or self.returning and not self.ended)
 
     def retire(self):
@@ -2396,7 +2398,9 @@ class MarkProof(Proof):
 
     @property
     def live(self):
-        return self._block is not None or bool(self._tail) or super().live
+        if self._block is not None or self._tail or self.returning and not self.ended:
+            return True
+        return self._secret[:1] if self._tries else False
 
     def _nonce(self, login):
         number = b"%02x" % self._count
@@ -2648,7 +2652,15 @@ def packed_text(value):
         return repr(value)
     if kind is bytes:
         return f'{{"bytes": {_encoded(value.decode("latin-1"))}}}'
-    return _encoded(pack(value))
+    if kind is tuple:
+        return f'{{"tuple": [{", ".join(map(packed_text, value))}]}}'
+    if kind is dict:
+        items = [f"[{packed_text(key)}, {packed_text(item)}]" for key, item in value.items()]
+        return f'{{"dict": [{", ".join(items)}]}}'
+    if kind is Credentials:                     # they stand in several places
+        value.text = value.text or _object_text(value, kind)
+        return value.text
+    return _object_text(value, kind) if kind.__name__ in PACKED else _encoded(pack(value))
 
 
 _CONSTANTS = {None: "null", False: "false", True: "true"}
@@ -2658,7 +2670,7 @@ _encoded = json.JSONEncoder().encode            # dumps() looks at its arguments
 def _pack_object(value, kind):
     """Only what differs from a new one is packed."""
     slots = {}
-    for name, (blank, packed_blank) in _blank(kind).items():
+    for name, (blank, packed_blank, _) in _blank(kind).items():
         item = getattr(value, name)
         if item is not blank and item != blank:
             packed = pack(item)
@@ -2667,16 +2679,28 @@ def _pack_object(value, kind):
     return {"object": kind.__name__, "slots": slots}
 
 
+def _object_text(value, kind):
+    """The same as JSON."""
+    slots = []
+    for (name, (blank, _, blank_text)), item in zip(_blank(kind).items(), _attributes(kind)(value)):
+        if item is not blank and item != blank:
+            text = packed_text(item)
+            if text != blank_text:
+                slots.append(f'"{name}": {text}')
+    return f'{{"object": "{kind.__name__}", "slots": {{{", ".join(slots)}}}}}'
+
+
 def _slots_of(value):
     return {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
 
 
 @functools.lru_cache(None)
 def _blank(kind):
-    """What the slots of a new object of this class hold: {name: (value, packed)}."""
+    """What the slots of a new object of this class hold: {name: (value, packed, its text)}."""
     blank = PACKED[kind.__name__]()
-    names = _slots_of(blank) - set(getattr(kind, "ELSEWHERE", ()))
-    return {name: (getattr(blank, name), pack(getattr(blank, name))) for name in names}
+    values = {name: getattr(blank, name)
+              for name in _slots_of(blank) - set(getattr(kind, "ELSEWHERE", ()))}
+    return {name: (value, pack(value), packed_text(value)) for name, value in values.items()}
 
 
 def unpack(value):
@@ -3977,7 +4001,7 @@ class Screen(Part):
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
-        self.careful = False       # what the world sends must be read; see choose_path()
+        self.careful = False       # whether what the world sends must be read: see Proof.live
         self.bytes_out = 0
         self.tail = b""            # the unfinished line the client was sent last
         self.notices = []          # (text, more), waiting for the end of that line
@@ -3999,15 +4023,17 @@ class Screen(Part):
                 and not session.hold.silent and not session.dialect.capped)
         inbox.forward = session.link.send if fast else None
         inbox.peek.update(state)
+        proof = session.feed.proof
         self.careful = bool(
             state in (State.LOGIN, State.RETURNING) or self.stuck or self.hidden or self.expected
             or session.hub.links.noise or inbox.kept or session.character.changing
-            or session.feed.proof and session.feed.proof.live or session.telnet.is_held)
+            or session.telnet.is_held) or bool(proof) and proof.live
 
     def on_link_data(self, data):
         """The world sent `data`: the fast path."""
         self.bytes_out += len(data)
-        if self.careful or IAC in data:         # the number: b"\xff" costs an exception in Python
+        careful = self.careful     # IAC is a number: b"\xff" costs an exception in Python
+        if careful and (careful is True or careful in data) or IAC in data:
             self.session.feed.read(data)
             return
         if data[-1] != 10:
@@ -4019,7 +4045,7 @@ class Screen(Part):
 
     def on_plain_data(self, data):
         """The same as long as the world has sent no escape."""
-        if ESCAPE in data and not self.careful:         # else show() sees it, if it is shown
+        if ESCAPE in data and self.careful is not True:     # else show() sees it, if it is shown
             self._note_colour()
         self.on_link_data(data)
 
@@ -6746,7 +6772,7 @@ class Passage(Part):
     def head(self):
         """What is to be known of the session beside what its parts know."""
         client, link = self.session.client, self._link()
-        return self._state(link), client, client.marks, link, link and link.marks
+        return self._state(link), (client, client.marks, link, link and link.marks)
 
     def unpack(self, packed, take):
         """Take up what pack() gave, of this program or an older one; nothing is sent yet. `take`
@@ -6813,12 +6839,13 @@ class Draft:
     PLACES = [("", Session), *[(name + ".", kind) for name, kind in Passage.ROOMS.items()]]
     NAMES = [name for _, kind in PLACES for name in kind.watched()]
     VALUES = operator.attrgetter(*[at + name for at, kind in PLACES for name in kind.watched()])
-    NUMBERS = [name for _, kind in PLACES for name in kind.PASSING if name != "tail"]
-    COUNTS = operator.attrgetter(*[at + name for at, kind in PLACES for name in kind.PASSING
-                                   if name != "tail"])          # who knows what he was sent since
+    # of what is PASSING there are numbers, and `tail`; but who knows what he was sent since
+    COUNTED = [at + name for at, kind in PLACES for name in kind.PASSING if name != "tail"]
+    COUNTS = operator.attrgetter(*COUNTED)
+    COUNTS_TEXT = ", ".join(f'"{name.rpartition(".")[2]}": %r' for name in COUNTED)
 
     def __init__(self, session):
-        self._passage, self._head = Passage(session), None
+        self._passage, self._head = Passage(session), (None, None)
         self._streams = ""
         self._written = self._added_from = 0    # see Absent.count
         self.added = []
@@ -6852,33 +6879,31 @@ class Draft:
     def update(self, name):
         """The record, as pack() and JSON would have it, if there is something new in it; else None.
         `name` as for Stream.pack(); OSError if that fails, and it is tried again."""
-        before, session = self._seen, self._passage.session
+        session = self._passage.session
         values, head, client = self.VALUES(session), self._passage.head(), session.client
         seen = [it if type(it) in FIXED else snapshot(it) for it in values]
-        if seen == before and head == self._head and (client.sock or not self._is_full(client)):
+        if seen == self._seen and head == self._head and (client.sock or not self._is_full(client)):
             return None
-        if seen != before:
-            for key, value, now, then in zip(self.NAMES, values, seen,
-                                             before or itertools.repeat(self)):
-                if now != then:
-                    self._put(key, packed_text(value) if value else "")
-        for key, number in zip(self.NUMBERS, self.COUNTS(session)):
-            self._put(key, repr(number) if number else "")
-        if head != self._head or not client.sock:           # what one misses grows
-            link = head[3]
+        self._note_pieces(values, seen)
+        state, streams = head
+        if streams != self._head[1] or not client.sock:     # what one misses grows
+            link = streams[2]
             link = link and link.pack(name, False)
-            self._streams = json.dumps({"state": head[0].name, "link": link,
-                                        "client": client.pack(name, False)})[1:-1]
+            self._streams = json.dumps({"link": link, "client": client.pack(name, False)})[1:-1]
         self._seen, self._head = seen, head
         if not client.sock:
             self._written = self._added_from = client.count
-        return f'{{{self._streams}, "values": {{{", ".join(self._pieces.values())}}}}}'.encode()
+        values = ", ".join([*self._pieces.values(), self.COUNTS_TEXT % self.COUNTS(session)])
+        return f'{{"state": "{state.name}", {self._streams}, "values": {{{values}}}}}'.encode()
 
-    def _put(self, key, text):
-        if text:
-            self._pieces[key] = f'"{key}": {text}'
-        else:
-            self._pieces.pop(key, None)
+    def _note_pieces(self, values, seen):
+        before, pieces = self._seen or itertools.repeat(self), self._pieces
+        for at in itertools.compress(itertools.count(), map(operator.ne, seen, before)):
+            key, value = self.NAMES[at], values[at]
+            if value:
+                pieces[key] = f'"{key}": {packed_text(value)}'
+            else:
+                pieces.pop(key, None)
 
 
 # ======================================================================
@@ -8747,7 +8772,8 @@ OF_SESSIONS = {
     "linked", "wants_link", "who", "character", "way_back.settled",
     "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
     "on_checked", "place", "place.follow", "place.look_anew", "hold.begin", "hold.on_silence",
-    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept"}
+    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept",
+    "hold.told"}
 
 
 def users(count):
@@ -9406,7 +9432,7 @@ class Door:
             self.arrivals.add(Arrival(hub, sock, host), Arrival.NO_HEADER_SECONDS,
                               *self._bounds(host))
         else:
-            self.on_client(Stream(hub.selector, sock, None, None), host, False)
+            self.on_client(Stream(hub.selector, sock, None, None), host, False, is_plain=True)
 
     def _bounds(self, host):
         """How many may be no sessions yet, at a port and from this host: of the descriptors a
@@ -9424,8 +9450,9 @@ class Door:
         has_many = ipaddress.ip_address(host).is_loopback or self._is_front(host)
         return 0 if has_many else self.hub.settings.max_per_host
 
-    def on_client(self, stream, host, tls):
-        """A client is let in: make it a session and return that; None if there is no room."""
+    def on_client(self, stream, host, tls, is_plain=False):
+        """A client is let in: make it a session and return that; None if there is no room.
+        `is_plain`: another process could do that again, with no more than his socket."""
         refusal = self._refusal(host)
         if refusal:
             why, notice = refusal
@@ -9436,7 +9463,8 @@ class Door:
             session = self.enter(self.next_number, stream, host, tls)
             self.hub.later(PROBE_SECONDS, session.announce)
             self.hub.links.greet(session)
-            self.hub.keep(session)              # at once: he is connected, as far as he knows
+            if not is_plain:
+                self.hub.keep(session)          # at once: he is connected, as far as he knows
         except Exception:
             log.exception("a fault of HAS in letting a client in; it is closed")
             self.put_out(stream)
@@ -12137,7 +12165,7 @@ class Scribe:
     def begin(self, parked):
         """Write down all there is, as what has `parked` is known to it."""
         self.park(parked)
-        self.write([self.hub, *self.hub.sessions.values()])
+        self.write([self.hub, *self.hub.sessions.values()], at_once=True)
         self._vault.board[Board.SERVING] = 1
         self._vault.write(dict.fromkeys(self._vault.additions))
         self.hub.later(self.LOOK_SECONDS, self._look)
@@ -12190,6 +12218,8 @@ class Scribe:
                     self._note(it, records, at_once)
                 elif it.number in self._drafts:
                     self._put(self._drafts.pop(it.number), it.number, None, records)
+                else:
+                    self._vault.shelf.drop(it.client.sock)
             except OSError as error:
                 self._complain(error)
             except Exception:
@@ -12211,14 +12241,19 @@ class Scribe:
         records.update(dict.fromkeys(draft.added))
         draft.added.clear()
 
+    def _is_known(self, session, draft):
+        """Whether what was written before does as well, or what a socket says that was accepted."""
+        return (session.state in self.PASSING and session.client.sock and not session.inbox.kept
+                and (draft or not session.hold.told))
+
     def _note(self, session, records, at_once):
         draft = self._drafts.get(session.number)
         if draft is None:
-            draft = self._drafts[session.number] = Draft(session)
             self._vault.board.put(Board.NUMBER, self.hub.door.next_number)
-        elif session.state in self.PASSING and not (
-                at_once or session.inbox.kept or not session.client.sock):
+        if not at_once and self._is_known(session, draft):
             return
+        if draft is None:
+            draft = self._drafts[session.number] = Draft(session)
         record = draft.update(self._vault.shelf.name)
         if record:
             self._put(draft, session.number, record, records)
@@ -12263,7 +12298,7 @@ class Scribe:
     def rewrite(self):
         """Something else was written: all of it again."""
         self._drafts.clear()
-        self.write([self.hub, *self.hub.sessions.values()])
+        self.write([self.hub, *self.hub.sessions.values()], at_once=True)
 
     def _complain(self, error):
         if not self._told:

@@ -7871,6 +7871,63 @@ class Died(RigCase):
         client.settimeout(5)
         self.assertEqual(client.recv(99), b"Hello\r\n")
 
+    def test_what_a_socket_says_is_not_written_down(self):
+        """Who is connected and waits for his link, without a word, is let in again; his number is
+        nobody else's."""
+        rig = self.rig(up=False)
+        rig.hub.health.condition = has.Condition.STARTING
+        rig.hub.door.listen()
+        address = rig.hub.door.listeners[0].sock.getsockname()
+        client = closed_after(self, socket.create_connection(address))
+        gone = socket.create_connection(address)
+        rig.settle(lambda: len(rig.hub.sessions) == 2)
+        gone.close()
+        rig.settle(lambda: len(rig.hub.sessions) == 1)
+        self.assertEqual(set(rig.vault.records.read()), {0})
+        before, since = list(rig.hub.sessions), next(iter(rig.hub.sessions.values())).since
+        self.assertEqual(len(rig.vault.shelf._socks), 2)        # he, and the listener
+        rig.die()
+        (number, session), = rig.hub.sessions.items()
+        self.assertGreater(number, before[-1])
+        self.assertLessEqual(abs(session.since - since), 1)
+        client.sendall(b"half a li")
+        rig.settle(lambda: session.inbox.kept)
+        self.assertEqual(set(rig.vault.records.read()), {0, number})
+        rig.die()
+        self.assertEqual({number: it.inbox.kept for number, it in rig.hub.sessions.items()},
+                         {number: b"half a li"})
+
+    def test_texts_without_a_mark_are_no_news(self):
+        """Marks may still come for a minute: text that has none is not even looked at."""
+        rig, client, link = self.player()
+        self.assertEqual(client.session.screen.careful, b"=")
+        with mock.patch.object(has.Feed, "read", side_effect=AssertionError), mock.patch.object(
+                rig.hub.scribe, "write", side_effect=AssertionError):
+            for text in (b"one\r\n", b"\x1b[31mtwo", b" three\r\n"):
+                link.says(text)
+        self.assertTrue(client.session.screen.spelling.coloured)
+        secret = client.session.feed.proof._secret
+        for text in (b"a = b\r\n", b"c " + secret[:4], secret[4:] + b"00=", b"f\r\n", b"d\r\n"):
+            link.says(text)
+            rig.die()
+        self.assertEqual(client.read(), b"one\r\n\x1b[31mtwo three\r\na = b\r\nc d\r\n")
+        self.assertEqual(client.session.screen.careful, b"=")
+        rig.pass_time(has.MARK_SECONDS + 1)
+        self.assertIs(client.session.screen.careful, False)
+
+    def test_the_text_of_what_is_packed(self):
+        login = has.Credentials(b"cd", b"A\xff\"\\", b"\x00", True)
+        proof = has.MarkProof(has.DIALECTS["tinymux"])
+        proof.wrap(login, b"cd A\r\n", {})
+        for value in (None, True, 7, 1.5, math.inf, "\u00e4\"", b"", b"\xff\"\\\n", (),
+                      (1, (b"x",)), [], [1, None], [login, 2], {}, {b"k": login, 2: (None,)},
+                      {1, 2}, login,
+                      collections.deque([(b"a", 1)]), bytearray(b"x"), proof, has.State.LOGIN.name,
+                      has.FirstLine(), has.Agreement(), has.DIALECTS["tinymux"]):
+            for _ in range(2):
+                self.assertEqual(json.loads(has.packed_text(value)),
+                                 json.loads(json.dumps(has.pack(value))), repr(value))
+
     def test_a_login_whose_answer_the_dead_has_read_is_tried_on_return(self):
         rig, client, _ = self.newcomer()
         client.says("connect Alice pw\r\n")
@@ -8086,8 +8143,9 @@ class Died(RigCase):
         self.assertTrue(seen())
         self.assertIsNone(seen())
         whole = has.Passage(session).pack(lambda sock: 1, held=False)
-        self.assertEqual(json.loads(has.Draft(session).update(lambda sock: 1)),
-                         json.loads(json.dumps(whole)))
+        written = json.loads(has.Draft(session).update(lambda sock: 1))
+        written["values"] = {key: it for key, it in written["values"].items() if it != 0}
+        self.assertEqual(written, json.loads(json.dumps(whole)))
         changes = [lambda: session.inbox.typed.lines(session.dialect, b"x").__next__(),
                    lambda: session.screen.notices.append(("x", b"")),
                    lambda: session.character.unanswered.append((session.character.login, 1, True)),
