@@ -10115,11 +10115,21 @@ class Links(Survivor):
 
 # ---- what is in TLS, which another process speaks
 
+def is_stopped(pid):
+    """Whether a process was stopped by a signal or a debugger (proc(5)), or is not there."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] in b"Tt"
+    except OSError:
+        return True
+
+
 class KnownFront:
     """A TLSFront, as the worker knows it: is given clients, and what is to be connected, and gives
     back plain streams. The next worker goes on with it."""
 
     MOST_WAITING = 100             # messages: it does not read, or has still to be started
+    LOOK_SECONDS, SILENT_SECONDS = 5, 30
 
     def __init__(self, fronts, name, sock, program):
         self.fronts, self.hub, self.name, self.program = fronts, fronts.hub, name, program
@@ -10129,9 +10139,27 @@ class KnownFront:
         self._opening = {}         # number -> stream
         self.fars = {}             # number -> FarEnd
         self._late = collections.deque()        # messages that were read while there was no time
+        self._silent = 0           # seconds in which we were here, and it has said nothing
 
     def __str__(self):
         return f"the process that speaks TLS (pid {self.pid})"
+
+    def look(self):
+        """Now and then: does it still turn? Who is in it would be lost with it, so it is not
+        killed: it may go on, but nobody else is to wait for that."""
+        if self.is_retired or not self.pid:
+            return
+        if self._silent >= self.SILENT_SECONDS:
+            stopped = is_stopped(self.pid)
+            log.error("%s has not answered for %d s%s: its %d connections stand still; who comes "
+                      "now is served by another; %s", self, self._silent,
+                      ", for it was stopped" if stopped else " (a bug: report it)",
+                      len(self.fars), f"have it go on: kill -CONT {self.pid}" if stopped else
+                      f"kill -9 {self.pid} ends them, and their users can come again")
+            self.retire()
+            self.fronts.newest()
+        self._silent += self.LOOK_SECONDS
+        self.channel.send({"do": "answer"})
 
     def far_end(self, number):
         """The far end of a stream that leads there."""
@@ -10190,7 +10218,7 @@ class KnownFront:
 
     def on_message(self, fds, message):
         """It says something."""
-        socks = [socket.socket(fileno=fd) for fd in fds]
+        self._silent, socks = 0, [socket.socket(fileno=fd) for fd in fds]
         self.channel.dispatch(message.pop("say"), socks, message, f"what {self} says")
 
     def hear(self):
@@ -10277,6 +10305,9 @@ class KnownFront:
     def _on_log(socks, level, text):
         log.log(level, "%s", text)
 
+    def _on_here(self, socks):
+        """The answer to look()."""
+
 
 class Fronts(Survivor):
     """TLS: all of it is spoken by another process, which outlives this one. That one runs the same
@@ -10293,6 +10324,12 @@ class Fronts(Survivor):
         self.program = 0           # which one that starts
         self._quick = 0            # deaths one after another, each soon after a start
         self._stops_at = None      # when nobody waits for them any more
+        self._watch()
+
+    def _watch(self):
+        self.hub.later(KnownFront.LOOK_SECONDS, self._watch)
+        for front in list(self.all):
+            front.look()
 
     def newest(self):
         """The one that is given what is new; OSError."""
@@ -12141,8 +12178,8 @@ class Store:
 
     @classmethod
     def clear(cls):
-        """What is in it is of no use: equal names would be doubled."""
-        for number in range(cls.COUNT):
+        """What is in it is of no use: equal names would be doubled, and ports be in use."""
+        for number in range(cls.COUNT if cls.is_there() else 0):
             tell_systemd(f"FDSTOREREMOVE=1\nFDNAME={cls.NAME % number}")
 
 
@@ -12641,21 +12678,13 @@ class Keeper:
         beat, quiet = None, 0
         while not select.select([self._life], [], [], self.LOOK_SECONDS)[0]:
             last, beat = beat, self._board.word(Board.BEAT)
-            if beat != last or not self._board[Board.SERVING] or self._is_stopped():
+            if beat != last or not self._board[Board.SERVING] or is_stopped(self._worker):
                 quiet = 0
                 continue
             quiet += self.LOOK_SECONDS
             if quiet >= self.WEDGED_SECONDS:
                 self._is_wedged = True
                 os.kill(self._worker, signal.SIGKILL)
-
-    def _is_stopped(self):
-        """Whether the worker was stopped by a signal or a debugger (proc(5)), or is not there."""
-        try:
-            with open(f"/proc/{self._worker}/stat", "rb") as file:
-                return file.read().rpartition(b") ")[2][:1] in b"Tt"
-        except OSError:
-            return True
 
     def _reap(self):
         """How it ended: its exit status, minus the signal, or UNKNOWN: it was another's child."""
@@ -13053,6 +13082,9 @@ class TLSFront(Loop):
     def on_message(self, fds, message):
         """The worker, or one before it, says something."""
         self.channel.dispatch(message.pop("do"), fds, message, "what it is asked")
+
+    def _on_answer(self, fds):
+        self.channel.send({"say": "here"})
 
     def _on_retire(self, fds):
         self._is_left = True
@@ -13564,6 +13596,7 @@ def keep_or_start(settings, options, source, start):
         vault.link = link
     status = start(vault)
     vault.end(status)
+    Store.clear()
     return status
 
 
@@ -13967,6 +14000,7 @@ def resume(options, source, load, vault=None):
         survival.go_on(parked)
     status = serve(survival, handler, options, go_on, ours)
     vault.end(status)
+    Store.clear()
     return status
 
 

@@ -8543,6 +8543,33 @@ class FrontsOfTLS(TLSCase):
         self.assertEqual(list(rig.hub.sessions.values())[-1].host, "198.51.100.7")
         self.assertEqual(len(front.tunnels), 2)
 
+    def test_one_that_turns_no_more(self):
+        """Whom it serves is not lost, and who comes is served by another."""
+        rig = self.rig().keep()
+        alice = rig.player(tls=True)
+        rig.pass_time(*[5] * 20)
+        self.assertEqual(len(rig.fronts), 1)
+        rig.hub.fronts.all[0].pid = os.getpid()
+        stuck = rig.fronts.pop()
+        rig.pass_time(*[5] * 6)
+        self.assertEqual(len(rig.fronts), 0)
+        with self.assertLogs(has.log, "ERROR") as logged:
+            rig.pass_time(*[5] * 7)
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("its 1 connections stand still; who comes now is served by another; kill -9",
+                      logged.output[0])
+        bob = rig.player("Bob", tls=True)
+        rig.die()
+        self.talk(rig, bob)
+        rig.fronts.append(stuck)
+        self.talk(rig, alice, bob)
+        alice[0].session.end()
+        rig.pass_time(has.Tunnel.CLOSE_SECONDS + 1)
+        self.assertNotIn(stuck, rig.fronts)
+        rig.pass_time(*[5] * 8)
+        self.talk(rig, bob)
+        self.assertEqual((len(rig.fronts), len(rig.hub.fronts.all)), (1, 1))
+
     def test_a_worker_that_dies_of_letting_one_in(self):
         """Before that was written down he is given to the next one; but not for ever."""
         for deaths in (2, 3):
@@ -16497,7 +16524,7 @@ class Manager:
         self.arguments, self.store, self.told, self.process = arguments, {}, [], None
         case.addCleanup(self.end)
 
-    def start(self):
+    def start(self, wait=True):
         """Start it, with what is in the store, as LISTEN_FDS of sd_listen_fds(3) has it."""
         names, self.told = list(self.store), []
         environment = {**os.environ, "NOTIFY_SOCKET": self.folder + "/notify", "FDSTORE": "16",
@@ -16512,7 +16539,8 @@ class Manager:
         self.process = subprocess.Popen(
             ["bash", "-c", command, "bash", sys.executable, *self.arguments], env=environment,
             pass_fds=ours, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
-        self.wait("READY=1")
+        if wait:
+            self.wait("READY=1")
         return self
 
     def wait(self, text):
@@ -16604,10 +16632,32 @@ class TestSystemd(Case):
             client.expect(re.escape("going down"))
             client.expect_end()
         self.assertEqual(self.service.process.wait(10), 0)
-        self.service.start()                    # a store that was kept is of no use
+        while self.service.store:               # also one that is kept holds no port
+            self.service.wait("REMOVE"), self.service.told.clear()
+        has.open_listeners("127.0.0.1", self.port)[0].close()
+        self.service.start()
         self.assertEqual(len(self.service.store), 11)
-        self.assertEqual(len([it for it in self.service.told if "REMOVE" in it]), 11)
         self.player()
+
+    def test_a_kill_when_the_file_on_disk_is_no_program(self):
+        """FileDescriptorStorePreserve=yes: all wait until that is mended, whatever it ends with."""
+        self.service.start()
+        alice, text = self.player(), read_text(self.script)
+        self.service.process.kill()
+        self.service.process.wait(10)
+        for broken, status in (("", 0), ("def broken(:\n", 1), (None, 2)):
+            if broken is None:
+                os.unlink(self.script)
+            else:
+                write_text(self.script, broken)
+            self.service.start(wait=False)
+            self.assertEqual(self.service.process.wait(20), status)
+            self.assertEqual(len(self.service.store), 11)
+        alice.send("think waited\r\n")
+        write_text(self.script, text)
+        self.service.start()
+        alice.expect("waited")
+        self.assertEqual(len(self.mush.logins), 2)
 
     def test_a_restart_with_a_file_that_cannot_go_on(self):
         """It waits until that is mended, and users play."""
