@@ -4388,22 +4388,17 @@ class Telnet(Part):
         if option is None:
             return
         if verb in (DO, DONT):
-            self._refuse(command(WONT, option))
-        elif verb == WONT or verb == WILL and option not in (NAWS, TTYPE, CHARSET):
-            self._refuse(command(DONT, option))
+            self._answer_option(WONT, option)
+        elif verb == WONT or verb == WILL and option not in DETAILED:
+            self._answer_option(DONT, option)
         elif verb == WILL and self.session.dialect.telnet:
             self.agreement.unheard.add(option)
         elif verb == WILL:
-            self._accept(option)
+            self._answer_option(DO, option)
 
-    def _refuse(self, answer):
-        self._answer(answer)
-        self._agree().from_world(answer)
-
-    def _accept(self, option):
-        """Take what the client offers: its size, its type or its character set."""
-        self._answer(command(DO, option))
-        self.agreement.from_world(command(DO, option))
+    def _answer_option(self, verb, option):
+        self._answer(command(verb, option))
+        self._agree().from_world(command(verb, option))
 
     # ---- the world's commands
 
@@ -4468,11 +4463,11 @@ class Telnet(Part):
         session, agreement = self.session, self._agree()
         replay = Replay(agreement)
         if not session.dialect.telnet:          # then HAS itself takes these
-            replay.met = {(WILL, option) for option in (NAWS, TTYPE, CHARSET)}
+            replay.met = {(WILL, option) for option in DETAILED}
             session.screen.send(replay.leftovers())
             self._await_answers()
             for _, option in agreement.pending():
-                self._accept(option)
+                self._answer_option(DO, option)
             return b""
         self.replay, replay.waits = replay, late
         session.later(OFFERS_SECONDS, replay.grow_old)
@@ -8355,6 +8350,16 @@ class Loss:
         return max(0, at - now)
 
 
+class Tally(collections.Counter):
+    """How many there are of each; nothing is kept of what there is none of."""
+
+    def take(self, key):
+        """There is one less."""
+        self[key] -= 1
+        if not self[key]:
+            del self[key]
+
+
 class Endings:
     """Which links have ended for a reason not known yet, and which of them need a second probe
     before it is said that their users left (rule 2). Pure.
@@ -8366,7 +8371,7 @@ class Endings:
     def __init__(self):
         self.asking = {}                        # session number -> (link serial, life of the link)
         self._lately = collections.deque()      # (when, session number, who)
-        self._names = collections.Counter()     # who -> how often he is in it
+        self._names = Tally()      # who -> how often he is in it
         self._doubted = {}                      # session number -> which heartbeat connection
         #                                         has answered already, or None
 
@@ -8374,10 +8379,7 @@ class Endings:
         """The world has ended a link of `who`, who has not said QUIT."""
         self.asking[number] = serial, life
         while self._lately and now - self._lately[0][0] > ENDINGS_SECONDS:
-            _, _, name = self._lately.popleft()
-            self._names[name] -= 1
-            if not self._names[name]:
-                del self._names[name]
+            self._names.take(self._lately.popleft()[2])
         self._doubted.pop(number, None)
         if len(self._names) > (who in self._names):         # others, too
             if len(self._names) == 1:           # else they are doubted already
@@ -8753,28 +8755,6 @@ RECORDS_A_TURN = 25                # written down for the next process
 UNTIDY = 100                       # sessions that change leave new objects, for Python to look at
 SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in one turn
 
-# What sessions use of the hub, and the hub with its rooms of sessions: no more. A test reads the
-# source for `hub.` in part 6, and for `session.` and `other.` below it.
-FOR_SESSIONS = {
-    "now", "clock", "later", "patience", "backlogs", "burden",    # the loop
-    "settings", "world", "is_up", "record.health_since",        # how things are
-    "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
-    "history.gone", "changed", "keep", "is_kept",           # to outlive this process
-    "connect", "stream_of", "ask", "check", "forget", "control.collect",     # what it does for one
-    "links.add", "links.spoke", "links.arrived", "links.watch",         # its link
-    "links.siblings", "links.settle", "links.suspects", "links.noise",
-    "logins.left", "logins.may_go", "logins.wait", "logins.took",       # logins, by address
-    "places", "door.came",                                      # those whose line dropped
-    "door.quiet", "door.visits", "door.look_at_first_words"}    # the log of comings and goings
-OF_SESSIONS = {
-    "number", "host", "client", "link", "serial", "life", "state",
-    "inbox.bytes_in", "screen.bytes_out",
-    "linked", "wants_link", "who", "character", "way_back.settled",
-    "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
-    "on_checked", "place", "place.follow", "place.look_anew", "hold.begin", "hold.on_silence",
-    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept",
-    "hold.told"}
-
 
 def users(count):
     """A number of users in words."""
@@ -9115,7 +9095,7 @@ class Lobby:
     def __init__(self, hub):
         self.hub = hub
         self._ports = {}                        # port -> {member: when overdue}, oldest first
-        self._hosts = collections.Counter()     # (port, address or /64) -> members
+        self._hosts = Tally()      # (port, address or /64) -> members
 
     def __len__(self):
         return sum(map(len, self._ports.values()))
@@ -9138,10 +9118,7 @@ class Lobby:
     def discard(self, member):
         """It is a session now, or has gone. Harmless twice."""
         if self._ports.get(member.port, {}).pop(member, None) is not None:
-            key = self._key(member)
-            self._hosts[key] -= 1
-            if not self._hosts[key]:
-                del self._hosts[key]
+            self._hosts.take(self._key(member))
 
     @staticmethod
     def _key(member):
@@ -9348,7 +9325,7 @@ class Door:
         self.quiet = QuietLog(hub.later)
         self.visits = QuietLog(hub.later, 2000)     # ordinary users: nobody crowds them out
         self.next_number = 1                    # of sessions; never used again
-        self._hosts = collections.Counter()     # address or /64 -> sessions
+        self._hosts = Tally()      # address or /64 -> sessions
 
     # ---- listeners
 
@@ -9484,10 +9461,7 @@ class Door:
 
     def left(self, session):
         """A session has ended, or nobody is in front of it any more."""
-        group = host_group(session.host)
-        self._hosts[group] -= 1
-        if not self._hosts[group]:
-            del self._hosts[group]
+        self._hosts.take(host_group(session.host))
 
     def put_out(self, stream):
         """A client could not be let in: end what there is of it, a session or a stream alone."""
@@ -9527,7 +9501,7 @@ class Places:
         self.hub = hub
         self.sessions = {}                      # number -> Session
         self.journal = Journal()                # of what those are sent who may lose their line
-        self._hosts = collections.Counter()     # address or /64 -> places
+        self._hosts = Tally()      # address or /64 -> places
         self._bytes = 0
         self._resting = False
 
@@ -9555,10 +9529,7 @@ class Places:
         """Its user is back, or it has ended; whether it was one of them."""
         if self.sessions.pop(session.number, None) is None:
             return False
-        group = host_group(session.host)
-        self._hosts[group] -= 1
-        if not self._hosts[group]:
-            del self._hosts[group]
+        self._hosts.take(host_group(session.host))
         return True
 
     @property

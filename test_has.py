@@ -11885,7 +11885,8 @@ OF_SESSIONS = {
     "linked", "wants_link", "who", "character", "way_back.settled",
     "handle", "announce", "screen.choose_path", "status", "screen.notify", "close", "end",
     "on_checked", "place", "place.follow", "place.look_anew", "hold.begin", "hold.on_silence",
-    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept"}
+    "way_back.settle", "lines.try_login", "inbox.take_turn", "inbox.on_data", "inbox.kept",
+    "hold.told"}
 
 
 def parts_of_has():
