@@ -6217,7 +6217,8 @@ class Place(Part):
         if not self.session.character.login:
             self.give_up("the place is given up: the world did not take his login again")
         elif left <= 0:
-            self.give_up(f"did not come back in {seconds:g} s")
+            self.give_up(f"did not come back in {seconds:g} s" if seconds else
+                         "the place is given up: reattach is off now")
         else:
             self.hub.later(min(left, PLACE_LOOK_SECONDS), self._look, watch)
 

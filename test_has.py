@@ -6055,7 +6055,9 @@ class PlaceInEveryState(ReattachCase):
         client.hangs_up()
         self.assertTrue(client.session.place.away_at)
         rig.hub.settings = settings_of((("reattach", 0),))
-        rig.hub.places.look()
+        with self.assertLogs(has.log, "INFO") as logged:
+            rig.hub.places.look()
+        self.assertIn("the place is given up: reattach is off now", logged.output[0])
         self.assertFalse(rig.hub.sessions or rig.hub.places)
 
     def test_a_hup_forgets_nothing_and_another_login_does(self):
