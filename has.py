@@ -5370,7 +5370,7 @@ class Return(Part):
     login screen, or another wait."""
 
     SURVIVES = ("greeting", "words", "words_due")
-    __slots__ = SURVIVES + ("character", "settled")
+    __slots__ = SURVIVES + ("character", "settled", "said")
 
     def __init__(self, session):
         super().__init__(session)
@@ -5379,6 +5379,7 @@ class Return(Part):
         self.words = b""           # the world's last words to a return that failed
         self.words_due = False     # ... are still to be shown, if it lives on
         self.settled = False       # in, but others of this character are not yet
+        self.said = b""            # ... what the world has said to his login
 
     def plan(self):
         """The world is up: queue for a link, to the game or to the login screen."""
@@ -5462,7 +5463,7 @@ class Return(Part):
             self._refused()
         elif not self.settled and proof.settles and self.hub.links.siblings(session):
             # the others' login text comes here too: go on when the last is in
-            self.settled = True
+            self.settled, self.said = True, proof.words()
             session.arrived()
             self.hub.links.settle(session)
         else:
@@ -5508,7 +5509,8 @@ class Return(Part):
         screen.write(self.hub.settings.online_notice)
         session.telnet.leave_off()
         if first:
-            screen.show(proof.words())          # room and news: only returns are silent
+            screen.show(self.said if self.settled else proof.words())   # only returns are silent
+        self.said = b""
         session.link.send(session.lines.setting_lines(False))
         answers = session.lines.setting_answers()
         if answers:
@@ -9874,7 +9876,8 @@ class Links(Survivor):
             here = {session.character.would_be(session.number) for session in sessions}
             self.suspects.found(self.hub.now, here)
         logins = [session.character.login or session.character.pending for session in sessions]
-        names = collections.Counter(login.character for login in logins if login)
+        names = collections.Counter(
+            login.character for login in logins if login and not login.is_guest)
         self.doubles = {name for name, count in names.items() if count > 1}
 
     def died(self, when):

@@ -9297,6 +9297,38 @@ class OneCharacterTwice(RigCase):
         first.read(), second.read(), link.read()
         return rig, first, link, second
 
+    def all_come(self, rig, clients, logins):
+        """These type these logins while the world is away, and are brought back: the world's ends
+        of their links."""
+        for client, login in zip(clients, logins):
+            client.says(login)
+            client.read()
+        rig.found("life 2")
+        links = [rig.game.accept() for _ in clients]
+        for number, link in enumerate(links):
+            rig.let_in(link, f"For {number}")
+        return links
+
+    def test_who_logged_in_meanwhile_reads_what_the_world_says(self):
+        rig, first, _ = self.player()
+        rig.down()
+        second, third = rig.client(), rig.client()
+        links = self.all_come(rig, [first, second, third],
+                              [""] + ["connect Alice pw\r\n"] * 2)
+        for link in links:
+            self.assertEqual(link.read(), b"INFO\r\n")
+            link.says(b"Alice has reconnected.\r\n" + self.INFO)
+        self.assertEqual([it.lines() for it in (first, second, third)],
+                         [["# ONLINE"], ["# ONLINE", "For 1"], ["# ONLINE", "For 2"]])
+
+    def test_guests_are_no_two_of_one(self):
+        rig = self.rig()
+        rig.down()
+        guests = [rig.client(), rig.client()]
+        self.all_come(rig, guests, ["connect guest\r\n"] * 2)
+        self.assertEqual([it.lines() for it in guests],
+                         [["# ONLINE", "For 0"], ["# ONLINE", "For 1"]])
+
     def test_the_world_goes_again_meanwhile(self):
         for name in ("down", "moved"):
             with self.subTest(name):
