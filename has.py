@@ -5168,20 +5168,30 @@ class Lines(Part):
         return word.split()[0] + (b" " + unspelled(value) if value else b"") + b"\r\n"
 
     def setting_lines(self, held):
-        """The lines that repeat his settings: whose answers can be `held` back, or the others. The
-        prefix and the suffix come last: they would stand around the answers to the others."""
+        """The lines that repeat his settings: whose answers can be `held` back, or the others."""
         is_held = self.session.dialect.settings_held
-        settings = sorted(self.settings.items(), key=lambda it: (it[0].startswith(b"OUTPUT"), it))
         return b"".join(
-            self._setting_line(word, value) for word, value in settings
+            self._setting_line(word, value) for word, value in self._in_order()
             if held == (is_held and not word.startswith(b"OUTPUT")))
 
+    def _in_order(self):
+        """The settings; the prefix and the suffix come last: they would stand around the answers to
+        the others."""
+        return sorted(self.settings.items(), key=lambda it: (it[0].startswith(b"OUTPUT"), it))
+
     def setting_answers(self):
-        """What the world puts around the answers to those lines."""
-        suffix, prefix = self.settings.get(b"OUTPUTSUFFIX"), self.settings.get(b"OUTPUTPREFIX")
-        if not suffix or not self.session.dialect.wraps_settings:
-            return []
-        return [line + b"\r\n" for line in (prefix, suffix) if line]
+        """What the world puts around the answers to those lines that are not held back."""
+        return self._around({}, [it for it in self._in_order() if it[0].startswith(b"OUTPUT")])
+
+    def _around(self, before, lines):
+        """The same of setting `lines` where these settings were in force `before`: the prefix as
+        it was, the suffix as it is behind the line."""
+        answers, settings = [], dict(before)
+        for word, value in lines if self.session.dialect.wraps_settings else ():
+            answers.append(settings.get(b"OUTPUTPREFIX"))
+            settings[word] = value
+            answers.append(settings.get(b"OUTPUTSUFFIX"))
+        return [line + b"\r\n" for line in answers if line]
 
     # ---- at the login screen
 
@@ -5345,8 +5355,9 @@ class Lines(Part):
                    if word != b"PUEBLOCLIENT" and value != before.get(word)}
         self.settings = {**kept, **theirs}
         if self.session.can_talk:
-            self.session.link.send(b"".join(itertools.starmap(
-                self._setting_line, {**dict.fromkeys(dropped, b""), **changed}.items())))
+            lines = list({**dict.fromkeys(dropped, b""), **changed}.items())
+            self.session.link.send(b"".join(itertools.starmap(self._setting_line, lines)))
+            self.session.screen.expect(self._around(before, lines))
 
     def _answer_unsent(self, line):
         if not self.unsent:
@@ -5989,10 +6000,13 @@ class Absent:
             most = self._places.written_bytes
         cut = out.find(b"\n", len(out) - most - 1) + 1 if len(out) > most else 0
         return {"fd": None, "out": pack(bytes(out[cut:])), "doubtful": pack(self.doubtful),
-                "count": self.count, "lost": self.lost + out.count(b"\n", 0, cut)}
+                "count": self.count, "lost": self.lost + out.count(b"\n", 0, cut),
+                "answers": pack(self.answers)}
 
     def take_up(self, packed):
         """Take up what pack() of another process gave, and what has come behind it (Draft)."""
+        if "answers" in packed:                 # else from an older program
+            self.answers = unpack(packed["answers"])
         for text in [packed["out"], *packed.get("more", ())]:
             self.send(unpack(text))
         self.count = packed.get("count", self.count)

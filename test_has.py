@@ -5346,13 +5346,16 @@ class Reattach(ReattachCase):
                                ("tinymush", b"\b \b")):
             with self.subTest(family):
                 self.assertEqual(DIALECTS[family].erase_answer, answer)
-        rig, client, link = self.player()
-        client.says("half a li")
-        client.hangs_up()
-        link.says(b"Bob waves.\r\n" + b" \b" * 5)
-        link.says(b" \b" * 4 + b"Bob leaves.\r\nA \b\r\n")
-        again, _ = self.comes_back(rig)
-        self.assertEqual(again.lines()[-4:-1], ["Bob waves.", "Bob leaves.", "A \b"])
+        for upgrades in (False, True):
+            rig, client, link = self.player()
+            client.says("half a li")
+            client.hangs_up()
+            if upgrades:
+                rig.upgrade()
+            link.says(b"Bob waves.\r\n" + b" \b" * 5)
+            link.says(b" \b" * 4 + b"Bob leaves.\r\nA \b\r\n")
+            again, _ = self.comes_back(rig)
+            self.assertEqual(again.lines()[-4:-1], ["Bob waves.", "Bob leaves.", "A \b"])
 
     def test_who_leaves_is_let_go(self):
         rig = self.rig()
@@ -6490,6 +6493,10 @@ class AnotherClient(RigCase):
         self.assertEqual(link.read(), b"OUTPUTPREFIX\r\nOUTPUTSUFFIX ]\r\nSCREENHEIGHT 20\r\n")
         self.assertEqual(client.session.lines.settings,
                          {b"OUTPUTSUFFIX": b"]", b"SCREENWIDTH": b"120", b"SCREENHEIGHT": b"20"})
+        again.read()
+        link.says(b"<\r\n>\r\n]\r\nHuh?\r\n]\r\n")         # around the answers to these lines
+        link.says(b"You say hi\r\n]\r\n")
+        self.assertEqual(again.read(), b"Huh?\r\nYou say hi\r\n]\r\n")
 
     def test_pueblo(self):
         """Who reads tags cannot go on as one who does not, nor the other way round."""
@@ -7780,6 +7787,17 @@ class Died(RigCase):
                 rig.settle()
                 tries = rig.game.accept() if is_own else link       # else at the login screen there
                 self.assertEqual(b"connect Alice new\r\n" in tries.read(), is_own)
+
+    def test_half_a_line_was_taken_back_just_before(self):
+        rig, client, link = self.player(reattach=300)
+        client.says("half a li")
+        client.hangs_up()
+        rig.die()
+        link.says(b" \b" * 9 + b"Bob leaves.\r\n")
+        again, _ = rig.newcomer()
+        again.says("connect Alice pw\r\n")
+        rig.pass_time(*SETTLED)
+        self.assertEqual(again.lines()[-2:], ["Bob leaves.", "# NOTICE # That is all. You are back."])
 
     def test_who_is_back_is_not_waited_for(self):
         """The history is written down now and then; who came back or left since is known."""
