@@ -7797,7 +7797,8 @@ class Died(RigCase):
         again, _ = rig.newcomer()
         again.says("connect Alice pw\r\n")
         rig.pass_time(*SETTLED)
-        self.assertEqual(again.lines()[-2:], ["Bob leaves.", "# NOTICE # That is all. You are back."])
+        self.assertEqual(again.lines()[-2:],
+                         ["Bob leaves.", "# NOTICE # That is all. You are back."])
 
     def test_who_is_back_is_not_waited_for(self):
         """The history is written down now and then; who came back or left since is known."""
