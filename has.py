@@ -5018,6 +5018,17 @@ class Inbox(Part):
 _BY_TIMER = re.compile(rb"(?is)[\s\x00]*(?:(?:idle|@@)(?:\s.*|@.*)?)?\Z")
 
 
+def put_around(before, lines):
+    """What a world puts around its answers to `lines`, which make settings, where those of `before`
+    are in force: the prefix as it was, the suffix as it is behind the line."""
+    answers, settings = [], dict(before)
+    for word, value in lines:
+        answers.append(settings.get(b"OUTPUTPREFIX"))
+        settings[word] = value
+        answers.append(settings.get(b"OUTPUTSUFFIX"))
+    return [line + b"\r\n" for line in answers if line]
+
+
 class Lines(Part):
     """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
 
@@ -5184,14 +5195,7 @@ class Lines(Part):
         return self._around({}, [it for it in self._in_order() if it[0].startswith(b"OUTPUT")])
 
     def _around(self, before, lines):
-        """The same of setting `lines` where these settings were in force `before`: the prefix as
-        it was, the suffix as it is behind the line."""
-        answers, settings = [], dict(before)
-        for word, value in lines if self.session.dialect.wraps_settings else ():
-            answers.append(settings.get(b"OUTPUTPREFIX"))
-            settings[word] = value
-            answers.append(settings.get(b"OUTPUTSUFFIX"))
-        return [line + b"\r\n" for line in answers if line]
+        return put_around(before, lines) if self.session.dialect.wraps_settings else []
 
     # ---- at the login screen
 
