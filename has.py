@@ -2745,8 +2745,9 @@ class Survivor:
 
     def take_up(self, values):
         """Take over what survivors() of another process gave, and perhaps more than that."""
-        for name in set(self.SURVIVES) & set(values):
-            setattr(self, name, unpack(values[name]))
+        for name in self.SURVIVES:              # in this order
+            if name in values:
+                setattr(self, name, unpack(values[name]))
 
 
 # Nothing changes in these: another value is another object.
@@ -2817,7 +2818,7 @@ LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is no
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
 MANY_CHUNKS, MUCH = 48, 8192       # of a Trail: writes, or bytes, and it is time to look at it
-MANY_NOTES, SMALL_CHUNK = 8192, 2048            # of a Journal: two for each write of so many bytes
+MANY_NOTES, SMALL_CHUNK = 32768, 1024           # of a Journal: two for each write of so many bytes
 
 
 TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
@@ -3362,9 +3363,9 @@ CAN_TELL_UNSEEN = _UNSENT is not None or sys.platform == "darwin"
 
 
 class Journal:
-    """What clients were sent just now, for their trails: trail and bytes, trail and bytes, all in
-    one list. That stays in the processor's cache; a list for each client does not, and half a
-    microsecond for each line is what that costs."""
+    """What clients were sent just now, for their trails: stream and bytes, stream and bytes, all in
+    one list. That, and the stream that sends, are in the processor's cache; a list for each client
+    is not, nor is its trail: they cost half a microsecond, the seldomer, the more stand here."""
 
     __slots__ = ("recent",)
 
@@ -3374,11 +3375,11 @@ class Journal:
     def deliver(self):
         """Give each trail what is its own."""
         recent, pieces = self.recent, collections.defaultdict(list)
-        for trail, data in zip(recent[::2], recent[1::2]):
-            pieces[trail].append(data)
+        for stream, data in zip(recent[::2], recent[1::2]):
+            pieces[stream].append(data)
         recent.clear()
-        for trail, found in pieces.items():
-            trail.take(b"".join(found))
+        for stream, found in pieces.items():
+            stream.trail.take(b"".join(found))
 
 
 class Trail:
@@ -3435,20 +3436,29 @@ class Trail:
             self._shorten(self.RESTING, 0)
 
     def _shorten(self, keep, left):
-        """Leave at least `keep` bytes, from the start of a line; `left` are not acknowledged."""
-        data = b"".join(self.chunks)
-        start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
-        start = start if len(data) - start <= 2 * keep else len(data) - keep
-        gone, size, cut = data[:start], len(data) - start, self._cut
-        self.chunks[:] = [data[start:]] if data else []
-        if gone:
-            self.whole = gone.endswith(b"\n")
-        if left > size and gone:
-            cut = (*cut, (len(gone), gone.count(b"\n")))
+        """Leave at least `keep` bytes, if they are there; `left` are not acknowledged."""
+        chunks, size, first, start = self.chunks, 0, len(self.chunks), 0
+        while first and size < keep:
+            first -= 1
+            size += len(chunks[first])
+        if size > 2 * keep:                     # of a large chunk its end, from the start of a line
+            start = chunks[first].rfind(b"\n", 0, size - keep) + 1
+            start = start if size - start <= 2 * keep else size - keep
+        if first or start:
+            self._forget(chunks, first, start, left > size - start)
+        size, cut = size - start, self._cut
         while cut and left <= size + sum(size for size, _ in cut[1:]):
             cut = cut[1:]
         self._cut, self._grown = cut, 0
-        self._many, self._much = max(MANY_CHUNKS, 2 * len(self.chunks)), max(MUCH, size)
+        self._many, self._much = max(MANY_CHUNKS, 2 * len(chunks)), max(MUCH, size)
+
+    def _forget(self, chunks, first, start, counts):
+        """Leave out the chunks before the `first`, and of that what is before `start`."""
+        gone = chunks[:first] + [chunks[first][:start]] * bool(start)
+        chunks[:first + bool(start)] = [chunks[first][start:]] * bool(start)
+        self.whole = gone[-1].endswith(b"\n")
+        if counts:
+            self._cut = (*self._cut, (sum(map(len, gone)), sum(it.count(b"\n") for it in gone)))
 
     def _lost_of(self, left):
         """How many lines of the `left` bytes before those that are here are so not any more."""
@@ -3495,7 +3505,7 @@ class TrailedStream(Stream):
             self._broken, sent = True, 0
         recent = self.recent
         if sent == len(data) <= SMALL_CHUNK and len(recent) < MANY_NOTES:
-            recent.append(self.trail)
+            recent.append(self)
             recent.append(data)
             return
         if sent:
@@ -3750,7 +3760,7 @@ class Noise:
 
     _LINE = re.compile(rb"(?m)^([^\n]{1,60}?) has (?:re-?|partially dis|dis)?connected\.\r?\n")
 
-    __slots__ = ("_names",)
+    ELSEWHERE = __slots__ = ("_names",)         # see Links.arrivals_text
 
     def __init__(self):
         self._names = {}           # in lower case -> until when
@@ -3775,6 +3785,16 @@ class Noise:
         if has:
             return name in self._names
         return any((known + b" has ").startswith(name) for known in self._names)
+
+    @property
+    def columns(self):
+        """All of it as plain values: the names, and the milliseconds until when."""
+        return ([name.decode("latin-1") for name in self._names],
+                [int(until * 1000) for until in self._names.values()])
+
+    @columns.setter
+    def columns(self, columns):
+        self._names = {name.encode("latin-1"): until / 1000 for name, until in zip(*columns)}
 
     def removed(self, text):
         """`text`, which starts a line, without the lines that are hidden."""
@@ -4920,6 +4940,12 @@ class Inbox(Part):
             self.session.refresh()
         return kept
 
+    def read_all(self, before=b""):
+        """Read what was kept, if there is anything, behind what came `before`."""
+        typed = before + self.release()
+        if typed:
+            self.read(typed)
+
     def read_kept(self):
         """Read what was kept, in turn; it was typed before what was left for later turns."""
         if self.first.is_raw:
@@ -5602,8 +5628,8 @@ class Hold(Part):
         session.telnet.end_echo()
         session.screen.write(notice)
         self.told_at = self.held_since = hub.now
-        self.look(self.held_since)
-        session.inbox.read(session.lines.take_iced() + session.inbox.release())
+        hub.later(1, self.look, self.held_since)            # first of all others are to be told
+        session.inbox.read_all(session.lines.take_iced())
 
     def look(self, since):
         """Close the client if it was held long enough; else look later: HUP may change that."""
@@ -6650,7 +6676,7 @@ class Session(Survivor):
     def wait_again(self, state):
         """A return has failed: what was typed meanwhile is answered as in a wait."""
         self.enter(state)
-        self.inbox.read(self.inbox.release())
+        self.inbox.read_all()
 
     def _queue(self):
         if self.link is None:
@@ -8772,7 +8798,7 @@ EVENTS_A_TURN = 1000
 BURDEN_A_TURN = 150                # 1: a stream that ends, for at a crash of the world thousands do
                                    # at once; 2: one is back in the game, or otherwise written down
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
-RECORDS_A_TURN = 25                # written down for the next process
+RECORDS_A_TURN, RECORDS_MEANWHILE = 25, 5      # written down; the latter while others wait
 UNTIDY = 100                       # sessions that change leave new objects, for Python to look at
 SWEEP_SECONDS = 0.01               # of calls for everybody, and of timers, in one turn
 
@@ -9741,6 +9767,7 @@ class Suspects:
 
     WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
     CALM, AT_ONCE = 10, 0.02       # the longest calm before one; shorter times count as this
+    ELSEWHERE = "_came",           # see Links.arrivals_text
     __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
 
     def __init__(self):
@@ -9771,6 +9798,18 @@ class Suspects:
         """Forget who is nobody that died() would look at: he came too long ago."""
         self._came = {who: came for who, came in self._came.items() if now - came[0] <= self.WINDOW
                       or who in self._strikes or who in self.barred}
+
+    @property
+    def columns(self):
+        """Who came in this life, as plain values: who, at which millisecond, whether alone."""
+        return ([who.decode("latin-1") if isinstance(who, bytes) else who for who in self._came],
+                [int(when * 1000) for when, _ in self._came.values()],
+                [int(alone) for _, alone in self._came.values()])
+
+    @columns.setter
+    def columns(self, columns):
+        self._came = {who.encode("latin-1") if isinstance(who, str) else who:
+                      (when / 1000, bool(alone)) for who, when, alone in zip(*columns)}
 
     def died(self, now):
         """The world has died; returns the set of those who are barred from now on."""
@@ -9859,7 +9898,7 @@ class Links(Survivor):
     one character wait for each other at the end: settle(). Suspects come when all are through.
     """
 
-    SURVIVES = "suspects", "noise", "doubles"
+    SURVIVES = "suspects", "noise", "doubles", "arrivals_text"
 
     def __init__(self, hub):
         self.hub = hub
@@ -9884,6 +9923,16 @@ class Links(Survivor):
         """No more of the suspects than counts."""
         self.suspects.outlived(self.hub.now)
         return super().survivors()
+
+    @property
+    def arrivals_text(self):
+        """Who has come just now, for both, as one text: one by one thousands are packed for so long
+        that everybody would notice."""
+        return json.dumps([self.noise.columns, self.suspects.columns])
+
+    @arrivals_text.setter
+    def arrivals_text(self, text):
+        self.noise.columns, self.suspects.columns = json.loads(text)
 
     # ---- the world comes and goes
 
@@ -11071,7 +11120,8 @@ class Hub(Loop):
         """For the next process, if this one dies; when all change at once, not all in one turn."""
         some = [self] * (self in self.changed)      # what was ordered must not wait
         self.changed.discard(self)
-        some += [self.changed.pop() for _ in range(min(len(self.changed), RECORDS_A_TURN))]
+        most = RECORDS_MEANWHILE if self._left or self._sweeps else RECORDS_A_TURN
+        some += [self.changed.pop() for _ in range(min(len(self.changed), most))]
         if self.scribe:
             self.scribe.write(some)
         else:
@@ -11254,6 +11304,7 @@ class Hub(Loop):
             self.history.lost(since, reason, self._in_the_game())
         self._post("on_down")
         self.links.died(died)
+        self.burden = BURDEN_A_TURN             # all that was work enough for a turn
         self.each("handle", Event.DOWN, self.offline_notice, but=self._is_in_it)
 
     def _is_in_it(self, session):
