@@ -13499,7 +13499,7 @@ def tidy_by_hand(hub):
     nothing, for sessions leave no circles (Passage.fall_apart). One a day, in case they do."""
     gc.freeze()                                 # the program itself; sessions need no search
     gc.enable()
-    gc.set_threshold(30000, 1 << 30, 1 << 30)   # 700 would be a search in every turn of thousands
+    gc.set_threshold(10000, 1 << 30, 1 << 30)   # 700 would be a search in every turn of thousands
     hub.later(TIDY_SECONDS, tidy, hub)
 
 
