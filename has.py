@@ -2818,7 +2818,7 @@ LINK_KEEPALIVE = 15, 5, 3          # for tune(): a world that has vanished is no
 CLIENT_KEEPALIVE = 60, 15, 5       # NAT forgets idle connections after minutes
 DOUBTFUL_LINES = 20                # acknowledged last, and perhaps never read
 MANY_CHUNKS, MUCH = 48, 8192       # of a Trail: writes, or bytes, and it is time to look at it
-MANY_NOTES, SMALL_CHUNK = 32768, 1024           # of a Journal: two for each write of so many bytes
+MANY_NOTES, SMALL_CHUNK = 8192, 2048            # of a Journal: two for each write of so many bytes
 
 
 TCP_ESTABLISHED = b"\x01"          # the first byte of struct tcp_info (netinet/tcp.h)
@@ -3365,7 +3365,7 @@ CAN_TELL_UNSEEN = _UNSENT is not None or sys.platform == "darwin"
 class Journal:
     """What clients were sent just now, for their trails: stream and bytes, stream and bytes, all in
     one list. That, and the stream that sends, are in the processor's cache; a list for each client
-    is not, nor is its trail: they cost half a microsecond, the seldomer, the more stand here."""
+    is not, nor is its trail, and half a microsecond for each line is what that costs."""
 
     __slots__ = ("recent",)
 
