@@ -4940,12 +4940,6 @@ class Inbox(Part):
             self.session.refresh()
         return kept
 
-    def read_all(self, before=b""):
-        """Read what was kept, if there is anything, behind what came `before`."""
-        typed = before + self.release()
-        if typed:
-            self.read(typed)
-
     def read_kept(self):
         """Read what was kept, in turn; it was typed before what was left for later turns."""
         if self.first.is_raw:
@@ -4984,7 +4978,8 @@ class Inbox(Part):
 
     def read(self, data):
         """Read what was sent, as the world will; what it gets is sent."""
-        self.session.screen.in_one_piece(self._read, data)
+        if data:
+            self.session.screen.in_one_piece(self._read, data)
 
     def _read(self, data):
         session = self.session
@@ -5629,7 +5624,7 @@ class Hold(Part):
         session.screen.write(notice)
         self.told_at = self.held_since = hub.now
         hub.later(1, self.look, self.held_since)            # first of all others are to be told
-        session.inbox.read_all(session.lines.take_iced())
+        session.inbox.read(session.lines.take_iced() + session.inbox.release())
 
     def look(self, since):
         """Close the client if it was held long enough; else look later: HUP may change that."""
@@ -6676,7 +6671,7 @@ class Session(Survivor):
     def wait_again(self, state):
         """A return has failed: what was typed meanwhile is answered as in a wait."""
         self.enter(state)
-        self.inbox.read_all()
+        self.inbox.read(self.inbox.release())
 
     def _queue(self):
         if self.link is None:
