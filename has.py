@@ -3363,9 +3363,9 @@ CAN_TELL_UNSEEN = _UNSENT is not None or sys.platform == "darwin"
 
 
 class Journal:
-    """What clients were sent just now, for their trails: stream and bytes, stream and bytes, all in
-    one list. That, and the stream that sends, are in the processor's cache; a list for each client
-    is not, nor is its trail, and half a microsecond for each line is what that costs."""
+    """What clients were sent just now, for their trails: trail and bytes, trail and bytes, all in
+    one list. That stays in the processor's cache; a list for each client does not, and half a
+    microsecond for each line is what that costs."""
 
     __slots__ = ("recent",)
 
@@ -3375,11 +3375,11 @@ class Journal:
     def deliver(self):
         """Give each trail what is its own."""
         recent, pieces = self.recent, collections.defaultdict(list)
-        for stream, data in zip(recent[::2], recent[1::2]):
-            pieces[stream].append(data)
+        for trail, data in zip(recent[::2], recent[1::2]):
+            pieces[trail].append(data)
         recent.clear()
-        for stream, found in pieces.items():
-            stream.trail.take(b"".join(found))
+        for trail, found in pieces.items():
+            trail.take(b"".join(found))
 
 
 class Trail:
@@ -3436,29 +3436,20 @@ class Trail:
             self._shorten(self.RESTING, 0)
 
     def _shorten(self, keep, left):
-        """Leave at least `keep` bytes, if they are there; `left` are not acknowledged."""
-        chunks, size, first, start = self.chunks, 0, len(self.chunks), 0
-        while first and size < keep:
-            first -= 1
-            size += len(chunks[first])
-        if size > 2 * keep:                     # of a large chunk its end, from the start of a line
-            start = chunks[first].rfind(b"\n", 0, size - keep) + 1
-            start = start if size - start <= 2 * keep else size - keep
-        if first or start:
-            self._forget(chunks, first, start, left > size - start)
-        size, cut = size - start, self._cut
+        """Leave at least `keep` bytes, from the start of a line; `left` are not acknowledged."""
+        data = b"".join(self.chunks)
+        start = data.rfind(b"\n", 0, max(0, len(data) - keep)) + 1
+        start = start if len(data) - start <= 2 * keep else len(data) - keep
+        gone, size, cut = data[:start], len(data) - start, self._cut
+        self.chunks[:] = [data[start:]] if data else []
+        if gone:
+            self.whole = gone.endswith(b"\n")
+        if left > size and gone:
+            cut = (*cut, (len(gone), gone.count(b"\n")))
         while cut and left <= size + sum(size for size, _ in cut[1:]):
             cut = cut[1:]
         self._cut, self._grown = cut, 0
-        self._many, self._much = max(MANY_CHUNKS, 2 * len(chunks)), max(MUCH, size)
-
-    def _forget(self, chunks, first, start, counts):
-        """Leave out the chunks before the `first`, and of that what is before `start`."""
-        gone = chunks[:first] + [chunks[first][:start]] * bool(start)
-        chunks[:first + bool(start)] = [chunks[first][start:]] * bool(start)
-        self.whole = gone[-1].endswith(b"\n")
-        if counts:
-            self._cut = (*self._cut, (sum(map(len, gone)), sum(it.count(b"\n") for it in gone)))
+        self._many, self._much = max(MANY_CHUNKS, 2 * len(self.chunks)), max(MUCH, size)
 
     def _lost_of(self, left):
         """How many lines of the `left` bytes before those that are here are so not any more."""
@@ -3505,7 +3496,7 @@ class TrailedStream(Stream):
             self._broken, sent = True, 0
         recent = self.recent
         if sent == len(data) <= SMALL_CHUNK and len(recent) < MANY_NOTES:
-            recent.append(self)
+            recent.append(self.trail)
             recent.append(data)
             return
         if sent:
