@@ -3188,6 +3188,26 @@ class Stream:
             self.owner.on_stream_full(self)
 
 
+class Lone:
+    """Has one `stream` of its own, in which all that is sent may wait, and ends with it; after a
+    fault of HAS in serving it (it was logged), too, alone."""
+
+    def on_stream_full(self, stream):
+        """Nothing is to be paused."""
+
+    on_stream_room = on_stream_full
+
+    def on_stream_end(self, stream, reason):
+        self.drop()
+
+    def on_error(self):
+        self.drop()
+
+    def drop(self):
+        """Close it."""
+        self.stream.drop()
+
+
 class FarEnd:
     """What the worker knows of the far end of a stream whose peer speaks TLS: the process between
     them (KnownFront) has the connection, and says how it goes."""
@@ -9215,7 +9235,7 @@ def _proxy_block(head):
     return Header(16 + length, str(address_of(str(ipaddress.ip_address(head[16:16 + width])))))
 
 
-class Arrival:
+class Arrival(Lone):
     """A client that is no session yet: a front's PROXY header is awaited."""
 
     port = "PROXY"
@@ -9269,10 +9289,8 @@ class Arrival:
         self.hub.door.arrivals.discard(self)
         self.hub.door.put_out(self.stream)
 
-    on_error = drop
 
-
-class Refused:
+class Refused(Lone):
     """A client that is told why there is no room for it; closed when it has gone."""
 
     SECONDS, MOST = 5, 100
@@ -9288,12 +9306,6 @@ class Refused:
     def on_data(self, data):
         """What it types goes nowhere."""
 
-    def on_stream_room(self, stream):
-        """The notice fits always."""
-
-    def on_stream_end(self, stream, reason):
-        self.drop()
-
     def turn_away(self, why):
         """Close it, and say why in the log."""
         self.hub.door.quiet.note(self.host, why)
@@ -9301,9 +9313,9 @@ class Refused:
 
     def drop(self):
         self.hub.door.refused.discard(self)
-        self.stream.drop()
+        super().drop()
 
-    overdue = on_error = drop
+    overdue = drop
 
 
 class Denials(Survivor):
@@ -9858,7 +9870,7 @@ class Suspects:
         return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
 
 
-class Knock:
+class Knock(Lone):
     """A connect to the world, closed as soon as it stands: it wakes a server that has forgotten
     those before it (see Dialect.forgets_connects)."""
 
@@ -9866,14 +9878,7 @@ class Knock:
         self.stream = Stream.connect(hub.selector, hub.world.target, self, None)
 
     def on_stream_open(self, stream):
-        stream.drop()
-
-    def on_stream_end(self, stream, reason):
-        stream.drop()
-
-    def on_error(self):
-        """A fault of HAS, which was logged."""
-        self.stream.drop()
+        self.drop()
 
 
 class Links(Survivor):
@@ -10524,7 +10529,7 @@ print(said.decode("utf-8", "replace"))
 """
 
 
-class HookRun:
+class HookRun(Lone):
     """One run of on_event; `done(output of GUARD)` is called at its end."""
 
     SECONDS, MOST_PROCESSES = 30, 64
@@ -10532,7 +10537,7 @@ class HookRun:
     def __init__(self, hub, command, environment, done):
         self._said, self._done = b"", done
         ours, theirs = socket.socketpair()
-        self._stream = Stream(hub.selector, ours, self, self._on_output)
+        self.stream = Stream(hub.selector, ours, self, self._on_output)
         arguments = [sys.executable, "-I", "-S", "-", str(self.SECONDS),
                      str(self.MOST_PROCESSES), *command]
         try:
@@ -10541,7 +10546,7 @@ class HookRun:
             with self._child.stdin as program:  # a pipe has room for it
                 program.write(GUARD.encode())
         except BaseException:
-            self._stream.drop()
+            self.stream.drop()
             raise
         finally:
             theirs.close()
@@ -10552,13 +10557,9 @@ class HookRun:
 
     def on_stream_end(self, stream, reason):
         """It is over."""
-        stream.drop()
+        self.drop()
         self._child.poll()
         self._done(self._said.decode("utf-8", "replace"))
-
-    def on_error(self):
-        """A fault of HAS in listening to it (it was logged)."""
-        self._stream.drop()
 
 
 class Hook(Survivor):
@@ -10659,7 +10660,7 @@ class Hook(Survivor):
 
 # ---- what admins ask
 
-class Caller:
+class Caller(Lone):
     """A connection to the control socket: a line of JSON is answered by one line of JSON.
 
     That may come later, for some wait for the outcome of what they ask (WAITS); or never, if this
@@ -10702,18 +10703,6 @@ class Caller:
             if finish:
                 self._waits = False
                 self.stream.finish()
-
-    def on_stream_full(self, stream):
-        """The answer is long; it waits in the stream."""
-
-    on_stream_room = on_stream_full
-
-    def on_stream_end(self, stream, reason):
-        stream.drop()
-
-    def on_error(self):
-        """A fault of HAS in answering (it was logged): end only this caller."""
-        self.stream.drop()
 
 
 class ControlListener(Listener):
@@ -13340,7 +13329,7 @@ def set_limits():
 
 def raise_limits(settings):
     """set_limits(), and say in the log what remains too low."""
-    for remark in set_limits() + too_few_files(settings, files_allowed(1)):
+    for remark in set_limits() + too_few_files(settings):
         log.warning("%s", remark)
     if not fcntl:
         return
@@ -13367,9 +13356,9 @@ def files_needed(settings):
     return settings.max_clients and each * settings.max_clients + 50
 
 
-def too_few_files(settings, hard):
+def too_few_files(settings):
     """A remark if the hard limit of open files cannot carry max_clients."""
-    needed = files_needed(settings)
+    needed, hard = files_needed(settings), files_allowed(1)
     return [f"max_clients = {settings.max_clients} needs {needed} open files, the system allows "
             f"{hard}: raise the hard limit (ulimit -Hn)"] if 0 < hard < needed else []
 
@@ -13601,7 +13590,7 @@ def carry_out(options, load, source):
               file=sys.stderr)
         return 2
     if options.check:
-        print("\n".join([*remarks, *too_few_files(settings, files_allowed(1))]))
+        print("\n".join([*remarks, *too_few_files(settings)]))
         trouble = start_trouble(settings, options.config)
         print("\n".join(trouble or ["has.py: the settings are right"]))
         return 2 if trouble else probe(settings) if options.probe else 0
