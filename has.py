@@ -4101,6 +4101,7 @@ class Screen(Part):
 
     def _note_colour(self):
         self.spelling = Spelling(True, self.spelling.marked_up)
+        self.session.hub.changed.add(self.session)
         if self.session.link:
             self.session.link.on_data = self.reader
 
@@ -4176,6 +4177,7 @@ class Screen(Part):
         notices, self.notices = self.notices, []
         for notice in notices:                  # a str: an older HAS's
             self.write(*((notice,) if isinstance(notice, str) else notice))
+            self.session.hub.changed.add(self.session)
 
     def write(self, text, more=b""):
         """Write a notice on a fresh line, colour reset, whatever the world left unfinished."""
@@ -4343,7 +4345,8 @@ class Telnet(Part):
         """HAS has switched options off at the client. One that thought them off does not answer
         (RFC 1143 7): not awaited for ever, or it would lose what it says later."""
         if self.agreement and self.agreement.ignore:
-            self.hub.later(ANSWER_SECONDS, self._await_no_more, frozenset(self.agreement.ignore))
+            answers = frozenset(self.agreement.ignore)
+            self.session.later_anyway(ANSWER_SECONDS, self._await_no_more, answers)
 
     def _await_no_more(self, answers):
         if self.agreement:
@@ -5065,7 +5068,6 @@ class Lines(Part):
     """What each line means that a user types: to HAS, and for the world (rules 3, 5, 7, 8, 9)."""
 
     __slots__ = SURVIVES = ("settings", "braked", "iced", "unsent")
-    PASSING = "unsent",
 
     def __init__(self, session):
         super().__init__(session)
@@ -5336,7 +5338,7 @@ class Lines(Part):
         """In a new process: a count is told, and the login that waits goes on, when its time has
         come, unless it opens a place: that is to be seen when all are there."""
         if self.unsent:
-            self.hub.later(1, self.tell_unsent)
+            self.session.later_anyway(1, self.tell_unsent)
         if self.braked:
             self.hub.later(0, self._claim_again)
 
@@ -5397,7 +5399,7 @@ class Lines(Part):
 
     def _answer_unsent(self, line):
         if not self.unsent:
-            self.hub.later(1, self.tell_unsent)    # of this second, whatever becomes of the link
+            self.session.later_anyway(1, self.tell_unsent)      # of this second
         self.unsent += 1
         if self.unsent <= UNSENT_LINES:
             plain = re.sub(rb"[\x00-\x1f\x7f]", b"?", line[:500])
@@ -5407,7 +5409,7 @@ class Lines(Part):
         """How many more than were answered one by one; once a second, and before his return."""
         more, self.unsent = self.unsent - UNSENT_LINES, 0
         session, settings = self.session, self.hub.settings
-        if more > 0 and session.state in AWAY and not session.client.closed:
+        if more > 0 and session.state in AWAY:
             notice, more = settings.unsent_notice, filled(settings.unsent_more_notice, lines=more)
             session.screen.answer(notice and f"{notice} {more}")
 
@@ -5640,16 +5642,15 @@ class Hold(Part):
     def look(self, since):
         """Close the client if it was held long enough; else look later: HUP may change that."""
         session, hub = self.session, self.hub
-        if session.client.closed or self.held_since != since or (
-                session.state not in AWAY | COMING_BACK):
+        if self.held_since != since or session.state not in AWAY | COMING_BACK:
             return
         character, settings = session.character, hub.settings
         hold = settings.hold if character.login or character.pending else settings.login_hold
         left = since + hold - hub.now if hold else 60
         if left > 0:
-            hub.later(min(60, left, self._tell_how_long()), self.look, since)
+            session.later_anyway(min(60, left, self._tell_how_long()), self.look, since)
         elif session.state in COMING_BACK or hub.is_up:
-            hub.later(1, self.look, since)      # his return is under way, or soon will be
+            session.later_anyway(1, self.look, since)           # he is on his way, or soon
         else:
             session.close("held long enough", settings.hold_over_notice)
 
@@ -6546,8 +6547,12 @@ class Session(Survivor):
         changed nothing that is worth a record."""
         self.hub.later(seconds, self._due, self.serial, action, *arguments)
 
+    def later_anyway(self, seconds, action, *arguments):
+        """The same, whatever has become of the link."""
+        self.hub.later(seconds, self._due, None, action, *arguments)
+
     def _due(self, serial, action, *arguments):
-        if serial == self.serial and not self.client.closed:
+        if serial in (None, self.serial) and not self.client.closed:
             before = self.state
             if action(*arguments) is not False:
                 self.note_changes(before)
@@ -6706,6 +6711,7 @@ class Session(Survivor):
         """The answer to his last words is on its way; FLUSH_SECONDS are running."""
         if self.client.out:
             self.client.finish()
+            self.refresh()
         else:
             self.end()
 
@@ -6713,12 +6719,15 @@ class Session(Survivor):
 
     def on_checked(self, serial, verdicts):
         """The heartbeat's answer about the pairs asked for."""
-        if serial == self.serial and self.state in AWAY:
+        if serial != self.serial:
+            return
+        if self.state in AWAY:
             self.way_back.on_checked(verdicts)
-        elif serial == self.serial and self.state is State.PLAYING:
+        elif self.state is State.PLAYING:
             self.feed.on_checked(verdicts)
-        elif serial == self.serial and self.place.claim:
+        elif self.place.claim:
             self.place.claim.on_checked(verdicts)
+        self.refresh()
 
     def _leave(self):
         if self.place.claim_kept():             # on_unclaimed() comes back
@@ -9483,7 +9492,7 @@ class Door:
             return None
         try:
             session = self.enter(self.next_number, stream, host, tls)
-            self.hub.later(PROBE_SECONDS, session.announce)
+            session.later_anyway(PROBE_SECONDS, session.announce)
             self.hub.links.greet(session)
             if not is_plain:
                 self.hub.keep(session)          # at once: he is connected, as far as he knows
@@ -9618,6 +9627,7 @@ class Places:
                                     "password")
             else:
                 other.place.outdated = True
+                other.refresh()
 
     def _others(self, session, login, same=False):
         """The other sessions of a character, whose password is the same, or another."""
@@ -9633,6 +9643,7 @@ class Places:
             for other in self._others(session, before, same=True):
                 theirs = other.character
                 theirs.previous, theirs.login = theirs.login, change.of(theirs.login)
+                other.refresh()
 
     def rest(self):
         """Forget, now and then, what clients have acknowledged."""
@@ -11338,6 +11349,7 @@ class Hub(Loop):
         for session in self.sessions.values():
             if session.link:
                 session.life = life
+                self.changed.add(session)
 
     # ---- signals
 
