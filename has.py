@@ -4706,7 +4706,7 @@ class Inbox(Part):
     SURVIVES = ("announced", "typed_at", "bytes_in", "quit_at", "first", "from_client", "typed",
                 "kept", "kept_due", "backlog", "behind", "slow_until")
     __slots__ = SURVIVES + ("client", "forward", "peek", "catches_up")
-    PASSING = ("typed_at", "bytes_in", "kept_due", "quit_at")
+    PASSING = ("typed_at", "bytes_in", "kept_due")
 
     def __init__(self, session, client):
         super().__init__(session)
@@ -5169,6 +5169,8 @@ class Lines(Part):
             line = self._in_game(line)
         quits = (dialect.quit_playing if playing else dialect.quit_login).match(line)
         session.inbox.quit_at = self.hub.now if quits else 0
+        if quits:
+            session.refresh()                   # the end of the link may be the next one's to see
         setting = (dialect.setting_playing if playing else dialect.setting_words).match(line)
         if setting:
             self._note_setting(setting.group(1).upper(), setting.group(2) or b"")
@@ -9627,7 +9629,7 @@ class Places:
                                     "password")
             else:
                 other.place.outdated = True
-                other.refresh()
+                self.hub.keep(other)
 
     def _others(self, session, login, same=False):
         """The other sessions of a character, whose password is the same, or another."""
@@ -9643,7 +9645,7 @@ class Places:
             for other in self._others(session, before, same=True):
                 theirs = other.character
                 theirs.previous, theirs.login = theirs.login, change.of(theirs.login)
-                other.refresh()
+                self.hub.keep(other)
 
     def rest(self):
         """Forget, now and then, what clients have acknowledged."""

@@ -23,6 +23,12 @@ in each family; TestWorldHealth, TestCrashes, TestTelnet..., TestStreams, TestRe
 the program, and HAS in front of a real TinyMUX where one is installed. Clients, worlds, --bench,
 --demo and --soak stand under the last banner, Tools.
 
+What runs how: each Rig writes all down for another process, as HAS does by default (kept=False:
+not), and after each step sees that nothing in a session has changed without being written down
+(Rig.unwritten). HAS as a program has its keeper, too, but in TestCrashes, TestWorldHealth,
+TestUpgrade, TestTeenyStable and the two of Penn by a Unix socket (keeper = "no" in the class).
+Where the platform has no vault, all of it runs without.
+
 Nothing sleeps to wait for something: it waits for the thing, with a deadline.
 """
 import argparse
@@ -7738,6 +7744,55 @@ class Died(RigCase):
             (link if how == "client ends" else client).read()
             self.assertTrue((link if how == "client ends" else client).ended, how)
 
+    def test_what_was_told_is_not_told_again(self):
+        """A notice that waited for the end of a line; how many lines were not sent; how long the
+        outage has lasted."""
+        rig, client, link = self.player(still_offline_every=60)
+        link.says("half a ")
+        client.session.screen.notify("# NOTICE")
+        client.session.refresh()
+        rig.settle()
+        link.says("line\r\n")
+        self.assertEqual(client.lines(), ["half a line", "# NOTICE"])
+        rig.die()
+        self.assertEqual(client.lines(), [])
+        rig.down()
+        client.says("line\r\n" * 12)
+        rig.pass_time(1.1)
+        self.assertEqual(client.lines()[-1], "# UNSENT (and 2 lines more)")
+        rig.die()
+        client.says("another\r\n")
+        rig.pass_time(1.1)
+        self.assertEqual(client.lines(), ["# UNSENT another"])
+        rig.pass_time(30, 30)
+        self.assertEqual(len(client.lines()), 1)
+        rig.die()
+        self.assertEqual(client.lines(), [])
+
+    def test_what_others_have_changed_is_not_forgotten(self):
+        """The life of the world he is in; the password of his character; that his own is an old
+        one; what the heartbeat says of it."""
+        rig = self.rig(reattach=300)
+        first, second, third = [rig.player("Alice") for _ in range(3)]
+        third[0].session.character.login = has.Credentials(b"connect", b"Alice", b"older")
+        third[0].session.refresh()
+        first[0].says("@password pw=new\r\n")
+        first[1].says("Password changed.\r\n")
+        rig.heard("lost", "closed by the world", False)
+        rig.found("?2")
+        rig.pass_time(has.ADOPT_SECONDS)
+        rig.hub.places.login_took(first[0].session)
+        rig.settle()
+
+        def known():
+            return [(it.life, it.character.login.password, it.place.outdated)
+                    for it in (client.session for client, _ in (first, second, third))]
+        before = known()
+        self.assertEqual(before, [("?2", b"new", False), ("?2", b"new", False),
+                                  ("?2", b"older", True)])
+        rig.die()
+        self.assertEqual(known(), before)
+
     def test_what_ended_does_not_come_back(self):
         rig = self.rig()
         clients = [rig.player(f"U{number}")[0] for number in range(6)]
@@ -7748,6 +7803,13 @@ class Died(RigCase):
         self.assertEqual(list(rig.hub.sessions), [clients[0].session.number])
         newcomer = rig.client()
         self.assertGreater(newcomer.session.number, clients[-1].session.number)
+
+    def test_who_has_quit_before_the_death_has_quit(self):
+        rig, client, link = self.player()
+        client.says("QUIT\r\n")
+        rig.die()
+        link.hangs_up()
+        self.assertEqual(state_of(client), "CLOSING")
 
     def test_who_has_quit_is_not_brought_back(self):
         for waits in (False, True):
@@ -14099,6 +14161,7 @@ class TestTeeny(Scenarios, unittest.TestCase):
 class TestTeenyStable(TestTeeny):
     """Builds that speak no telnet and read it as text."""
     quirks, settles = {**TestTeeny.quirks, "stable": True}, False
+    keeper = "no"
 
     def test_heartbeat_gets_in(self):
         self.world.wait(lambda w: w.online("heartbeat"), what="heartbeat")
@@ -14194,6 +14257,7 @@ class TestPenn(Scenarios, unittest.TestCase):
        "test_all_socket_settings_are_repeated")
 class TestPennUnix(TestPenn):
     """Its opening bytes and the order of the telnet differ."""
+    keeper = "no"
 
     def make_world(self, **quirks):
         folder = new_folder(self)
@@ -14237,6 +14301,7 @@ class TestRhost(Scenarios, unittest.TestCase):
 
 class TestWorldHealth(Case):
     """Silence, death, moves."""
+    keeper = "no"
 
     def test_a_short_freeze_disturbs_nobody(self):
         world = self.world()
@@ -14531,6 +14596,8 @@ class TestWorldHealth(Case):
 
 
 class TestCrashes(Case):
+    keeper = "no"
+
     def test_guests_without_a_password_are_held_and_told(self):
         for family in ("tinymux", "pennmush"):
             with self.subTest(family):
@@ -14676,12 +14743,12 @@ class TelnetCase(unittest.TestCase):
 
 class TelnetFamily:
     """Shared by the five families: one world and one HAS for the whole class."""
-    family, quirks, knows, offers, gmcp = None, {}, (), (), False
+    family, quirks, knows, offers, gmcp, keeper = None, {}, (), (), False, "auto"
     first = b""                                     # what the client says unasked
 
     @classmethod
     def setUpClass(cls):
-        owner = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
+        owner = types.SimpleNamespace(addCleanup=cls.addClassCleanup, keeper=cls.keeper)
         cls.world = cls.make_world(owner)
         cls.agree_to_echo()
         cls.world.start()
@@ -14977,6 +15044,8 @@ class TestTelnetPenn(TelnetFamily, TelnetCase):
 
 
 class TestTelnetPennUnix(TestTelnetPenn):
+    keeper = "no"
+
     @classmethod
     def make_world(cls, owner):
         folder = new_folder(owner)
@@ -15540,7 +15609,7 @@ class TestProgram(Case):
         self.assertNotIn("Traceback", done.stderr)
 
     def test_the_terminal_stops_nobody(self):
-        has = Has(self, mush_address="127.0.0.1:1").wait_down()
+        has = Has(self, mush_address="127.0.0.1:1", keeper="no").wait_down()
         for number in (signal.SIGTSTP, signal.SIGTTOU, signal.SIGTTIN):
             has.signal(number)
         has.wait_log(rb"Ctrl-Z \(TSTP\): not obeyed")
@@ -15568,7 +15637,8 @@ class TestProgram(Case):
                          "only Linux says how large the table is")
     def test_the_table_of_descriptors_has_room_from_the_start(self):
         for most, room in ((300, 650), (10, 64), (0, min(20000, has.files_allowed(1)))):
-            running = Has(self, mush_address="127.0.0.1:1", max_clients=most).wait_down()
+            running = Has(self, mush_address="127.0.0.1:1", max_clients=most,
+                          keeper="no").wait_down()
             with open(f"/proc/{running.process.pid}/status") as status:
                 size = int(re.search(r"FDSize:\s*(\d+)", status.read()).group(1))
             self.assertGreaterEqual(size, room)
@@ -15596,7 +15666,7 @@ class TestProgram(Case):
                 has.client().close()
 
     def test_the_control_socket_of_a_has_that_died_is_replaced(self):
-        dead = Has(self, mush_address="127.0.0.1:1")
+        dead = Has(self, mush_address="127.0.0.1:1", keeper="no")
         dead.faults = True                      # it does not obey TERM any more
         dead.process.kill()
         dead.process.wait(5)
@@ -15940,6 +16010,7 @@ def old_program(commit):
 
 class TestUpgrade(Case):
     """USR2: another program in the same process, and nobody notices."""
+    keeper = "no"
 
     def setUp(self):
         self.folder = new_folder(self, prefix="has-upgrade-")
@@ -16253,11 +16324,12 @@ class TestUpgradeOfPython(TestUpgrade):
        "test_a_file_that_fails_while_restoring", "test_what_runs_is_what_was_rehearsed")
 class TestUpgradeKept(TestUpgrade):
     """The same where a keeper outlives HAS."""
+    keeper = "auto"
 
     def start(self, *arguments, **settings):
         if has.why_no_vault():
             self.skipTest(has.why_no_vault())
-        super().start(*arguments, keeper="auto", **settings)
+        super().start(*arguments, **settings)
 
     def test_a_fault_in_the_main_loop_is_survived(self):
         """As often as it comes."""
@@ -16295,7 +16367,7 @@ class TestKeeper(Case):
 
     def start(self, **settings):
         settings = {"beat": 0.3, **settings}
-        self.has = Has(self, mush_address=self.mush.address, keeper="auto", **settings).wait_up()
+        self.has = Has(self, mush_address=self.mush.address, **settings).wait_up()
         return self.has
 
     def player(self, name, password):
@@ -16354,7 +16426,7 @@ class TestKeeper(Case):
         alice.send("QUIT\r\n").expect_end()
 
     def test_where_there_was_none_an_upgrade_makes_one(self):
-        self.has = Has(self, mush_address=self.mush.address, beat=0.3).wait_up()
+        self.start(keeper="no")
         alice, worker = self.player("Alice", "alicepw"), self.has.process.pid
         self.has.configure(keeper="auto")
         self.has.signal(signal.SIGHUP)
@@ -16379,7 +16451,7 @@ class TestKeeper(Case):
         Has(self, mush_address=self.mush.address, local_port_ssl=outer, ssl_cert=cert,
             ssl_key=key).wait_up()
         self.has = Has(self, mush_address=f"127.0.0.1:{outer}", mush_type="tinymux",
-                       mush_ssl="yes", mush_ssl_ca=cert, keeper="auto", beat=0.3,
+                       mush_ssl="yes", mush_ssl_ca=cert, beat=0.3,
                        local_port=free_port(), local_port_ssl=self.tls_port, ssl_cert=cert,
                        ssl_key=key, **settings).wait_up()
 
@@ -17624,7 +17696,8 @@ class Has:
                          "remotehostname_cmd": "auto", "mush_type": "auto", "resume_rate": "auto",
                          "max_clients": 0, "failover_after": 60, "failback_after": 0,
                          "dead_after": 60, "add_epoch_time": "yes", "proxy_from": "",
-                         "output_limit": 1048576, "on_event": "", "deny": "", "keeper": "no",
+                         "output_limit": 1048576, "on_event": "", "deny": "",
+                         "keeper": getattr(case, "keeper", "auto"),
                          "offline_notice": OFFLINE, "online_notice": ONLINE,
                          "unsent_notice": UNSENT, "moved_notice": MOVED, "silent_notice": SILENT,
                          "relogin_failed_notice": REFUSED}
