@@ -4729,9 +4729,15 @@ class Inbox(Part):
     @property
     def is_fast(self):
         """Whether nothing that was typed before is in the way."""
-        return not (self.kept or self.backlog or not self.typed.idle
+        return not (self.kept or self.backlog or self.quit_at or not self.typed.idle
                     or self.catches_up and self.hub.is_kept
                     or self.from_client and self.from_client.held)
+
+    def note_quit(self, quits):
+        """His last line was QUIT, or another one."""
+        if quits or self.quit_at:
+            self.quit_at = self.hub.now if quits else 0
+            self.session.refresh()              # another process may see the end of the link
 
     def has_quit(self, lately=0):
         """Whether the last line he typed was QUIT, within QUIT_SECONDS (and `lately` more)."""
@@ -4748,7 +4754,6 @@ class Inbox(Part):
                 data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
             line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
             if line.translate(_DOUBTS_MARKED) == line:
-                self.quit_at = 0
                 forward(data)
                 return
         if len(data) == LOOK_BYTES and not self.client.peeks:
@@ -5168,9 +5173,7 @@ class Lines(Part):
         if playing:
             line = self._in_game(line)
         quits = (dialect.quit_playing if playing else dialect.quit_login).match(line)
-        session.inbox.quit_at = self.hub.now if quits else 0
-        if quits:
-            session.refresh()                   # the end of the link may be the next one's to see
+        session.inbox.note_quit(quits)
         setting = (dialect.setting_playing if playing else dialect.setting_words).match(line)
         if setting:
             self._note_setting(setting.group(1).upper(), setting.group(2) or b"")
@@ -5273,7 +5276,7 @@ class Lines(Part):
         place, or if too many were tried from this address. Then it waits, and all that is typed
         behind it."""
         session = self.session
-        session.inbox.quit_at = 0
+        session.inbox.note_quit(False)
         if may_claim and self._claims(login, raw):
             return b""
         wait = self.hub.logins.wait(session, login.character)
@@ -6577,6 +6580,7 @@ class Session(Survivor):
         if not self.inbox.announced and not self.client.closed:
             how = "connected (TLS)" if self.tls else "connected"
             self.inbox.announced = self.note("connected and spoke or stayed", how)
+            self.hub.changed.add(self)
 
     def status(self):
         """This session for admins: plain values, nothing secret, nothing that steers a terminal."""
@@ -9494,7 +9498,7 @@ class Door:
             return None
         try:
             session = self.enter(self.next_number, stream, host, tls)
-            session.later_anyway(PROBE_SECONDS, session.announce)
+            self.hub.later(PROBE_SECONDS, session.announce)
             self.hub.links.greet(session)
             if not is_plain:
                 self.hub.keep(session)          # at once: he is connected, as far as he knows

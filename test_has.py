@@ -2746,7 +2746,7 @@ class Rig:
         return self
 
     writes_all = True              # False: the test stops that, or changes a session by hand
-    BEGUN_ANEW = {"greeting", "trials", "checked"}      # by the next process: who is on his way back
+    BEGUN_ANEW = {"greeting", "trials", "checked"}      # by the next process: a way back
     COUNTED_ANEW = {"proof", "replay"}                  # marks, and offers, that come late
 
     def unwritten(self):
