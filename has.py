@@ -4856,9 +4856,8 @@ class Inbox(Part):
         if self.typed.sent and session.can_talk:
             erased = len(self.typed.buffer + self.typed.unfinished)
             session.link.send(session.dialect.erasers[:1] * erased)
-        self.backlog = self.behind = b""
+        self.backlog, self.behind, self.from_client, self.slow_until = b"", b"", None, 0
         self.typed.clear()
-        self.from_client, self.slow_until = None, 0
         return erased
 
     def take_rest(self):
