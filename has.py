@@ -4772,8 +4772,7 @@ class Inbox(Part):
     def _without_answers(self, data):
         """A login waits for a place; what his client says of options is not to wait with it."""
         session, rest = self.session, []
-        if self.from_client is None:
-            self.from_client = Scanner(strict=True)
+        self.from_client = self.from_client or Scanner(strict=True)
         for is_command, piece in self.from_client.feed(data):
             if is_command and len(piece) > 2:
                 answer = session.telnet.on_client_command(piece)
@@ -5646,15 +5645,16 @@ class Hold(Part):
     def look(self, since):
         """Close the client if it was held long enough; else look later: HUP may change that."""
         session, hub = self.session, self.hub
-        if self.held_since != since or session.state not in AWAY | COMING_BACK:
+        if session.client.closed or self.held_since != since or (
+                session.state not in AWAY | COMING_BACK):
             return
         character, settings = session.character, hub.settings
         hold = settings.hold if character.login or character.pending else settings.login_hold
         left = since + hold - hub.now if hold else 60
         if left > 0:
-            session.later_anyway(min(60, left, self._tell_how_long()), self.look, since)
+            hub.later(min(60, left, self._tell_how_long()), self.look, since)
         elif session.state in COMING_BACK or hub.is_up:
-            session.later_anyway(1, self.look, since)           # he is on his way, or soon
+            hub.later(1, self.look, since)      # his return is under way, or soon will be
         else:
             session.close("held long enough", settings.hold_over_notice)
 
@@ -5666,6 +5666,7 @@ class Hold(Part):
             return 60
         if hub.now - self.told_at >= settings.still_offline_every:
             self.told_at = hub.now
+            self.session.refresh()
             notice = filled(settings.still_offline_notice,
                             time=ago(time.time() - hub.record.health_since))
             self.session.screen.answer(hub.control.with_maintenance(notice))

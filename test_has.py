@@ -2812,7 +2812,8 @@ class Rig:
                     self.end_front(front)
             due = any(loop._timers and loop._timers[0][0] <= self.clock()
                       for loop in [self.hub, *self.fronts])
-            quiet = quiet + 1 if self.events == before and not self.hub.backlogs and not due else 0
+            busy = due or self.hub.backlogs or self.hub.changed
+            quiet = quiet + 1 if self.events == before and not busy else 0
         unwritten = self.unwritten()
         assert not unwritten, unwritten
 
