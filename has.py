@@ -11112,13 +11112,14 @@ class Hub(Loop):
         """For the next process, if this one dies; when all change at once, not all in one turn."""
         some = [self] * (self in self.changed)      # what was ordered must not wait
         self.changed.discard(self)
-        most = RECORDS_MEANWHILE if self._left or self._sweeps else RECORDS_A_TURN
+        is_late = self._left or self._sweeps
+        most = RECORDS_MEANWHILE if is_late else RECORDS_A_TURN
         some += [self.changed.pop() for _ in range(min(len(self.changed), most))]
         if self.scribe:
             self.scribe.write(some)
         else:
             self.changed.clear()
-        self._untidy += len(some)
+        self._untidy += RECORDS_A_TURN if is_late else len(some)
         if self._untidy >= UNTIDY:              # Python looks no sooner while old ones go as well
             self._untidy = 0
             gc.collect(0)
