@@ -8632,9 +8632,9 @@ class Health(Survivor):
                  f"down after {dead_after:g} s")] + self._become(Condition.SILENT) + self.go_on(now)
 
     def go_on(self, now):
-        """What is to be done while it is silent, in a new process again."""
+        """What is to be done while it is silent, or its life not known: in a new process again."""
         if self.condition is not Condition.SILENT:
-            return []
+            return self._adopt_later()
         return [("later", max(0.0, self.silent_until - now), "give_up"), ("silence", True)]
 
     def give_up(self, now):
@@ -8673,9 +8673,11 @@ class Health(Survivor):
         effects += self._become(Condition.UP)
         if was_silent:
             effects.append(("silence", False))
-        if world.life.startswith("?"):
-            effects.append(("later", ADOPT_SECONDS, "adopted", world.life))
-        return effects + [("up", bool(moved or reborn or not was_up))]
+        return effects + self._adopt_later() + [("up", bool(moved or reborn or not was_up))]
+
+    def _adopt_later(self):
+        is_unknown = self.condition is Condition.UP and self.world.life.startswith("?")
+        return [("later", ADOPT_SECONDS, "adopted", self.world.life)] if is_unknown else []
 
     def adopted(self, life, now):
         """Links that are still open so long after the heartbeat's are in the same life as it."""

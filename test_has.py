@@ -3742,13 +3742,17 @@ class HeartbeatAlone(RigCase):
                                  (["text"], ["hello"], "PLAYING"))
 
     def test_booted_long_after_an_unknown_life_was_adopted(self):
-        rig, client, link = self.player()
-        rig.heard("lost", "closed by the world", False)
-        rig.found("?2")
-        rig.pass_time(6)
-        link.hangs_up()
-        rig.answer()
-        self.assertEqual(state_of(client), "CLOSING")
+        for dies in False, True:
+            with self.subTest(dies=dies):
+                rig, client, link = self.player()
+                rig.heard("lost", "closed by the world", False)
+                rig.found("?2")
+                if dies:
+                    rig.die()
+                rig.pass_time(6)
+                link.hangs_up()
+                rig.answer()
+                self.assertEqual(state_of(client), "CLOSING")
 
     def test_all_links_and_the_heartbeat_end_together(self):
         """Down within a second although no try to come back was refused yet."""
