@@ -2740,10 +2740,8 @@ class Rig:
 
     def keep(self):
         """From now on all is written down for another process, as where there is a keeper."""
-        if not self.hub.scribe:
-            self.vault = has.Vault.make()
-            self._watch_over(None)
-        return self
+        self.vault = has.Vault.make()
+        self._watch_over(None)
 
     writes_all = True              # False: the test stops that, or changes a session by hand
     BEGUN_ANEW = {"greeting", "trials", "checked"}      # by the next process: a way back
@@ -6177,7 +6175,7 @@ class PlaceInEveryState(ReattachCase):
         again and again; what the process before has added is not added twice."""
         if has.why_no_vault():
             self.skipTest(has.why_no_vault())
-        rig = self.rig().keep()
+        rig = self.rig()
         client, link = self.away(rig)
         records, missed = rig.hub.scribe._vault.records, 0
         for lines in (1, 2, 1, 200, 0, 3):
@@ -6201,7 +6199,7 @@ class PlaceInEveryState(ReattachCase):
         others are told as lost."""
         if has.why_no_vault():
             self.skipTest(has.why_no_vault())
-        rig = self.rig().keep()
+        rig = self.rig()
         client, link = self.away(rig)
         for number in range(5000):
             link.send(b"line %04d\r\n" % number)
@@ -6223,7 +6221,7 @@ class PlaceInEveryState(ReattachCase):
         """What they have missed is written down in turns."""
         if has.why_no_vault():
             self.skipTest(has.why_no_vault())
-        rig = self.rig().keep()
+        rig = self.rig()
         links = [self.away(rig, f"User{number}")[1] for number in range(30)]
         wrote, real = [], rig.hub.scribe._vault.write
 
@@ -7001,8 +6999,7 @@ class Browsers(RigCase):
                 self.check_frames(kept)
 
     def check_frames(self, kept):
-        rig = self.rig("pennmush")
-        client, link = (rig.keep() if kept else rig).newcomer()
+        rig, client, link = self.newcomer(family="pennmush", kept=kept)
         client.says(self.REQUEST)
         for size in (1, 7, 100):
             for at in range(0, len(self.FRAMES), size):
@@ -7679,7 +7676,7 @@ class Died(RigCase):
     def rig(self, *arguments, **settings):
         if has.why_no_vault():
             self.skipTest(has.why_no_vault())
-        return super().rig(*arguments, **settings).keep()
+        return super().rig(*arguments, **settings)
 
     def talk(self, rig, client, link):
         for here, there in ((client, link), (link, client)):
@@ -8474,8 +8471,6 @@ class InTLS(TLSCase):
 
     def test_goodbye(self):
         rig = self.rig(local_port_ssl=free_port())
-        if not has.why_no_vault():
-            rig.keep()
         rig.hub.door.listen()
         client, _ = rig.player(tls=True)
         rig.player("Bob", tls=True)
@@ -8662,7 +8657,7 @@ class FrontsOfTLS(TLSCase):
 
     def test_the_worker_is_killed(self):
         """Again and again: users in TLS notice nothing, nor does a link in TLS."""
-        rig = self.rig().keep()
+        rig = self.rig()
         self.world_in_tls(rig)
         alice, bob = rig.player(tls=True), rig.player("Bob")
         sizes = set()
@@ -8679,7 +8674,7 @@ class FrontsOfTLS(TLSCase):
 
     def test_what_comes_while_nobody_lives(self):
         """A handshake, typed text and text of the world, an end: the next worker hears of all."""
-        rig = self.rig().keep()
+        rig = self.rig()
         alice, link = rig.player(tls=True)
         bob, bobs = rig.player("Bob", tls=True)
         ours, theirs = tcp_pair()
@@ -8705,7 +8700,7 @@ class FrontsOfTLS(TLSCase):
 
     def test_one_that_turns_no_more(self):
         """Whom it serves is not lost, and who comes is served by another."""
-        rig = self.rig().keep()
+        rig = self.rig()
         alice = rig.player(tls=True)
         rig.pass_time(*[5] * 20)
         self.assertEqual(len(rig.fronts), 1)
@@ -8733,7 +8728,7 @@ class FrontsOfTLS(TLSCase):
     def test_a_worker_that_dies_of_letting_one_in(self):
         """Before that was written down he is given to the next one; but not for ever."""
         for deaths in (2, 3):
-            rig = self.rig().keep()
+            rig = self.rig()
             others = rig.player(tls=True)
             ours, theirs = tcp_pair()
             late = TLSPeer(ours, rig.settle)
@@ -8752,7 +8747,7 @@ class FrontsOfTLS(TLSCase):
                 self.assertEqual(rig.game.accept().read(), b"WHO\r\n")
 
     def test_a_worker_that_dies_when_it_has_written_one_down(self):
-        rig = self.rig().keep()
+        rig = self.rig()
         send = has.Channel.send
 
         def dies(channel, message, *more):
@@ -8987,7 +8982,7 @@ class PlaceInTLS(TLSCase, ReattachCase):
             self.assertEqual(b"connect Alice pw" in own.read(), not is_dead)
 
     def test_after_a_death_of_the_worker(self):
-        rig = self.rig().keep()
+        rig = self.rig()
         client, link = rig.player(tls=True)
         rig.die()
         self.assertIsNotNone(client.session.client.wire)
@@ -9387,7 +9382,7 @@ class FairTurns(RigCase):
                      b"\xff\xfa\x2ax\xff\xf0", b"\xff\xfa\xc9" + b"x" * 8900 + b"\xff\xf0"):
             with self.subTest(unit[:9]), mock.patch.object(
                     has.Vault, "write", autospec=True, side_effect=has.Vault.write) as write:
-                rig = self.rig().keep()
+                rig = self.rig()
                 client, link = rig.player("Alice")
                 client.sock.send(unit * (9000 // len(unit)))
                 rig.settle(lambda: not client.session.inbox.backlog)
@@ -10727,8 +10722,7 @@ class Lobby(RigCase):
             for head in ("PROXY TCP4 198.51.100.1 127.0.0.1 1 2\r\n", ""):
                 for more in ("", "WHO\r\nINFO\r\n"):
                     with self.subTest(kept=kept, head=head, more=more):
-                        rig = self.front()
-                        rig = rig.keep() if kept else rig
+                        rig = self.front(kept=kept)
                         peer = self.arrive(rig, "192.0.2.1")
                         peer.says(head + "connect Al")
                         rig.pass_time(1)
