@@ -4177,6 +4177,7 @@ class Screen(Part):
         notices, self.notices = self.notices, []
         for notice in notices:                  # a str: an older HAS's
             self.write(*((notice,) if isinstance(notice, str) else notice))
+        if notices:
             self.session.hub.changed.add(self.session)
 
     def write(self, text, more=b""):
@@ -8831,6 +8832,11 @@ def users(count):
     return f"{count} user{'' if count == 1 else 's'}"
 
 
+def lies_in(host, networks):
+    """Whether an address belongs to one of these networks."""
+    return bool(networks) and any(ipaddress.ip_address(host) in network for network in networks)
+
+
 def host_group(host):
     """What counts as one address: of IPv6 a /64, for a whole one belongs to one household."""
     return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
@@ -9347,7 +9353,7 @@ class Denials(Survivor):
     def cover(self, host):
         """Whether that address is denied."""
         networks = [*self.hub.settings.deny, *map(ipaddress.ip_network, self.in_force())]
-        return bool(networks) and any(ipaddress.ip_address(host) in it for it in networks)
+        return lies_in(host, networks)
 
     def in_force(self):
         """What --deny has denied: {network: seconds left, or None: until HAS stops}."""
@@ -9480,8 +9486,7 @@ class Door:
         return most, self.most_of(host)
 
     def _is_front(self, host):
-        address = ipaddress.ip_address(host)
-        return any(address in network for network in self.hub.settings.proxy_from)
+        return lies_in(host, self.hub.settings.proxy_from)
 
     def most_of(self, host):
         """How many clients may come from this address; 0: no limit."""
@@ -11853,7 +11858,7 @@ class Vault:
                       "system allows: raise the limit (ulimit -n)")
         self.additions = sorted(number for number in records if number >= self.ADDITIONS)
         for number in self.additions:
-            self.next_addition = self.ADDITIONS + (number + 1) % self.ADDITIONS
+            self.count_addition(number)
             self._add(records.pop(number), records)
         hub, poison = records.pop(0), self._poison()
         if records.pop(poison, None):
@@ -11861,6 +11866,10 @@ class Vault:
                       poison, self.STRIKES)
         newest = max(hub["next_number"], self.board.word(Board.NUMBER))
         return {**hub, "next_number": newest, "sessions": list(records.values())}
+
+    def count_addition(self, number):
+        """There is one with this number: the next has another."""
+        self.next_addition = self.ADDITIONS + (number + 1) % self.ADDITIONS
 
     @staticmethod
     def _add(addition, records):
@@ -12339,7 +12348,7 @@ class Scribe:
         record = draft.addition(number)
         if record:
             records[number] = record
-            self._vault.next_addition = Vault.ADDITIONS + (number + 1) % Vault.ADDITIONS
+            self._vault.count_addition(number)
 
     def _of_hub(self):
         name, parked = self._vault.shelf.name, self._parked
