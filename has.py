@@ -3816,18 +3816,21 @@ class Noise:
 class Character(Survivor):
     """Who a user is for the world, was, and may be again: pure, no streams, no clocks.
 
-    `login` is confirmed. `previous` is the pair before a change of name or password: kill -9
-    reverts a world to its last dump. `doubtful` is the pair behind a change that was not answered,
+    `login` is confirmed. `previous`, and `older` (latest first), are the pairs before changes of
+    name or password: kill -9 reverts a world to its last dump, which may be older than several.
+    `doubtful` is the pair behind a change that was not answered,
     by a world that died, or to a HAS that died, or not in words of its own. `pending` was typed
     while no world could answer it.
     """
 
+    MOST_OLDER = 2                 # each wrong one may cost a link, and count as a failed login
     __slots__ = SURVIVES = ("login", "previous", "doubtful", "pending", "unanswered", "trials",
-                            "changing", "proven", "checked")
+                            "changing", "proven", "checked", "older")
 
     def __init__(self):
         # Credentials, or None
         self.login = self.previous = self.doubtful = self.pending = None
+        self.older = []            # Credentials
         self.unanswered = []       # (login, typed at, greeted by then), neither taken nor refused
         self.trials = []           # Credentials to try on return, best first
         self.changing = None       # a Change typed and not yet answered by the world
@@ -3877,7 +3880,7 @@ class Character(Survivor):
     def took(self, login, others, proven):
         """A typed login took; `proven`: beyond doubt. Returns the pairs that may be right."""
         login, others = login.made, [other.made for other in others]
-        self.login, self.previous = login, others[-1] if others else None
+        self.login, self.previous, self.older = login, others[-1] if others else None, []
         self.pending, self.doubtful, self.unanswered = None, None, []
         self.proven = login.character if proven else b""
         return [login, *others]
@@ -3891,12 +3894,13 @@ class Character(Survivor):
         right = [pair for pair, verdict in zip([self.login, *others], verdicts) if verdict]
         if right:
             self.login, self.previous, self.proven = right[0], None, right[0].character
+            self.older = []
         return not right and verdicts[0] is False
 
     def forget(self, pending=None):
         """Nobody is logged in here; `pending` is for the world's next life."""
         self.login = self.previous = self.doubtful = self.checked = None
-        self.pending, self.trials, self.proven = pending, [], b""
+        self.pending, self.trials, self.proven, self.older = pending, [], b"", []
 
     def log_out(self):
         """LOGOUT, by a line that the world has read."""
@@ -3916,6 +3920,15 @@ class Character(Survivor):
             same.behind += (new,)
             before.until = now + 30
 
+    def became(self, login, before=None):
+        """`login` is the right pair now; those until now (`before` the latest) may be it again."""
+        former = []
+        for pair in (before, self.login, self.previous, *self.older):
+            if pair and pair != login and pair not in former:
+                former.append(pair)
+        self.login, self.previous = login, former[0] if former else None
+        self.older = former[1:1 + self.MOST_OLDER]
+
     def may_have(self, password):
         """He may have this one now: the world's answer is the same as to other lines."""
         if self.login:
@@ -3930,7 +3943,8 @@ class Character(Survivor):
             while changed is not None:
                 if changed and self.login:
                     confirmed.append((change, self.login))
-                    self.previous, self.login, self.doubtful = before, change.of(self.login), None
+                    self.became(change.of(self.login), before)
+                    self.doubtful = None
                 change = change.next()
                 changed = change.outcome(dialect, b"") if change else None
             left += [change] * (change is not None)
@@ -3972,8 +3986,8 @@ class Character(Survivor):
     def plan_return(self, logs_in):
         """The pairs to try, best first: none for guests, nor where nobody logs in."""
         self.give_up_change()
-        pairs = [pair for pair in (self.login or self.pending, self.previous, self.doubtful)
-                 if pair]
+        pairs = [self.login or self.pending, self.previous, self.doubtful, *self.older]
+        pairs = [pair for number, pair in enumerate(pairs) if pair and pair not in pairs[:number]]
         self.trials = pairs if logs_in and not self.is_guest else []
 
     def must_be_checked(self, counts_failures):
@@ -3999,9 +4013,8 @@ class Character(Survivor):
     def came_back(self, login):
         """This pair took. Returns (whether it is his first login, whether a change was lost)."""
         login, first = login.made, self.login is None
-        lost_change = self.previous is not None and login == self.previous
-        others = [pair for pair in (self.login, self.previous) if pair and pair != login]
-        self.login, self.previous = login, others[0] if others else None
+        lost_change = login in (self.previous, *self.older)
+        self.became(login)
         self.pending, self.checked, self.doubtful = None, None, None
         self.proven = login.character
         return first, lost_change
@@ -5918,6 +5931,7 @@ class Opening(Part):
         session.screen.show(words)
         if session.character.is_guest:
             session.character.login = session.character.previous = None
+            session.character.older = []
         # The first output says so sooner. PennMUSH is silent at first, and forgets connects less
         # than 1 ms apart (choreography.md 2).
         session.later(1 if session.dialect.greets else 0.005, session.arrived)
@@ -9654,8 +9668,7 @@ class Places:
         """A change of a login was confirmed: other sessions of it change, too."""
         if self.hub.settings.reattach:
             for other in self._others(session, before, same=True):
-                theirs = other.character
-                theirs.previous, theirs.login = theirs.login, change.of(theirs.login)
+                other.character.became(change.of(other.character.login))
                 self.hub.keep(other)
 
     def rest(self):

@@ -1622,6 +1622,23 @@ class TestChange(unittest.TestCase):
         character.follow_change(DIALECTS["tinymux"], b"Password changed.\r\n" * 1000)
         self.assertEqual(character.login.password, b"%d" % (has.Change.MOST_BEHIND + 1))
 
+    def test_a_crash_may_undo_several_changes(self):
+        """The last dump may be older than all of them. No pair is tried twice."""
+        character, pairs = has.Character(), []
+        character.login = has.Credentials(b"connect", b"Alice", b"0")
+        for kind, new, done in (("name", b"Eve", b"Name set."),
+                                *[("password", b"%d" % (number % 5), b"Password changed.")
+                                  for number in range(1, 7)]):
+            pairs.insert(0, (character.login.name, character.login.password))
+            character.change(kind, new, 0)
+            character.follow_change(DIALECTS["tinymux"], done + b"\r\n")
+            character.plan_return(True)
+            last, *before = [(it.name, it.password) for it in character.trials]
+            self.assertEqual(last, (character.login.name, character.login.password))
+            self.assertEqual(before, [pair for pair in pairs if pair != last][:3])
+        self.assertEqual(character.came_back(character.trials[-1]), (False, True))
+        self.assertEqual((character.login.name, character.login.password), before[-1])
+
     def test_what_becomes_of_the_login(self):
         old = has.Credentials(b"cd", b"Alice", b"one")
         for change, name, password in ((has.Change("password", b"two", 0), b"Alice", b"two"),
@@ -4786,6 +4803,23 @@ class Silence(RigCase):
 
 
 class Returning(RigCase):
+    def test_a_name_and_a_password_changed_since_the_last_dump(self):
+        rig, client, link = self.player()
+        for typed, done in (("@name me=Eve", "Name set."),
+                            ("@password pw=new", "Password changed.")):
+            client.says(typed + "\r\n")
+            link.says(done + "\r\n")
+        rig.restart("life 2")
+        tried = []
+        for welcome in (None, None, "Welcome"):
+            link = rig.game.accept()
+            asked = link.sock.recv(65536, socket.MSG_PEEK)
+            tried += re.findall(rb"connect \w+ \w+", asked)
+            rig.let_in(link, welcome)
+        self.assertEqual(tried, [b"connect Eve new", b"connect Eve pw", b"connect Alice pw"])
+        self.assertEqual((state_of(client), client.session.character.name), ("PLAYING", "Alice"))
+        self.assertEqual(client.lines()[-1], "# ONLINE")
+
     def test_on_success_only_the_online_notice(self):
         rig, client, link = self.returning()
         rig.let_in(link, "Welcome, Alice!\r\nLimbo")
