@@ -10005,6 +10005,10 @@ class Links(Survivor):
     def add(self, session):
         """Open the session's link when it is its turn."""
         is_suspect = self.suspects.is_suspect(session.who)
+        if is_suspect and not self._last:
+            log.warning("the world died right behind those who had come, more than once: they come "
+                        "last now, %d at a time, %d s apart", self.suspects.together,
+                        self.suspects.APART)
         (self._last if is_suspect else self._waiting).setdefault(session)
         self.go_on()
 

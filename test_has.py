@@ -5156,7 +5156,11 @@ class SuspectsComeLast(RigCase):
             rig.let_in(rig.game.accept())
         rig.down()                              # the second in a row just behind them
         clients.append(rig.client())
-        rig.found("life 5")
+        with self.assertLogs("has", "WARNING") as logs:
+            rig.found("life 5")
+        self.assertEqual([line for line in logs.output if "come last" in line],
+                         ["WARNING:has:the world died right behind those who had come, more than "
+                          "once: they come last now, 1 at a time, 2 s apart"])
         self.assertEqual(states(), ["WAITING"] * 3 + ["LOGIN"])
         rig.game.accept().says("Welcome\r\n")
         for count in range(1, 4):
