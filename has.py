@@ -1025,7 +1025,7 @@ def in_character_set(text, codec):
     What a character set lacks is spelled without its accents, or is `?`.
     """
     if codec is None:
-        plain = text.translate(_PLAIN_MARKS)
+        plain = text if text.isascii() else text.translate(_PLAIN_MARKS)
         return (plain if plain.isascii() else text).encode("utf-8", "replace")
     try:
         return text.encode(codec)
@@ -3118,15 +3118,20 @@ class Stream:
             self._broken = True                 # gone already; reading says so too
 
     def last_words(self):
-        """Deliver what the other side sent before it ended, as far as it has arrived."""
+        """Deliver what the other side sent before it ended, as far as it has arrived; note whether
+        it has."""
         while not (self.closed or self.ended or self.connecting):
             try:
                 data = self._receive(self.chunk)
+            except NOT_NOW:
+                return
             except OSError:
-                return
-            if not data:
-                return
-            self.on_data(data)
+                data = b""
+            if data:
+                self.on_data(data)
+            else:
+                self.ended = True
+                self._update()
 
     def read_little(self):
         """Read no more at a time than may be written down in each turn while it waits: the rest
@@ -3620,6 +3625,8 @@ NOTHING = {}
 class State(enum.Enum):
     """What a session is doing; Session.TABLE has what happens in which of them."""
 
+    __hash__ = object.__hash__     # each event is looked up; Enum's own is a call of Python
+
     OPENING = "its first link is being opened"
     LOGIN = "at the login screen"
     PLAYING = "in the game"
@@ -3641,6 +3648,8 @@ PLACES = {State.ASKING} | PLACES_TO_TAKE | COMING_BACK
 
 class Event(enum.Enum):
     """What happens to a session, other than text."""
+
+    __hash__ = object.__hash__
 
     TURN = "its turn to connect to the world"
     OPENED = "the link is open"
@@ -4199,9 +4208,8 @@ class Screen(Part):
             return
         telnet = self.session.telnet
         lines = self.spelling.spell(text, telnet.codec, more)
-        self.send(telnet.break_off())
-        fresh = b"\r\n" if self.tail else b""
-        self.send(self.spelling.end(self.tail) + fresh + lines + b"\r\n")
+        begun = self.spelling.end(self.tail) + b"\r\n" if self.tail else self.spelling.reset()
+        self.send(telnet.break_off() + begun + lines + b"\r\n")
         self.tail = b""
 
     def go_on(self):
@@ -6701,7 +6709,8 @@ class Session(Survivor):
         that for its doing."""
         link, self.link = self.link, None
         if link:
-            self.hub.keep(self)
+            if not link.ended:
+                self.hub.keep(self)
             link.drop()
         self.drop_link()
 

@@ -2143,10 +2143,13 @@ class TestStream(unittest.TestCase):
     def test_last_words_are_delivered_before_a_drop(self):
         stream, other = self.pair()
         stream.pause()
-        other.sendall(b"a" * 5000)
+        other.sendall(b"a" * 4000)
+        stream.last_words()
+        self.assertEqual((self.got, stream.ended), (b"a" * 4000, False))
+        other.sendall(b"a" * 1000)
         other.close()
         stream.last_words()
-        self.assertEqual((self.got, self.said), (b"a" * 5000, []))
+        self.assertEqual((self.got, self.said, stream.ended), (b"a" * 5000, [], True))
         stream.drop()
         stream.last_words()
         self.assertEqual(self.got, b"a" * 5000)
@@ -8246,6 +8249,26 @@ class Died(RigCase):
             self.assertIn(state_of(rig.alice), ("PLAYING", "WAITING", "RETURNING"))
         self.assertGreater(count, 2)
 
+    def test_a_crash_costs_nobody_his_session_wherever_it_dies(self):
+        count = 0
+
+        def prepare():
+            rig, rig.alice, rig.link = self.player()
+            return rig
+
+        def act(rig):
+            rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
+            rig.link.sock.close()               # read as the last words, not by itself
+            rig.settle()
+        for rig in deaths(has.Stream, ["drop", "send"], prepare, act):
+            count += 1
+            rig.die()
+            self.assertIn(state_of(rig.alice), ("ASKING", "WAITING"))
+            rig.found("life 2")
+            rig.answer(rig.beat.asks)
+            self.assertEqual(state_of(rig.alice), "RETURNING")
+        self.assertGreater(count, 4)
+
     def test_who_comes_back_to_his_place_stays_wherever_it_dies(self):
         count = 0
 
@@ -11040,6 +11063,17 @@ class ManyAtOnce(RigCase):
         rig.settle()
         self.assertEqual([client.lines() for client in clients[:59]], [["# OFFLINE"]] * 59)
         self.assertEqual(rig.beat.asks, [])
+
+    def test_a_crash_is_told_before_it_is_written_down(self):
+        """Who goes on from here finds the links ended; one that HAS gives up he would not."""
+        rig, clients, links = self.crowd(10)
+        rig.hub.mailbox.post(rig.hub.heard, "lost", "no answer", True)
+        for link in links[:9]:
+            link.sock.close()
+        with mock.patch.object(rig.hub, "keep", wraps=rig.hub.keep) as keep:
+            rig.settle()
+        self.assertEqual([client.lines() for client in clients], [["# OFFLINE"]] * 10)
+        self.assertEqual(keep.call_args_list, [mock.call(clients[9].session)])
 
     def test_what_the_heartbeat_says_comes_before_many_ends(self):
         rig, clients, links = self.crowd(30)
