@@ -2949,13 +2949,12 @@ class Stream:
     settled = True                 # see Absent
 
     __slots__ = ("selector", "sock", "owner", "on_data", "out", "connecting", "ended", "closed",
-                 "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "far", "_receive",
-                 "_paused", "_finishing", "_broken", "_interest")
+                 "full", "sent_bytes", "trail", "recent", "peeks", "chunk", "far", "_paused", "_finishing", "_broken", "_interest")
 
     def __init__(self, selector, sock, owner, on_data, connecting=False, far=None):
         sock.setblocking(False)
         self.selector, self.sock, self.owner, self.on_data = selector, sock, owner, on_data
-        self.peeks, self.chunk, self._receive = False, CHUNK, sock.recv
+        self.peeks, self.chunk = False, CHUNK
         self.out = b""             # a bytearray while something waits to be sent
         self.connecting = connecting
         self.ended = self.closed = self.full = False
@@ -2995,25 +2994,29 @@ class Stream:
 
     def ready(self, events):
         """The selector says that reading or writing would not block."""
-        if events & WRITE:
-            if self.connecting:
-                self._finish_connect()
+        if events != READ:
+            if events & WRITE:
+                self._writable()
+            if self.closed or not events & READ:
                 return
+        try:
+            data = self._shown() if self.peeks else self.sock.recv(self.chunk)
+        except NOT_NOW:
+            return
+        except OSError as error:
+            self.end(error.strerror or str(error))
+            return
+        if data:
+            on_data = self.on_data              # a call of what a slot holds costs twice as much
+            on_data(data)
+        else:
+            self.end("")
+
+    def _writable(self):
+        if self.connecting:
+            self._finish_connect()
+        else:
             self._flush()
-            if self.closed:
-                return
-        if events & READ:
-            try:
-                data = self._receive(self.chunk)
-            except NOT_NOW:
-                return
-            except OSError as error:
-                self.end(error.strerror or str(error))
-                return
-            if data:
-                self.on_data(data)
-            else:
-                self.end("")
 
     def _finish_connect(self):
         error = connect_error(self.sock)
@@ -3122,7 +3125,7 @@ class Stream:
         it has."""
         while not (self.closed or self.ended or self.connecting):
             try:
-                data = self._receive(self.chunk)
+                data = self._shown() if self.peeks else self.sock.recv(self.chunk)
             except NOT_NOW:
                 return
             except OSError:
@@ -3152,9 +3155,11 @@ class Stream:
         nothing is lost if this process dies meanwhile. Returns whether it is another."""
         if peeks is self.peeks:
             return False
-        sock, self.peeks = self.sock, peeks
-        self._receive = (lambda _: sock.recv(LOOK_BYTES, socket.MSG_PEEK)) if peeks else sock.recv
+        self.peeks = peeks
         return True
+
+    def _shown(self):
+        return self.sock.recv(LOOK_BYTES, socket.MSG_PEEK)
 
     def take(self, size):
         """So much of what was shown has been dealt with."""
@@ -4074,7 +4079,7 @@ class Screen(Part):
         state, inbox = session.state, session.inbox
         fast = (state is State.PLAYING and session.linked and inbox.is_fast
                 and not session.hold.silent and not session.dialect.capped)
-        inbox.forward = session.link.send if fast else None
+        inbox.forward = session.link if fast else None
         inbox.peek.update(state)
         proof = session.feed.proof
         self.careful = bool(
@@ -4733,7 +4738,7 @@ class Inbox(Part):
     def __init__(self, session, client):
         super().__init__(session)
         self.client = client
-        self.forward = None        # the fast path: what sends to the world; see Screen.choose_path
+        self.forward = None        # the fast path: the link it leads to; see Screen.choose_path
         self.catches_up = False    # with what was typed while there was no process to read it
         self.typed_at, self.bytes_in = self.hub.now, 0
         self.announced = False     # the log has a line about him: who says nothing may be a probe
@@ -4774,9 +4779,9 @@ class Inbox(Part):
         forward = self.forward
         if forward and data[-1] == 10 and (
                 data[0] not in _WATCHED_FIRST or not _WATCHED.match(data)):
-            line = data[:-2] if data[-2:] == b"\r\n" else data[:-1]
+            line = data[:-2] if data[-2:-1] == b"\r" else data[:-1]
             if line.translate(_DOUBTS_MARKED) == line:
-                forward(data)
+                forward.send(data)
                 return
         if len(data) == LOOK_BYTES and not self.client.peeks:
             data += self.client.rest_of_line()
@@ -8865,40 +8870,59 @@ def host_group(host):
     return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
 
 
+class Gone:
+    """Stands for a stream that has left the selector since it was said to be ready."""
+
+    owner = None
+
+    def ready(self, events):
+        """That is of no use any more."""
+
+
+GONE = Gone()
+
+
 class Poller(selectors.DefaultSelector):
-    """The selector of a loop. What it says of who is ready is [(stream, events)], as the stream was
-    registered; where there is epoll, at most EVENTS_A_TURN, those who have waited longest, and in
-    half the time that the standard library's takes."""
+    """The selector of a loop. What it says of who is ready is [(descriptor, events)]; `streams` has
+    who that is, and meaning() tells what other events than READ are. Where there is epoll it names
+    at most EVENTS_A_TURN, those who have waited longest."""
 
     def __init__(self):
         super().__init__()
-        self._streams, self._epoll = {}, None
+        self.streams, self._epoll = {}, None
+        self._changes = {}         # to `streams`, by the next select(): descriptors that are anew
         if isinstance(self, getattr(selectors, "EpollSelector", ())):
             self._epoll = select.epoll.fromfd(os.dup(self.fileno()))
 
     def register(self, sock, events, stream=None):
         """Watch this socket, for a stream."""
         key = super().register(sock, events, stream)
-        self._streams[key.fd] = stream
+        (self._changes if key.fd in self._changes else self.streams)[key.fd] = stream
         return key
 
     def unregister(self, sock):
-        """Watch it no more."""
+        """Watch it no more. Who has its descriptor next is not meant by what was said of this."""
         key = super().unregister(sock)
-        del self._streams[key.fd]
+        self.streams[key.fd], self._changes[key.fd] = GONE, None
         return key
 
     def select(self, timeout=None):
         """Wait for at most `timeout` seconds; None: for ever."""
+        for fd, stream in self._changes.items():
+            self.streams[fd] = stream
+            if stream is None:
+                del self.streams[fd]
+        self._changes.clear()
         if not self._epoll:
-            return [(key.data, events) for key, events in super().select(timeout)]
-        streams = self._streams
-        return [(streams[fd], READ if events == select.EPOLLIN else self._meaning(fd, events))
-                for fd, events in self._epoll.poll(timeout, EVENTS_A_TURN) if fd in streams]
+            return [(key.fd, events) for key, events in super().select(timeout)]
+        return self._epoll.poll(timeout, EVENTS_A_TURN)
 
-    def _meaning(self, fd, events):
-        """An error or a hang-up is for who reads as well as for who writes."""
-        wanted = self.get_key(fd).events
+    def meaning(self, fd, events):
+        """What it said, as READ and WRITE. An error or a hang-up is for who reads as well as for
+        who writes."""
+        if not self._epoll or fd not in self.streams:
+            return events
+        wanted = self.get_map()[fd].events if self.streams[fd] is not GONE else 0
         return wanted & ((READ if events & ~select.EPOLLOUT else 0)
                          | (WRITE if events & ~select.EPOLLIN else 0))
 
@@ -8912,8 +8936,8 @@ class Poller(selectors.DefaultSelector):
 class Loop:
     """Serves what is ready and what is due. Main thread only, but for `mailbox`.
 
-    What stands in the selector has ready(events), closed and owner; an owner with on_error() ends
-    alone when its handler fails.
+    What stands in the selector has ready(events) and owner; an owner with on_error() ends alone
+    when its handler fails.
     """
 
     closed = False
@@ -8929,7 +8953,7 @@ class Loop:
         self._breath_over = 0                   # ... and from when on that is done
         self.changed = set()                    # sessions, or the hub: perhaps, in this turn
         self.burden = 0                         # of this turn: see BURDEN_A_TURN
-        self._left = frozenset()                # streams that were ready, and not served
+        self._left = frozenset()                # descriptors that were ready, and not served
         self._sweeps = collections.deque()      # see sweep()
 
     def turn(self, longest=None):
@@ -8945,18 +8969,28 @@ class Loop:
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
         self.now = self.clock()
-        for stream, events in ready if len(ready) <= BURDEN_A_TURN else self._in_turns(ready):
-            try:
-                if not stream.closed:           # else its descriptor may be another's by now
-                    stream.ready(events)
-            except Exception:
-                self.fault(stream.owner)
+        self._serve(ready if len(ready) <= BURDEN_A_TURN else self._in_order(ready))
         if timers and timers[0][0] <= self.now:
             self._run_timers()
         if left and (not ready or self.now >= self._breath_over):
             self._read_on(left)
         if self.changed:
             self.write_down()
+
+    def _serve(self, ready):
+        """Serve who is ready, until that was too much for a turn; the selector names the others
+        again."""
+        stream_of, rest, self._left = self.selector.streams.get, iter(ready), frozenset()
+        for fd, events in rest:
+            stream = stream_of(fd, GONE)
+            if events != READ:                  # epoll has the same number for that
+                events = self.selector.meaning(fd, events)
+            try:
+                stream.ready(events)
+            except Exception:
+                self.fault(stream.owner)
+            if self.burden >= BURDEN_A_TURN:
+                self._left = frozenset(fd for fd, _ in rest)
 
     def _read_on(self, left):
         """Read more of the first `left` that were left for later: not in every turn, or one flood
@@ -8988,21 +9022,15 @@ class Loop:
             if self.clock() >= until:
                 break                           # due as they are, they come in the next turn
 
-    def _in_turns(self, ready):
-        """Yield what is ready until that was too much for a turn; the selector names the others
-        again. One who was not left then for one who was: nobody waits for all of them. First of all
+    def _in_order(self, ready):
+        """One who was not left then for one who was: nobody waits for all of them. First of all
         what the heartbeat says: it may make all those ends one."""
-        yield self, READ
+        self.mailbox.run()
         left = [it for it in ready if it[0] in self._left] if self._left else []
         if left:
             fresh = [it for it in ready if it[0] not in self._left]
             ready = [it for pair in itertools.zip_longest(fresh, left) for it in pair if it]
-        self._left = frozenset()
-        for number, it in enumerate(ready):
-            yield it
-            if self.burden >= BURDEN_A_TURN:
-                self._left = frozenset(stream for stream, _ in ready[number + 1:])
-                return
+        return ready
 
     def sweep(self, calls):
         """Make many calls, an iterable of (call, arguments), in order and behind those of other
