@@ -3044,19 +3044,30 @@ class Stream:
 
     def send(self, data):
         """Send now what the socket takes and keep the rest in order."""
-        if not self.out and not self.connecting:
-            try:
-                sent = self.sock.send(data)
-            except NOT_NOW:
-                sent = 0
-            except OSError:
-                self._broken, sent = True, 0
-            if sent == len(data):
+        if self.out or self.connecting:
+            self._hold(data)
+            return
+        try:
+            sent = self.sock.send(data)
+        except NOT_NOW:
+            sent = 0
+        except OSError:
+            self._broken, sent = True, 0
+        recent = self.recent
+        if sent == len(data):
+            if recent is None:
                 return
-            data = data[sent:]
-        self._hold(data)
+            if sent <= SMALL_CHUNK and len(recent) < MANY_NOTES:
+                recent.append(self.trail)
+                recent.append(data)
+                return
+        if self.trail and sent:
+            self.trail.add(data[:sent])
+        self._hold(data[sent:])
 
     def _hold(self, data):
+        if self._broken and self.trail:
+            self.trail.add_lost(data)
         if self._broken or not data:
             return
         if not self.out:
@@ -3080,11 +3091,15 @@ class Stream:
 
     def _took(self, sent):
         """The kernel took so many bytes of what is held."""
+        if self.trail:
+            self.trail.add(bytes(self.out[:sent]))
         self.sent_bytes += sent
         del self.out[:sent]
 
     def _fail(self):
         """What is held will never be sent."""
+        if self.trail:
+            self.trail.add_lost(bytes(self.out))
         self._broken, self.out = True, b""
 
     def _flushed(self):
@@ -3169,11 +3184,35 @@ class Stream:
     def drop(self):
         """Close now. Harmless twice."""
         if not self.closed:
+            self.follow(0)                      # while the socket can be asked
             self.closed, self.out = True, b""
             self._update()
             if self.far:
                 self.far.leave()
             hang_up(self.sock)
+
+    def follow(self, limit, journal=None):
+        """From now on, while it is open, it leaves a trail of at most `limit` bytes; 0: none any
+        more. `journal`: the one of all streams."""
+        if limit and self.trail:
+            self.trail.limit = limit
+            return
+        if self.trail:
+            self.trail.journal.deliver()
+        self.trail = self.recent = None
+        if limit:
+            # the process between has read so much, and not yet sent
+            slack = TLS_RECORD if self.far else 0
+            self.trail = Trail(limit, self.unacknowledged, slack, journal)
+            self.recent = self.trail.journal.recent
+
+    def unacknowledged(self):
+        """How many bytes are not acknowledged; at most so many, where TLS lies between."""
+        if not self.far:
+            return unacknowledged(self.sock)
+        if not self.far.sock:
+            return self.trail.limit             # nobody has said yet
+        return unacknowledged(self.sock) + unacknowledged(self.far.sock)
 
     def pack(self, name, held=True):
         """What a new process needs to go on with this stream: `name` says under which name it will
@@ -3400,7 +3439,7 @@ class Journal:
     __slots__ = ("recent",)
 
     def __init__(self):
-        self.recent = []           # always this list (see TrailedStream)
+        self.recent = []           # always this list (see Stream.send)
 
     def deliver(self):
         """Give each trail what is its own."""
@@ -3506,78 +3545,6 @@ class Trail:
         admitted = data[first:begin].split(b"\n")[-1 - max(DOUBTFUL_LINES, doubted):]
         return (b"\n".join(admitted), data[start:] + self.lost,
                 self._lost_of(left - len(data)) + self.lost_lines)
-
-
-class TrailedStream(Stream):
-    """A stream to a client that leaves a Trail."""
-
-    __slots__ = ()
-
-    def send(self, data):
-        """Send now what the socket takes and keep the rest in order."""
-        if self.out:
-            self._hold(data)
-            return
-        try:                                    # as Stream.send: a call of that costs a tenth of it
-            sent = self.sock.send(data)
-        except NOT_NOW:
-            sent = 0
-        except OSError:
-            self._broken, sent = True, 0
-        recent = self.recent
-        if sent == len(data) <= SMALL_CHUNK and len(recent) < MANY_NOTES:
-            recent.append(self.trail)
-            recent.append(data)
-            return
-        if sent:
-            self.trail.add(data[:sent])
-        self._hold(data[sent:])
-
-    def _took(self, sent):
-        self.trail.add(bytes(self.out[:sent]))
-        super()._took(sent)
-
-    def _fail(self):
-        self.trail.add_lost(bytes(self.out))
-        super()._fail()
-
-    def _hold(self, data):
-        if self._broken:
-            self.trail.add_lost(data)
-        super()._hold(data)
-
-    def drop(self):
-        """Close now. Harmless twice."""
-        self.trail.journal.deliver()            # while the socket can be asked
-        super().drop()
-        follow(self, 0)                         # it holds on to this stream
-
-    def unacknowledged(self):
-        """How many bytes are not acknowledged; at most so many, where TLS lies between."""
-        if not self.far:
-            return unacknowledged(self.sock)
-        if not self.far.sock:
-            return self.trail.limit             # nobody has said yet
-        return unacknowledged(self.sock) + unacknowledged(self.far.sock)
-
-
-def follow(stream, limit, journal=None):
-    """From now on this open stream leaves a trail of at most `limit` bytes; 0: none any more. So
-    streams without one are spared even the question. `journal`: the one of all of them."""
-    if not isinstance(stream, Stream):
-        return                                  # nobody is there
-    if limit and stream.trail:
-        stream.trail.limit = limit
-        return
-    if stream.trail:
-        stream.trail.journal.deliver()
-    stream.__class__, stream.trail, stream.recent = Stream, None, None
-    if limit:
-        stream.__class__ = TrailedStream
-        # the process between has read so much, and not yet sent
-        slack = TLS_RECORD if stream.far else 0
-        stream.trail = Trail(limit, stream.unacknowledged, slack, journal)
-        stream.recent = stream.trail.journal.recent
 
 
 # ======================================================================
@@ -6060,7 +6027,7 @@ class Absent:
     def resume(self):
         """Nobody types."""
 
-    peek = read_little = pause
+    peek = read_little = follow = pause
 
     def pack(self, name, held=True):
         """For another process: it has no descriptor. Of what is written down for it again and
@@ -6256,7 +6223,7 @@ class Place(Part):
         self.take_client(absent)
         trail, out, far = client.trail, bytes(client.out), client.far
         most = client.unacknowledged() + trail.slack if trail else 0
-        follow(client, 0)
+        client.follow(0)
         client.send(farewell)
         if trail and far:
             absent.settled, sent = False, 0 if out else len(farewell)
@@ -6464,7 +6431,7 @@ class Place(Part):
     def login_took(self, is_proven=True):
         """He is in, perhaps beyond doubt: else that costs nobody else his place."""
         self.outdated = False
-        follow(self.session.client, 0)          # what was before is not for this character
+        self.session.client.follow(0)           # what was before is not for this character
         self.follow()
         if is_proven and self.hub.settings.reattach:
             self.hub.places.login_took(self.session)
@@ -6473,8 +6440,8 @@ class Place(Part):
         """From now on what he is sent leaves a trail, or not: his place may have to be kept."""
         settings = self.hub.settings
         wanted = settings.reattach and self.session.character.login
-        follow(self.session.client, settings.reattach_limit if wanted else 0,
-               self.hub.places.journal)
+        self.session.client.follow(settings.reattach_limit if wanted else 0,
+                                   self.hub.places.journal)
 
 
 class Session(Survivor):

@@ -6748,7 +6748,7 @@ class WhatWasOnTheWay(unittest.TestCase):
             self.addCleanup(ours.close)
             streams.append(has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None))
             self.addCleanup(streams[-1].drop)
-            has.follow(streams[-1], 1 << 20, journal)
+            streams[-1].follow(1 << 20, journal)
             streams[-1].trail.ask = lambda: 1 << 20
         for number in range(has.MANY_NOTES):
             who = number * 7 % 3
@@ -6763,12 +6763,12 @@ class WhatWasOnTheWay(unittest.TestCase):
 
     def test_who_has_gone_is_in_no_journal(self):
         """Or others would be in trouble when his lines are taken out of it."""
-        for ends in (lambda stream: stream.drop(), lambda stream: has.follow(stream, 0)):
+        for ends in (lambda stream: stream.drop(), lambda stream: stream.follow(0)):
             ours, theirs = tcp_pair()
             self.addCleanup(ours.close)
             stream, journal = (has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None),
                                has.Journal())
-            has.follow(stream, 1 << 20, journal)
+            stream.follow(1 << 20, journal)
             trail = stream.trail
             for _ in range(100):
                 stream.send(b"a line of eighty columns".ljust(80, b".") + b"\r\n")
@@ -6783,7 +6783,7 @@ class WhatWasOnTheWay(unittest.TestCase):
         for _ in range(8):
             ours, theirs = tcp_pair()
             stream = has.Stream(selectors.DefaultSelector(), theirs, mock.Mock(), None)
-            has.follow(stream, 1 << 20)
+            stream.follow(1 << 20)
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             seen, fed = b"", 0
