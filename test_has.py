@@ -2026,6 +2026,102 @@ class Selector(selectors.DefaultSelector):
         return super().unregister(*arguments)
 
 
+class TestLoop(unittest.TestCase):
+    """Who is said to be ready, and is not there any more when his turn comes."""
+
+    class Reader:
+        """Reads what comes, and does something about it."""
+
+        def __init__(self, loop, sock, act=lambda: None):
+            self.loop, self.sock, self.act, self.owner, self.events = loop, sock, act, self, []
+            loop.selector.register(sock, has.READ, self)
+
+        def ready(self, events):
+            self.events.append(events)
+            self.sock.recv(99)
+            self.act()
+
+        def leave(self):
+            self.loop.selector.unregister(self.sock)
+            self.sock.close()
+
+    def setUp(self):
+        self.loop, self.others = has.Loop(), []
+        self.addCleanup(self.loop.selector.close)
+
+    def reader(self, act=lambda: None):
+        """A reader to whom something was sent, or, for another call, nothing yet."""
+        mine, other = socket.socketpair()
+        mine.setblocking(False)
+        self.others.append(other)
+        self.addCleanup(other.close)
+        self.addCleanup(mine.close)
+        return self.Reader(self.loop, mine, act)
+
+    def turn_in_which_the_first_acts(self, act):
+        """Two have something to read, and the first that is asked acts upon the other."""
+        acted = []
+
+        def once():
+            if not acted:
+                acted.append(True)
+                act(second if first.events else first)
+        first, second = self.reader(once), self.reader(once)
+        for other in self.others:
+            other.send(b"x")
+        self.loop.turn(5)
+        self.assertEqual(sorted([first.events, second.events]), [[], [has.READ]])
+        return first, second
+
+    def test_who_has_left_is_not_served(self):
+        self.turn_in_which_the_first_acts(lambda other: other.leave())
+        self.loop.turn(0)
+
+    def test_who_has_the_descriptor_of_one_who_has_left_is_not_meant(self):
+        new = []
+
+        def act(other):
+            descriptor = other.sock.fileno()
+            other.leave()
+            new.append(self.reader())
+            while new[-1].sock.fileno() != descriptor:
+                new.append(self.reader())
+        self.turn_in_which_the_first_acts(act)
+        self.assertEqual([it.events for it in new], [[]] * len(new))
+        for other in self.others[2:]:
+            other.send(b"y")
+        self.loop.turn(5)
+        self.assertEqual([it.events for it in new], [[has.READ]] * len(new))
+
+    def test_who_paused_and_goes_on_is_served_in_the_next_turn(self):
+        def act(other):
+            self.loop.selector.unregister(other.sock)
+            self.loop.selector.register(other.sock, has.READ, other)
+        both = self.turn_in_which_the_first_acts(act)
+        self.loop.turn(5)
+        self.assertEqual([it.events for it in both], [[has.READ]] * 2)
+
+    def test_a_hang_up_is_for_who_reads_and_for_who_writes(self):
+        reader = self.reader()
+        for wanted in (has.READ, has.WRITE, has.READ | has.WRITE):
+            self.loop.selector.modify(reader.sock, wanted, reader)
+            self.others[0].close()
+            self.loop.turn(5)
+            self.assertEqual(reader.events.pop(), wanted)
+
+    def test_without_epoll(self):
+        def base(which):
+            has.Poller.__bases__ = which,
+        self.addCleanup(base, *has.Poller.__bases__)
+        base(selectors.SelectSelector)
+        with mock.patch.object(selectors, "EpollSelector", type(None)):
+            self.loop = has.Loop()
+        self.addCleanup(self.loop.selector.close)
+        self.test_who_has_left_is_not_served()
+        self.others.clear()
+        self.test_who_has_the_descriptor_of_one_who_has_left_is_not_meant()
+
+
 class TestStream(unittest.TestCase):
     def setUp(self):
         self.selector, self.said, self.got = Selector(), [], b""
