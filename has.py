@@ -8914,8 +8914,6 @@ class Loop:
     when its handler fails.
     """
 
-    closed = False
-
     def __init__(self, clock=time.monotonic):
         self.clock, self.now = clock, clock()   # now: of this turn
         self.selector = Poller()
@@ -12822,7 +12820,6 @@ class Guard:
     """In the worker: replaces the keeper when that has died."""
 
     AGAIN_SECONDS = 2
-    closed = False
 
     def __init__(self, hub, vault, arguments):
         self.owner, self.hub, self._vault, self._arguments = self, hub, vault, arguments

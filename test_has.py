@@ -10,7 +10,7 @@
     6. Session        StateTable, then a RigCase for each rule: Serials ... Limits
     7. Heartbeat      TestTalk ... TestHeartbeatByHand without its thread, TestHeartbeat with it
     8. Health         EveryOrder, TestHealth, TestLoss, TestSuspects, HeartbeatAlone, ManyEnd
-    9. Hub            Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
+    9. Hub            TestLoop, Pace, Lobby, Listeners, Turns, LoginBrake, TestLoginBrake, Limits
     10. Survival      TestRecords, TestShelf, TestVault, Died, TakenOver...,
                       TestUpgrade..., TestKeeper, TestSystemd; InTLS, HandshakesOfTLS, FrontsOfTLS,
                       PlaceInTLS
