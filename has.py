@@ -4070,7 +4070,7 @@ class Screen(Part):
             self.session.feed.read(data)
             return
         if data[-1] != 10:
-            self.tail = (self.tail + data)[-200:].rpartition(b"\n")[2]
+            self.tail = (self.tail + data[-200:])[-200:].rpartition(b"\n")[2]
         elif self.tail:
             self.end_line(data)
             return

@@ -2046,8 +2046,13 @@ class TestLoop(unittest.TestCase):
             self.sock.close()
 
     def setUp(self):
-        self.loop, self.others = has.Loop(), []
-        self.addCleanup(self.loop.selector.close)
+        self.loop, self.others = self.new_loop(), []
+
+    def new_loop(self):
+        loop = has.Loop()
+        for it in loop.selector, loop.mailbox.reader, loop.mailbox.writer:
+            self.addCleanup(it.close)
+        return loop
 
     def reader(self, act=lambda: None):
         """A reader to whom something was sent, or, for another call, nothing yet."""
@@ -2115,8 +2120,7 @@ class TestLoop(unittest.TestCase):
         self.addCleanup(base, *has.Poller.__bases__)
         base(selectors.SelectSelector)
         with mock.patch.object(selectors, "EpollSelector", type(None)):
-            self.loop = has.Loop()
-        self.addCleanup(self.loop.selector.close)
+            self.loop = self.new_loop()
         self.test_who_has_left_is_not_served()
         self.others.clear()
         self.test_who_has_the_descriptor_of_one_who_has_left_is_not_meant()
