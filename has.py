@@ -5688,9 +5688,10 @@ class Hold(Part):
         if not silent and session.state in AT_LOGIN | {State.PLAYING, State.ASKING}:
             self.told = False
         if session.state in (State.ASKING, State.OPENING) or (
-                session.state is State.LOGIN and not session.feed.spoke_at) or (
+                session.state is State.LOGIN
+                and (not session.feed.spoke_at or session.character.unanswered)) or (
                 session.state is State.PLAYING
-                and self.hub.now - session.inbox.typed_at < settings.hb_timeout):
+                and session.inbox.typed_at > self.hub.health.answered_at):
             self.tell_silence()                 # he sees nothing, and may type nothing any more
         session.refresh()
 
@@ -8497,7 +8498,7 @@ class Health(Survivor):
         adopt LIFE                   open links are in that life
     """
 
-    SURVIVES = "silent_until",
+    SURVIVES = "silent_until", "answered_at"
 
     def __init__(self, settings, linked):
         self.settings = settings                # hb_timeout, dead_after, retry; another after HUP
@@ -8507,6 +8508,7 @@ class Health(Survivor):
         self.loss = None                        # a Loss, while the heartbeat has no connection
         self.lost_at = None                     # when users lost the world, if they did
         self.silent_until = 0.0                 # when a silent world is given up
+        self.answered_at = 0.0                  # when it answered a probe last
         self.reasons = {}                       # Address -> why not reached, since it was found
         self.endings = Endings()
         self._connections = 0                   # of the heartbeat, that were confirmed
@@ -8532,7 +8534,7 @@ class Health(Survivor):
 
     def answered(self, asks, life, now):
         """The world, in that life, answered a probe sent behind these (session, serial)."""
-        effects = []
+        self.answered_at, effects = now, []
         for number, serial in asks:
             if not self.endings.is_asking(number, serial):
                 continue
@@ -8673,6 +8675,7 @@ class Health(Survivor):
         if moved or reborn and was_up:
             self.endings.asking.clear()         # they wait for it now, like all others
         self.world, self.loss, self.lost_at, self.reasons = world, None, None, {}
+        self.answered_at = now
         self._connections += 1
         effects += self._become(Condition.UP)
         if was_silent:

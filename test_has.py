@@ -4835,6 +4835,24 @@ class Silence(RigCase):
         rig.heard("answering")
         self.assertEqual((early.lines(), late.lines()), ([], []))
 
+    def test_the_next_probe_may_come_a_beat_after_the_last_answer(self):
+        rig = self.rig()
+        (early, _), (late, _) = rig.player(), rig.player("Bob")
+        (guest, _), (reader, _) = rig.newcomer(), rig.newcomer()
+        for peer in rig.game.peers[-2:]:
+            peer.says("Welcome\r\n")
+        rig.pass_time(1)
+        early.says("say this is answered\r\n")
+        rig.pass_time(1)
+        rig.answer()
+        rig.pass_time(1)
+        late.says("say into the ice\r\n")
+        guest.says("connect Carol pw\r\n")
+        rig.pass_time(rig.hub.settings.beat + rig.hub.settings.hb_timeout - 1)
+        rig.heard("silent")
+        self.assertEqual([client.lines() for client in (early, late, guest, reader)],
+                         [[], ["# SILENT"], ["Welcome", "# SILENT"], ["Welcome"]])
+
     def test_lines_typed_at_a_silent_world_come_back_unsent_when_it_is_given_up(self):
         rig = self.rig()
         (client, link), (other, _) = rig.player(), rig.player("Bob")
@@ -12224,7 +12242,7 @@ class TestPartsOfTheProgram(unittest.TestCase):
 # source, by `hub.` in part 6, and by `session.` and `other.` below it.
 FOR_SESSIONS = {
     "now", "clock", "later", "patience", "backlogs", "burden",    # the loop
-    "settings", "world", "is_up", "record.health_since",        # how things are
+    "settings", "world", "is_up", "record.health_since", "health.answered_at",  # how things are
     "offline_notice", "control.with_maintenance", "history.returned", "history.refused",
     "history.gone", "changed", "keep", "is_kept",           # to outlive this process
     "connect", "stream_of", "ask", "check", "forget", "control.collect",     # what it does for one
