@@ -14499,7 +14499,10 @@ class TestWorldHealth(Case):
         has = Has(self, mush_address=world.address, beat=0.1, hb_timeout=1, dead_after=30).wait_up()
         typist = self.client(has, "connect Alice alicepw", world, "Alice")
         listener = self.client(has, "connect Bob bobpw", world, "Bob")
-        logins, after = len(world.logins), len(has.log)
+        logins, after, typed = len(world.logins), len(has.log), len(world.lines)
+        # behind an answer to a probe; else he may wait for one to his line
+        world.wait(lambda w: sum(b"think =" in line for _, line in w.lines[typed:]) > 1,
+                   what="another probe")
         world.freeze()
         has.wait_log(rb"does not answer", after=after)
         typist.send("say anybody?\r\n").expect(re.escape(SILENT) + r"\r\n")
