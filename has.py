@@ -5691,7 +5691,7 @@ class Hold(Part):
                 session.state is State.LOGIN
                 and (not session.feed.spoke_at or session.character.unanswered)) or (
                 session.state is State.PLAYING
-                and session.inbox.typed_at >= self.hub.health.answered_at):
+                and session.inbox.typed_at > self.hub.health.answered_at):
             self.tell_silence()                 # he sees nothing, and may type nothing any more
         session.refresh()
 

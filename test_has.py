@@ -4590,6 +4590,7 @@ class Waiting(RigCase):
     def test_what_the_world_has_left_unanswered_is_answered(self):
         """Ctrl-C just before the world died, or fell silent."""
         rig, client, link = self.player()
+        rig.pass_time(0.1)
         link.says(command(WILL, ECHO) + command(DO, NAWS))
         client.says(command(DO, ECHO) + command(WILL, NAWS) + command(DO, 6) + command(WILL, 91)
                     + command(DO, 3) + command(WILL, TTYPE) + command(WONT, 39))
