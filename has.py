@@ -9011,18 +9011,23 @@ class Loop:
         """Make many calls, an iterable of (call, arguments), in order and behind those of other
         sweeps: at once, as far as the time of a turn goes, then in the next turns."""
         self._sweeps.append(iter(calls))
-        if len(self._sweeps) == 1:              # else they are being made
-            self._go_on_sweeping()
+        if len(self._sweeps) == 1 and not self._sweep_on():         # else they are being made
+            self.later(0, self.later, 0, self._go_on_sweeping)      # not by this turn's timers
 
     def _go_on_sweeping(self):
+        if not self._sweep_on():
+            self.later(0, self._go_on_sweeping)
+
+    def _sweep_on(self):
+        """Make calls for the time of a turn; whether all are made."""
         until = self.clock() + SWEEP_SECONDS
         while self._sweeps:
             for call, arguments in self._sweeps[0]:
                 self.safely(call, *arguments)
                 if self.clock() >= until:
-                    self.later(0, self._go_on_sweeping)
-                    return
+                    return False
             self._sweeps.popleft()
+        return True
 
     def safely(self, call, *arguments):
         """Call it; an exception ends the client it was for, nothing else."""

@@ -11148,6 +11148,15 @@ class ManyAtOnce(RigCase):
         self.assertEqual({state_of(client) for client in clients[:-2] + clients[-1:]},
                          {"RETURNING"})
 
+    def test_what_is_left_of_a_sweep_is_for_the_next_turn(self):
+        rig, made = self.crowd(0)[0], []
+        rig.hub.mailbox.post(rig.hub.sweep, [(made.append, (number,)) for number in range(30)])
+        for least, most in ((8, 12), (17, 23), (26, 30)):
+            rig.hub.turn(0)
+            self.assertTrue(least <= len(made) <= most, (made, most))
+        rig.settle()
+        self.assertEqual(made, list(range(30)))
+
     def test_the_status_is_made_in_turns(self):
         rig, clients, _ = self.crowd(60)
         told, logged = [], []
