@@ -9808,16 +9808,17 @@ class LoginQueue(Survivor):
 class Suspects:
     """Whose login may kill the world: who comes last and alone, whom HAS logs in no more (rule 4).
 
-    Who came shortly before a death is a suspect. One such death means little: worlds die, and
-    everybody comes back at once. If the next life ends so, too, suspects come when all others are
-    through, one at a time. If the world dies behind such a single return, that is a strike; a
-    login that the world outlives clears him. Two strikes bar him, but only if they can hardly be
-    chance: a world that dies often dies behind innocents, too. So each strike weighs as much as a
-    death was probable in the time from his return to it, at the rate of the world's other deaths
-    in the last hour. `who` is a character, or the number of a session at the login screen. Pure.
+    Who came shortly before a death is a suspect. A few such deaths mean little: worlds die, admins
+    try out how HAS takes it, and everybody comes back at once. After more than PATIENCE in a row
+    suspects come when all others are through, one at a time. If the world dies behind such a
+    single return, that is a strike; a login that the world outlives clears him. Two strikes bar
+    him, but only if they can hardly be chance: a world that dies often dies behind innocents, too.
+    So each strike weighs as much as a death was probable in the time from his return to it, at the
+    rate of the world's other deaths in the last hour. `who` is a character, or the number of a
+    session at the login screen. Pure.
     """
 
-    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST = 5, 2, 3600, 1e-4, 4, 60
+    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST, PATIENCE = 2, 2, 3600, 1e-4, 4, 60, 5
     CALM, AT_ONCE = 10, 0.02       # the longest calm before one; shorter times count as this
     ELSEWHERE = "_came",           # see Links.arrivals_text
     __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
@@ -9873,12 +9874,10 @@ class Suspects:
         self._begun = None
         self._strikes = {who: strikes for who, strikes in self._strikes.items() if who in self._came
                          or strikes and now - strikes[-1][0] <= self.HOUR}
-        # of suspects who came in groups the last is suspected further: or none would be one alone
-        window = self.APART if self._streak > 1 and self.together > 1 else self.WINDOW
         behind = self._came and now - self._latest <= self.WINDOW
         self._streak = self._streak + 1 if behind else 0
         for who, (when, _) in self._came.items():
-            if now - when > window:             # it outlived his coming
+            if now - when > self.WINDOW:        # it outlived his coming
                 self._strikes.pop(who, None)
                 self.barred.discard(who)
             else:
@@ -9914,7 +9913,7 @@ class Suspects:
 
     def is_suspect(self, who):
         """Whether he comes last."""
-        return self._streak > 1 and who in self._strikes
+        return self._streak > self.PATIENCE and who in self._strikes
 
     def wait(self, who, now):
         """Seconds until this suspect may come. The calm before grows with his strikes: a world that
@@ -10023,7 +10022,7 @@ class Links(Survivor):
         """Open the session's link when it is its turn."""
         is_suspect = self.suspects.is_suspect(session.who)
         if is_suspect and not self._last:
-            log.warning("the world died right behind those who had come, more than once: they come "
+            log.warning("the world died right behind those who had come, each time: they come "
                         "last now, %d at a time, %d s apart", self.suspects.together,
                         self.suspects.APART)
         (self._last if is_suspect else self._waiting).setdefault(session)

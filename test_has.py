@@ -5180,8 +5180,8 @@ class TestSuspects(unittest.TestCase):
                                                 0, users[-1], after, start=86402.0)
                     self.assertEqual(barred, {users[-1]})
                     # the more slowly it kills, the more like chance it looks
-                    self.assertLessEqual(1 + deaths, {0.3: 7, 1.0: 10}.get(after, 5)
-                                         + 2 * (count > 4))
+                    self.assertLessEqual(1 + deaths, has.Suspects.PATIENCE + 2 * (count > 4)
+                                         + {0.3: 9, 1.0: 13}.get(after, 5))
                     self.assertEqual(self.lives(suspects, users, random.Random(1),
                                                 0, users[-1], after, start=87000.0)[0], None)
 
@@ -5219,14 +5219,15 @@ class TestSuspects(unittest.TestCase):
 
     def test_a_login_that_the_world_outlives_clears(self):
         suspects = has.Suspects()
-        for start in (0.0, 10.0):
-            suspects.found(start, {b"alice"})
-            suspects.came(b"alice", start + 1)
-            suspects.died(start + 2)
+        for start in range(has.Suspects.PATIENCE + 1):
+            self.assertFalse(suspects.is_suspect(b"alice"))
+            suspects.found(start * 10.0, {b"alice"})
+            suspects.came(b"alice", start * 10.0 + 1)
+            suspects.died(start * 10.0 + 2)
         self.assertTrue(suspects.is_suspect(b"alice"))
-        suspects.found(20.0, {b"alice"})
-        suspects.came(b"alice", 23.0)
-        suspects.died(40.0)
+        suspects.found(80.0, {b"alice"})
+        suspects.came(b"alice", 83.0)
+        suspects.died(100.0)
         self.assertFalse(suspects.is_suspect(b"alice"))
 
     def test_what_is_remembered_is_bounded(self):
@@ -5253,6 +5254,17 @@ class TestSuspects(unittest.TestCase):
 
 
 class SuspectsComeLast(RigCase):
+    def test_a_few_deaths_in_a_row_put_nobody_off(self):
+        """An admin who tries out how HAS takes it kills the world again as soon as all are back."""
+        rig, client, _ = self.player(suspicious=True)
+        for life in range(has.Suspects.PATIENCE):
+            rig.restart(f"life {life} again")
+            self.assertEqual(state_of(client), "RETURNING")
+            rig.let_in(rig.game.accept())
+        rig.restart("life without end")
+        self.assertEqual(state_of(client), "WAITING")
+
+    @mock.patch.object(has.Suspects, "PATIENCE", 1)
     def test_one_by_one_when_all_others_are_through(self):
         rig = self.rig(suspicious=True)
         clients = [rig.player("Alice")[0]]
@@ -5281,8 +5293,8 @@ class SuspectsComeLast(RigCase):
         with self.assertLogs("has", "WARNING") as logs:
             rig.found("life 5")
         self.assertEqual([line for line in logs.output if "come last" in line],
-                         ["WARNING:has:the world died right behind those who had come, more than "
-                          "once: they come last now, 1 at a time, 2 s apart"])
+                         ["WARNING:has:the world died right behind those who had come, each time: "
+                          "they come last now, 1 at a time, 2 s apart"])
         self.assertEqual(states(), ["WAITING"] * 3 + ["LOGIN"])
         rig.game.accept().says("Welcome\r\n")
         for count in range(1, 4):
@@ -5292,6 +5304,7 @@ class SuspectsComeLast(RigCase):
             rig.let_in(rig.game.accept())
             self.assertEqual(states().count("PLAYING"), count)
 
+    @mock.patch.object(has.Suspects, "PATIENCE", 1)
     def test_what_is_known_of_them_goes_over_an_upgrade(self):
         rig, client, _ = self.player(suspicious=True)
         for life in ("life 2", "life 3"):
