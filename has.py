@@ -9806,51 +9806,59 @@ class LoginQueue(Survivor):
 
 @survives
 class Suspects:
-    """Whose login may kill the world: who comes last and alone, whom HAS logs in no more (rule 4).
+    """Whose login may kill the world: who comes last, whom HAS logs in no more (rule 4).
 
-    Who came shortly before a death is a suspect. A few such deaths mean little: worlds die, admins
-    try out how HAS takes it, and everybody comes back at once. After more than PATIENCE in a row
-    suspects come when all others are through, one at a time. If the world dies behind such a
-    single return, that is a strike; a login that the world outlives clears him. Two strikes bar
-    him, but only if they can hardly be chance: a world that dies often dies behind innocents, too.
-    So each strike weighs as much as a death was probable in the time from his return to it, at the
-    rate of the world's other deaths in the last hour. `who` is a character, or the number of a
-    session at the login screen. Pure.
+    Who came shortly before a death is a suspect; behind the next in a row only who came before
+    both, and about as long. A few such deaths mean little: worlds die, admins try out how HAS takes
+    it, and everybody comes back at once. After more than PATIENCE in a row suspects come when all
+    others are through, in groups: the last group before a death is suspected further, all others
+    are cleared, until one is left. The pause between groups
+    is longer than a login has taken to kill. All pauses together are short at first, and twice as
+    long after each death: many users wait only where a world dies again and again. A death that no
+    suspect can have caused begins the search anew.
+
+    If the world dies behind one who came alone, that is a strike; a login that the world outlives
+    clears him. Two strikes bar him, or more, until they can hardly be chance: a world that dies
+    often dies behind innocents, too. `who` is a character, or the number of a session at the login
+    screen. Pure.
     """
 
-    WINDOW, APART, HOUR, CHANCE, STEPS, LONGEST, PATIENCE = 2, 2, 3600, 1e-4, 4, 60, 5
-    CALM, AT_ONCE = 10, 0.02       # the longest calm before one; shorter times count as this
+    WINDOW, APART, UNLIKE, CALM, LONGEST = 5, 0.75, 2.5, 10, 60     # seconds
+    PATIENCE = 5                   # deaths
+    CHANCE, AT_ONCE = 1e-4, 0.02   # of strikes that bar; shorter times count as this
     ELSEWHERE = "_came",           # see Links.arrivals_text
-    __slots__ = ("_came", "_strikes", "_deaths", "_lives", "_begun", "_latest", "_streak", "barred")
+    __slots__ = ("_came", "_suspects", "_begun", "_latest", "_group_at", "_streak", "pause",
+                 "barred")
 
     def __init__(self):
         self._came = {}            # who -> (when, whether alone), of this life
-        self._strikes = {}         # suspect -> [(when it died, seconds after his single return)]
-        self._deaths, self._lives = [], []      # times; (begin, end); both of the last hour
+        # who -> (seconds from his coming to the last death, strikes: [(the same, the world's age)])
+        self._suspects = {}
         self._begun = None         # when this life began; None while there is none
-        self._latest = 0.0         # when anybody came last
+        self._latest = self._group_at = 0.0     # when anybody, and a suspect, came last
+        self.pause = self.APART    # seconds between groups
         self._streak = 0           # deaths in a row that came shortly behind somebody
         self.barred = set()
 
     def found(self, now, here):
         """The world is up, in a new life; `here`: who may come. Who has gone: only his strikes."""
-        self._begun, self._came = now, {}
-        self._strikes = {who: strikes for who, strikes in self._strikes.items()
-                         if strikes or who in here}
+        self._begun, self._came, self._group_at = now, {}, now - self.pause
+        self._suspects = {who: it for who, it in self._suspects.items() if it[1] or who in here}
         self.barred = {who for who in self.barred if who in here or isinstance(who, bytes)}
 
     def came(self, who, now, typed=False):
         """Somebody is let in to the world: HAS brings him (back), or he has typed a login."""
-        alone = (not typed and self.is_suspect(who) and self.together == 1
-                 and now - self._latest >= self.APART)
+        is_next = not typed and self.is_suspect(who)
+        alone = is_next and self.together == 1 and now - self._latest >= self.pause
         self._came.pop(who, None)               # the dict is in the order of their coming
         self._came[who] = (now, alone)
         self._latest = now
+        self._group_at = now if is_next else self._group_at
 
     def outlived(self, now):
         """Forget who is nobody that died() would look at: he came too long ago."""
         self._came = {who: came for who, came in self._came.items() if now - came[0] <= self.WINDOW
-                      or who in self._strikes or who in self.barred}
+                      or who in self.barred}
 
     @property
     def columns(self):
@@ -9868,58 +9876,67 @@ class Suspects:
         """The world has died; returns the set of those who are barred from now on."""
         if self._begun is None:
             return set()
-        self._deaths = [at for at in self._deaths if now - at <= self.HOUR] + [now]
-        self._lives = [life for life in self._lives if now - life[1] <= self.HOUR]
-        self._lives.append((self._begun, now))
-        self._begun = None
-        self._strikes = {who: strikes for who, strikes in self._strikes.items() if who in self._came
-                         or strikes and now - strikes[-1][0] <= self.HOUR}
-        behind = self._came and now - self._latest <= self.WINDOW
-        self._streak = self._streak + 1 if behind else 0
-        for who, (when, _) in self._came.items():
-            if now - when > self.WINDOW:        # it outlived his coming
-                self._strikes.pop(who, None)
-                self.barred.discard(who)
-            else:
-                self._strikes.setdefault(who, [])
-        if self._came:
-            self._strike(*list(self._came.items())[-1], now)
-        new = {who for who, strikes in self._strikes.items()
-               if len(strikes) > 1 and self._chance(strikes, now) <= self.CHANCE} - self.barred
-        self.barred |= new
-        return new
+        age, self._begun = now - self._begun, None
+        since = {who: now - when for who, (when, _) in self._came.items()}
+        self.barred -= {who for who, seconds in since.items() if seconds > self.WINDOW}
+        near = self._near(since)
+        self._suspects = {who: (since[who], self._strikes(who)) for who in near}
+        if not near:
+            self._streak = 0
+            return set()
+        self.pause = max(self.pause, self.APART + min(since[who] for who in near))
+        who, *others = near
+        if others or not self._came[who][1]:
+            return set()
+        self._strikes(who).append((since[who], age))
+        if self._chance(self._strikes(who)) > self.CHANCE:
+            return set()
+        del self._suspects[who]
+        self.barred.add(who)
+        return {who}
 
-    def _strike(self, who, came, now):
-        when, alone = came
-        if alone and now - when <= self.WINDOW and who in self._strikes:
-            strikes = [strike for strike in self._strikes[who] if now - strike[0] <= self.HOUR]
-            self._strikes[who] = strikes + [(now, now - when)]
+    def _near(self, since):
+        """Whose coming, so many seconds ago, may have caused this death and those before it; if
+        nobody's, then who may have caused this one."""
+        is_search, self._streak = self._streak > self.PATIENCE, self._streak + 1
+        alike = {who: since[who] for who, (before, _) in self._suspects.items()
+                 if who in since and abs(since[who] - before) <= self.UNLIKE}
+        for window in (min(self.pause, self.WINDOW), self.WINDOW)[not is_search:]:
+            near = [who for who, seconds in alike.items() if seconds < window]
+            if near:
+                return near
+        self._streak = min(self._streak, self.PATIENCE)
+        self.pause = min(self.CALM, 2 * self.pause) if is_search else self.APART
+        return [who for who, seconds in since.items() if seconds <= self.WINDOW]
 
-    def _chance(self, strikes, now):
-        """How probable it is that the world, which dies so often, died behind these by chance."""
-        # without the longest life: a sound world that now dies again and again is broken by itself
-        lives = sorted(end - max(begin, now - self.HOUR) for begin, end in self._lives)
-        rate = (len(self._deaths) - len(strikes) + 1) / max(sum(lives[:-1]), 1.0)
-        product = 1.0
-        for _, seconds in strikes:
-            product *= 1 - math.exp(-rate * max(seconds, self.AT_ONCE))
-        log = -math.log(max(product, 1e-300))   # Fisher: a product of many chances is small anyway
-        return product * sum(log ** k / math.factorial(k) for k in range(len(strikes)))
+    def _strikes(self, who):
+        return self._suspects.get(who, (0, []))[1]
+
+    def _chance(self, strikes):
+        """How probable it is that deaths at any moment of these lives all came as soon behind him
+        as the latest of them did. One is always chance."""
+        latest = max(self.AT_ONCE, *(seconds for seconds, _ in strikes))
+        chances = [latest / max(age, latest) for _, age in strikes]
+        return math.prod(chances) if len(strikes) > 1 else 1
 
     @property
     def together(self):
-        """How many suspects come at a time: one, but for crowds, who would wait for minutes."""
-        return max(1, -(-len(self._strikes) // self.STEPS))
+        """How many suspects come at a time."""
+        patience = 2 ** min(self._streak - self.PATIENCE - 1, 6)            # seconds
+        return max(1, -(-len(self._suspects) // int(1 + patience / self.pause)))
 
     def is_suspect(self, who):
         """Whether he comes last."""
-        return self._streak > self.PATIENCE and who in self._strikes
+        return self._streak > self.PATIENCE and who in self._suspects
 
     def wait(self, who, now):
-        """Seconds until this suspect may come. The calm before grows with his strikes: a world that
-        always dies at the same age dies without him then. Others do not put him off for ever."""
-        strikes = len(self._strikes.get(who, ()))
-        calm = min(self.CALM, self.WINDOW * 2 ** (strikes - 1)) if strikes else self.APART
+        """Seconds until this suspect may come. The first group need not wait. The calm before one
+        alone grows with his strikes: a world that always dies at the same age dies without him
+        then. Others do not put him off for ever."""
+        if self.together > 1:
+            return max(0.0, self._group_at + self.pause - now)
+        strikes = len(self._strikes(who))
+        calm = max(self.pause, strikes and min(self.CALM, self.WINDOW * 2 ** (strikes - 1)))
         return max(0.0, min(self._latest + calm, (self._begun or now) + self.LONGEST) - now)
 
 
@@ -10023,8 +10040,8 @@ class Links(Survivor):
         is_suspect = self.suspects.is_suspect(session.who)
         if is_suspect and not self._last:
             log.warning("the world died right behind those who had come, each time: they come "
-                        "last now, %d at a time, %d s apart", self.suspects.together,
-                        self.suspects.APART)
+                        "last now, %d at a time, %.3g s apart", self.suspects.together,
+                        self.suspects.pause)
         (self._last if is_suspect else self._waiting).setdefault(session)
         self.go_on()
 
@@ -10128,8 +10145,8 @@ class Links(Survivor):
         return SILENT_LINK_SECONDS - (now - fresh[0]) if len(fresh) >= dialect.at_once else 0
 
     def _open_last(self):
-        """When all others are through: one by one, with a pause before each, so that it is seen
-        who kills the world."""
+        """When all others are through: in groups, with pauses, so that it is seen who kills the
+        world."""
         self._last_woken = False
         hub = self.hub
         if self._waiting or self._arriving or self.choosing or not hub.is_up:
@@ -14072,8 +14089,9 @@ def resume(options, source, load, vault=None):
                  state["version"], hub.control.pid(), len(hub.sessions))
         tell_death(vault.board)
         if failed:
-            log.error("the new has.py has failed within a minute: the one before it goes on, until "
-                      "the next upgrade")
+            log.error("the new has.py (HAS %s) did not last a minute: the old one (HAS %s) runs "
+                      "again. If the new one was killed by hand, --upgrade again; if not, mend it "
+                      "first", state["version"], VERSION)
         if was_started:
             hub.later(0, hub.reload.run)
         else:
