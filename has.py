@@ -9812,10 +9812,10 @@ class Suspects:
     both, and about as long. A few such deaths mean little: worlds die, admins try out how HAS takes
     it, and everybody comes back at once. After more than PATIENCE in a row suspects come when all
     others are through, in groups: the last group before a death is suspected further, all others
-    are cleared, until one is left. The pause between groups
-    is longer than a login has taken to kill. All pauses together are short at first, and twice as
-    long after each death: many users wait only where a world dies again and again. A death that no
-    suspect can have caused begins the search anew.
+    are cleared, until one is left. The pause between groups is longer than a login has taken to
+    kill. All pauses together are short at first, and twice as long after each death: many users
+    wait only where a world dies again and again. A death that no suspect can have caused begins
+    the search anew.
 
     If the world dies behind one who came alone, that is a strike; a login that the world outlives
     clears him. Two strikes bar him, or more, until they can hardly be chance: a world that dies
@@ -9824,7 +9824,7 @@ class Suspects:
     """
 
     WINDOW, APART, UNLIKE, CALM, LONGEST = 5, 0.75, 2.5, 10, 60     # seconds
-    PATIENCE = 5                   # deaths
+    PATIENCE = 5                   # deaths; less finds him sooner
     CHANCE, AT_ONCE = 1e-4, 0.02   # of strikes that bar; shorter times count as this
     ELSEWHERE = "_came",           # see Links.arrivals_text
     __slots__ = ("_came", "_suspects", "_begun", "_latest", "_group_at", "_streak", "pause",
@@ -9922,7 +9922,7 @@ class Suspects:
     @property
     def together(self):
         """How many suspects come at a time."""
-        patience = 2 ** min(self._streak - self.PATIENCE - 1, 6)            # seconds
+        patience = 2 ** min(self._streak - self.PATIENCE - 1, 6)        # seconds
         return max(1, -(-len(self._suspects) // int(1 + patience / self.pause)))
 
     def is_suspect(self, who):
