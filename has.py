@@ -5732,6 +5732,7 @@ class Feed(Part):
     def read(self, data):
         """The careful way to take what the world sent."""
         session, before = self.session, self.session.state
+        self.hub.burden += 10
         self.screen.in_one_piece(self._read_pieces, data)
         if before in (State.LOGIN, State.RETURNING):            # it may be in the game by now
             self.hub.links.spoke(session)
@@ -8826,7 +8827,8 @@ PROBE_SECONDS = 1                  # who leaves sooner without a word was a fron
 ACCEPTS_A_TURN = LINKS_A_TURN = 8  # newcomers cost most: those who play have their turn between
 EVENTS_A_TURN = 1000
 BURDEN_A_TURN = 150                # 1: a stream that ends, for at a crash of the world thousands do
-                                   # at once; 2: one is back in the game, or otherwise written down
+                                   # at once; 2: one is back in the game, or otherwise written down;
+                                   # 10: what a world said was read with care; who plays goes first
 FORGOTTEN_SECONDS = 120            # when all timers of a session that has ended have run out
 RECORDS_A_TURN, RECORDS_MEANWHILE = 25, 5      # written down; the latter while others wait
 UNTIDY = 100                       # sessions that change leave new objects, for Python to look at
@@ -8944,7 +8946,8 @@ class Loop:
             longest = due if longest is None else min(due, longest)
         ready = self.selector.select(longest)
         self.now = self.clock()
-        self._serve(ready if len(ready) <= BURDEN_A_TURN else self._in_order(ready))
+        many = self._left or len(ready) > BURDEN_A_TURN
+        self._serve(self._in_order(ready) if many else ready)
         if timers and timers[0][0] <= self.now:
             self._run_timers()
         if left and (not ready or self.now >= self._breath_over):

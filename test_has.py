@@ -11352,6 +11352,20 @@ class ManyAtOnce(RigCase):
             rig.settle()
         self.assertEqual(sum(state_of(client) == "ASKING" for client in clients), 39)
 
+    def test_who_plays_does_not_wait_for_all_that_is_read_with_care(self):
+        """Two hundred who were just logging in had made others wait for 5 ms."""
+        rig, clients, links = self.crowd(40)
+        for link in links[:39]:
+            link.send(b"\xff\xf1Limbo\r\n")
+        rig.hub.turn(0)
+        read = sum(bool(client.read()) for client in clients)
+        self.assertEqual(read, has.BURDEN_A_TURN // 10)
+        clients[39].send("say hello\r\n")
+        rig.hub.turn(0)
+        self.assertIn(b"say hello", links[39].read())
+        rig.settle()
+        self.assertEqual(read + sum(bool(client.read()) for client in clients), 39)
+
     def test_all_that_changes_at_once_is_written_down_in_turns(self):
         rig, clients, _ = self.crowd(60)
         rig.hub.scribe = scribe = mock.Mock()
