@@ -3807,9 +3807,8 @@ class Character(Survivor):
 
     `login` is confirmed. `previous`, and `older` (latest first), are the pairs before changes of
     name or password: kill -9 reverts a world to its last dump, which may be older than several.
-    `doubtful` is the pair behind a change that was not answered,
-    by a world that died, or to a HAS that died, or not in words of its own. `pending` was typed
-    while no world could answer it.
+    `doubtful` is the pair behind a change that was not answered, by a world that died, or to a HAS
+    that died, or not in words of its own. `pending` was typed while no world could answer it.
     """
 
     MOST_OLDER = 2                 # each wrong one may cost a link, and count as a failed login
@@ -3869,7 +3868,7 @@ class Character(Survivor):
     def took(self, login, others, proven):
         """A typed login took; `proven`: beyond doubt. Returns the pairs that may be right."""
         login, others = login.made, [other.made for other in others]
-        self.login, self.previous, self.older = login, others[-1] if others else None, []
+        self.is_now(login, others[-1] if others else None)
         self.pending, self.doubtful, self.unanswered = None, None, []
         self.proven = login.character if proven else b""
         return [login, *others]
@@ -3882,14 +3881,15 @@ class Character(Survivor):
             return False
         right = [pair for pair, verdict in zip([self.login, *others], verdicts) if verdict]
         if right:
-            self.login, self.previous, self.proven = right[0], None, right[0].character
-            self.older = []
+            self.is_now(right[0])
+            self.proven = right[0].character
         return not right and verdicts[0] is False
 
     def forget(self, pending=None):
         """Nobody is logged in here; `pending` is for the world's next life."""
-        self.login = self.previous = self.doubtful = self.checked = None
-        self.pending, self.trials, self.proven, self.older = pending, [], b"", []
+        self.is_now(None)
+        self.doubtful = self.checked = None
+        self.pending, self.trials, self.proven = pending, [], b""
 
     def log_out(self):
         """LOGOUT, by a line that the world has read."""
@@ -3908,6 +3908,10 @@ class Character(Survivor):
         elif len(same.behind) < Change.MOST_BEHIND:
             same.behind += (new,)
             before.until = now + 30
+
+    def is_now(self, login, previous=None):
+        """`login` is the right pair, or nobody's: none before it may be it again but `previous`."""
+        self.login, self.previous, self.older = login, previous, []
 
     def became(self, login, before=None):
         """`login` is the right pair now; those until now (`before` the latest) may be it again."""
@@ -5920,8 +5924,7 @@ class Opening(Part):
         way_back.greeting, self.failures = None, 0
         session.screen.show(words)
         if session.character.is_guest:
-            session.character.login = session.character.previous = None
-            session.character.older = []
+            session.character.is_now(None)
         # The first output says so sooner. PennMUSH is silent at first, and forgets connects less
         # than 1 ms apart (choreography.md 2).
         session.later(1 if session.dialect.greets else 0.005, session.arrived)
@@ -8853,8 +8856,6 @@ def host_group(host):
 class Gone:
     """Stands for a stream that has left the selector since it was said to be ready."""
 
-    owner = None
-
     def ready(self, events):
         """That is of no use any more."""
 
@@ -8969,6 +8970,7 @@ class Loop:
                 self.fault(stream.owner)
             if self.burden >= BURDEN_A_TURN:
                 self._left = frozenset(fd for fd, _ in rest)
+                break
 
     def _read_on(self, left):
         """Read more of the first `left` that were left for later: not in every turn, or one flood
@@ -9904,7 +9906,8 @@ class Suspects:
         is_search, self._streak = self._streak > self.PATIENCE, self._streak + 1
         alike = {who: since[who] for who, (before, _) in self._suspects.items()
                  if who in since and abs(since[who] - before) <= self.UNLIKE}
-        for window in (min(self.pause, self.WINDOW), self.WINDOW)[not is_search:]:
+        narrow = [min(self.pause, self.WINDOW)] if is_search else []
+        for window in narrow + [self.WINDOW]:
             near = [who for who, seconds in alike.items() if seconds < window]
             if near:
                 return near

@@ -2055,7 +2055,7 @@ class TestLoop(unittest.TestCase):
         return loop
 
     def reader(self, act=lambda: None):
-        """A reader to whom something was sent, or, for another call, nothing yet."""
+        """A reader to whom nothing was sent yet; self.others has the other end of its socket."""
         mine, other = socket.socketpair()
         mine.setblocking(False)
         self.others.append(other)
